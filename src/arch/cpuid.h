@@ -1,0 +1,39 @@
+/*
+ * What CPUID tells the guest: the host's features cut down to what an engine supports, the machine's topology, and the
+ * hypervisor leaves 0x40000000.. (KVM-compatible signature, so that guests use their paravirtual clock and skip calibration).
+ * The table is built once for each VM and is read-only afterwards; the few live bits (OSXSAVE, OSPKE, APIC id, XSAVE size by XCR0)
+ * are filled in by cpuid_query from the asking processor's state.
+ */
+#ifndef DOPPEL_ARCH_CPUID_H
+#define DOPPEL_ARCH_CPUID_H
+
+#include <stdint.h>
+
+#include "arch/cpu.h"
+
+struct cpuid_config {
+    unsigned cpu_count;      /* 1..255; one package, one thread a core */
+    uint64_t tsc_khz;        /* for leaves 0x15, 0x16 and 0x40000010 */
+    uint64_t apic_bus_hz;    /* local APIC timer's input frequency */
+    uint64_t xcr0_supported; /* out of cpuid_table_build: what the guest may put in XCR0 */
+};
+
+struct cpuid_regs {
+    uint32_t eax, ebx, ecx, edx;
+};
+
+struct cpuid_table;
+
+/* NULL: no memory. Fills config->xcr0_supported. */
+struct cpuid_table *cpuid_table_build(struct cpuid_config *config);
+void cpuid_table_destroy(struct cpuid_table *table);
+
+struct cpuid_regs cpuid_query(const struct cpuid_table *table, const struct cpu_state *cpu, unsigned apic_id, uint32_t leaf, uint32_t subleaf);
+
+/* Feature bits as the guest sees them, for checks such as "may CR4.PCIDE be set". */
+uint64_t cpuid_cr4_allowed(const struct cpuid_table *table);
+uint64_t cpuid_efer_allowed(const struct cpuid_table *table);
+uint64_t cpuid_xcr0_allowed(const struct cpuid_table *table);
+unsigned cpuid_physical_address_bits(const struct cpuid_table *table);
+
+#endif

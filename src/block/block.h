@@ -1,0 +1,49 @@
+/*
+ * Block back ends: what a disk's bytes are stored in. Formats and filters stack behind this one interface.
+ *
+ * Requests are asynchronous: block_submit returns at once, `done` runs later on the loop's thread with the device lock held, exactly once. Requests may complete in any order; a flush
+ * covers every write that had completed when it was submitted. A completed flush means the data is on the host's disk (fdatasync).
+ * The vectors and the memory they point at stay valid until done. Offsets and lengths are bytes, multiples of 512, checked against the size here too.
+ */
+#ifndef DOPPEL_BLOCK_BLOCK_H
+#define DOPPEL_BLOCK_BLOCK_H
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/uio.h>
+
+#include "util/error.h"
+#include "util/loop.h"
+
+struct block;
+
+enum block_op { BLOCK_READ, BLOCK_WRITE, BLOCK_FLUSH, BLOCK_DISCARD, BLOCK_WRITE_ZEROES };
+
+struct block_request {
+    enum block_op op;
+    bool may_unmap; /* write-zeroes: the range may be deallocated */
+    uint64_t offset_bytes, length_bytes;
+    struct iovec *iov; /* read and write */
+    unsigned iov_count;
+    void (*done)(struct block_request *request, int result); /* 0 or -errno (-ENOSPC, -EIO, ...) */
+    /* Private to the back end that has the request. */
+    void *backend_private[4];
+};
+
+struct block_config {
+    const char *path;
+    const char *format; /* "raw"; NULL: raw */
+    bool readonly;
+};
+
+/* Opens and locks (F_OFD_SETLK: one writer or many readers) the image. `err` names the path and the remedy: missing, a directory, in use by another VM, not a multiple of 512, no permission. */
+int block_open(struct block **block, const struct block_config *config, struct loop *loop, struct error *err) __attribute__((warn_unused_result));
+void block_close(struct block *block); /* nothing may be in flight */
+
+uint64_t block_size_bytes(const struct block *block);
+bool block_readonly(const struct block *block);
+bool block_can_discard(const struct block *block);
+void block_submit(struct block *block, struct block_request *request);
+unsigned block_in_flight(const struct block *block);
+
+#endif

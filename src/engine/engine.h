@@ -1,0 +1,143 @@
+/*
+ * The engine contract: a way of running virtual processors.
+ *
+ * A machine makes one engine and one vCPU of it per virtual processor. Each vCPU's run function is called on that vCPU's own thread and
+ * returns when something outside the engine must act (an exit). Port and memory-mapped I/O, MSRs of the local APIC and interrupt
+ * acknowledgement are calls from inside run to `struct vcpu_host_ops`, on the vCPU's thread; they may not call
+ * back into the engine except vcpu_kick and vcpu_raise_attention.
+ * State is portable between engines: whenever run has returned, vcpu->cpu is complete and may be saved, or changed and run on.
+ */
+#ifndef DOPPEL_ENGINE_ENGINE_H
+#define DOPPEL_ENGINE_ENGINE_H
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+
+#include "arch/cpu.h"
+#include "arch/cpuid.h"
+#include "memory/memory.h"
+#include "util/error.h"
+
+enum engine_exit {
+    ENGINE_EXIT_ATTENTION, /* the host asked for the vCPU (vcpu_kick) */
+    ENGINE_EXIT_HALT,      /* HLT executed with nothing deliverable pending; cpu.activity is CPU_HALTED */
+    ENGINE_EXIT_SHUTDOWN,  /* triple fault; cpu.activity is CPU_SHUTDOWN */
+    ENGINE_EXIT_ERROR,     /* the engine cannot go on (host trouble); details were logged */
+};
+
+struct vcpu_host_ops {
+    /* size_bytes 1, 2 or 4. */
+    uint32_t (*port_read)(void *host, uint16_t port, unsigned size_bytes);
+    void (*port_write)(void *host, uint16_t port, unsigned size_bytes, uint32_t value);
+    /* size_bytes 1, 2, 4 or 8, within one page, not RAM. Larger or crossing accesses are split by the engine. */
+    uint64_t (*mmio_read)(void *host, gpa_t gpa, unsigned size_bytes);
+    void (*mmio_write)(void *host, gpa_t gpa, unsigned size_bytes, uint64_t value);
+    /* MSRs that the core does not own: IA32_APIC_BASE, IA32_TSC_DEADLINE, x2APIC 0x800..0x8FF, KVM's paravirtual ones.
+     * -ENOENT or -EINVAL: the instruction raises #GP(0). */
+    int (*msr_read)(void *host, uint32_t index, uint64_t *value);
+    int (*msr_write)(void *host, uint32_t index, uint64_t value);
+    /* Highest-priority interrupt deliverable now (above the task priority), as vector; -1: none. No side effects. */
+    int (*interrupt_peek)(void *host);
+    /* Acknowledges it: moves it to in-service and returns its vector, or -1 if it has gone. */
+    int (*interrupt_ack)(void *host);
+    /* True once for each NMI that is to be delivered now. */
+    bool (*nmi_take)(void *host);
+    /* CR8: task priority bits 7:4 of the local APIC. */
+    uint8_t (*cr8_read)(void *host);
+    void (*cr8_write)(void *host, uint8_t value);
+    /* True when run must return ENGINE_EXIT_ATTENTION: pause, stop, INIT, SIPI and other requests. Called when attention was raised. */
+    bool (*must_exit)(void *host);
+};
+
+/* Counters, each with a name and help: counters.def. Written by the vCPU's thread, read by anybody. */
+enum engine_counter {
+#define COUNTER(name, help) COUNTER_##name,
+#include "engine/counters.def"
+#undef COUNTER
+    COUNTER_COUNT
+};
+
+extern const char *const engine_counter_names[COUNTER_COUNT];
+extern const char *const engine_counter_help[COUNTER_COUNT];
+
+struct engine_ops;
+
+/* Engines embed this at the start of their own vCPU structure. */
+struct vcpu {
+    struct cpu_state cpu; /* first: decoded operands are offsets from here */
+
+    /* Nonzero: leave translated or cached code at the next instruction boundary that the engine checks (blocks' ends at the latest), look for interrupts and ask must_exit. */
+    _Atomic uint32_t attention;
+
+    unsigned index; /* also the APIC id */
+    const struct engine_ops *ops;
+    const struct vcpu_host_ops *host_ops;
+    void *host;
+    struct physmap *memory;
+    const struct cpuid_table *cpuid;
+    uint64_t counters[COUNTER_COUNT];
+
+    FILE *trace;         /* NULL: off. Exceptions, interrupts, mode changes, I/O and MSR accesses, one line each */
+    bool trace_blocks;   /* also the start address of every block */
+};
+
+/* What an engine needs to make a vCPU. */
+struct vcpu_config {
+    unsigned index;
+    const struct vcpu_host_ops *host_ops;
+    void *host;
+    struct physmap *memory;
+    const struct cpuid_table *cpuid;
+};
+
+struct engine;
+
+struct engine_ops {
+    const char *name; /* "interp" */
+    const char *help;
+    /* 0 when this host can run it; otherwise -errno and the reason. */
+    int (*probe)(struct error *err);
+    int (*create)(struct engine **engine, struct physmap *memory, struct error *err);
+    void (*destroy)(struct engine *engine); /* after its vCPUs */
+    int (*vcpu_create)(struct engine *engine, const struct vcpu_config *config, struct vcpu **vcpu, struct error *err);
+    void (*vcpu_destroy)(struct vcpu *vcpu);
+    /* Runs until an exit. cpu.activity must be CPU_RUNNING or CPU_HALTED (then it wakes only if an interrupt is deliverable). */
+    enum engine_exit (*run)(struct vcpu *vcpu);
+    /* Executes exactly one instruction, or delivers one pending event. May be NULL. */
+    enum engine_exit (*step)(struct vcpu *vcpu);
+    /* From any thread, after attention was raised: make a run that is blocked or deep in native code notice. May be NULL. */
+    void (*kick)(struct vcpu *vcpu);
+    /* The vCPU's cpu state was changed from outside while not running: drop everything derived from it (TLB, cached mode). */
+    void (*state_changed)(struct vcpu *vcpu);
+    /* Bytes [gpa, +length) changed underneath: drop cached translations. From any thread with vCPUs paused. */
+    void (*invalidate)(struct engine *engine, gpa_t gpa, uint64_t length_bytes);
+};
+
+/* All engines built in, best first, NULL-terminated. */
+extern const struct engine_ops *const engine_table[];
+/* By name; "auto" takes the first whose probe succeeds. NULL with err set when unknown or unusable. `reason` (optional) gets why. */
+const struct engine_ops *engine_find(const char *name, char reason[160], struct error *err);
+
+extern const struct engine_ops interp_engine;
+
+static inline void vcpu_raise_attention(struct vcpu *vcpu)
+{
+    atomic_store_explicit(&vcpu->attention, 1, memory_order_release);
+}
+
+/* From any thread. Does not wake a thread that waits outside the engine in HLT: that is the machine's business. */
+static inline void vcpu_kick(struct vcpu *vcpu)
+{
+    vcpu_raise_attention(vcpu);
+    if (vcpu->ops->kick)
+        vcpu->ops->kick(vcpu);
+}
+
+static inline void vcpu_count(struct vcpu *vcpu, enum engine_counter counter)
+{
+    vcpu->counters[counter]++;
+}
+
+#endif

@@ -1,0 +1,47 @@
+/*
+ * Network back ends: where a NIC's frames go. Back ends stack behind this one interface.
+ *
+ * Frames carry the virtio-net header (struct virtio_net_hdr_v1, 12 bytes, little endian) in front, so that checksum and segmentation offloads pass through to back ends that
+ * understand them (tap with IFF_VNET_HDR); others finish the checksum and cut the segments in software (net_offload.h).
+ * Threading: every function and callback on the loop's thread or with the device lock held.
+ */
+#ifndef DOPPEL_NET_NET_H
+#define DOPPEL_NET_NET_H
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/uio.h>
+
+#include "util/error.h"
+#include "util/loop.h"
+
+#define NET_HEADER_BYTES 12u
+#define NET_FRAME_BYTES_MAX 65550u /* a 64 KiB segment with its Ethernet header, without the virtio header */
+
+struct net;
+
+struct net_client {
+    /* A frame for the guest, virtio header first. Returns false when the guest has no buffer: the back end keeps or drops it and waits for net_resume. */
+    bool (*receive)(void *ctx, const struct iovec *iov, unsigned iov_count);
+    /* The link went up or down. Optional. */
+    void (*link)(void *ctx, bool up);
+    void *ctx;
+};
+
+/* `spec` is the --net option's text: "user,forward=tcp:8080:80,forward=udp::5353:53", "tap:tap0", "none". */
+int net_open(struct net **net, const char *spec, struct loop *loop, const struct net_client *client, struct error *err) __attribute__((warn_unused_result));
+/* Only checks the spec's syntax, for --config and --help. */
+int net_check(const char *spec, struct error *err) __attribute__((warn_unused_result));
+void net_close(struct net *net);
+
+/* A frame from the guest, virtio header first; copied or consumed before returning. Returns false when the back end is full: try again after `writable`... never for user networking. */
+bool net_transmit(struct net *net, const struct iovec *iov, unsigned iov_count);
+/* The guest has receive buffers again. */
+void net_resume(struct net *net);
+/* What the guest negotiated: may receive frames with partial checksums / TSO4 / TSO6 / UFO set in their header, and mergeable buffers' sizes. */
+struct net_offloads {
+    bool checksum, tso4, tso6, ecn, ufo;
+};
+void net_set_offloads(struct net *net, const struct net_offloads *offloads);
+
+#endif

@@ -1,0 +1,22 @@
+/*
+ * The one funnel through which nondeterminism reaches a guest: time, random bytes; later packets, keys and disk completions. Recording and
+ * replay will be put in here; until then each function passes the host's value on. Callable from any thread.
+ */
+#ifndef DOPPEL_STATE_INPUTS_H
+#define DOPPEL_STATE_INPUTS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* Guest's monotonic time: CLOCK_MONOTONIC, nanoseconds, same scale as loop timers. */
+uint64_t inputs_now_ns(void);
+/* Wall clock, nanoseconds since 1970 UTC (for the RTC). */
+uint64_t inputs_wall_ns(void);
+/* Host time stamp counter; a vCPU adds its own offset. */
+uint64_t inputs_tsc(void);
+/* Frequency of inputs_tsc in kHz; measured or read from CPUID once, then cached. */
+uint64_t inputs_tsc_khz(void);
+/* Fills from getrandom(2). Returns 0 or -errno. */
+int inputs_random(void *data, size_t size_bytes);
+
+#endif

@@ -1,0 +1,57 @@
+/*
+ * Saving and loading of guest-visible state.
+ *
+ * A stateful part has one function `int x_state(struct x *x, struct state_io *io)` that names each field once; the same function saves and
+ * loads, so the two cannot drift apart. It works inside a named, versioned section:
+ *
+ *     int pit_state(struct pit *pit, struct state_io *io)
+ *     {
+ *         state_begin(io, "pit", 1);
+ *         state_u16(io, &pit->channel[0].count);
+ *         ...
+ *         if (state_loading(io) && pit->channel[0].mode > 5)
+ *             state_fail(io, "channel mode out of range");   (validate everything loaded: a snapshot is hostile)
+ *         return state_end(io);
+ *     }
+ *
+ * Afterwards, when loading, it recomputes whatever is derived (timers, cached pointers). On the first error the io goes into a
+ * failed state: later calls do nothing, loaded values become zero, and state_end returns -EINVAL or -ENOMEM.
+ *
+ * Format: each section is  u32 magic, u8 name length, name, u32 version, u64 body length, body, u32 CRC-32 of the body; integers little endian.
+ * Threading: none; the caller holds whatever lock the part needs, and vCPUs are paused.
+ */
+#ifndef DOPPEL_STATE_STATE_H
+#define DOPPEL_STATE_STATE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+struct state_io;
+
+struct state_io *state_writer_create(void);                               /* grows in memory; NULL: no memory */
+struct state_io *state_reader_create(const void *data, size_t size_bytes); /* borrows data until destroyed */
+void state_io_destroy(struct state_io *io);
+/* Writer only: what has been written so far; owned by io. */
+const void *state_writer_data(const struct state_io *io, size_t *size_bytes);
+
+bool state_loading(const struct state_io *io);
+bool state_failed(const struct state_io *io);
+const char *state_error(const struct state_io *io); /* one line naming section and cause, "" when none */
+
+/* Sections may nest. Loading checks name and version <= `version` and returns the version found (writer: `version`). */
+unsigned state_begin(struct state_io *io, const char *name, unsigned version);
+int state_end(struct state_io *io) __attribute__((warn_unused_result)); /* checks length and CRC */
+void state_fail(struct state_io *io, const char *reason);
+
+void state_bool(struct state_io *io, bool *value);
+void state_u8(struct state_io *io, uint8_t *value);
+void state_u16(struct state_io *io, uint16_t *value);
+void state_u32(struct state_io *io, uint32_t *value);
+void state_u64(struct state_io *io, uint64_t *value);
+void state_i64(struct state_io *io, int64_t *value);
+void state_bytes(struct state_io *io, void *data, size_t size_bytes); /* fixed size */
+/* Variable size: saves *size; loads at most capacity, failing above. */
+void state_buffer(struct state_io *io, void *data, uint32_t *size_bytes, uint32_t capacity_bytes);
+
+#endif

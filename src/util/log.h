@@ -1,0 +1,43 @@
+/*
+ * Logging to stderr (or a file), one line a message: "doppel: warning: text".
+ *
+ * Anything a guest can trigger logs through LOG_GUEST, which is rate-limited per call site: at most 10 lines in 10 seconds, then
+ * a count of what was left out. Threading: every function may be called from any thread; not from a signal handler.
+ */
+#ifndef DOPPEL_UTIL_LOG_H
+#define DOPPEL_UTIL_LOG_H
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+enum log_level { LOG_ERROR, LOG_WARNING, LOG_INFO, LOG_DEBUG };
+
+struct log_limit {
+    _Atomic uint64_t window_start_ns;
+    _Atomic uint32_t count;
+};
+
+void log_set_level(enum log_level level);
+enum log_level log_get_level(void);
+
+/* Lines end in "\r\n" while a terminal is in raw mode. */
+void log_set_raw_terminal(bool raw);
+
+void log_message(enum log_level level, const char *format, ...) __attribute__((format(printf, 2, 3)));
+bool log_limit_pass(struct log_limit *limit);
+
+#define log_error(...) log_message(LOG_ERROR, __VA_ARGS__)
+#define log_warning(...) log_message(LOG_WARNING, __VA_ARGS__)
+#define log_info(...) log_message(LOG_INFO, __VA_ARGS__)
+#define log_debug(...) log_message(LOG_DEBUG, __VA_ARGS__)
+
+/* For conditions that a guest or a network peer can cause at will. */
+#define LOG_GUEST(level, ...)                                                                      \
+    do {                                                                                           \
+        static struct log_limit limit_;                                                            \
+        if ((level) <= log_get_level() && log_limit_pass(&limit_))                                 \
+            log_message(level, __VA_ARGS__);                                                       \
+    } while (0)
+
+#endif
