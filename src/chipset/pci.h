@@ -103,6 +103,8 @@ struct pci_host_config {
     uint64_t mem32_base, mem32_size_bytes;    /* where BARs are placed at reset, so that guests without a PCI allocator work */
     uint64_t mem64_base, mem64_size_bytes;
     uint16_t port_base, port_size_bytes;
+    const struct region_ops *cf9; /* byte accesses to port 0xCF9, the reset register; NULL: nobody (pm_reset_port_ops) */
+    void *cf9_ctx;
 };
 
 int pci_host_create(struct pci_host **host, const struct pci_host_config *config) __attribute__((warn_unused_result));
