@@ -47,6 +47,8 @@ void *physmap_get(struct physmap *map, gpa_t gpa, uint64_t length_bytes, enum ph
 
 /* Marks [gpa, +length) dirty after a write that did not go through an engine (device DMA). */
 void physmap_mark_dirty(struct physmap *map, gpa_t gpa, uint64_t length_bytes);
+/* True when the page at gpa was marked since the last call for it; forgets the mark. Any thread. */
+bool physmap_take_dirty(struct physmap *map, gpa_t gpa);
 
 /* Copies, for boot loaders, descriptors and tables. -EFAULT when any byte is outside RAM (nothing is copied then). */
 int physmap_read(struct physmap *map, gpa_t gpa, void *data, uint64_t length_bytes) __attribute__((warn_unused_result));

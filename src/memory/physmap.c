@@ -1,0 +1,257 @@
+/*
+ * PhysMap: one memfd, mapped once, holds all guest RAM: low RAM first, then the part that the guest sees from 4 GiB on.
+ *
+ * Invariants: `base` maps exactly `ram` bytes, and the memfd is sealed at that size, so that no access inside can raise SIGBUS for a
+ * shrunken file. ROM is RAM with a guard: a short sorted list of page-aligned ranges, written before vCPUs run and constant afterwards.
+ * The dirty bitmap holds one bit a page of RAM.
+ * Threading: look-ups read only constant fields and take no lock; dirty bits are atomic.
+ */
+#include "memory/memory.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#define ROM_RANGES_MAX 16
+
+struct rom_range {
+    gpa_t start, end;
+};
+
+struct physmap {
+    int fd;
+    uint8_t *base;
+    uint64_t ram_bytes, low_bytes, high_bytes;
+    struct rom_range rom[ROM_RANGES_MAX]; /* ascending, disjoint */
+    unsigned rom_count;
+    _Atomic uint64_t *dirty;
+};
+
+static uint64_t host_memory_bytes(void)
+{
+    long pages = sysconf(_SC_PHYS_PAGES);
+    long page_bytes = sysconf(_SC_PAGESIZE);
+
+    return pages > 0 && page_bytes > 0 ? (uint64_t)pages * (uint64_t)page_bytes : UINT64_MAX;
+}
+
+static int ram_map(struct physmap *map, struct error *err)
+{
+    unsigned long long mebibytes = map->ram_bytes >> 20;
+    int ret;
+
+    map->fd = memfd_create("doppel-ram", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    if (map->fd < 0) {
+        ret = -errno;
+        return error_set(err, ret, "cannot create the guest's memory (memfd_create): %s", strerror(-ret));
+    }
+    if (ftruncate(map->fd, (off_t)map->ram_bytes) < 0) {
+        ret = -errno;
+        return error_set(err, ret, "cannot size the guest's memory to %llu MiB: %s; check the file size limit (ulimit -f)",
+                         mebibytes, strerror(-ret));
+    }
+    if (fcntl(map->fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) < 0) {
+        ret = -errno;
+        return error_set(err, ret, "cannot seal the guest's memory: %s", strerror(-ret));
+    }
+    map->base = mmap(NULL, map->ram_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, map->fd, 0);
+    if (map->base == MAP_FAILED) {
+        ret = -errno;
+        map->base = NULL;
+        return error_set(err, ret, "cannot map %llu MiB for the guest's memory: %s; give the guest less memory or raise "
+                                   "the address space limit (ulimit -v)",
+                         mebibytes, strerror(-ret));
+    }
+    /* A core dump of the VMM is about the VMM. Kernels without the advice lose nothing. */
+    (void)madvise(map->base, map->ram_bytes, MADV_DONTDUMP);
+    return 0;
+}
+
+int physmap_create(struct physmap **out, uint64_t ram_bytes, struct error *err)
+{
+    uint64_t host_bytes = host_memory_bytes();
+    struct physmap *map;
+    int ret;
+
+    *out = NULL;
+    if (ram_bytes == 0 || (ram_bytes & PAGE_MASK_BITS))
+        return error_set(err, -EINVAL, "guest memory of %llu bytes: must be a multiple of 4096 above 0",
+                         (unsigned long long)ram_bytes);
+    if (ram_bytes > host_bytes)
+        return error_set(err, -ENOMEM, "guest memory of %llu MiB is more than this host has (%llu MiB); give the guest less",
+                         (unsigned long long)(ram_bytes >> 20), (unsigned long long)(host_bytes >> 20));
+    map = calloc(1, sizeof(*map));
+    if (!map)
+        return error_set(err, -ENOMEM, "no memory for the guest's memory map");
+    map->fd = -1;
+    map->ram_bytes = ram_bytes;
+    map->low_bytes = ram_bytes < PHYSMAP_LOW_LIMIT ? ram_bytes : PHYSMAP_LOW_LIMIT;
+    map->high_bytes = ram_bytes - map->low_bytes;
+    ret = ram_map(map, err);
+    if (ret < 0)
+        goto fail;
+    map->dirty = calloc((ram_bytes / PAGE_SIZE_BYTES + 63) / 64, sizeof(*map->dirty));
+    if (!map->dirty) {
+        ret = error_set(err, -ENOMEM, "no memory for the guest's dirty page map");
+        goto fail;
+    }
+    *out = map;
+    return 0;
+
+fail:
+    physmap_destroy(map);
+    return ret;
+}
+
+void physmap_destroy(struct physmap *map)
+{
+    if (!map)
+        return;
+    free(map->dirty);
+    if (map->base)
+        munmap(map->base, map->ram_bytes);
+    if (map->fd >= 0)
+        close(map->fd);
+    free(map);
+}
+
+uint64_t physmap_ram_bytes(const struct physmap *map)
+{
+    return map->ram_bytes;
+}
+
+uint64_t physmap_low_bytes(const struct physmap *map)
+{
+    return map->low_bytes;
+}
+
+uint64_t physmap_high_bytes(const struct physmap *map)
+{
+    return map->high_bytes;
+}
+
+/* Offset of [gpa, +length) in the memfd; false when it is not all in one range of RAM. Nothing here can wrap. */
+static inline bool ram_offset(const struct physmap *map, gpa_t gpa, uint64_t length_bytes, uint64_t *offset)
+{
+    if (gpa < map->low_bytes) {
+        *offset = gpa;
+        return length_bytes <= map->low_bytes - gpa;
+    }
+    if (gpa >= PHYSMAP_HIGH_BASE && gpa - PHYSMAP_HIGH_BASE < map->high_bytes) {
+        *offset = map->low_bytes + (gpa - PHYSMAP_HIGH_BASE);
+        return length_bytes <= map->high_bytes - (gpa - PHYSMAP_HIGH_BASE);
+    }
+    return false;
+}
+
+/* [gpa, +length) is inside RAM already. */
+static inline bool touches_rom(const struct physmap *map, gpa_t gpa, uint64_t length_bytes)
+{
+    for (unsigned i = 0; i < map->rom_count; i++) {
+        if (gpa < map->rom[i].end && map->rom[i].start < gpa + length_bytes)
+            return true;
+    }
+    return false;
+}
+
+void *physmap_get(struct physmap *map, gpa_t gpa, uint64_t length_bytes, enum physmap_intent intent)
+{
+    uint64_t offset;
+
+    if (!ram_offset(map, gpa, length_bytes, &offset))
+        return NULL;
+    if (intent == PHYSMAP_WRITE && touches_rom(map, gpa, length_bytes))
+        return NULL;
+    return map->base + offset;
+}
+
+void physmap_mark_dirty(struct physmap *map, gpa_t gpa, uint64_t length_bytes)
+{
+    uint64_t offset;
+
+    if (length_bytes == 0 || !ram_offset(map, gpa, length_bytes, &offset))
+        return;
+    for (uint64_t page = offset / PAGE_SIZE_BYTES; page <= (offset + length_bytes - 1) / PAGE_SIZE_BYTES; page++)
+        atomic_fetch_or_explicit(&map->dirty[page / 64], 1ull << (page % 64), memory_order_release);
+}
+
+bool physmap_take_dirty(struct physmap *map, gpa_t gpa)
+{
+    uint64_t offset, bit;
+
+    if (!ram_offset(map, gpa, 1, &offset))
+        return false;
+    bit = 1ull << (offset / PAGE_SIZE_BYTES % 64);
+    return atomic_fetch_and_explicit(&map->dirty[offset / PAGE_SIZE_BYTES / 64], ~bit, memory_order_acq_rel) & bit;
+}
+
+int physmap_read(struct physmap *map, gpa_t gpa, void *data, uint64_t length_bytes)
+{
+    uint64_t offset;
+
+    if (length_bytes == 0)
+        return 0;
+    if (!ram_offset(map, gpa, length_bytes, &offset))
+        return -EFAULT;
+    memcpy(data, map->base + offset, length_bytes);
+    return 0;
+}
+
+int physmap_write(struct physmap *map, gpa_t gpa, const void *data, uint64_t length_bytes)
+{
+    uint64_t offset;
+
+    if (length_bytes == 0)
+        return 0;
+    if (!ram_offset(map, gpa, length_bytes, &offset))
+        return -EFAULT;
+    memcpy(map->base + offset, data, length_bytes);
+    physmap_mark_dirty(map, gpa, length_bytes);
+    return 0;
+}
+
+int physmap_set_rom(struct physmap *map, gpa_t gpa, uint64_t length_bytes)
+{
+    uint64_t offset;
+    unsigned first = 0, last;
+
+    if (length_bytes == 0 || (gpa & PAGE_MASK_BITS) || (length_bytes & PAGE_MASK_BITS))
+        return -EINVAL;
+    if (!ram_offset(map, gpa, length_bytes, &offset))
+        return -EFAULT;
+
+    /* Ranges first..last-1 touch the new one and melt into it. */
+    struct rom_range merged = {gpa, gpa + length_bytes};
+    while (first < map->rom_count && map->rom[first].end < merged.start)
+        first++;
+    for (last = first; last < map->rom_count && map->rom[last].start <= merged.end; last++) {
+        if (map->rom[last].start < merged.start)
+            merged.start = map->rom[last].start;
+        if (map->rom[last].end > merged.end)
+            merged.end = map->rom[last].end;
+    }
+    if (first == last && map->rom_count == ROM_RANGES_MAX)
+        return -ENOSPC;
+    memmove(&map->rom[first + 1], &map->rom[last], (map->rom_count - last) * sizeof(map->rom[0]));
+    map->rom_count = map->rom_count - (last - first) + 1;
+    map->rom[first] = merged;
+    return 0;
+}
+
+bool physmap_is_rom(const struct physmap *map, gpa_t gpa)
+{
+    uint64_t offset;
+
+    return ram_offset(map, gpa, 1, &offset) && touches_rom(map, gpa, 1);
+}
+
+void physmap_zero(struct physmap *map)
+{
+    /* Giving the pages back is both quicker and thriftier than writing zeroes. */
+    if (fallocate(map->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, (off_t)map->ram_bytes) < 0)
+        memset(map->base, 0, map->ram_bytes);
+}

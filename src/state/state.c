@@ -1,0 +1,363 @@
+/*
+ * Sections of saved state: the writer grows a buffer, the reader walks one. state.h describes the format.
+ *
+ * Invariants: `open[0..depth)` are the sections begun and not ended, outermost first; a reader never reads beyond the innermost one's
+ * body, and a body's CRC was checked before its first byte is handed out. After a failure `failed` holds the code for good: nothing is written or read any more.
+ * Begin and end calls stay paired also then, so depth is counted on.
+ * Threading: none.
+ */
+#include "state/state.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define SECTION_MAGIC 0x54535044u /* "DPST" */
+#define SECTION_DEPTH_MAX 16u
+#define NAME_BYTES_MAX 63u
+
+struct section {
+    const char *name;
+    size_t body; /* offset of the body's first byte */
+    size_t end;  /* reader: offset behind the body */
+};
+
+struct state_io {
+    bool loading;
+    int failed; /* 0 or -errno */
+    uint8_t *buffer;        /* writer */
+    const uint8_t *data;    /* reader: borrowed; writer: == buffer */
+    size_t size, capacity;  /* bytes in data; writer: bytes of buffer allocated */
+    size_t position;        /* reader */
+    struct section open[SECTION_DEPTH_MAX];
+    unsigned depth;
+    uint32_t crc_table[256];
+    char error[256];
+};
+
+static struct state_io *io_create(bool loading)
+{
+    struct state_io *io = calloc(1, sizeof(*io));
+
+    if (!io)
+        return NULL;
+    io->loading = loading;
+    for (uint32_t i = 0; i < 256; i++) {
+        uint32_t crc = i;
+
+        for (int bit = 0; bit < 8; bit++)
+            crc = crc & 1 ? crc >> 1 ^ 0xEDB88320u : crc >> 1;
+        io->crc_table[i] = crc;
+    }
+    return io;
+}
+
+static uint32_t crc32_of(const struct state_io *io, size_t start, size_t end)
+{
+    uint32_t crc = ~0u;
+
+    for (size_t i = start; i < end; i++)
+        crc = crc >> 8 ^ io->crc_table[(crc ^ io->data[i]) & 0xFF];
+    return ~crc;
+}
+
+struct state_io *state_writer_create(void)
+{
+    return io_create(false);
+}
+
+struct state_io *state_reader_create(const void *data, size_t size_bytes)
+{
+    struct state_io *io = io_create(true);
+
+    if (io) {
+        io->data = data;
+        io->size = size_bytes;
+    }
+    return io;
+}
+
+void state_io_destroy(struct state_io *io)
+{
+    if (!io)
+        return;
+    free(io->buffer);
+    free(io);
+}
+
+const void *state_writer_data(const struct state_io *io, size_t *size_bytes)
+{
+    assert(!io->loading);
+    *size_bytes = io->failed ? 0 : io->size;
+    return io->failed ? NULL : io->buffer;
+}
+
+bool state_loading(const struct state_io *io)
+{
+    return io->loading;
+}
+
+bool state_failed(const struct state_io *io)
+{
+    return io->failed != 0;
+}
+
+const char *state_error(const struct state_io *io)
+{
+    return io->error;
+}
+
+static void fail_with(struct state_io *io, int code, const char *reason)
+{
+    size_t used = 0;
+
+    if (io->failed)
+        return;
+    io->failed = code;
+    for (unsigned i = 0; i < io->depth && i < SECTION_DEPTH_MAX && used < sizeof(io->error); i++)
+        used += (size_t)snprintf(io->error + used, sizeof(io->error) - used, "%s%s", i ? "/" : "", io->open[i].name);
+    if (used < sizeof(io->error))
+        snprintf(io->error + used, sizeof(io->error) - used, "%s%s", used ? ": " : "", reason);
+}
+
+void state_fail(struct state_io *io, const char *reason)
+{
+    fail_with(io, -EINVAL, reason);
+}
+
+static void put(struct state_io *io, const void *data, size_t size_bytes)
+{
+    if (io->failed)
+        return;
+    if (size_bytes > io->capacity - io->size) {
+        size_t capacity = io->capacity ? io->capacity : 4096;
+        uint8_t *grown;
+
+        while (capacity - io->size < size_bytes) {
+            if (capacity > SIZE_MAX / 2) {
+                fail_with(io, -ENOMEM, "too large to save");
+                return;
+            }
+            capacity *= 2;
+        }
+        grown = realloc(io->buffer, capacity);
+        if (!grown) {
+            fail_with(io, -ENOMEM, "no memory to save");
+            return;
+        }
+        io->buffer = grown;
+        io->data = grown;
+        io->capacity = capacity;
+    }
+    if (size_bytes)
+        memcpy(io->buffer + io->size, data, size_bytes);
+    io->size += size_bytes;
+}
+
+/* Zeroes instead when the section has too few bytes left. */
+static void get(struct state_io *io, void *data, size_t size_bytes)
+{
+    size_t end = io->depth ? io->open[io->depth - 1].end : io->size;
+
+    if (!io->failed && size_bytes > end - io->position)
+        state_fail(io, "ends too early");
+    if (size_bytes == 0)
+        return;
+    if (io->failed) {
+        memset(data, 0, size_bytes);
+        return;
+    }
+    memcpy(data, io->data + io->position, size_bytes);
+    io->position += size_bytes;
+}
+
+static void number(struct state_io *io, uint64_t *value, unsigned size_bytes)
+{
+    uint8_t bytes[8];
+
+    if (!io->loading) {
+        for (unsigned i = 0; i < size_bytes; i++)
+            bytes[i] = (uint8_t)(*value >> 8 * i);
+        put(io, bytes, size_bytes);
+        return;
+    }
+    get(io, bytes, size_bytes);
+    *value = 0;
+    for (unsigned i = 0; i < size_bytes; i++)
+        *value |= (uint64_t)bytes[i] << 8 * i;
+}
+
+static void put_number(struct state_io *io, uint64_t value, unsigned size_bytes)
+{
+    number(io, &value, size_bytes);
+}
+
+static uint64_t get_number(struct state_io *io, unsigned size_bytes)
+{
+    uint64_t value;
+
+    number(io, &value, size_bytes);
+    return value;
+}
+
+static void begin_save(struct state_io *io, struct section *section, unsigned version)
+{
+    size_t name_bytes = strlen(section->name);
+
+    assert(name_bytes > 0 && name_bytes <= NAME_BYTES_MAX);
+    put_number(io, SECTION_MAGIC, 4);
+    put_number(io, name_bytes, 1);
+    put(io, section->name, name_bytes);
+    put_number(io, version, 4);
+    put_number(io, 0, 8); /* the body's length, filled in by end_save */
+    section->body = io->size;
+}
+
+/* Reads a header. `section` is not open yet: its bytes belong to the enclosing section, which bounds them. */
+static unsigned begin_load(struct state_io *io, struct section *section, unsigned version)
+{
+    size_t limit = io->depth ? io->open[io->depth - 1].end : io->size;
+    size_t name_bytes = strlen(section->name);
+    char name[256] = "", reason[160];
+    uint64_t magic = get_number(io, 4);
+    uint64_t found_bytes = get_number(io, 1);
+
+    get(io, name, found_bytes);
+    unsigned found = (unsigned)get_number(io, 4);
+    uint64_t body_bytes = get_number(io, 8);
+    if (io->failed)
+        return version;
+    if (magic != SECTION_MAGIC || found_bytes != name_bytes || memcmp(name, section->name, name_bytes)) {
+        snprintf(reason, sizeof(reason), "section \"%s\" expected here", section->name);
+        state_fail(io, reason);
+    } else if (found == 0 || found > version) {
+        snprintf(reason, sizeof(reason), "section \"%s\" has version %u; this program reads up to %u", section->name, found, version);
+        state_fail(io, reason);
+    } else if (limit - io->position < 4 || body_bytes > limit - io->position - 4) {
+        snprintf(reason, sizeof(reason), "section \"%s\" is cut short", section->name);
+        state_fail(io, reason);
+    }
+    if (io->failed)
+        return version;
+    section->body = io->position;
+    section->end = io->position + body_bytes;
+    io->position = section->end;
+    uint32_t crc = (uint32_t)get_number(io, 4);
+    if (crc != crc32_of(io, section->body, section->end)) {
+        snprintf(reason, sizeof(reason), "section \"%s\" is damaged (checksum)", section->name);
+        state_fail(io, reason);
+    }
+    io->position = section->body;
+    return found;
+}
+
+unsigned state_begin(struct state_io *io, const char *name, unsigned version)
+{
+    struct section section = {.name = name};
+
+    assert(version > 0 && io->depth < SECTION_DEPTH_MAX);
+    if (!io->failed) {
+        if (io->loading)
+            version = begin_load(io, &section, version);
+        else
+            begin_save(io, &section, version);
+    }
+    io->open[io->depth++] = section;
+    return version;
+}
+
+static void end_save(struct state_io *io, const struct section *section)
+{
+    uint64_t body_bytes = io->size - section->body;
+
+    for (unsigned i = 0; i < 8; i++)
+        io->buffer[section->body - 8 + i] = (uint8_t)(body_bytes >> 8 * i);
+    put_number(io, crc32_of(io, section->body, io->size), 4);
+}
+
+int state_end(struct state_io *io)
+{
+    struct section *section;
+
+    assert(io->depth > 0);
+    section = &io->open[io->depth - 1];
+    if (!io->failed && io->loading && io->position != section->end)
+        state_fail(io, "has bytes left over");
+    if (!io->failed && !io->loading)
+        end_save(io, section);
+    if (!io->failed && io->loading)
+        io->position = section->end + 4;
+    io->depth--;
+    return io->failed;
+}
+
+void state_bool(struct state_io *io, bool *value)
+{
+    uint64_t number_value = *value;
+
+    number(io, &number_value, 1);
+    if (number_value > 1)
+        state_fail(io, "a flag is neither 0 nor 1");
+    if (io->loading)
+        *value = number_value == 1;
+}
+
+void state_u8(struct state_io *io, uint8_t *value)
+{
+    uint64_t number_value = *value;
+
+    number(io, &number_value, 1);
+    *value = (uint8_t)number_value;
+}
+
+void state_u16(struct state_io *io, uint16_t *value)
+{
+    uint64_t number_value = *value;
+
+    number(io, &number_value, 2);
+    *value = (uint16_t)number_value;
+}
+
+void state_u32(struct state_io *io, uint32_t *value)
+{
+    uint64_t number_value = *value;
+
+    number(io, &number_value, 4);
+    *value = (uint32_t)number_value;
+}
+
+void state_u64(struct state_io *io, uint64_t *value)
+{
+    number(io, value, 8);
+}
+
+void state_i64(struct state_io *io, int64_t *value)
+{
+    uint64_t number_value = (uint64_t)*value;
+
+    number(io, &number_value, 8);
+    *value = (int64_t)number_value;
+}
+
+void state_bytes(struct state_io *io, void *data, size_t size_bytes)
+{
+    if (io->loading)
+        get(io, data, size_bytes);
+    else
+        put(io, data, size_bytes);
+}
+
+void state_buffer(struct state_io *io, void *data, uint32_t *size_bytes, uint32_t capacity_bytes)
+{
+    assert(io->loading || *size_bytes <= capacity_bytes);
+    state_u32(io, size_bytes);
+    if (io->loading && *size_bytes > capacity_bytes)
+        state_fail(io, "a buffer is larger than it can be");
+    if (io->loading && io->failed)
+        *size_bytes = 0;
+    state_bytes(io, data, *size_bytes);
+    if (io->loading && io->failed)
+        *size_bytes = 0;
+}
