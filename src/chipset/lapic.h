@@ -10,6 +10,7 @@
 
 #include <stdbool.h>
 #include <stdint.h>
+#include <stdio.h>
 
 #include "chipset/irq.h"
 #include "state/state.h"
@@ -66,5 +67,6 @@ void lapic_inject_nmi(struct lapic_set *set, unsigned cpu);
 struct msi_target lapic_msi_target(struct lapic_set *set);
 
 int lapic_state(struct lapic_set *set, struct state_io *io) __attribute__((warn_unused_result));
+void lapic_dump(struct lapic_set *set, FILE *out);
 
 #endif
