@@ -436,6 +436,9 @@ void far_call(struct icpu *c, uint16_t selector, uint64_t offset, unsigned op_si
 void far_return(struct icpu *c, unsigned op_size, unsigned release_bytes);
 void interrupt_return(struct icpu *c, unsigned op_size);
 
+/* IN, OUT, INS, OUTS: raises #GP(0) unless IOPL or the TSS's I/O permission bitmap allows the ports. (op_io.c) */
+void io_check(struct icpu *c, uint16_t port, unsigned size);
+
 /* Near transfer: checks canonical form or the CS limit, raises #GP(0) (rip unchanged) otherwise. op_size masks. */
 static inline void branch_to(struct icpu *c, uint64_t target, unsigned op_size);
 _Noreturn void branch_fault(struct icpu *c);
