@@ -1,0 +1,126 @@
+/*
+ * The funnel for nondeterminism: passes the host's clocks and random bytes on.
+ *
+ * The TSC's frequency is a constant of the host, found once and cached; two threads that race find the same or nearly the same value, and the
+ * first one stored is the one that everybody gets. Threading: any thread.
+ */
+#include "state/inputs.h"
+
+#include <cpuid.h>
+#include <errno.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <sys/random.h>
+#include <time.h>
+#include <x86intrin.h>
+
+#define NS_PER_SECOND 1000000000ull
+#define TSC_MEASURE_NS 20000000ull
+#define TSC_KHZ_LOWEST 100000ull    /* 100 MHz: below and above these limits a leaf is taken for nonsense */
+#define TSC_KHZ_HIGHEST 20000000ull /* 20 GHz */
+
+static uint64_t clock_ns(clockid_t clock)
+{
+    struct timespec ts;
+    clock_gettime(clock, &ts);
+    return (uint64_t)ts.tv_sec * NS_PER_SECOND + (uint64_t)ts.tv_nsec;
+}
+
+uint64_t inputs_now_ns(void)
+{
+    return clock_ns(CLOCK_MONOTONIC);
+}
+
+uint64_t inputs_wall_ns(void)
+{
+    return clock_ns(CLOCK_REALTIME);
+}
+
+uint64_t inputs_tsc(void)
+{
+    return __rdtsc();
+}
+
+/* CPUID leaf 15H, SDM vol. 2, CPUID: crystal frequency (ECX) times EBX / EAX. 0 when not given. */
+static uint64_t tsc_khz_leaf_15(void)
+{
+    unsigned eax, ebx, ecx, edx;
+    if (!__get_cpuid(0x15, &eax, &ebx, &ecx, &edx) || !eax || !ebx || !ecx)
+        return 0;
+    return (uint64_t)ecx * ebx / eax / 1000;
+}
+
+/* The hypervisors' timing leaf 40000010H: EAX is the TSC's frequency in kHz. 0 when not given. */
+static uint64_t tsc_khz_hypervisor(void)
+{
+    unsigned eax, ebx, ecx, edx;
+    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !(ecx & (1u << 31)))
+        return 0;
+    __cpuid(0x40000000, eax, ebx, ecx, edx);
+    if (eax < 0x40000010 || eax > 0x400000ff)
+        return 0;
+    __cpuid(0x40000010, eax, ebx, ecx, edx);
+    return eax;
+}
+
+/* A reading of both clocks that no interruption came between: the tightest of a few. */
+static void clock_pair(uint64_t *tsc, uint64_t *ns)
+{
+    uint64_t best = UINT64_MAX;
+    for (int i = 0; i < 8; i++) {
+        uint64_t before = __rdtsc();
+        uint64_t now = clock_ns(CLOCK_MONOTONIC);
+        uint64_t after = __rdtsc();
+        if (after - before < best) {
+            best = after - before;
+            *tsc = before + best / 2;
+            *ns = now;
+        }
+    }
+}
+
+static uint64_t tsc_khz_measured(void)
+{
+    uint64_t tsc_start, ns_start, tsc_end, ns_end;
+    clock_pair(&tsc_start, &ns_start);
+    struct timespec pause = {.tv_nsec = TSC_MEASURE_NS};
+    while (nanosleep(&pause, &pause) < 0 && errno == EINTR)
+        ;
+    clock_pair(&tsc_end, &ns_end);
+    return (uint64_t)((unsigned __int128)(tsc_end - tsc_start) * 1000000u / (ns_end - ns_start));
+}
+
+static bool tsc_khz_plausible(uint64_t khz)
+{
+    return khz >= TSC_KHZ_LOWEST && khz <= TSC_KHZ_HIGHEST;
+}
+
+uint64_t inputs_tsc_khz(void)
+{
+    static _Atomic uint64_t cached;
+    uint64_t khz = atomic_load(&cached);
+    if (khz)
+        return khz;
+    khz = tsc_khz_leaf_15();
+    if (!tsc_khz_plausible(khz))
+        khz = tsc_khz_hypervisor();
+    if (!tsc_khz_plausible(khz))
+        khz = tsc_khz_measured();
+    uint64_t expected = 0;
+    return atomic_compare_exchange_strong(&cached, &expected, khz) ? khz : expected;
+}
+
+int inputs_random(void *data, size_t size_bytes)
+{
+    uint8_t *next = data;
+    while (size_bytes > 0) {
+        ssize_t got = getrandom(next, size_bytes, 0);
+        if (got < 0 && errno == EINTR)
+            continue;
+        if (got < 0)
+            return -errno;
+        next += got;
+        size_bytes -= (size_t)got;
+    }
+    return 0;
+}
