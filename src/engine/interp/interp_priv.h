@@ -101,6 +101,10 @@ struct block {
     uint8_t code_bits; /* 16, 32, 64 */
     uint8_t count;     /* instructions */
     uint16_t length_bytes;
+    bool crossing;       /* one instruction whose bytes go on in the next page */
+    int16_t tail_offset; /* the last eight bytes compared start here, from `host`; see block_tail_set */
+    uint64_t tail_mask, tail_value;
+    struct block *chain; /* next in the hash bucket */
     uint8_t bytes[BLOCK_BYTES_MAX + 8]; /* what was decoded; zero padded to a multiple of 8 */
     struct insn insn[];
 };
@@ -155,7 +159,11 @@ struct icpu {
     uint64_t tlb_generation;  /* 0..4095, or'ed into tags; follows CR3/PCID */
     enum tlb_view view;
     unsigned cpl;
-    bool slow; /* single instructions only: TF, armed breakpoints, interrupt shadow */
+    bool slow; /* single instructions only: TF, RF, armed breakpoints, interrupt shadow */
+    bool careful; /* alignment checks or data breakpoints: `tlb` is a view without tags, so that every access takes the slow path; mem_host gives NULL */
+    uint32_t debug_hits; /* DR6.B0-3 of data breakpoints that the current instruction touched; #DB follows it */
+    uint64_t paging_key; /* the control bits that TLB entries were made under */
+    unsigned max_phys_bits;
 
     const struct insn *current; /* the instruction being executed; NULL between instructions */
     struct block *block;
@@ -179,7 +187,7 @@ struct icpu {
     struct native_arena *native;
 
     struct block_cache *blocks;
-    struct tlb_entry *views[VIEW_COUNT]; /* TLB_ENTRIES each */
+    struct tlb_entry *views[VIEW_COUNT + 1]; /* TLB_ENTRIES each; the last never has a tag */
     struct tlb_asid *asids;              /* tlb.c: PCID -> generation */
 
     _Atomic uint32_t shootdown; /* another thread asks for a full TLB and block flush (engine invalidate) */
@@ -284,7 +292,12 @@ void *mem_host(struct icpu *c, enum tlb_view view, gva_t gva, unsigned size, boo
 uint64_t mmio_read(struct icpu *c, gpa_t gpa, unsigned size);
 void mmio_write(struct icpu *c, gpa_t gpa, unsigned size, uint64_t value);
 
+/* Host address of the code byte at linear address gva, filling the TLB for execution and raising faults; NULL when it is MMIO. */
+const uint8_t *mem_fetch_host(struct icpu *c, gva_t gva);
+
 /* TLB maintenance. */
+int tlb_create(struct icpu *c);
+void tlb_destroy(struct icpu *c);
 void tlb_flush_all(struct icpu *c);                    /* everything, global pages too */
 void tlb_flush_page(struct icpu *c, gva_t gva);        /* INVLPG: all address spaces */
 void tlb_flush_non_global(struct icpu *c);             /* of the current PCID */
