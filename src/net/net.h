@@ -2,8 +2,8 @@
  * Network back ends: where a NIC's frames go. Back ends stack behind this one interface.
  *
  * Frames carry the virtio-net header (struct virtio_net_hdr_v1, 12 bytes, little endian) in front, so that checksum and segmentation offloads pass through to back ends that
- * understand them (tap with IFF_VNET_HDR); others finish the checksum and cut the segments in software (net_offload.h).
- * Threading: every function and callback on the loop's thread or with the device lock held.
+ * understand them (tap with IFF_VNET_HDR); others finish the checksum and cut the segments in software (offload.h).
+ * Threading: net_transmit, net_resume and every callback on the loop's thread; the rest also elsewhere with the device lock held.
  */
 #ifndef DOPPEL_NET_NET_H
 #define DOPPEL_NET_NET_H
@@ -25,6 +25,8 @@ struct net_client {
     bool (*receive)(void *ctx, const struct iovec *iov, unsigned iov_count);
     /* The link went up or down. Optional. */
     void (*link)(void *ctx, bool up);
+    /* After net_transmit returned false: the back end takes frames again. Optional. */
+    void (*writable)(void *ctx);
     void *ctx;
 };
 
@@ -34,7 +36,7 @@ int net_open(struct net **net, const char *spec, struct loop *loop, const struct
 int net_check(const char *spec, struct error *err) __attribute__((warn_unused_result));
 void net_close(struct net *net);
 
-/* A frame from the guest, virtio header first; copied or consumed before returning. Returns false when the back end is full: try again after `writable`... never for user networking. */
+/* A frame from the guest, virtio header first; copied or consumed before returning. Returns false when the back end is full: try again after `writable`. */
 bool net_transmit(struct net *net, const struct iovec *iov, unsigned iov_count);
 /* The guest has receive buffers again. */
 void net_resume(struct net *net);
@@ -43,5 +45,18 @@ struct net_offloads {
     bool checksum, tso4, tso6, ecn, ufo;
 };
 void net_set_offloads(struct net *net, const struct net_offloads *offloads);
+
+/* What is known about an open back end, for the NIC in front of it and for statistics. */
+struct net_info {
+    const char *kind;             /* "user", "tap", "none" */
+    bool link_up;                 /* when it was opened; changes come through client->link */
+    bool has_mac;                 /* the spec's mac= option */
+    uint8_t mac[6];
+    uint16_t mtu;                 /* the spec's mtu= option; 0: none given */
+    struct net_offloads receive;  /* what it can make use of in net_set_offloads */
+    uint64_t dropped_from_guest;  /* frames that were malformed or that the host refused */
+    uint64_t dropped_to_guest;    /* frames lost because the guest had no buffers for too long */
+};
+void net_get_info(const struct net *net, struct net_info *info);
 
 #endif

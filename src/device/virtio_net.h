@@ -1,0 +1,21 @@
+/*
+ * virtio-net: configuration of the network device (Virtual I/O Device specification 1.2, section 5.1).
+ */
+#ifndef DOPPEL_DEVICE_VIRTIO_NET_H
+#define DOPPEL_DEVICE_VIRTIO_NET_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+/* All strings are borrowed for the time of create. */
+struct virtio_net_config {
+    const char *net;     /* the back end's spec, see net_open: "user,forward=tcp:2222:22" */
+    const char *machine; /* the machine's name or identity, for the default MAC address; may be NULL */
+    unsigned index;      /* of this NIC in its machine: 0, 1, ... */
+    int slot;            /* PCI slot, -1: the next free one */
+};
+
+/* The address used when the spec has no mac=: 52:54:00 and 24 bits of a hash, the same for the same machine and index. */
+void virtio_net_default_mac(uint8_t mac[6], const char *machine, unsigned index);
+
+#endif
