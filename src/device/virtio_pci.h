@@ -5,7 +5,8 @@
  * vCPU's thread only marks the queue and wakes the loop. Everything runs with the device lock held.
  *
  * Life of a device: driver resets (status 0) -> acknowledges features (features_set) -> sets up queues -> DRIVER_OK (ready) ->
- * queue_notify ... -> reset. After virtio_pci_reset chains still in flight are detached (virtqueue.h), so asynchronous work may end later.
+ * queue_notify ... -> reset. Chains in flight at a reset are detached (virtqueue.h): the device pushes them when their work has ended, and
+ * the driver sees the reset as complete only then.
  */
 #ifndef DOPPEL_DEVICE_VIRTIO_PCI_H
 #define DOPPEL_DEVICE_VIRTIO_PCI_H
@@ -43,6 +44,7 @@ struct virtio_queue_registers {
     struct virtqueue *ring;
     uint16_t size, vector;
     bool enabled;
+    bool draining; /* was reset by the driver and has chains in flight */
     _Atomic bool notified;
     uint64_t descriptors, available, used;
 };
@@ -56,9 +58,9 @@ struct virtio_pci {
     uint32_t device_feature_select, driver_feature_select;
     uint64_t driver_features;
     uint16_t config_vector, queue_select;
-    uint8_t status, generation;
-    bool config_dirty; /* changed since the driver last read the generation */
-    uint8_t isr;
+    uint8_t status, generation, isr;
+    uint8_t draining_status; /* what status reads as while a reset waits for chains in flight, see virtio_pci.c */
+    unsigned pci_window;     /* offset of the PCI configuration access capability */
     unsigned queue_count, queue_size_max;
     struct virtio_queue_registers *queue;
     struct loop_event *wake;

@@ -31,10 +31,10 @@ struct virtqueue_chain {
     /* Of the queue. */
     struct virtqueue *queue;
     uint16_t head;
-    bool detached; /* its queue was reset meanwhile: pushing it only frees it */
-    struct virtqueue_chain *next;
-    gpa_t *out_gpa; /* guest address of each writable vector */
-    void *user;     /* free for the device */
+    uint32_t epoch;               /* differs from the queue's after a reset: the chain is detached, pushing it only frees it */
+    gpa_t *out_gpa;               /* guest address of each writable vector */
+    struct virtqueue_chain *next; /* both free for the device */
+    void *user;
 };
 
 struct virtqueue_config {
@@ -81,6 +81,8 @@ bool virtqueue_pending(struct virtqueue *queue);
  *         virtqueue_set_notification(queue, false);
  *         while ((chain = virtqueue_pop(queue))) ...
  *     } while (virtqueue_set_notification(queue, true));
+ * A device that leaves chains in the ring (too few buffers for a frame) gets true for those as well: it tries once more and then sleeps; any
+ * chain added after the enabling call notifies.
  */
 bool virtqueue_set_notification(struct virtqueue *queue, bool enabled);
 /* The device found the chain itself unusable (too short for its header ...). */

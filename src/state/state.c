@@ -196,7 +196,7 @@ static void put_number(struct state_io *io, uint64_t value, unsigned size_bytes)
 
 static uint64_t get_number(struct state_io *io, unsigned size_bytes)
 {
-    uint64_t value;
+    uint64_t value = 0;
 
     number(io, &value, size_bytes);
     return value;
