@@ -1,0 +1,13 @@
+/*
+ * virtio-rng: configuration of the entropy device (virtio 1.2, section 5.4).
+ */
+#ifndef DOPPEL_DEVICE_VIRTIO_RNG_H
+#define DOPPEL_DEVICE_VIRTIO_RNG_H
+
+#include "device/device.h"
+
+struct virtio_rng_config {
+    int slot; /* PCI slot, -1: the next free one */
+};
+
+#endif
