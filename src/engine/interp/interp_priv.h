@@ -177,9 +177,12 @@ struct icpu {
 
     /* Bounce for read-modify-write that cannot be done in place, see mem_rmw. */
     _Alignas(64) uint8_t bounce[256];
-    gva_t bounce_gva;
-    unsigned bounce_size;
-    bool bounce_locked;
+    struct bounce_part {
+        void *host; /* NULL: MMIO at gpa, or ROM, whose writes are dropped */
+        gpa_t gpa;
+        unsigned length;
+    } bounce_part[2];
+    bool bounce_locked; /* the engine's lock for split locked accesses is held; the run loop frees it on a fault */
 
     /* native.c */
     bool simd_live;           /* guest x87/SSE/AVX state is in the host's registers, not in v.cpu.xsave */
