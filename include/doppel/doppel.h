@@ -13,7 +13,7 @@
  *     }
  *
  * Every function that can fail returns 0 or -errno and fills `error`, DOPPEL_ERROR_BYTES long (may be NULL), with one line for people.
- * Threading: a VM's functions may be called from any thread; not from a signal handler.
+ * `config` must outlive the VM made from it. Threading: a VM's functions may be called from any thread; not from a signal handler.
  */
 #ifndef DOPPEL_DOPPEL_H
 #define DOPPEL_DOPPEL_H
@@ -37,6 +37,9 @@ void doppel_config_destroy(struct doppel_config *config);
 int doppel_config_set(struct doppel_config *config, const char *key, const char *value, char *error);
 /* A JSON object whose members are the same keys; arrays for repeatable keys. Unknown keys are errors. */
 int doppel_config_load(struct doppel_config *config, const char *path, char *error);
+
+/* The value of kernel, initrd, append, trace, pid-file or stats; NULL when not set. Owned by config. */
+const char *doppel_config_get(const struct doppel_config *config, const char *key);
 
 /* Descriptors for console "stdio"; default 0 and 1. Not closed. */
 void doppel_config_set_stdio(struct doppel_config *config, int input_fd, int output_fd);

@@ -1,0 +1,228 @@
+/* What doppel says about itself: usage, help, version, completion scripts and the manual page, all from the tables of options and subcommands. */
+#include <stdio.h>
+#include <string.h>
+
+#include "cli/cli.h"
+#include "doppel/doppel.h"
+#include "machine/config.h"
+
+static const struct {
+    int status;
+    const char *meaning;
+} statuses[] = {
+    {STATUS_SHUTDOWN, "the guest powered off"},
+    {STATUS_ERROR, "trouble on the host while the guest ran"},
+    {STATUS_USAGE, "bad option, file or configuration; nothing was started"},
+    {STATUS_RESET, "the guest reset, with --on-reset exit"},
+    {STATUS_CRASH, "the guest died: triple fault, or a panic with --on-panic exit"},
+    {STATUS_STOPPED, "stopped from outside: Ctrl-A x, SIGHUP or a second SIGTERM"},
+};
+#define STATUS_COUNT (sizeof statuses / sizeof *statuses)
+
+static const struct {
+    const char *key, *meaning;
+} keys[] = {
+    {"Ctrl-A x", "quit at once"},
+    {"Ctrl-A p", "press the power button"},
+    {"Ctrl-A r", "reset"},
+    {"Ctrl-A s", "show the machine's state"},
+    {"Ctrl-A h", "help"},
+    {"Ctrl-A Ctrl-A", "send Ctrl-A to the guest"},
+};
+#define KEY_COUNT (sizeof keys / sizeof *keys)
+
+static const struct {
+    const char *signal, *meaning;
+} signals[] = {
+    {"SIGTERM, SIGINT", "press the power button; a second one ends the machine"},
+    {"SIGHUP", "end the machine"},
+    {"SIGUSR1", "print the machine's state to stderr"},
+};
+#define SIGNAL_COUNT (sizeof signals / sizeof *signals)
+
+static const char example[] = "doppel run --kernel vmlinuz --initrd initrd.img --memory 1G --cpus 2 \\\n"
+                              "    --disk disk.img --net user,forward=tcp:2222:22 --append \"console=ttyS0 root=/dev/vda\"";
+
+void print_usage(FILE *out)
+{
+    fprintf(out, "usage: doppel COMMAND [OPTIONS]\n\ncommands:\n");
+    for (const struct subcommand *command = subcommands; command->name; command++)
+        fprintf(out, "  %-12s %s\n", command->name, command->help);
+    fprintf(out, "\nStart a guest:\n  %s\n\n\"doppel run --help\" lists all options.\n", example);
+}
+
+void print_run_help(FILE *out)
+{
+    fprintf(out, "usage: doppel run --kernel FILE [OPTIONS]\n\nRuns a virtual machine in the foreground.\n\noptions:\n");
+    for (const struct option_info *option = option_table; option->key; option++) {
+        fprintf(out, "  --%s%s%s%s\n", option->key, option->argument ? " " : "", option->argument ? option->argument : "",
+                option->flags & OPT_MANY ? "   (repeatable)" : "");
+        fprintf(out, "        %s\n", option->help);
+    }
+    fprintf(out, "\nkeys while a terminal is attached:\n");
+    for (size_t i = 0; i < KEY_COUNT; i++)
+        fprintf(out, "  %-14s %s\n", keys[i].key, keys[i].meaning);
+    fprintf(out, "\nsignals:\n");
+    for (size_t i = 0; i < SIGNAL_COUNT; i++)
+        fprintf(out, "  %-16s %s\n", signals[i].signal, signals[i].meaning);
+    fprintf(out, "\nexit status:\n");
+    for (size_t i = 0; i < STATUS_COUNT; i++)
+        fprintf(out, "  %d  %s\n", statuses[i].status, statuses[i].meaning);
+    fprintf(out, "\nexample:\n  %s\n", example);
+}
+
+int help_main(int argc, char **argv)
+{
+    if (argc < 2) {
+        print_usage(stdout);
+        return 0;
+    }
+    if (strcmp(argv[1], "run") == 0) {
+        print_run_help(stdout);
+        return 0;
+    }
+    for (const struct subcommand *command = subcommands; command->name; command++) {
+        if (strcmp(command->name, argv[1]) == 0) {
+            printf("usage: doppel %s %s\n\n%s\n", command->name, command->argument, command->help);
+            return 0;
+        }
+    }
+    fprintf(stderr, "doppel: unknown command \"%s\"; doppel help lists them\n", argv[1]);
+    return STATUS_USAGE;
+}
+
+int version_main(int argc, char **argv)
+{
+    printf("doppel %s\n", doppel_version());
+    return 0;
+}
+
+/* ---- completion ---- */
+
+static void complete_bash(void)
+{
+    printf("_doppel()\n{\n    local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]}\n    if [ \"$COMP_CWORD\" -eq 1 ]; then\n"
+           "        COMPREPLY=($(compgen -W '");
+    for (const struct subcommand *command = subcommands; command->name; command++)
+        printf("%s ", command->name);
+    printf("' -- \"$cur\"))\n        return\n    fi\n    case $prev in\n");
+    for (const struct option_info *option = option_table; option->key; option++)
+        if (option->argument && strchr(option->argument, '|') && !strchr(option->argument, '[')) {
+            printf("    --%s) COMPREPLY=($(compgen -W '", option->key);
+            for (const char *c = option->argument; *c; c++)
+                putchar(*c == '|' ? ' ' : *c);
+            printf("' -- \"$cur\")); return ;;\n");
+        } else if (option->argument && strncmp(option->argument, "FILE", 4) == 0) {
+            printf("    --%s) COMPREPLY=($(compgen -f -- \"$cur\")); return ;;\n", option->key);
+        }
+    printf("    esac\n    COMPREPLY=($(compgen -W '");
+    for (const struct option_info *option = option_table; option->key; option++)
+        printf("--%s ", option->key);
+    printf("--help' -- \"$cur\"))\n}\ncomplete -o filenames -F _doppel doppel\n");
+}
+
+/* Single quotes end and reopen around an escaped one, as shells want it. */
+static void print_quoted(const char *text, const char *also_escape)
+{
+    for (; *text; text++) {
+        if (*text == '\'')
+            printf("'\\''");
+        else if (strchr(also_escape, *text))
+            printf("\\%c", *text);
+        else
+            putchar(*text);
+    }
+}
+
+static void complete_zsh(void)
+{
+    printf("#compdef doppel\nif (( CURRENT == 2 )); then\n    _values command");
+    for (const struct subcommand *command = subcommands; command->name; command++) {
+        printf(" '%s[", command->name);
+        print_quoted(command->help, "[]");
+        printf("]'");
+    }
+    printf("\nelse\n    _arguments");
+    for (const struct option_info *option = option_table; option->key; option++) {
+        printf(" \\\n        '%s--%s[", option->flags & OPT_MANY ? "*" : "", option->key);
+        print_quoted(option->help, "[]:");
+        printf("]%s'", !option->argument ? "" : strncmp(option->argument, "FILE", 4) == 0 ? ":file:_files" : ":value:");
+    }
+    printf("\nfi\n");
+}
+
+static void complete_fish(void)
+{
+    for (const struct subcommand *command = subcommands; command->name; command++) {
+        printf("complete -c doppel -n __fish_use_subcommand -f -a %s -d '", command->name);
+        print_quoted(command->help, "");
+        printf("'\n");
+    }
+    for (const struct option_info *option = option_table; option->key; option++) {
+        printf("complete -c doppel -n '__fish_seen_subcommand_from run' -l %s %s -d '", option->key, option->argument ? "-r" : "");
+        print_quoted(option->help, "");
+        printf("'\n");
+    }
+}
+
+int completion_main(int argc, char **argv)
+{
+    static const struct {
+        const char *shell;
+        void (*print)(void);
+    } shells[] = {{"bash", complete_bash}, {"zsh", complete_zsh}, {"fish", complete_fish}};
+    for (size_t i = 0; argc > 1 && i < sizeof shells / sizeof *shells; i++) {
+        if (strcmp(shells[i].shell, argv[1]) == 0) {
+            shells[i].print();
+            return 0;
+        }
+    }
+    fprintf(stderr, "doppel: say which shell: doppel completion bash, zsh or fish\n");
+    return STATUS_USAGE;
+}
+
+/* ---- manual page ---- */
+
+static void print_roff(const char *text)
+{
+    for (; *text; text++) {
+        if (*text == '-')
+            printf("\\-");
+        else if (*text == '\\')
+            printf("\\e");
+        else
+            putchar(*text);
+    }
+}
+
+int manual_main(int argc, char **argv)
+{
+    printf(".TH DOPPEL 1 \"\" \"doppel %s\" \"User Commands\"\n.SH NAME\ndoppel \\- virtual machines with and without hardware virtualization\n"
+           ".SH SYNOPSIS\n.B doppel run\n.B \\-\\-kernel\n.I FILE\n[\\fIOPTIONS\\fR]\n.SH DESCRIPTION\n"
+           "Doppel runs unmodified x86\\-64 operating systems in one ordinary process. "
+           ".B doppel run\nstarts a machine in the foreground and stays until the guest ends.\n.SH OPTIONS\n",
+           doppel_version());
+    for (const struct option_info *option = option_table; option->key; option++) {
+        printf(".TP\n.B \\-\\-");
+        print_roff(option->key);
+        printf("%s", option->argument ? " \\fI" : "");
+        print_roff(option->argument ? option->argument : "");
+        printf("%s\n", option->argument ? "\\fR" : "");
+        print_roff(option->help);
+        printf("%s.\n", option->flags & OPT_MANY ? " (repeatable)" : "");
+    }
+    printf(".SH CONFIGURATION FILE\nA JSON object whose keys are the options without the dashes; repeatable ones take arrays:\n.PP\n.nf\n"
+           "{\"kernel\": \"vmlinuz\", \"memory\": \"1G\", \"cpus\": 2, \"disk\": [\"root.img\", \"data.img,readonly\"]}\n.fi\n.SH KEYS\n");
+    for (size_t i = 0; i < KEY_COUNT; i++)
+        printf(".TP\n.B %s\n%s\n", keys[i].key, keys[i].meaning);
+    printf(".SH SIGNALS\n");
+    for (size_t i = 0; i < SIGNAL_COUNT; i++)
+        printf(".TP\n.B %s\n%s\n", signals[i].signal, signals[i].meaning);
+    printf(".SH EXIT STATUS\n");
+    for (size_t i = 0; i < STATUS_COUNT; i++)
+        printf(".TP\n.B %d\n%s\n", statuses[i].status, statuses[i].meaning);
+    printf(".SH EXAMPLES\n.nf\n");
+    print_roff(example);
+    printf("\n.fi\n");
+    return 0;
+}

@@ -1,0 +1,409 @@
+/*
+ * Options and configuration files. Each key of options.def has a setter in one table; everything else (help, completion, JSON) is generic.
+ */
+#include "machine/config.h"
+
+#include <ctype.h>
+#include <errno.h>
+#include <jansson.h>
+#include <stddef.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "engine/engine.h"
+#include "net/net.h"
+
+const struct option_info option_table[] = {
+#define OPTION(key, argument, flags, help) {key, argument, help, flags},
+#include "machine/options.def"
+#undef OPTION
+    {NULL, NULL, NULL, 0},
+};
+
+const struct option_info *option_find(const char *key)
+{
+    for (const struct option_info *option = option_table; option->key; option++)
+        if (strcmp(option->key, key) == 0)
+            return option;
+    return NULL;
+}
+
+void machine_config_init(struct machine_config *config)
+{
+    memset(config, 0, sizeof *config);
+    config->memory_bytes = 512ull << 20;
+    config->cpus = 1;
+    config->input_fd = STDIN_FILENO;
+    config->output_fd = STDOUT_FILENO;
+}
+
+void machine_config_clear(struct machine_config *config)
+{
+    char *strings[] = {config->kernel, config->initrd, config->append, config->engine, config->console,
+                       config->virtio_console, config->debug_console, config->trace, config->pid_file};
+    for (size_t i = 0; i < sizeof strings / sizeof *strings; i++)
+        free(strings[i]);
+    for (unsigned i = 0; i < config->disk_count; i++) {
+        free(config->disk[i].path);
+        free(config->disk[i].format);
+        free(config->disk[i].serial);
+    }
+    for (unsigned i = 0; i < config->net_count; i++)
+        free(config->net[i]);
+    machine_config_init(config);
+}
+
+int parse_size(const char *text, uint64_t *bytes)
+{
+    char *end;
+    if (!isdigit((unsigned char)text[0]))
+        return -EINVAL;
+    errno = 0;
+    unsigned long long number = strtoull(text, &end, 10);
+    if (errno)
+        return -ERANGE;
+    unsigned shift = 20;
+    static const char units[] = "KMGT";
+    if (*end) {
+        const char *unit = strchr(units, toupper((unsigned char)*end));
+        if (!unit)
+            return -EINVAL;
+        shift = 10 * (unsigned)(unit - units + 1);
+        end++;
+        if (*end == 'i')
+            end++;
+        if (*end == 'B' || *end == 'b')
+            end++;
+        if (*end)
+            return -EINVAL;
+    }
+    if (number > UINT64_MAX >> shift)
+        return -ERANGE;
+    *bytes = (uint64_t)number << shift;
+    return 0;
+}
+
+static int replace(char **field, const char *value, struct error *err)
+{
+    char *copy = strdup(value);
+    if (!copy)
+        return error_set(err, -ENOMEM, "out of memory");
+    free(*field);
+    *field = copy;
+    return 0;
+}
+
+/* One word of a list such as "restart|exit": its index goes to *choice. */
+static int choose(const char *key, const char *value, const char *const *words, unsigned *choice, struct error *err)
+{
+    char list[160] = "";
+    for (unsigned i = 0; words[i]; i++) {
+        if (strcmp(words[i], value) == 0) {
+            *choice = i;
+            return 0;
+        }
+        strncat(list, i ? ", " : "", sizeof list - strlen(list) - 1);
+        strncat(list, words[i], sizeof list - strlen(list) - 1);
+    }
+    return error_set(err, -EINVAL, "--%s: \"%s\" is not one of %s", key, value, list);
+}
+
+typedef int setter_fn(struct machine_config *config, const char *key, const char *value, struct error *err);
+
+static int set_memory(struct machine_config *config, const char *key, const char *value, struct error *err)
+{
+    uint64_t bytes;
+    if (parse_size(value, &bytes))
+        return error_set(err, -EINVAL, "--memory: \"%s\" is not a size; write for example 512M or 2G", value);
+    if (bytes < CONFIG_MEMORY_MIN_BYTES)
+        return error_set(err, -EINVAL, "--memory: %s is too small; the least is 1M, and a Linux guest wants 64M or more", value);
+    if (bytes % 4096)
+        return error_set(err, -EINVAL, "--memory: %s is not a multiple of 4K", value);
+    config->memory_bytes = bytes;
+    return 0;
+}
+
+static int set_cpus(struct machine_config *config, const char *key, const char *value, struct error *err)
+{
+    char *end;
+    long count = strtol(value, &end, 10);
+    if (end == value || *end || count < 1 || count > CONFIG_CPUS_MAX)
+        return error_set(err, -EINVAL, "--cpus: \"%s\" is not a number from 1 to %d", value, CONFIG_CPUS_MAX);
+    config->cpus = (unsigned)count;
+    return 0;
+}
+
+/* FILE[,readonly][,format=F][,serial=S]; a comma in the path is written twice, as in QEMU. */
+static int set_disk(struct machine_config *config, const char *key, const char *value, struct error *err)
+{
+    if (config->disk_count == CONFIG_DISKS_MAX)
+        return error_set(err, -E2BIG, "--disk: more than %d disks", CONFIG_DISKS_MAX);
+    struct disk_config disk = {0};
+    char *text = strdup(value), *out = text, *in = text;
+    int r = 0;
+    if (!text)
+        return error_set(err, -ENOMEM, "out of memory");
+    while (*in && !(in[0] == ',' && in[1] != ',')) {
+        if (in[0] == ',')
+            in++;
+        *out++ = *in++;
+    }
+    char *rest = *in ? in + 1 : NULL;
+    *out = '\0';
+    if (!*text)
+        r = error_set(err, -EINVAL, "--disk: no file name in \"%s\"", value);
+    else
+        r = replace(&disk.path, text, err);
+    for (char *word; r == 0 && (word = strsep(&rest, ","));) {
+        if (strcmp(word, "readonly") == 0 || strcmp(word, "readonly=on") == 0)
+            disk.readonly = true;
+        else if (strcmp(word, "readonly=off") == 0)
+            disk.readonly = false;
+        else if (strncmp(word, "format=", 7) == 0)
+            r = replace(&disk.format, word + 7, err);
+        else if (strncmp(word, "serial=", 7) == 0)
+            r = strlen(word + 7) > 20
+                    ? error_set(err, -EINVAL, "--disk: serial \"%s\" is longer than 20 characters", word + 7)
+                    : replace(&disk.serial, word + 7, err);
+        else
+            r = error_set(err, -EINVAL, "--disk: unknown property \"%s\"; known are readonly, format=, serial= (a comma in a file name is written twice)",
+                          word);
+    }
+    if (r == 0 && disk.format && strcmp(disk.format, "raw") != 0)
+        r = error_set(err, -EINVAL, "--disk: format \"%s\" is not supported; convert the image: qemu-img convert -O raw %s disk.raw",
+                      disk.format, disk.path);
+    if (r == 0) {
+        config->disk[config->disk_count++] = disk;
+    } else {
+        free(disk.path);
+        free(disk.format);
+        free(disk.serial);
+    }
+    free(text);
+    return r;
+}
+
+static int set_net(struct machine_config *config, const char *key, const char *value, struct error *err)
+{
+    if (config->net_count == CONFIG_NETS_MAX)
+        return error_set(err, -E2BIG, "--net: more than %d network cards", CONFIG_NETS_MAX);
+    int r = net_check(value, err);
+    if (r)
+        return r;
+    r = replace(&config->net[config->net_count], value, err);
+    if (r == 0)
+        config->net_count++;
+    return r;
+}
+
+static int set_engine(struct machine_config *config, const char *key, const char *value, struct error *err)
+{
+    static const char *const words[] = {"auto", "bt", "kvm", "interp", NULL};
+    unsigned choice;
+    int r = choose(key, value, words, &choice, err);
+    return r ? r : replace(&config->engine, value, err);
+}
+
+static int set_any_console(char **field, const char *key, const char *value, struct error *err)
+{
+    bool known = strcmp(value, "stdio") == 0 || strcmp(value, "none") == 0 || strcmp(value, "pty") == 0 ||
+                 (strncmp(value, "file:", 5) == 0 && value[5]) || (strncmp(value, "unix:", 5) == 0 && value[5]);
+    if (!known)
+        return error_set(err, -EINVAL, "--%s: \"%s\" is not one of stdio, none, pty, file:PATH, unix:PATH", key, value);
+    return replace(field, value, err);
+}
+
+static int set_console(struct machine_config *config, const char *key, const char *value, struct error *err)
+{
+    return set_any_console(&config->console, key, value, err);
+}
+
+static int set_virtio_console(struct machine_config *config, const char *key, const char *value, struct error *err)
+{
+    return set_any_console(&config->virtio_console, key, value, err);
+}
+
+static int set_debug_console(struct machine_config *config, const char *key, const char *value, struct error *err)
+{
+    return set_any_console(&config->debug_console, key, value, err);
+}
+
+static int set_boot(struct machine_config *config, const char *key, const char *value, struct error *err)
+{
+    static const char *const words[] = {"fast", "kernel", NULL};
+    unsigned choice = 0;
+    int r = choose(key, value, words, &choice, err);
+    config->boot_in_guest = choice == 1;
+    return r;
+}
+
+static int set_on_reset(struct machine_config *config, const char *key, const char *value, struct error *err)
+{
+    static const char *const words[] = {"restart", "exit", NULL};
+    unsigned choice = 0;
+    int r = choose(key, value, words, &choice, err);
+    if (r == 0)
+        config->on_reset = (enum on_reset)choice;
+    return r;
+}
+
+static int set_on_panic(struct machine_config *config, const char *key, const char *value, struct error *err)
+{
+    static const char *const words[] = {"exit", "restart", "ignore", NULL};
+    unsigned choice = 0;
+    int r = choose(key, value, words, &choice, err);
+    if (r == 0)
+        config->on_panic = (enum on_panic)choice;
+    return r;
+}
+
+static int set_stats(struct machine_config *config, const char *key, const char *value, struct error *err)
+{
+    static const char *const words[] = {"false", "true", NULL};
+    unsigned choice = 1;
+    int r = value ? choose(key, value, words, &choice, err) : 0;
+    config->stats = choice == 1;
+    return r;
+}
+
+static int set_config(struct machine_config *config, const char *key, const char *value, struct error *err)
+{
+    return machine_config_load(config, value, err);
+}
+
+static const struct {
+    const char *key;
+    setter_fn *set;
+} setters[] = {
+    {"memory", set_memory},
+    {"cpus", set_cpus},
+    {"disk", set_disk},
+    {"net", set_net},
+    {"engine", set_engine},
+    {"console", set_console},
+    {"virtio-console", set_virtio_console},
+    {"debug-console", set_debug_console},
+    {"boot", set_boot},
+    {"on-reset", set_on_reset},
+    {"on-panic", set_on_panic},
+    {"stats", set_stats},
+    {"config", set_config},
+};
+
+/* Options that are kept as they are. */
+static const struct {
+    const char *key;
+    size_t offset;
+} texts[] = {
+    {"kernel", offsetof(struct machine_config, kernel)},   {"initrd", offsetof(struct machine_config, initrd)},
+    {"append", offsetof(struct machine_config, append)},   {"trace", offsetof(struct machine_config, trace)},
+    {"pid-file", offsetof(struct machine_config, pid_file)},
+};
+
+static char **text_field(const struct machine_config *config, const char *key)
+{
+    for (size_t i = 0; i < sizeof texts / sizeof *texts; i++)
+        if (strcmp(texts[i].key, key) == 0)
+            return (char **)((char *)config + texts[i].offset);
+    return NULL;
+}
+
+const char *machine_config_text(const struct machine_config *config, const char *key)
+{
+    if (strcmp(key, "stats") == 0)
+        return config->stats ? "true" : "false";
+    char **field = text_field(config, key);
+    return field ? *field : NULL;
+}
+
+int machine_config_set(struct machine_config *config, const char *key, const char *value, struct error *err)
+{
+    const struct option_info *option = option_find(key);
+    if (!option)
+        return error_set(err, -EINVAL, "unknown option \"%s\"; see doppel run --help", key);
+    if (!value && !(option->flags & OPT_FLAG))
+        return error_set(err, -EINVAL, "--%s needs a value: --%s %s", key, key, option->argument);
+    char **field = text_field(config, key);
+    if (field)
+        return replace(field, value, err);
+    for (size_t i = 0; i < sizeof setters / sizeof *setters; i++)
+        if (strcmp(setters[i].key, key) == 0)
+            return setters[i].set(config, key, value, err);
+    return error_set(err, -EINVAL, "option \"%s\" has no setter", key);
+}
+
+/* One JSON value: a string, number or boolean as on the command line; an array of them for a repeatable key. */
+static int set_json(struct machine_config *config, const char *key, const json_t *value, bool in_array, struct error *err)
+{
+    char number[32];
+    const struct option_info *option = option_find(key);
+    if (!option || strcmp(key, "config") == 0)
+        return error_set(err, -EINVAL, "unknown key \"%s\"; the keys are the options of doppel run", key);
+    if (json_is_string(value))
+        return machine_config_set(config, key, json_string_value(value), err);
+    if (json_is_integer(value)) {
+        snprintf(number, sizeof number, "%" JSON_INTEGER_FORMAT, json_integer_value(value));
+        return machine_config_set(config, key, number, err);
+    }
+    if (json_is_boolean(value) && (option->flags & OPT_FLAG))
+        return machine_config_set(config, key, json_is_true(value) ? "true" : "false", err);
+    if (json_is_array(value) && !in_array && (option->flags & OPT_MANY)) {
+        size_t index;
+        json_t *element;
+        json_array_foreach(value, index, element)
+        {
+            int r = set_json(config, key, element, true, err);
+            if (r)
+                return r;
+        }
+        return 0;
+    }
+    return error_set(err, -EINVAL, "key \"%s\" has a value of the wrong type%s", key,
+                     option->flags & OPT_MANY ? "; give a string or an array of strings" : "; give a string or a number");
+}
+
+int machine_config_load(struct machine_config *config, const char *path, struct error *err)
+{
+    json_error_t why;
+    json_t *root = json_load_file(path, JSON_REJECT_DUPLICATES, &why);
+    int r = 0;
+    if (!root) {
+        if (why.line < 0)
+            return error_set(err, -EINVAL, "--config: cannot read %s: %s", path, why.text);
+        return error_set(err, -EINVAL, "--config: %s:%d:%d: %s", path, why.line, why.column, why.text);
+    }
+    if (!json_is_object(root)) {
+        r = error_set(err, -EINVAL, "--config: %s is not a JSON object such as {\"kernel\": \"vmlinuz\", \"memory\": \"512M\"}", path);
+    } else {
+        const char *key;
+        json_t *value;
+        json_object_foreach(root, key, value)
+        {
+            r = set_json(config, key, value, false, err);
+            if (r) {
+                error_prefix(err, "--config: %s", path);
+                break;
+            }
+        }
+    }
+    json_decref(root);
+    return r;
+}
+
+int machine_config_check(const struct machine_config *config, struct error *err)
+{
+    if (!config->kernel)
+        return error_set(err, -EINVAL, "no kernel: give one with --kernel FILE (./demo shows a complete example)");
+    uint64_t host = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
+    if (config->memory_bytes > host)
+        return error_set(err, -EINVAL, "--memory: %llu MiB is more than this host has (%llu MiB)",
+                         (unsigned long long)(config->memory_bytes >> 20), (unsigned long long)(host >> 20));
+    const char *consoles[] = {config->console ? config->console : "stdio", config->virtio_console, config->debug_console};
+    unsigned on_stdio = 0;
+    for (unsigned i = 0; i < 3; i++)
+        on_stdio += consoles[i] && strcmp(consoles[i], "stdio") == 0;
+    if (on_stdio > 1)
+        return error_set(err, -EINVAL, "only one of --console, --virtio-console and --debug-console can be stdio; put \"none\" for another");
+    return 0;
+}

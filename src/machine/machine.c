@@ -1,0 +1,538 @@
+/*
+ * Puts a machine together and takes it apart (machine.h). Every part with guest-visible state is in machine->part, in order of creation:
+ * reset, state and destruction are loops over that list. Before the vCPUs start nothing needs the device lock; afterwards
+ * the parts are touched with it only.
+ */
+#include "machine/machine_priv.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "chipset/acpi.h"
+#include "state/inputs.h"
+#include "util/log.h"
+
+void machine_add_part(struct machine *machine, const struct machine_part *part)
+{
+    if (machine->part_count == MACHINE_PARTS_MAX)
+        abort(); /* a machine is made of fewer by construction: CONFIG_*_MAX */
+    machine->part[machine->part_count++] = *part;
+}
+
+/* The list holds void pointers: one set of adapters per kind of part. */
+#define PART_ADAPTERS(kind)                                                                        \
+    static void part_##kind##_reset(void *object)                                                  \
+    {                                                                                              \
+        kind##_reset(object);                                                                      \
+    }                                                                                              \
+    static int part_##kind##_state(void *object, struct state_io *io)                              \
+    {                                                                                              \
+        return kind##_state(object, io);                                                           \
+    }                                                                                              \
+    static void part_##kind##_destroy(void *object)                                                \
+    {                                                                                              \
+        kind##_destroy(object);                                                                    \
+    }
+PART_ADAPTERS(pic)
+PART_ADAPTERS(ioapic)
+PART_ADAPTERS(pit)
+PART_ADAPTERS(rtc)
+PART_ADAPTERS(pm)
+PART_ADAPTERS(i8042)
+PART_ADAPTERS(uart)
+PART_ADAPTERS(pci_host)
+
+static void part_pvpanic_destroy(void *object)
+{
+    pvpanic_destroy(object);
+}
+
+static void part_debugcon_destroy(void *object)
+{
+    debugcon_destroy(object);
+}
+
+#define ADD_PART(machine, kind, label, pointer)                                                    \
+    machine_add_part(machine, &(struct machine_part){.name = label, .object = pointer, .reset = part_##kind##_reset,     \
+                                                     .state = part_##kind##_state, .destroy = part_##kind##_destroy})
+
+/* ---- wiring ---- */
+
+/* An ISA interrupt arrives at the 8259 pair and at the IOAPIC, where IRQ 0 is on pin 2. */
+static void isa_set(void *ctx, unsigned irq, bool level)
+{
+    struct machine *machine = ctx;
+    pic_set_irq(machine->pic, irq, level);
+    ioapic_set_pin(machine->ioapic, irq == CHIPSET_IRQ_PIT ? 2 : irq, level);
+}
+
+static struct irq_line isa_line(struct machine *machine, unsigned irq)
+{
+    return (struct irq_line){.set = isa_set, .ctx = machine, .pin = irq};
+}
+
+static void extint_set(void *ctx, unsigned pin, bool level)
+{
+    struct machine *machine = ctx;
+    lapic_set_extint(machine->lapics, level);
+}
+
+static void power_off(void *ctx)
+{
+    machine_stop(ctx, MACHINE_SHUTDOWN);
+}
+
+static void reset_asked(void *ctx)
+{
+    machine_reset(ctx);
+}
+
+static void panicked(void *ctx, bool crash_loaded)
+{
+    struct machine *machine = ctx;
+    if (crash_loaded)
+        return;
+    log_info("the guest reports a kernel panic");
+    switch (machine->config->on_panic) {
+    case ON_PANIC_EXIT:
+        machine_stop(machine, MACHINE_CRASH);
+        break;
+    case ON_PANIC_RESTART:
+        machine_reset(machine);
+        break;
+    case ON_PANIC_IGNORE:
+        break;
+    }
+}
+
+/* ---- consoles ---- */
+
+static size_t serial_receive(void *ctx, const uint8_t *data, size_t size_bytes)
+{
+    struct machine *machine = ctx;
+    return uart_receive(machine->com1, data, size_bytes);
+}
+
+static void serial_write(void *ctx, const uint8_t *data, size_t size_bytes)
+{
+    struct machine *machine = ctx;
+    console_write(machine->serial_console, data, size_bytes);
+}
+
+static void serial_ready(void *ctx)
+{
+    struct machine *machine = ctx;
+    console_resume(machine->serial_console);
+}
+
+static void debug_write(void *ctx, const uint8_t *data, size_t size_bytes)
+{
+    struct machine *machine = ctx;
+    console_write(machine->debug_console, data, size_bytes);
+}
+
+static size_t ignore_input(void *ctx, const uint8_t *data, size_t size_bytes)
+{
+    return size_bytes;
+}
+
+static void dump_on_console(struct machine *machine)
+{
+    char *text = NULL;
+    size_t size = 0;
+    FILE *out = open_memstream(&text, &size);
+    if (!out)
+        return;
+    machine_dump_locked(machine, out);
+    fclose(out);
+    log_info("state\n%s", text);
+    free(text);
+}
+
+void machine_console_command(void *ctx, int character)
+{
+    struct machine *machine = ctx;
+    switch (character) {
+    case 'x':
+        machine_stop(machine, MACHINE_STOPPED);
+        break;
+    case 'p':
+        pm_power_button(machine->pm);
+        break;
+    case 'r':
+        machine_reset(machine);
+        break;
+    case 's':
+        dump_on_console(machine);
+        break;
+    case 'h':
+    case '?':
+        log_info("Ctrl-A x  quit at once\nCtrl-A p  press the power button\nCtrl-A r  reset\nCtrl-A s  show the machine's state\n"
+                 "Ctrl-A h  this help\nCtrl-A Ctrl-A  send Ctrl-A");
+        break;
+    default:
+        break;
+    }
+}
+
+static int create_consoles(struct machine *machine, struct error *err)
+{
+    const struct machine_config *config = machine->config;
+    struct console_ops serial = {.receive = serial_receive, .command = machine_console_command, .ctx = machine};
+    struct console_ops debug = {.receive = ignore_input, .command = machine_console_command, .ctx = machine};
+    int r = console_open(&machine->serial_console, config->console ? config->console : "stdio", "--console", machine->loop,
+                         config->input_fd, config->output_fd, &serial, err);
+    if (r == 0 && config->virtio_console)
+        r = machine_open_virtio_console(machine, err);
+    if (r == 0 && config->debug_console)
+        r = console_open(&machine->debug_console, config->debug_console, "--debug-console", machine->loop, config->input_fd,
+                         config->output_fd, &debug, err);
+    return r;
+}
+
+/* ---- the chipset ---- */
+
+static int create_interrupt_controllers(struct machine *machine)
+{
+    int r = lapic_set_create(&machine->lapics, machine->cpu_count, machine->loop, &machine_lapic_ops, machine);
+    if (r)
+        return r;
+    machine->msi = lapic_msi_target(machine->lapics);
+    struct ioapic_config ioapic = {.bus = machine->bus, .msi = machine->msi};
+    r = ioapic_create(&machine->ioapic, &ioapic);
+    if (r)
+        return r;
+    ADD_PART(machine, ioapic, "ioapic", machine->ioapic);
+    struct pic_config pic = {.bus = machine->bus, .intr = {.set = extint_set, .ctx = machine}};
+    r = pic_create(&machine->pic, &pic);
+    if (r)
+        return r;
+    ADD_PART(machine, pic, "pic", machine->pic);
+    return 0;
+}
+
+static int create_timers_and_power(struct machine *machine)
+{
+    struct pit_config pit = {.bus = machine->bus, .loop = machine->loop, .irq = isa_line(machine, CHIPSET_IRQ_PIT)};
+    int r = pit_create(&machine->pit, &pit);
+    if (r)
+        return r;
+    ADD_PART(machine, pit, "pit", machine->pit);
+    struct rtc_config rtc = {.bus = machine->bus,
+                             .loop = machine->loop,
+                             .irq = isa_line(machine, CHIPSET_IRQ_RTC),
+                             .ram_low_bytes = physmap_low_bytes(machine->memory),
+                             .ram_high_bytes = physmap_high_bytes(machine->memory)};
+    r = rtc_create(&machine->rtc, &rtc);
+    if (r)
+        return r;
+    ADD_PART(machine, rtc, "rtc", machine->rtc);
+    struct pm_config pm = {.bus = machine->bus,
+                           .loop = machine->loop,
+                           .sci = isa_line(machine, CHIPSET_SCI_IRQ),
+                           .power_off = power_off,
+                           .reset = reset_asked,
+                           .ctx = machine};
+    r = pm_create(&machine->pm, &pm);
+    if (r)
+        return r;
+    ADD_PART(machine, pm, "pm", machine->pm);
+    struct i8042_config i8042 = {.bus = machine->bus, .irq = isa_line(machine, CHIPSET_IRQ_KEYBOARD), .reset = reset_asked, .ctx = machine};
+    r = i8042_create(&machine->i8042, &i8042);
+    if (r)
+        return r;
+    ADD_PART(machine, i8042, "i8042", machine->i8042);
+    return 0;
+}
+
+static int create_ports(struct machine *machine)
+{
+    struct uart_config uart = {.bus = machine->bus,
+                               .loop = machine->loop,
+                               .port = UART_COM1_PORT,
+                               .irq = isa_line(machine, CHIPSET_IRQ_COM1),
+                               .sink = {serial_write, machine},
+                               .ready = serial_ready,
+                               .ready_ctx = machine};
+    int r = uart_create(&machine->com1, &uart);
+    if (r)
+        return r;
+    ADD_PART(machine, uart, "com1", machine->com1);
+    struct pvpanic_config pvpanic = {.bus = machine->bus, .panicked = panicked, .ctx = machine};
+    r = pvpanic_create(&machine->pvpanic, &pvpanic);
+    if (r)
+        return r;
+    machine_add_part(machine, &(struct machine_part){.name = "pvpanic", .object = machine->pvpanic, .destroy = part_pvpanic_destroy});
+    struct debugcon_config debugcon = {.bus = machine->bus, .sink = {debug_write, machine}};
+    r = debugcon_create(&machine->debugcon, &debugcon);
+    if (r)
+        return r;
+    machine_add_part(machine, &(struct machine_part){.name = "debugcon", .object = machine->debugcon, .destroy = part_debugcon_destroy});
+    return 0;
+}
+
+static void pci_intx_set(void *ctx, unsigned pin, bool level)
+{
+    struct machine *machine = ctx;
+    ioapic_set_pin(machine->ioapic, pin, level);
+}
+
+static int create_pci(struct machine *machine)
+{
+    struct pci_host_config pci = {
+        .bus = machine->bus,
+        .msi = &machine->msi,
+        .ecam_base = CHIPSET_ECAM_BASE,
+        .mem32_base = CHIPSET_PCI_MEM32_BASE,
+        .mem32_size_bytes = CHIPSET_PCI_MEM32_BYTES,
+        .mem64_base = CHIPSET_PCI_MEM64_BASE,
+        .mem64_size_bytes = CHIPSET_PCI_MEM64_BYTES,
+        .port_base = CHIPSET_PCI_PORT_BASE,
+        .port_size_bytes = CHIPSET_PCI_PORT_BYTES,
+    };
+    for (unsigned i = 0; i < 4; i++)
+        pci.intx[i] = (struct irq_line){.set = pci_intx_set, .ctx = machine, .pin = CHIPSET_GSI_PCI + i};
+    int r = pci_host_create(&machine->pci, &pci);
+    if (r == 0)
+        ADD_PART(machine, pci_host, "pci-host", machine->pci);
+    return r;
+}
+
+static int create_chipset(struct machine *machine, struct error *err)
+{
+    machine->bus = bus_create();
+    int r = machine->bus ? 0 : -ENOMEM;
+    if (r == 0)
+        r = create_interrupt_controllers(machine);
+    if (r == 0)
+        r = create_timers_and_power(machine);
+    if (r == 0)
+        r = create_ports(machine);
+    if (r == 0)
+        r = create_pci(machine);
+    return r ? error_set(err, r, "cannot make the chipset: %s", strerror(-r)) : 0;
+}
+
+/* ---- power-on ---- */
+
+int machine_power_on(struct machine *machine, struct error *err)
+{
+    const struct machine_config *config = machine->config;
+    for (unsigned i = 0; i < machine->part_count; i++)
+        if (machine->part[i].reset)
+            machine->part[i].reset(machine->part[i].object);
+    for (unsigned i = 0; i < machine->cpu_count; i++)
+        lapic_reset(machine->lapics, i, false);
+    pci_host_assign(machine->pci);
+
+    bool serial = !config->console || strcmp(config->console, "none") != 0;
+    struct acpi_config acpi = {.cpu_count = machine->cpu_count, .com1 = true, .pvpanic = true};
+    struct boot_config boot = {.kernel_path = config->kernel,
+                               .initrd_path = config->initrd,
+                               .command_line = config->append ? config->append : serial ? "console=ttyS0" : "",
+                               .unpack_in_guest = config->boot_in_guest};
+    int r = acpi_build(machine->memory, &acpi, &boot.rsdp, err);
+    if (r == 0)
+        r = boot_load(machine->memory, &boot, &machine->boot, err);
+    if (r)
+        return r;
+
+    uint64_t tsc_offset = -inputs_tsc(); /* the guest's counters start at zero, all with the same offset */
+    for (unsigned i = 0; i < machine->cpu_count; i++) {
+        struct vcpu *vcpu = machine->vcpu[i].vcpu;
+        machine->vcpu[i].pvclock = (struct pvclock){0};
+        cpu_reset(&vcpu->cpu, CPU_RESET_POWER_ON);
+        vcpu->cpu.tsc_offset = tsc_offset;
+        if (i == 0)
+            boot_cpu_setup(&vcpu->cpu, &machine->boot);
+        else
+            vcpu->cpu.activity = CPU_WAIT_FOR_SIPI;
+        machine->engine_ops->state_changed(vcpu);
+    }
+    return 0;
+}
+
+/* ---- creation ---- */
+
+static int create_engine(struct machine *machine, struct error *err)
+{
+    char reason[160];
+    const char *name = machine->config->engine ? machine->config->engine : "auto";
+    machine->engine_ops = engine_find(name, reason, err);
+    if (!machine->engine_ops)
+        return err->code ? err->code : -EINVAL;
+    if (strcmp(name, "auto") == 0)
+        log_info("engine %s: %s", machine->engine_ops->name, reason);
+    machine->tsc_khz = inputs_tsc_khz();
+    struct cpuid_config cpuid = {.cpu_count = machine->cpu_count, .tsc_khz = machine->tsc_khz, .apic_bus_hz = LAPIC_TIMER_HZ};
+    machine->cpuid = cpuid_table_build(&cpuid);
+    if (!machine->cpuid)
+        return error_set(err, -ENOMEM, "out of memory");
+    int r = machine->engine_ops->create(&machine->engine, machine->memory, err);
+    return r ? r : vcpu_threads_create(machine, err);
+}
+
+static int open_trace(struct machine *machine, struct error *err)
+{
+    const char *path = machine->config->trace;
+    if (!path)
+        return 0;
+    machine->trace = strcmp(path, "-") == 0 ? stderr : fopen(path, "we");
+    if (!machine->trace)
+        return error_set(err, -errno, "--trace: cannot write %s: %s", path, strerror(errno));
+    for (unsigned i = 0; i < machine->cpu_count; i++)
+        machine->vcpu[i].vcpu->trace = machine->trace;
+    return 0;
+}
+
+int machine_create(struct machine **out, const struct machine_config *config, struct error *err)
+{
+    struct error ignored = {0};
+    err = err ? err : &ignored;
+    int r = machine_config_check(config, err);
+    if (r)
+        return r;
+    struct machine *machine = calloc(1, sizeof *machine);
+    if (!machine)
+        return error_set(err, -ENOMEM, "out of memory");
+    machine->config = config;
+    machine->cpu_count = config->cpus;
+    pthread_mutex_init(&machine->device_lock, NULL);
+    pthread_mutex_init(&machine->run_lock, NULL);
+    pthread_cond_init(&machine->run_changed, NULL);
+    r = loop_create(&machine->loop, &machine->device_lock);
+    if (r)
+        error_set(err, r, "cannot make an event loop: %s", strerror(-r));
+    if (r == 0)
+        r = physmap_create(&machine->memory, config->memory_bytes, err);
+    if (r == 0)
+        r = create_chipset(machine, err);
+    if (r == 0)
+        r = machine_create_devices(machine, err);
+    if (r == 0)
+        r = create_engine(machine, err);
+    if (r == 0)
+        r = machine_power_on(machine, err);
+    if (r == 0)
+        r = open_trace(machine, err);
+    if (r == 0)
+        r = create_consoles(machine, err); /* last: the terminal goes raw only when all else is well */
+    if (r) {
+        machine_destroy(machine);
+        return r;
+    }
+    *out = machine;
+    return 0;
+}
+
+static void *loop_main(void *arg)
+{
+    struct machine *machine = arg;
+    int r = loop_run(machine->loop);
+    if (r) {
+        log_error("the event loop failed: %s", strerror(-r));
+        machine_stop(machine, MACHINE_ERROR);
+    }
+    return NULL;
+}
+
+static void first_input(void *ctx)
+{
+    struct machine *machine = ctx;
+    console_resume(machine->serial_console);
+    console_resume(machine->virtio_console_backend);
+}
+
+int machine_start(struct machine *machine, struct error *err)
+{
+    int r = pthread_create(&machine->loop_thread, NULL, loop_main, machine);
+    if (r)
+        return error_set(err, -r, "cannot start a thread: %s", strerror(r));
+    machine->loop_started = true;
+    loop_post(machine->loop, first_input, machine);
+    return vcpu_threads_start(machine, err);
+}
+
+bool machine_quiesce(struct machine *machine)
+{
+    bool quiet = true;
+    for (unsigned i = 0; i < machine->part_count; i++)
+        if (machine->part[i].quiesce && !machine->part[i].quiesce(machine->part[i].object))
+            quiet = false;
+    return quiet;
+}
+
+void machine_destroy(struct machine *machine)
+{
+    if (!machine)
+        return;
+    machine_stop(machine, MACHINE_STOPPED);
+    vcpu_threads_join(machine);
+    if (machine->loop_started) {
+        loop_stop(machine->loop);
+        pthread_join(machine->loop_thread, NULL);
+    }
+    if (machine->loop)
+        while (!machine_quiesce(machine) && loop_run_once(machine->loop, -1) >= 0)
+            continue;
+    while (machine->part_count) {
+        struct machine_part *part = &machine->part[--machine->part_count];
+        if (part->destroy)
+            part->destroy(part->object);
+    }
+    for (unsigned i = 0; i < CONFIG_DISKS_MAX; i++)
+        if (machine->block[i])
+            block_close(machine->block[i]);
+    console_close(machine->serial_console);
+    console_close(machine->virtio_console_backend);
+    console_close(machine->debug_console);
+    vcpu_threads_destroy(machine);
+    if (machine->engine)
+        machine->engine_ops->destroy(machine->engine);
+    cpuid_table_destroy(machine->cpuid);
+    if (machine->lapics)
+        lapic_set_destroy(machine->lapics);
+    if (machine->bus)
+        bus_destroy(machine->bus);
+    if (machine->memory)
+        physmap_destroy(machine->memory);
+    if (machine->loop)
+        loop_destroy(machine->loop);
+    if (machine->trace && machine->trace != stderr)
+        fclose(machine->trace);
+    pthread_cond_destroy(&machine->run_changed);
+    pthread_mutex_destroy(&machine->run_lock);
+    pthread_mutex_destroy(&machine->device_lock);
+    free(machine);
+}
+
+void machine_power_button(struct machine *machine)
+{
+    pthread_mutex_lock(&machine->device_lock);
+    pm_power_button(machine->pm);
+    pthread_mutex_unlock(&machine->device_lock);
+}
+
+/* ---- state ---- */
+
+int machine_state(struct machine *machine, struct state_io *io)
+{
+    pthread_mutex_lock(&machine->device_lock);
+    state_begin(io, "machine", 1);
+    int r = 0;
+    for (unsigned i = 0; i < machine->part_count && r == 0; i++)
+        if (machine->part[i].state)
+            r = machine->part[i].state(machine->part[i].object, io);
+    if (r == 0)
+        r = lapic_state(machine->lapics, io);
+    for (unsigned i = 0; i < machine->cpu_count && r == 0; i++) {
+        r = cpu_state_state(&machine->vcpu[i].vcpu->cpu, io);
+        pvclock_state(&machine->vcpu[i].pvclock, io);
+        if (state_loading(io))
+            machine->engine_ops->state_changed(machine->vcpu[i].vcpu);
+    }
+    int end = state_end(io);
+    pthread_mutex_unlock(&machine->device_lock);
+    return r ? r : end;
+}

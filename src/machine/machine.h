@@ -1,0 +1,48 @@
+/*
+ * A virtual machine: the chipset, devices, processors and engine of one configuration, put together and run.
+ *
+ * Threads: one loop thread (devices' back ends, timers), one thread per vCPU, and callers of this interface. The device lock
+ * guards the bus and everything on it; it is the loop's guard. Lock order: device lock, run lock, a vCPU thread's, a local APIC's, the loop's own.
+ *
+ * Stopping the world: every vCPU is asked to park; the last one to arrive does what was asked (reset) with nothing running.
+ */
+#ifndef DOPPEL_MACHINE_MACHINE_H
+#define DOPPEL_MACHINE_MACHINE_H
+
+#include <stdbool.h>
+#include <stdio.h>
+
+#include "machine/config.h"
+#include "state/state.h"
+#include "util/error.h"
+
+struct machine;
+
+enum machine_end {
+    MACHINE_RUNNING, /* has not ended */
+    MACHINE_SHUTDOWN,
+    MACHINE_RESET,
+    MACHINE_CRASH,
+    MACHINE_STOPPED,
+    MACHINE_ERROR,
+};
+
+/* `config` is borrowed for the machine's lifetime. Loads the kernel; nothing runs yet. */
+int machine_create(struct machine **machine, const struct machine_config *config, struct error *err) __attribute__((warn_unused_result));
+int machine_start(struct machine *machine, struct error *err) __attribute__((warn_unused_result));
+enum machine_end machine_wait(struct machine *machine);
+void machine_destroy(struct machine *machine);
+
+/* From any thread. */
+void machine_power_button(struct machine *machine);
+void machine_reset(struct machine *machine);
+void machine_stop(struct machine *machine, enum machine_end end);
+int machine_pause(struct machine *machine, struct error *err) __attribute__((warn_unused_result));
+int machine_resume(struct machine *machine, struct error *err) __attribute__((warn_unused_result));
+void machine_dump(struct machine *machine, FILE *out);
+void machine_stats(struct machine *machine, FILE *out);
+
+/* Every part's section, in a fixed order. The machine must be paused. RAM is not included. */
+int machine_state(struct machine *machine, struct state_io *io) __attribute__((warn_unused_result));
+
+#endif

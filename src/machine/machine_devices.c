@@ -1,0 +1,138 @@
+/*
+ * The optional devices of a machine, made from its configuration: disks, network cards, the virtio console, the entropy source. Slots are fixed by kind and
+ * order, so that the same configuration gives the same machine.
+ */
+#include <errno.h>
+#include <string.h>
+
+#include "device/virtio_blk.h"
+#include "device/virtio_console.h"
+#include "device/virtio_net.h"
+#include "device/virtio_rng.h"
+#include "machine/machine_priv.h"
+
+enum { SLOT_RNG = 1, SLOT_CONSOLE = 2, SLOT_NET = 3, SLOT_DISK = SLOT_NET + CONFIG_NETS_MAX };
+_Static_assert(SLOT_DISK + CONFIG_DISKS_MAX <= PCI_SLOTS, "one PCI slot a device");
+
+static void device_reset(void *object)
+{
+    struct machine_device *device = object;
+    device->class->reset(device->device);
+}
+
+static int device_state(void *object, struct state_io *io)
+{
+    struct machine_device *device = object;
+    return device->class->state(device->device, io);
+}
+
+static bool device_quiesce(void *object)
+{
+    struct machine_device *device = object;
+    return !device->class->quiesce || device->class->quiesce(device->device);
+}
+
+static void device_destroy(void *object)
+{
+    struct machine_device *device = object;
+    device->class->destroy(device->device);
+}
+
+static int add_device(struct machine *machine, const char *class_name, const void *config, struct device **out, struct error *err)
+{
+    struct device_host host = {.bus = machine->bus, .pci = machine->pci, .memory = machine->memory, .loop = machine->loop};
+    struct machine_device *slot = &machine->device[machine->device_count];
+    slot->class = device_class_find(class_name);
+    if (!slot->class)
+        return error_set(err, -ENODEV, "there is no device \"%s\"", class_name);
+    machine->device_host = host;
+    int r = slot->class->create(&slot->device, &machine->device_host, config, err);
+    if (r)
+        return r;
+    machine->device_count++;
+    if (out)
+        *out = slot->device;
+    machine_add_part(machine, &(struct machine_part){.name = class_name,
+                                                     .object = slot,
+                                                     .reset = device_reset,
+                                                     .state = device_state,
+                                                     .quiesce = device_quiesce,
+                                                     .destroy = device_destroy});
+    return 0;
+}
+
+static int create_disk(struct machine *machine, unsigned index, struct error *err)
+{
+    const struct disk_config *disk = &machine->config->disk[index];
+    struct block_config file = {.path = disk->path, .format = disk->format, .readonly = disk->readonly};
+    int r = block_open(&machine->block[index], &file, machine->loop, err);
+    if (r)
+        return r;
+    struct virtio_blk_config config = {
+        .block = machine->block[index], .serial = disk->serial, .queues = machine->cpu_count, .slot = SLOT_DISK + (int)index};
+    return add_device(machine, "virtio-blk", &config, NULL, err);
+}
+
+static int create_nets(struct machine *machine, struct error *err)
+{
+    const struct machine_config *config = machine->config;
+    unsigned count = config->net_count ? config->net_count : 1;
+    for (unsigned i = 0; i < count; i++) {
+        const char *spec = config->net_count ? config->net[i] : "user";
+        if (strcmp(spec, "none") == 0)
+            continue;
+        struct virtio_net_config net = {.net = spec, .machine = config->kernel, .index = i, .slot = SLOT_NET + (int)i};
+        int r = add_device(machine, "virtio-net", &net, NULL, err);
+        if (r)
+            return r;
+    }
+    return 0;
+}
+
+/* ---- virtio console ---- */
+
+static void virtio_console_output(void *ctx, const uint8_t *data, size_t size_bytes)
+{
+    struct machine *machine = ctx;
+    console_write(machine->virtio_console_backend, data, size_bytes);
+}
+
+static void virtio_console_ready(void *ctx)
+{
+    struct machine *machine = ctx;
+    console_resume(machine->virtio_console_backend);
+}
+
+static size_t virtio_console_input(void *ctx, const uint8_t *data, size_t size_bytes)
+{
+    struct machine *machine = ctx;
+    return virtio_console_receive(machine->virtio_console, data, size_bytes);
+}
+
+static int create_virtio_console(struct machine *machine, struct error *err)
+{
+    struct virtio_console_config config = {
+        .sink = {virtio_console_output, machine}, .ready = virtio_console_ready, .ready_ctx = machine, .slot = SLOT_CONSOLE};
+    return add_device(machine, "virtio-console", &config, &machine->virtio_console, err);
+}
+
+int machine_open_virtio_console(struct machine *machine, struct error *err)
+{
+    const struct machine_config *config = machine->config;
+    struct console_ops ops = {.receive = virtio_console_input, .command = machine_console_command, .ctx = machine};
+    return console_open(&machine->virtio_console_backend, config->virtio_console, "--virtio-console", machine->loop, config->input_fd,
+                        config->output_fd, &ops, err);
+}
+
+int machine_create_devices(struct machine *machine, struct error *err)
+{
+    struct virtio_rng_config rng = {.slot = SLOT_RNG};
+    int r = add_device(machine, "virtio-rng", &rng, NULL, err);
+    if (r == 0 && machine->config->virtio_console)
+        r = create_virtio_console(machine, err);
+    if (r == 0)
+        r = create_nets(machine, err);
+    for (unsigned i = 0; r == 0 && i < machine->config->disk_count; i++)
+        r = create_disk(machine, i, err);
+    return r;
+}

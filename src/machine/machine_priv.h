@@ -1,0 +1,150 @@
+/* The machine, inside: shared by machine.c (assembly), vcpu_thread.c (running), machine_report.c (dump and counters). */
+#ifndef DOPPEL_MACHINE_MACHINE_PRIV_H
+#define DOPPEL_MACHINE_MACHINE_PRIV_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdint.h>
+
+#include "arch/cpuid.h"
+#include "block/block.h"
+#include "chipset/boot.h"
+#include "chipset/bus.h"
+#include "chipset/chipset.h"
+#include "chipset/debugcon.h"
+#include "chipset/i8042.h"
+#include "chipset/ioapic.h"
+#include "chipset/lapic.h"
+#include "chipset/pci.h"
+#include "chipset/pic.h"
+#include "chipset/pit.h"
+#include "chipset/pm.h"
+#include "chipset/pvpanic.h"
+#include "chipset/rtc.h"
+#include "chipset/uart.h"
+#include "device/device.h"
+#include "engine/engine.h"
+#include "machine/console.h"
+#include "machine/machine.h"
+#include "machine/pvclock.h"
+#include "memory/memory.h"
+#include "util/loop.h"
+
+/* What a vCPU's thread is asked to do; bits in vcpu_thread.requests. */
+#define REQUEST_STOP 1u
+#define REQUEST_PARK 2u
+#define REQUEST_INIT 4u
+#define REQUEST_STARTUP 8u
+
+struct vcpu_thread {
+    struct machine *machine;
+    unsigned index;
+    struct vcpu *vcpu;
+    pthread_t thread;
+    bool started;
+    _Atomic uint32_t requests;
+    _Atomic uint8_t startup_vector;
+    pthread_mutex_t lock; /* guards `woken`; `wake` waits with it */
+    pthread_cond_t wake;
+    bool woken;
+    struct pvclock pvclock;
+    uint64_t exits[4]; /* by enum engine_exit */
+};
+
+/* A part with guest-visible state: what reset, saving and destruction walk over, in order of creation. */
+struct machine_part {
+    const char *name;
+    void *object;
+    void (*reset)(void *object);
+    int (*state)(void *object, struct state_io *io);
+    bool (*quiesce)(void *object);
+    void (*destroy)(void *object);
+};
+
+/* A device of the table in device/devices.def. */
+struct machine_device {
+    const struct device_class *class;
+    struct device *device;
+};
+
+#define MACHINE_DEVICES_MAX (CONFIG_DISKS_MAX + CONFIG_NETS_MAX + 2)
+#define MACHINE_PARTS_MAX (MACHINE_DEVICES_MAX + 16)
+
+struct machine {
+    const struct machine_config *config;
+    pthread_mutex_t device_lock;
+    struct loop *loop;
+    pthread_t loop_thread;
+    bool loop_started;
+
+    struct physmap *memory;
+    struct cpuid_table *cpuid;
+    struct bus *bus;
+    struct pci_host *pci;
+    struct lapic_set *lapics;
+    struct ioapic *ioapic;
+    struct pic *pic;
+    struct pit *pit;
+    struct rtc *rtc;
+    struct pm *pm;
+    struct i8042 *i8042;
+    struct uart *com1;
+    struct pvpanic *pvpanic;
+    struct debugcon *debugcon;
+    struct msi_target msi;
+    struct console *serial_console, *virtio_console_backend, *debug_console;
+    struct device *virtio_console;
+    struct block *block[CONFIG_DISKS_MAX];
+
+    struct device_host device_host;
+    struct machine_device device[MACHINE_DEVICES_MAX];
+    unsigned device_count;
+    struct machine_part part[MACHINE_PARTS_MAX];
+    unsigned part_count;
+
+    const struct engine_ops *engine_ops;
+    struct engine *engine;
+    struct vcpu_thread *vcpu;
+    unsigned cpu_count;
+    struct boot_entry boot;
+    FILE *trace;
+    uint64_t tsc_khz;
+
+    /* Running: guarded by run_lock, signalled through run_changed. */
+    pthread_mutex_t run_lock;
+    pthread_cond_t run_changed;
+    enum machine_end end;
+    bool paused, reset_wanted, resetting;
+    unsigned parked_count;
+};
+
+/* Parts register themselves in order of creation. */
+void machine_add_part(struct machine *machine, const struct machine_part *part);
+
+/* machine_devices.c: disks, network cards, consoles, random device. */
+int machine_create_devices(struct machine *machine, struct error *err);
+int machine_open_virtio_console(struct machine *machine, struct error *err);
+
+/* Puts every part in its state after power-on and loads the kernel again. Nothing runs. */
+int machine_power_on(struct machine *machine, struct error *err);
+
+/* machine_report.c: machine_dump with the device lock already held. */
+void machine_dump_locked(struct machine *machine, FILE *out);
+
+/* Ctrl-A commands of a terminal; ctx is the machine. Device lock held. */
+void machine_console_command(void *ctx, int character);
+
+/* True when no device has requests in flight; starts finishing them otherwise. Device lock held, or nothing running. */
+bool machine_quiesce(struct machine *machine);
+
+/* vcpu_thread.c */
+int vcpu_threads_create(struct machine *machine, struct error *err);
+int vcpu_threads_start(struct machine *machine, struct error *err);
+void vcpu_threads_join(struct machine *machine);
+void vcpu_threads_destroy(struct machine *machine);
+void vcpu_thread_request(struct vcpu_thread *cpu, uint32_t request);
+void vcpu_thread_wake(struct vcpu_thread *cpu);
+
+extern const struct lapic_ops machine_lapic_ops;
+
+#endif
