@@ -1,0 +1,115 @@
+/*
+ * What the files of integer instructions (op_*.c except op_system.c and op_xsave.c) share.
+ *
+ * Handlers are made by macros for each operation, operand size and operand form, and looked up in tables [form][size] when an instruction is decoded, so
+ * that a handler itself decides nothing. Arithmetic is done by the host's instruction of the same name; FLAGS_SAVE then stores its flags.
+ * Threading: handlers run on the vCPU's thread; select functions are pure apart from *i.
+ */
+#ifndef DOPPEL_ENGINE_INTERP_OP_PRIV_H
+#define DOPPEL_ENGINE_INTERP_OP_PRIV_H
+
+#include "engine/interp/interp_priv.h"
+
+/* Forms of instructions with two operands. FORM_NONE: other than general registers, memory and immediates. */
+enum operand_form {
+    FORM_RR, FORM_RI, FORM_RM, FORM_MR, FORM_MI, FORM_LOCK_MR, FORM_LOCK_MI, FORM_COUNT,
+    FORM_NONE = FORM_COUNT
+};
+/* Forms of instructions with one. */
+enum unary_form { UNARY_R, UNARY_M, UNARY_LOCK_M, UNARY_COUNT, UNARY_NONE = UNARY_COUNT };
+
+enum operand_form operand_form(const struct decode *d);
+enum unary_form unary_form(const struct decode *d);
+/* Byte offset of a general register of any size in cpu_state.gpr, -1 for other registers. */
+int operand_gpr_offset(ZydisRegister reg);
+/* Fills dst, src, op_size, src_size and imm from the visible operands, implicit accumulators included. */
+void operands_fill(const struct decode *d, struct insn *i);
+
+/* Index of an operand size in handler tables: 0..3 for 1, 2, 4, 8 bytes. */
+static inline unsigned size_index(unsigned size)
+{
+    return (unsigned)__builtin_ctz(size) & 3;
+}
+
+/* Calls X(bits, AT&T suffix, ...) for each operand size. */
+#define SIZES(X, ...) X(8, "b", __VA_ARGS__) X(16, "w", __VA_ARGS__) X(32, "l", __VA_ARGS__) X(64, "q", __VA_ARGS__)
+#define SIZES_WORD(X, ...) X(16, "w", __VA_ARGS__) X(32, "l", __VA_ARGS__) X(64, "q", __VA_ARGS__)
+/* Table rows. */
+#define ROW(name) { name##8, name##16, name##32, name##64 }
+#define ROW_WORD(name) { NULL, name##16, name##32, name##64 }
+
+/* Ends an asm statement that has EAX as output: AH and AL become what c->oszapc holds. */
+#define FLAGS_SAVE "\n\tlahf\n\tseto %%al"
+/* Begin one that has oszapc in EAX: all arithmetic flags, or CF alone (the others change). */
+#define FLAGS_RESTORE "addb $0x7f, %%al\n\tsahf\n\t"
+#define CARRY_RESTORE "bt $8, %%eax\n\t"
+
+#define OSZAPC_CF 0x100u
+#define OSZAPC_PF 0x400u
+#define OSZAPC_AF 0x1000u
+#define OSZAPC_ZF 0x4000u
+#define OSZAPC_SF 0x8000u
+#define OSZAPC_OF 0x1u
+
+static inline void carry_set(struct icpu *c, unsigned carry)
+{
+    c->oszapc = (c->oszapc & ~OSZAPC_CF) | carry << 8;
+}
+
+/* SDM vol. 1, appendix B: condition codes. Folds to a few instructions for a constant cc. */
+static inline __attribute__((always_inline)) bool condition_holds(uint32_t oszapc, unsigned cc)
+{
+    uint32_t less = (oszapc >> 15 ^ oszapc) & 1;
+    bool holds;
+    switch (cc >> 1) {
+    case 0:
+        holds = oszapc & OSZAPC_OF;
+        break;
+    case 1:
+        holds = oszapc & OSZAPC_CF;
+        break;
+    case 2:
+        holds = oszapc & OSZAPC_ZF;
+        break;
+    case 3:
+        holds = oszapc & (OSZAPC_CF | OSZAPC_ZF);
+        break;
+    case 4:
+        holds = oszapc & OSZAPC_SF;
+        break;
+    case 5:
+        holds = oszapc & OSZAPC_PF;
+        break;
+    case 6:
+        holds = less;
+        break;
+    default:
+        holds = less | (oszapc >> 14 & 1);
+        break;
+    }
+    return holds ^ (cc & 1);
+}
+
+#define CONDITIONS(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12) X(13) X(14) X(15)
+
+/* RSP, RCX, RSI, RDI written with an address or stack size: 16-bit ones keep the rest, 32-bit ones clear the upper half. */
+static inline void reg_write_masked(struct icpu *c, unsigned gpr, uint64_t mask, uint64_t value)
+{
+    if (unlikely(mask == 0xffff))
+        *(uint16_t *)&c->v.cpu.gpr[gpr] = (uint16_t)value;
+    else
+        c->v.cpu.gpr[gpr] = value & mask;
+}
+
+/* One select function a file; each returns NULL for forms it does not have. */
+typedef insn_fn *select_fn(const struct decode *d, struct insn *i);
+select_fn alu_select;    /* op_alu.c */
+select_fn shift_select;  /* op_shift.c */
+select_fn muldiv_select; /* op_muldiv.c */
+select_fn bit_select;    /* op_bit.c */
+select_fn move_select;   /* op_move.c */
+select_fn atomic_select; /* op_atomic.c */
+select_fn stack_select;  /* op_stack.c */
+select_fn decimal_select; /* op_decimal.c */
+
+#endif
