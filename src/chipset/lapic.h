@@ -53,7 +53,7 @@ int lapic_msr_read(struct lapic_set *set, unsigned cpu, uint32_t index, uint64_t
 int lapic_msr_write(struct lapic_set *set, unsigned cpu, uint32_t index, uint64_t value);
 
 /* See struct vcpu_host_ops. */
-int lapic_interrupt_peek(struct lapic_set *set, unsigned cpu);
+int lapic_interrupt_peek(struct lapic_set *set, unsigned cpu); /* ExtINT: 0, since only the acknowledgement tells its vector */
 int lapic_interrupt_ack(struct lapic_set *set, unsigned cpu);
 bool lapic_nmi_take(struct lapic_set *set, unsigned cpu);
 uint8_t lapic_cr8_read(struct lapic_set *set, unsigned cpu);
@@ -62,6 +62,9 @@ void lapic_cr8_write(struct lapic_set *set, unsigned cpu, uint8_t value);
 /* The 8259's INTR output is wired to LINT0 of every processor (only the enabled one takes it). */
 void lapic_set_extint(struct lapic_set *set, bool level);
 void lapic_inject_nmi(struct lapic_set *set, unsigned cpu);
+
+/* What firmware leaves behind and a kernel that is booted without any expects: software-enabled, LINT0 ExtINT on processor 0, LINT1 NMI. */
+void lapic_set_virtual_wire(struct lapic_set *set, unsigned cpu);
 
 /* Delivers a message; ctx of the returned target is the set. */
 struct msi_target lapic_msi_target(struct lapic_set *set);
