@@ -34,6 +34,7 @@ struct block_config {
     const char *path;
     const char *format; /* "raw"; NULL: raw */
     bool readonly;
+    const char *io; /* "auto" (or NULL), "uring", "threads" */
 };
 
 /* Opens and locks (F_OFD_SETLK: one writer or many readers) the image. `err` names the path and the remedy: missing, a directory, in use by another VM, not a multiple of 512, no permission. */

@@ -1,0 +1,82 @@
+/*
+ * Inside the block folder: what an image format provides, and asynchronous I/O on host descriptors that formats build on.
+ */
+#ifndef DOPPEL_BLOCK_BLOCK_PRIV_H
+#define DOPPEL_BLOCK_BLOCK_PRIV_H
+
+#include <sys/queue.h>
+
+#include "block/block.h"
+
+/* ---- formats and filters ---- */
+
+struct block_ops {
+    const char *name; /* "raw" */
+    /* Opens config->path: sets block->private, size_bytes, readonly and can_discard. */
+    int (*open)(struct block *block, const struct block_config *config, struct error *err);
+    void (*close)(struct block *block);
+    /* `request` is inside the image and allowed; ends by block_complete or block_complete_later. */
+    void (*submit)(struct block *block, struct block_request *request);
+};
+
+extern const struct block_ops block_raw_ops;
+
+struct block {
+    const struct block_ops *ops;
+    void *private;
+    struct loop *loop;
+    char *path;
+    uint64_t size_bytes;
+    bool readonly, can_discard;
+    unsigned in_flight;
+    struct loop_event *completion; /* for block_complete_later */
+    struct block_request *later;   /* linked by backend_private[0] */
+};
+
+/* Ends a request. Not from inside submit: the caller of block_submit does not expect `done` yet. */
+void block_complete(struct block *block, struct block_request *request, int result);
+/* From anywhere on the loop's thread or with the device lock held; `done` runs from the loop. Uses backend_private. */
+void block_complete_later(struct block *block, struct block_request *request, int result);
+
+/* ---- asynchronous I/O ---- */
+
+enum block_task_kind { TASK_READ, TASK_WRITE, TASK_SYNC, TASK_FALLOCATE };
+
+/* One system call's worth of work; results may be short. Valid until done. */
+struct block_task {
+    enum block_task_kind kind;
+    int fd;
+    int mode; /* of fallocate */
+    const struct iovec *iov;
+    unsigned iov_count; /* up to BLOCK_TASK_IOV_MAX */
+    uint64_t offset_bytes, length_bytes;
+    /* On the loop's thread: bytes transferred, 0, or -errno. */
+    void (*done)(struct block_task *task, int64_t result);
+    /* Of the I/O back end. */
+    TAILQ_ENTRY(block_task) link;
+    int64_t result;
+};
+
+TAILQ_HEAD(block_task_list, block_task);
+
+#define BLOCK_TASK_IOV_MAX 1024u
+
+struct block_io {
+    const struct block_io_ops *ops;
+};
+
+struct block_io_ops {
+    const char *name;
+    int (*create)(struct block_io **io, struct loop *loop);
+    /* Returns at once; done runs later, from the loop. */
+    void (*submit)(struct block_io *io, struct block_task *task);
+    void (*destroy)(struct block_io *io); /* nothing in flight */
+};
+
+extern const struct block_io_ops block_io_uring_ops;
+extern const struct block_io_ops block_io_threads_ops;
+
+/* `name` NULL or "auto": io_uring where it works, else threads. -EINVAL: no such back end. */
+int block_io_create(struct block_io **io, const char *name, struct loop *loop, struct error *err) __attribute__((warn_unused_result));
+
+#endif
