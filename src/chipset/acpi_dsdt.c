@@ -1,0 +1,183 @@
+/*
+ * The DSDT: what an OS cannot find out by itself. The PCI host bridge with its windows and interrupt routing, the ISA devices, the processors and the
+ * sleep state for power-off. Addresses come from chipset.h. Threading: none.
+ */
+#include <stdio.h>
+
+#include "chipset/acpi_priv.h"
+#include "chipset/chipset.h"
+#include "chipset/pci.h"
+#include "chipset/pvpanic.h"
+#include "chipset/uart.h"
+
+/* Devices at fixed ports. */
+struct isa_device {
+    char name[5];
+    const char *id; /* "PNPxxxx": an EISA id; anything else is written as a string */
+    uint8_t unique;
+    struct {
+        uint16_t port;
+        uint8_t length_bytes;
+    } io[2];
+    int irq;
+    bool (*present)(const struct acpi_config *config); /* NULL: always */
+};
+
+static bool has_com1(const struct acpi_config *config)
+{
+    return config->com1;
+}
+
+static bool has_com2(const struct acpi_config *config)
+{
+    return config->com2;
+}
+
+static bool has_keyboard(const struct acpi_config *config)
+{
+    return !config->no_i8042;
+}
+
+static bool has_pvpanic(const struct acpi_config *config)
+{
+    return config->pvpanic;
+}
+
+static const struct isa_device isa_devices[] = {
+    {"PIC", "PNP0000", 0, {{0x20, 2}, {0xA0, 2}}, -1, NULL},
+    {"TIMR", "PNP0100", 0, {{0x40, 4}}, CHIPSET_IRQ_PIT, NULL},
+    {"RTC", "PNP0B00", 0, {{0x70, 2}}, CHIPSET_IRQ_RTC, NULL},
+    {"PS2K", "PNP0303", 0, {{0x60, 1}, {0x64, 1}}, CHIPSET_IRQ_KEYBOARD, has_keyboard},
+    {"COM1", "PNP0501", 1, {{UART_COM1_PORT, 8}}, CHIPSET_IRQ_COM1, has_com1},
+    {"COM2", "PNP0501", 2, {{UART_COM2_PORT, 8}}, CHIPSET_IRQ_COM2, has_com2},
+    {"PEVT", "QEMU0001", 0, {{PVPANIC_PORT, 1}}, -1, has_pvpanic},
+};
+
+static void write_isa_device(struct aml *aml, const struct isa_device *device)
+{
+    aml_device(aml, device->name);
+    aml_name(aml, "_HID");
+    if (device->id[0] == 'P')
+        aml_eisa_id(aml, device->id);
+    else
+        aml_string(aml, device->id);
+    aml_name(aml, "_UID");
+    aml_integer(aml, device->unique);
+    aml_name(aml, "_STA");
+    aml_integer(aml, 0x0F); /* present, enabled, shown, working */
+    aml_resources(aml);
+    for (unsigned i = 0; i < 2 && device->io[i].length_bytes; i++)
+        aml_io(aml, device->io[i].port, device->io[i].length_bytes);
+    if (device->irq >= 0)
+        aml_irq(aml, (unsigned)device->irq);
+    aml_resources_end(aml);
+    aml_close(aml);
+}
+
+/* INTA..INTD of slot s go to GSI 16 + (s + pin) % 4, as pci.c wires them (_PRT, 6.2.13). */
+static void write_routing(struct aml *aml)
+{
+    aml_name(aml, "_PRT");
+    aml_package(aml, PCI_SLOTS * 4);
+    for (unsigned slot = 0; slot < PCI_SLOTS; slot++) {
+        for (unsigned pin = 0; pin < 4; pin++) {
+            aml_package(aml, 4);
+            aml_integer(aml, (uint64_t)slot << 16 | 0xFFFF); /* every function */
+            aml_integer(aml, pin);
+            aml_integer(aml, 0); /* a global interrupt, not a link device */
+            aml_integer(aml, CHIPSET_GSI_PCI + (slot + pin) % 4);
+            aml_close(aml);
+        }
+    }
+    aml_close(aml);
+}
+
+static void write_pci(struct aml *aml)
+{
+    aml_device(aml, "PCI0");
+    aml_name(aml, "_HID");
+    aml_eisa_id(aml, "PNP0A08");
+    aml_name(aml, "_CID");
+    aml_eisa_id(aml, "PNP0A03");
+    aml_name(aml, "_UID");
+    aml_integer(aml, 0);
+    aml_name(aml, "_SEG");
+    aml_integer(aml, 0);
+    aml_name(aml, "_BBN");
+    aml_integer(aml, 0);
+    aml_resources(aml);
+    aml_bus_window(aml, 0, 0xFF);
+    aml_io(aml, 0xCF8, 8);
+    aml_io_window(aml, CHIPSET_PCI_PORT_BASE, CHIPSET_PCI_PORT_BASE + CHIPSET_PCI_PORT_BYTES - 1);
+    aml_memory_window(aml, CHIPSET_PCI_MEM32_BASE, CHIPSET_PCI_MEM32_BYTES);
+    aml_memory_window(aml, CHIPSET_PCI_MEM64_BASE, CHIPSET_PCI_MEM64_BYTES);
+    aml_resources_end(aml);
+    write_routing(aml);
+    aml_close(aml);
+}
+
+/* Addresses that are taken and belong to no device an OS would drive. */
+static void write_motherboard(struct aml *aml)
+{
+    aml_device(aml, "MBRD");
+    aml_name(aml, "_HID");
+    aml_eisa_id(aml, "PNP0C02");
+    aml_name(aml, "_UID");
+    aml_integer(aml, 0);
+    aml_resources(aml);
+    aml_io(aml, CHIPSET_PM_EVENT_PORT, CHIPSET_PM_TIMER_PORT + 4 - CHIPSET_PM_EVENT_PORT);
+    aml_memory32_fixed(aml, CHIPSET_ECAM_BASE, CHIPSET_ECAM_BYTES);
+    aml_resources_end(aml);
+    aml_close(aml);
+}
+
+static void write_hpet(struct aml *aml)
+{
+    aml_device(aml, "HPET");
+    aml_name(aml, "_HID");
+    aml_eisa_id(aml, "PNP0103");
+    aml_name(aml, "_UID");
+    aml_integer(aml, 0);
+    aml_resources(aml);
+    aml_memory32_fixed(aml, CHIPSET_HPET_BASE, 0x400);
+    aml_resources_end(aml);
+    aml_close(aml);
+}
+
+static void write_processors(struct aml *aml, unsigned count)
+{
+    for (unsigned i = 0; i < count; i++) {
+        char name[5];
+
+        snprintf(name, sizeof(name), "C%03X", i & 0xFFF);
+        aml_device(aml, name);
+        aml_name(aml, "_HID");
+        aml_string(aml, "ACPI0007");
+        aml_name(aml, "_UID"); /* ties it to the MADT's entry */
+        aml_integer(aml, i);
+        aml_close(aml);
+    }
+}
+
+void acpi_write_dsdt(struct aml *aml, const struct acpi_config *config)
+{
+    aml_scope(aml, "\\_SB");
+    write_pci(aml);
+    write_motherboard(aml);
+    for (unsigned i = 0; i < sizeof(isa_devices) / sizeof(isa_devices[0]); i++) {
+        if (!isa_devices[i].present || isa_devices[i].present(config))
+            write_isa_device(aml, &isa_devices[i]);
+    }
+    if (config->hpet)
+        write_hpet(aml);
+    write_processors(aml, config->cpu_count);
+    aml_close(aml);
+
+    aml_name(aml, "\\_S5");
+    aml_package(aml, 4);
+    aml_integer(aml, CHIPSET_SLEEP_TYPE_S5);
+    aml_integer(aml, CHIPSET_SLEEP_TYPE_S5);
+    aml_integer(aml, 0);
+    aml_integer(aml, 0);
+    aml_close(aml);
+}
