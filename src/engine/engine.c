@@ -1,0 +1,67 @@
+/*
+ * The engines that are built in, and the choice between them.
+ *
+ * Threading: everything here is constant.
+ */
+#include "engine/engine.h"
+
+#include <errno.h>
+#include <string.h>
+
+const struct engine_ops *const engine_table[] = {
+    &interp_engine,
+    NULL,
+};
+
+/* Engines of the design that this version does not contain: asked for by name they deserve a better answer than "unknown". */
+static const char *const engines_absent[] = {"kvm", "bt"};
+
+const char *const engine_counter_names[COUNTER_COUNT] = {
+#define COUNTER(name, help) [COUNTER_##name] = #name,
+#include "engine/counters.def"
+#undef COUNTER
+};
+
+const char *const engine_counter_help[COUNTER_COUNT] = {
+#define COUNTER(name, help) [COUNTER_##name] = help,
+#include "engine/counters.def"
+#undef COUNTER
+};
+
+static const struct engine_ops *engine_auto(char reason[160], struct error *err)
+{
+    for (unsigned n = 0; engine_table[n]; n++) {
+        const struct engine_ops *ops = engine_table[n];
+        if (ops->probe(err))
+            continue;
+        if (reason)
+            snprintf(reason, 160, "%s: %s", ops->name, engine_table[1] ? "the best that this host can run" : "the only engine in this version");
+        return ops;
+    }
+    error_set(err, -ENODEV, "no engine can run on this host");
+    return NULL;
+}
+
+const struct engine_ops *engine_find(const char *name, char reason[160], struct error *err)
+{
+    if (!strcmp(name, "auto"))
+        return engine_auto(reason, err);
+    for (unsigned n = 0; engine_table[n]; n++) {
+        const struct engine_ops *ops = engine_table[n];
+        if (strcmp(name, ops->name))
+            continue;
+        if (ops->probe(err))
+            return NULL;
+        if (reason)
+            snprintf(reason, 160, "%s: asked for", ops->name);
+        return ops;
+    }
+    for (unsigned n = 0; n < sizeof(engines_absent) / sizeof(engines_absent[0]); n++) {
+        if (!strcmp(name, engines_absent[n])) {
+            error_set(err, -ENOTSUP, "engine \"%s\" is not part of this version; use \"interp\" or \"auto\"", name);
+            return NULL;
+        }
+    }
+    error_set(err, -EINVAL, "no engine is called \"%s\"; there are \"auto\" and \"interp\"", name);
+    return NULL;
+}
