@@ -80,7 +80,7 @@ static void give_up(struct uring *uring, int code)
     }
 }
 
-static void send(void *ctx)
+static void send_tasks(void *ctx)
 {
     struct uring *uring = ctx;
 
@@ -124,7 +124,7 @@ static void reap(void *ctx, unsigned events)
         task->done(task, result);
     }
     if (!TAILQ_EMPTY(&uring->waiting))
-        send(uring);
+        send_tasks(uring);
 }
 
 static void uring_submit(struct block_io *io, struct block_task *task)
@@ -166,7 +166,7 @@ static int uring_create(struct block_io **io, struct loop *loop)
     ret = probe(uring);
     if (ret < 0)
         goto fail_ring;
-    uring->submit_event = loop_event_create(loop, send, uring);
+    uring->submit_event = loop_event_create(loop, send_tasks, uring);
     if (!uring->submit_event) {
         ret = -ENOMEM;
         goto fail_ring;
