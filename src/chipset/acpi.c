@@ -115,10 +115,10 @@ struct __attribute__((packed)) madt_lapic_nmi {
 #define MADT_PCAT_COMPAT 1u
 
 struct __attribute__((packed)) mcfg_allocation {
-    uint64_t reserved0, base;
+    uint64_t base;
     uint16_t segment;
     uint8_t bus_first, bus_last;
-    uint32_t reserved1;
+    uint32_t reserved;
 };
 
 struct __attribute__((packed)) hpet_table {
@@ -266,7 +266,7 @@ static void write_mcfg(struct builder *builder)
     };
 
     list_in_xsdt(builder, table_begin(builder, "MCFG", 1));
-    aml_u64(&builder->out, 0);
+    aml_u64(&builder->out, 0); /* reserved */
     aml_raw(&builder->out, &allocation, sizeof(allocation));
     table_end(builder);
 }

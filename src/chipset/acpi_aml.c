@@ -6,8 +6,6 @@
 #include <assert.h>
 #include <string.h>
 
-#include "util/error.h"
-
 /* Opcodes (20.3). */
 #define AML_ZERO 0x00
 #define AML_ONE 0x01
@@ -175,26 +173,30 @@ void aml_eisa_id(struct aml *aml, const char id[7])
     aml_u32(aml, __builtin_bswap32(value));
 }
 
-/* A buffer starts with its size as an object; always written as a word, so that it can be filled in afterwards. */
 void aml_resources(struct aml *aml)
 {
     aml_name(aml, "_CRS");
     aml_byte(aml, AML_BUFFER);
     open_object(aml);
-    aml_byte(aml, AML_WORD);
-    aml_u16(aml, 0);
 }
 
+/* A buffer starts with its size as an object, known only now. */
 void aml_resources_end(struct aml *aml)
 {
-    size_t start = aml->open[aml->depth - 1] + 1;
-    uint16_t length;
+    size_t start = aml->open[aml->depth - 1], length, prefix;
 
     aml_byte(aml, 0x79); /* end tag; a zero checksum is taken as right */
     aml_byte(aml, 0);
-    length = (uint16_t)(aml->size_bytes - start - sizeof(length));
-    if (!aml->overflow)
-        memcpy(aml->bytes + start, &length, sizeof(length));
+    length = aml->size_bytes - start;
+    aml_integer(aml, length);
+    prefix = aml->size_bytes - start - length;
+    if (!aml->overflow) {
+        uint8_t encoded[9];
+
+        memcpy(encoded, aml->bytes + start + length, prefix);
+        memmove(aml->bytes + start + prefix, aml->bytes + start, length);
+        memcpy(aml->bytes + start, encoded, prefix);
+    }
     aml_close(aml);
 }
 
