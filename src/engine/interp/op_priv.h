@@ -20,11 +20,6 @@ enum unary_form { UNARY_R, UNARY_M, UNARY_LOCK_M, UNARY_COUNT, UNARY_NONE = UNAR
 
 enum operand_form operand_form(const struct decode *d);
 enum unary_form unary_form(const struct decode *d);
-/* Byte offset of a general register of any size in cpu_state.gpr, -1 for other registers. */
-int operand_gpr_offset(ZydisRegister reg);
-/* Fills dst, src, op_size, src_size and imm from the visible operands, implicit accumulators included. */
-void operands_fill(const struct decode *d, struct insn *i);
-
 /* Index of an operand size in handler tables: 0..3 for 1, 2, 4, 8 bytes. */
 static inline unsigned size_index(unsigned size)
 {
@@ -101,7 +96,7 @@ static inline void reg_write_masked(struct icpu *c, unsigned gpr, uint64_t mask,
         c->v.cpu.gpr[gpr] = value & mask;
 }
 
-/* One select function a file; each returns NULL for forms it does not have. */
+/* One select function a file; each returns NULL, leaving *i alone, for what it does not have. */
 typedef insn_fn *select_fn(const struct decode *d, struct insn *i);
 select_fn alu_select;    /* op_alu.c */
 select_fn shift_select;  /* op_shift.c */
