@@ -1,0 +1,143 @@
+/*
+ * PhysMap: borders, ROM, dirty bits, refusals. Big sizes cost only address space.
+ */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cmocka.h>
+
+#include <errno.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "memory/memory.h"
+
+#define MIB (1ull << 20)
+
+static struct physmap *make(uint64_t bytes)
+{
+    struct physmap *map;
+    struct error err = {0};
+
+    if (physmap_create(&map, bytes, &err) < 0)
+        fail_msg("%s", err.text);
+    return map;
+}
+
+static void test_low_only(void **state)
+{
+    struct physmap *map = make(4 * MIB);
+    uint8_t *base = physmap_get(map, 0, 4 * MIB, PHYSMAP_WRITE);
+
+    assert_non_null(base);
+    assert_int_equal(physmap_ram_bytes(map), 4 * MIB);
+    assert_int_equal(physmap_low_bytes(map), 4 * MIB);
+    assert_int_equal(physmap_high_bytes(map), 0);
+    assert_ptr_equal(physmap_get(map, 4 * MIB - 1, 1, PHYSMAP_READ), base + 4 * MIB - 1);
+    assert_null(physmap_get(map, 4 * MIB - 1, 2, PHYSMAP_READ));
+    assert_null(physmap_get(map, 4 * MIB, 1, PHYSMAP_READ));
+    assert_null(physmap_get(map, PHYSMAP_HIGH_BASE, 1, PHYSMAP_READ));
+    assert_null(physmap_get(map, 4096, UINT64_MAX, PHYSMAP_READ));
+    assert_null(physmap_get(map, UINT64_MAX, 1, PHYSMAP_READ));
+    assert_null(physmap_get(map, UINT64_MAX - 4095, 8192, PHYSMAP_READ));
+    physmap_destroy(map);
+}
+
+static void test_split(void **state)
+{
+    uint64_t host = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
+    uint64_t ram = PHYSMAP_LOW_LIMIT + 2 * MIB;
+    uint32_t word = 0x12345678;
+    struct physmap *map;
+
+    if (host < ram)
+        skip();
+    map = make(ram);
+    assert_int_equal(physmap_low_bytes(map), PHYSMAP_LOW_LIMIT);
+    assert_int_equal(physmap_high_bytes(map), 2 * MIB);
+    assert_null(physmap_get(map, PHYSMAP_LOW_LIMIT - 2, 4, PHYSMAP_READ));
+    assert_null(physmap_get(map, PHYSMAP_HIGH_BASE - 2, 4, PHYSMAP_READ));
+    assert_null(physmap_get(map, PHYSMAP_HIGH_BASE + 2 * MIB - 2, 4, PHYSMAP_READ));
+    assert_non_null(physmap_get(map, PHYSMAP_HIGH_BASE + 2 * MIB - 4, 4, PHYSMAP_READ));
+    assert_int_equal(physmap_write(map, PHYSMAP_HIGH_BASE, &word, 4), 0);
+    word = 0;
+    assert_int_equal(physmap_read(map, PHYSMAP_HIGH_BASE, &word, 4), 0);
+    assert_int_equal(word, 0x12345678);
+    assert_int_equal(physmap_write(map, PHYSMAP_LOW_LIMIT - 2, &word, 4), -EFAULT);
+    physmap_zero(map);
+    assert_int_equal(physmap_read(map, PHYSMAP_HIGH_BASE, &word, 4), 0);
+    assert_int_equal(word, 0);
+    physmap_destroy(map);
+}
+
+static void test_rom(void **state)
+{
+    struct physmap *map = make(4 * MIB);
+
+    assert_int_equal(physmap_set_rom(map, 0xE0000, 0x10000), 0);
+    assert_int_equal(physmap_set_rom(map, 0xC0000, 0x8000), 0);
+    assert_true(physmap_is_rom(map, 0xE0000));
+    assert_true(physmap_is_rom(map, 0xEFFFF));
+    assert_false(physmap_is_rom(map, 0xF0000));
+    assert_false(physmap_is_rom(map, 0xC8000));
+    assert_int_equal(physmap_set_rom(map, 0xC8000, 0x28000), 0); /* closes both gaps: one range */
+    assert_int_equal(physmap_set_rom(map, 0xC0000, 0x30000), 0); /* again: nothing new */
+    for (gpa_t gpa = 0xC0000; gpa < 0xF0000; gpa += 4096)
+        assert_true(physmap_is_rom(map, gpa));
+    assert_null(physmap_get(map, 0xBFFFF, 2, PHYSMAP_WRITE));
+    assert_non_null(physmap_get(map, 0xBFFFF, 1, PHYSMAP_WRITE));
+    assert_non_null(physmap_get(map, 0xBFFFF, 2, PHYSMAP_READ));
+    assert_non_null(physmap_get(map, 0xC0000, 4096, PHYSMAP_EXECUTE));
+    assert_int_equal(physmap_write(map, 0xC0000, "x", 1), 0); /* the VMM itself may */
+    assert_int_equal(physmap_set_rom(map, 0xC0001, 4096), -EINVAL);
+    assert_int_equal(physmap_set_rom(map, 4 * MIB, 4096), -EFAULT);
+    assert_false(physmap_is_rom(map, 5 * MIB));
+    for (unsigned i = 0; i < 15; i++)
+        assert_int_equal(physmap_set_rom(map, 0x200000 + i * 8192, 4096), 0);
+    assert_int_equal(physmap_set_rom(map, 0x300000, 4096), -ENOSPC);
+    physmap_destroy(map);
+}
+
+static void test_dirty(void **state)
+{
+    struct physmap *map = make(4 * MIB);
+
+    assert_false(physmap_take_dirty(map, 0x1000));
+    physmap_mark_dirty(map, 0x1FFF, 2);
+    assert_true(physmap_take_dirty(map, 0x1000));
+    assert_false(physmap_take_dirty(map, 0x1000));
+    assert_true(physmap_take_dirty(map, 0x2ABC));
+    assert_false(physmap_take_dirty(map, 0x3000));
+    assert_int_equal(physmap_write(map, 63 * 4096, "ab", 2), 0);
+    assert_true(physmap_take_dirty(map, 63 * 4096));
+    physmap_mark_dirty(map, 4 * MIB, 1); /* not RAM: nothing */
+    physmap_mark_dirty(map, 0, 0);
+    assert_false(physmap_take_dirty(map, 0));
+    physmap_destroy(map);
+}
+
+static void test_refusals(void **state)
+{
+    struct physmap *map;
+    struct error err = {0};
+
+    assert_int_equal(physmap_create(&map, 0, &err), -EINVAL);
+    assert_int_equal(physmap_create(&map, 4097, &err), -EINVAL);
+    assert_null(map);
+    assert_int_equal(physmap_create(&map, 1ull << 60, &err), -ENOMEM);
+    assert_non_null(strstr(err.text, "more than this host has"));
+    assert_int_equal(physmap_create(&map, 1ull << 60, NULL), -ENOMEM);
+    physmap_destroy(NULL);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_low_only), cmocka_unit_test(test_split),    cmocka_unit_test(test_rom),
+        cmocka_unit_test(test_dirty),    cmocka_unit_test(test_refusals),
+    };
+
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
