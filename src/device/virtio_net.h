@@ -15,6 +15,18 @@ struct virtio_net_config {
     int slot;            /* PCI slot, -1: the next free one */
 };
 
+struct virtio_net_counters {
+    uint64_t rx_frames, tx_frames;
+    uint64_t rx_no_driver;  /* arrived while no driver was running */
+    uint64_t rx_filtered;   /* for other stations */
+    uint64_t rx_no_room;    /* larger than the driver's receive buffers can ever be */
+    uint64_t rx_unsuitable; /* with an offload that the driver did not negotiate */
+    uint64_t tx_malformed;  /* without a whole header and address, or too long */
+};
+
+struct device;
+void virtio_net_get_counters(const struct device *device, struct virtio_net_counters *counters);
+
 /* The address used when the spec has no mac=: 52:54:00 and 24 bits of a hash, the same for the same machine and index. */
 void virtio_net_default_mac(uint8_t mac[6], const char *machine, unsigned index);
 

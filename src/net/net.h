@@ -21,7 +21,7 @@
 struct net;
 
 struct net_client {
-    /* A frame for the guest, virtio header first. Returns false when the guest has no buffer: the back end keeps or drops it and waits for net_resume. */
+    /* A frame for the guest, virtio header first, in at most 4 vectors. Returns false when the guest has no buffer: the back end keeps or drops it and waits for net_resume. */
     bool (*receive)(void *ctx, const struct iovec *iov, unsigned iov_count);
     /* The link went up or down. Optional. */
     void (*link)(void *ctx, bool up);
