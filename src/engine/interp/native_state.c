@@ -1,0 +1,188 @@
+/*
+ * Moving the guest's x87/SSE/AVX state between the host's registers and v.cpu.xsave.
+ *
+ * While simd_live, the registers hold the guest's state including its MXCSR and x87 control word, and the image is stale. simd_save makes the image true and
+ * gives the host clean registers: everything initial, but the MXCSR and x87 control word that it had at simd_load. The image is always in the standard XSAVE
+ * form, and a component whose XSTATE_BV bit is clear is in its initial state whatever its bytes say (SDM vol. 1, ch. 13).
+ * x87 instruction and data pointers that stubs left behind are replaced by the guest's on saving: no host address reaches an image.
+ * Threading: the vCPU's thread.
+ */
+#include <cpuid.h>
+#include <errno.h>
+#include <string.h>
+
+#include "engine/interp/native_priv.h"
+
+static uint64_t host_xcr0(void)
+{
+    unsigned eax, ebx, ecx, edx;
+    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !(ecx & bit_OSXSAVE))
+        return 0;
+    uint32_t low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    uint64_t xcr0 = ((uint64_t)high << 32 | low) & XCR0_SUPPORTED;
+    if (!(xcr0 & XCR0_AVX) || (xcr0 & XCR0_AVX512) != XCR0_AVX512)
+        xcr0 &= ~XCR0_AVX512;
+    return xcr0;
+}
+
+int native_state_create(struct icpu *c)
+{
+    struct native_arena *a = c->native;
+    unsigned eax, ebx, ecx, edx;
+
+    a->xsave_mask = host_xcr0();
+    if (a->xsave_mask && __get_cpuid_count(0xd, 1, &eax, &ebx, &ecx, &edx))
+        a->has_xsaveopt = eax & 1;
+    for (unsigned n = 2; n < XSAVE_COMPONENTS; n++) {
+        if (!(a->xsave_mask >> n & 1))
+            continue;
+        __cpuid_count(0xd, n, eax, ebx, ecx, edx);
+        if (eax > CPU_XSAVE_BYTES || ebx > CPU_XSAVE_BYTES - eax)
+            return -EOPNOTSUPP;
+        a->component[n] = (struct native_component){(uint16_t)ebx, (uint16_t)eax, ecx >> 1 & 1};
+    }
+
+    __asm__ volatile("fxsave64 %0" : "=m"(a->idle_image));
+    a->mxcsr_mask = get32(a->idle_image + XSAVE_MXCSR_MASK);
+    if (!a->mxcsr_mask)
+        a->mxcsr_mask = 0xffbf; /* SDM vol. 1, 11.6.6 */
+    memset(a->idle_image, 0, sizeof(a->idle_image));
+    put16(a->idle_image + XSAVE_FCW, FCW_DEFAULT);
+    put32(a->idle_image + XSAVE_MXCSR, MXCSR_DEFAULT);
+    return 0;
+}
+
+static void image_restore(const struct native_arena *a, const uint8_t *image)
+{
+    if (likely(a->xsave_mask))
+        __asm__ volatile("xrstor64 %0"
+                         :
+                         : "m"(*(const uint8_t(*)[CPU_XSAVE_BYTES])image), "a"((uint32_t)a->xsave_mask),
+                           "d"((uint32_t)(a->xsave_mask >> 32)));
+    else
+        __asm__ volatile("fxrstor64 %0" : : "m"(*(const uint8_t(*)[IMAGE_BYTES])image));
+}
+
+static void image_save(const struct native_arena *a, uint8_t *image)
+{
+    uint32_t low = (uint32_t)a->xsave_mask, high = (uint32_t)(a->xsave_mask >> 32);
+    if (likely(a->has_xsaveopt)) {
+        __asm__ volatile("xsaveopt64 %0" : "+m"(*(uint8_t(*)[CPU_XSAVE_BYTES])image) : "a"(low), "d"(high));
+    } else if (a->xsave_mask) {
+        __asm__ volatile("xsave64 %0" : "+m"(*(uint8_t(*)[CPU_XSAVE_BYTES])image) : "a"(low), "d"(high));
+    } else {
+        __asm__ volatile("fxsave64 %0" : "+m"(*(uint8_t(*)[IMAGE_BYTES])image));
+        put64(image + XSAVE_BV, XCR0_X87 | XCR0_SSE);
+    }
+    /* The optimised forms may leave it out together with the XMM registers. */
+    __asm__ volatile("stmxcsr %0" : "=m"(*(uint32_t *)(image + XSAVE_MXCSR)));
+}
+
+void simd_load(struct icpu *c)
+{
+    struct native_arena *a = c->native;
+    uint8_t *image = c->v.cpu.xsave;
+
+    if (c->simd_live)
+        return;
+    /* What XRSTOR would refuse never gets here from guests (op_xsave.c checks); this holds whatever else wrote the image. */
+    uint64_t bv = get64(image + XSAVE_BV) & (a->xsave_mask ? a->xsave_mask : XCR0_X87 | XCR0_SSE);
+    put64(image + XSAVE_BV, bv);
+    put64(image + XSAVE_COMP_BV, 0);
+    put64(image + XSAVE_COMP_BV + 8, 0);
+    put32(image + XSAVE_MXCSR, get32(image + XSAVE_MXCSR) & a->mxcsr_mask);
+    if (unlikely(!a->xsave_mask))
+        native_state_materialize(c, XCR0_X87 | XCR0_SSE);
+
+    __asm__ volatile("stmxcsr %0" : "=m"(a->host_mxcsr));
+    __asm__ volatile("fnstcw %0" : "=m"(a->host_fcw));
+    image_restore(a, image);
+    c->simd_live = true;
+
+    bool x87 = bv & XCR0_X87;
+    a->x87_ran = a->fdp_known = false;
+    a->loaded_fip = x87 ? get64(image + XSAVE_FIP) : 0;
+    a->loaded_fdp = x87 ? get64(image + XSAVE_FDP) : 0;
+    a->loaded_fop = x87 ? get16(image + XSAVE_FOP) : 0;
+}
+
+/* Zero is what FNINIT leaves; what was loaded is the guest's already. */
+static void fix_pointers(const struct native_arena *a, uint8_t *image)
+{
+    uint64_t fip = get64(image + XSAVE_FIP), fdp = get64(image + XSAVE_FDP);
+    uint16_t fop = get16(image + XSAVE_FOP);
+    if (fip && fip != a->loaded_fip)
+        put64(image + XSAVE_FIP, a->fip);
+    if (fdp && fdp != a->loaded_fdp)
+        put64(image + XSAVE_FDP, a->fdp_known ? a->fdp : 0);
+    if (fop && fop != a->loaded_fop)
+        put16(image + XSAVE_FOP, a->fop);
+}
+
+void simd_save_slow(struct icpu *c)
+{
+    struct native_arena *a = c->native;
+    uint8_t *image = c->v.cpu.xsave;
+
+    image_save(a, image);
+    if (a->x87_ran && get64(image + XSAVE_BV) & XCR0_X87)
+        fix_pointers(a, image);
+    c->simd_live = false;
+
+    put32(a->idle_image + XSAVE_MXCSR, a->host_mxcsr);
+    image_restore(a, a->idle_image);
+    if (unlikely(a->host_fcw != FCW_DEFAULT))
+        __asm__ volatile("fldcw %0" : : "m"(a->host_fcw));
+}
+
+/* ---- the image ---- */
+
+void native_state_materialize(struct icpu *c, uint64_t components)
+{
+    uint8_t *image = c->v.cpu.xsave;
+    uint64_t bv = get64(image + XSAVE_BV), missing = components & ~bv;
+    if (likely(!missing))
+        return;
+    if (missing & XCR0_X87) {
+        memset(image, 0, XSAVE_MXCSR);
+        put16(image + XSAVE_FCW, FCW_DEFAULT);
+        memset(image + XSAVE_ST, 0, XSAVE_XMM - XSAVE_ST);
+    }
+    if (missing & XCR0_SSE)
+        memset(image + XSAVE_XMM, 0, 256);
+    for (unsigned n = 2; n < XSAVE_COMPONENTS; n++)
+        if (missing >> n & 1)
+            memset(image + c->native->component[n].offset, 0, c->native->component[n].size);
+    put64(image + XSAVE_BV, bv | missing);
+}
+
+uint8_t *native_vector_part(struct icpu *c, unsigned number, unsigned part)
+{
+    uint8_t *image = c->v.cpu.xsave;
+    const struct native_component *component = c->native->component;
+    if (number >= 16)
+        return image + component[7].offset + (number - 16) * 64 + part * 16;
+    if (part == 0)
+        return image + XSAVE_XMM + number * 16;
+    if (part == 1)
+        return image + component[2].offset + number * 16;
+    return image + component[6].offset + number * 32 + (part - 2) * 16;
+}
+
+void native_vector_zero_above(struct icpu *c, unsigned number, unsigned bytes)
+{
+    unsigned parts = c->native->xsave_mask & XCR0_ZMM_HI256 ? 4 : c->native->xsave_mask & XCR0_AVX ? 2 : 1;
+    for (unsigned part = bytes / 16; part < parts; part++)
+        memset(native_vector_part(c, number, part), 0, 16);
+}
+
+uint64_t native_opmask_get(struct icpu *c, unsigned number)
+{
+    return get64(c->v.cpu.xsave + c->native->component[5].offset + number * 8);
+}
+
+void native_opmask_set(struct icpu *c, unsigned number, uint64_t value)
+{
+    put64(c->v.cpu.xsave + c->native->component[5].offset + number * 8, value);
+}
