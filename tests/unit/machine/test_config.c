@@ -1,0 +1,128 @@
+/* Options and configuration files: what is taken, what is refused, and that each refusal names the thing. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <cmocka.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "machine/config.h"
+
+static void sizes(void **state)
+{
+    static const struct {
+        const char *text;
+        uint64_t bytes; /* 0: refused */
+    } cases[] = {
+        {"512M", 512ull << 20}, {"2G", 2ull << 30},     {"1048576K", 1ull << 30}, {"64", 64ull << 20}, {"1GiB", 1ull << 30},
+        {"1gb", 1ull << 30},    {"1T", 1ull << 40},     {"", 0},                  {"M", 0},            {"-5M", 0},
+        {"12Q", 0},             {"1Mx", 0},             {"99999999999999999999", 0}, {"17592186044416M", 0}, {"0x10", 0},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        uint64_t bytes = 0;
+        int r = parse_size(cases[i].text, &bytes);
+        assert_int_equal(r == 0, cases[i].bytes != 0);
+        if (r == 0)
+            assert_int_equal(bytes, cases[i].bytes);
+    }
+}
+
+static void refusals(void **state)
+{
+    static const struct {
+        const char *key, *value, *mentions;
+    } cases[] = {
+        {"memory", "lots", "lots"},        {"memory", "4095K", "4095K"}, {"memory", "1K", "too small"},
+        {"cpus", "0", "1 to"},             {"cpus", "two", "two"},       {"cpus", "65", "1 to"},
+        {"engine", "warp", "interp"},      {"on-reset", "x", "restart"}, {"console", "tty", "stdio"},
+        {"console", "file:", "stdio"},     {"disk", "", "file name"},    {"disk", "a,sector=1", "sector=1"},
+        {"disk", "a,format=qcow2", "raw"}, {"disk", "a,serial=123456789012345678901", "20"},
+        {"colour", "red", "colour"},       {"kernel", NULL, "needs a value"}, {"boot", "slow", "fast"},
+        {"net", "carrier-pigeon", "carrier-pigeon"},
+    };
+    struct machine_config config;
+    machine_config_init(&config);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct error err = {0};
+        assert_true(machine_config_set(&config, cases[i].key, cases[i].value, &err) < 0);
+        if (!strstr(err.text, cases[i].mentions))
+            fail_msg("\"%s\" does not mention \"%s\"", err.text, cases[i].mentions);
+    }
+    assert_int_equal(config.disk_count, 0);
+    machine_config_clear(&config);
+}
+
+static void disks(void **state)
+{
+    struct machine_config config;
+    machine_config_init(&config);
+    assert_int_equal(machine_config_set(&config, "disk", "a,,b.img,readonly,serial=root", NULL), 0);
+    assert_string_equal(config.disk[0].path, "a,b.img");
+    assert_true(config.disk[0].readonly);
+    assert_string_equal(config.disk[0].serial, "root");
+    for (unsigned i = 1; i < CONFIG_DISKS_MAX; i++)
+        assert_int_equal(machine_config_set(&config, "disk", "x", NULL), 0);
+    assert_true(machine_config_set(&config, "disk", "x", NULL) < 0);
+    machine_config_clear(&config);
+}
+
+static int load(struct machine_config *config, const char *json, struct error *err)
+{
+    char path[] = "/tmp/doppel-config-XXXXXX";
+    int fd = mkstemp(path);
+    assert_true(fd >= 0);
+    assert_int_equal(write(fd, json, strlen(json)), strlen(json));
+    close(fd);
+    int r = machine_config_load(config, path, err);
+    unlink(path);
+    return r;
+}
+
+static void json(void **state)
+{
+    struct machine_config config;
+    struct error err = {0};
+    machine_config_init(&config);
+    assert_int_equal(load(&config, "{\"kernel\": \"k\", \"cpus\": 2, \"memory\": \"1G\", \"disk\": [\"a\", \"b,readonly\"], \"stats\": true}", &err), 0);
+    assert_string_equal(config.kernel, "k");
+    assert_int_equal(config.cpus, 2);
+    assert_int_equal(config.memory_bytes, 1ull << 30);
+    assert_int_equal(config.disk_count, 2);
+    assert_true(config.stats);
+    static const char *const bad[] = {"", "[]", "{", "{\"colour\": 1}", "{\"cpus\": [1]}", "{\"disk\": [[\"a\"]]}", "{\"cpus\": 1.5}", "{\"kernel\": null}",
+                                      "{\"stats\": \"maybe\"}", "{\"config\": \"x\"}", "{\"cpus\": 1, \"cpus\": 2}"};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        err = (struct error){0};
+        assert_true(load(&config, bad[i], &err) < 0);
+        assert_true(err.text[0]);
+    }
+    machine_config_clear(&config);
+}
+
+static void whole(void **state)
+{
+    struct machine_config config;
+    struct error err = {0};
+    machine_config_init(&config);
+    assert_true(machine_config_check(&config, &err) < 0);
+    assert_non_null(strstr(err.text, "--kernel"));
+    assert_int_equal(machine_config_set(&config, "kernel", "k", NULL), 0);
+    assert_int_equal(machine_config_check(&config, &err), 0);
+    assert_int_equal(machine_config_set(&config, "memory", "1000T", NULL), 0);
+    assert_true(machine_config_check(&config, &err) < 0);
+    assert_non_null(strstr(err.text, "host"));
+    assert_int_equal(machine_config_set(&config, "memory", "64M", NULL), 0);
+    assert_int_equal(machine_config_set(&config, "virtio-console", "stdio", NULL), 0);
+    assert_true(machine_config_check(&config, &err) < 0);
+    machine_config_clear(&config);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {cmocka_unit_test(sizes), cmocka_unit_test(refusals), cmocka_unit_test(disks), cmocka_unit_test(json),
+                                       cmocka_unit_test(whole)};
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

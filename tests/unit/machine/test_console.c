@@ -1,0 +1,150 @@
+/* Console back ends on pipes, files and sockets: bytes pass both ways, back pressure keeps order, bad specifications are named. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <cmocka.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include "machine/console.h"
+
+struct guest {
+    char text[4096];
+    size_t count, room;
+};
+
+static size_t receive(void *ctx, const uint8_t *data, size_t size_bytes)
+{
+    struct guest *guest = ctx;
+    size_t taken = size_bytes < guest->room ? size_bytes : guest->room;
+    memcpy(guest->text + guest->count, data, taken);
+    guest->count += taken;
+    guest->room -= taken;
+    return taken;
+}
+
+static struct console *open_console(struct loop *loop, const char *spec, struct guest *guest, int in, int out)
+{
+    struct console *console = NULL;
+    struct error err = {0};
+    struct console_ops ops = {.receive = receive, .ctx = guest};
+    assert_int_equal(console_open(&console, spec, "--console", loop, in, out, &ops, &err), 0);
+    return console;
+}
+
+static void pipes(void **state)
+{
+    struct guest guest = {.room = 3};
+    struct loop *loop;
+    int in[2], out[2];
+    char text[16] = "";
+    assert_int_equal(loop_create(&loop, NULL), 0);
+    assert_int_equal(pipe(in), 0);
+    assert_int_equal(pipe(out), 0);
+    struct console *console = open_console(loop, "stdio", &guest, in[0], out[1]);
+    assert_int_equal(write(in[1], "hello", 5), 5);
+    loop_run_once(loop, 1000);
+    assert_int_equal(guest.count, 3);
+    guest.room = 100;
+    console_resume(console);
+    assert_int_equal(guest.count, 5);
+    assert_memory_equal(guest.text, "hello", 5);
+    console_write(console, (const uint8_t *)"world", 5);
+    assert_int_equal(read(out[0], text, sizeof text), 5);
+    assert_string_equal(text, "world");
+    console_close(console);
+    loop_destroy(loop);
+    for (int i = 0; i < 2; i++) {
+        close(in[i]);
+        close(out[i]);
+    }
+}
+
+/* A reader that is slow gets everything in order. */
+static void backlog(void **state)
+{
+    enum { TOTAL = 300000 };
+    struct guest guest = {0};
+    struct loop *loop;
+    int out[2];
+    assert_int_equal(loop_create(&loop, NULL), 0);
+    assert_int_equal(pipe(out), 0);
+    struct console *console = open_console(loop, "stdio", &guest, -1, out[1]);
+    uint8_t *sent = malloc(TOTAL), *got = malloc(TOTAL);
+    for (int i = 0; i < TOTAL; i++)
+        sent[i] = (uint8_t)(i * 7 + i / 251);
+    console_write(console, sent, TOTAL);
+    size_t count = 0;
+    fcntl(out[0], F_SETFL, O_NONBLOCK);
+    for (int round = 0; round < 100000 && count < TOTAL; round++) {
+        ssize_t n = read(out[0], got + count, TOTAL - count);
+        if (n > 0)
+            count += (size_t)n;
+        loop_run_once(loop, 0);
+    }
+    assert_int_equal(count, TOTAL);
+    assert_memory_equal(sent, got, TOTAL);
+    free(sent);
+    free(got);
+    console_close(console);
+    loop_destroy(loop);
+    close(out[0]);
+    close(out[1]);
+}
+
+static void sockets(void **state)
+{
+    struct guest guest = {.room = 100};
+    struct loop *loop;
+    char spec[80], text[16] = "";
+    snprintf(spec, sizeof spec, "unix:/tmp/doppel-console-%d", (int)getpid());
+    assert_int_equal(loop_create(&loop, NULL), 0);
+    struct console *console = open_console(loop, spec, &guest, -1, -1);
+    console_write(console, (const uint8_t *)"lost", 4); /* nobody is there */
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    strcpy(address.sun_path, spec + 5);
+    for (int client = 0; client < 2; client++) { /* a second client may come after the first */
+        int fd = socket(AF_UNIX, SOCK_STREAM, 0);
+        assert_int_equal(connect(fd, (struct sockaddr *)&address, sizeof address), 0);
+        loop_run_once(loop, 1000);
+        guest.count = 0;
+        assert_int_equal(write(fd, "in", 2), 2);
+        loop_run_once(loop, 1000);
+        assert_int_equal(guest.count, 2);
+        console_write(console, (const uint8_t *)"out", 3);
+        assert_int_equal(read(fd, text, sizeof text), 3);
+        close(fd);
+        loop_run_once(loop, 1000);
+    }
+    console_close(console);
+    assert_int_not_equal(access(spec + 5, F_OK), 0);
+    loop_destroy(loop);
+}
+
+static void refusals(void **state)
+{
+    static const char *const specs[] = {"file:/nonexistent/x", "unix:/nonexistent/x", "elsewhere"};
+    struct guest guest = {0};
+    struct loop *loop;
+    struct console_ops ops = {.receive = receive, .ctx = &guest};
+    assert_int_equal(loop_create(&loop, NULL), 0);
+    for (size_t i = 0; i < sizeof specs / sizeof *specs; i++) {
+        struct console *console;
+        struct error err = {0};
+        assert_true(console_open(&console, specs[i], "--console", loop, -1, -1, &ops, &err) < 0);
+        assert_non_null(strstr(err.text, "--console"));
+    }
+    loop_destroy(loop);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {cmocka_unit_test(pipes), cmocka_unit_test(backlog), cmocka_unit_test(sockets), cmocka_unit_test(refusals)};
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
