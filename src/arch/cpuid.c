@@ -59,7 +59,7 @@ struct cpuid_table {
      BIT(20) /* SMAP */)
 #define L7_ECX_AVX512 (BIT(1) | BIT(6) | BIT(11) | BIT(12) | BIT(14))
 #define L7_ECX_AVX (BIT(9) | BIT(10)) /* VAES, VPCLMULQDQ */
-#define L7_ECX_HOST (L7_ECX_AVX512 | L7_ECX_AVX | BIT(8))
+#define L7_ECX_HOST (L7_ECX_AVX512 | L7_ECX_AVX | BIT(8) | BIT(27)) /* GFNI, MOVDIRI */
 #define L7_ECX_FORCED (BIT(2) /* UMIP */ | BIT(22) /* RDPID */)
 #define L7_EDX_AVX512 (BIT(8) | BIT(23))
 #define L7_EDX_HOST (L7_EDX_AVX512 | BIT(4))
@@ -305,7 +305,7 @@ static void build_amd(struct cpuid_table *t)
     }
     if (t->max_extended >= 0x80000021) /* LFENCE serialises; null selector clears base; not affected by SRSO */
         add(t, 0x80000021, ANY_SUBLEAF,
-            (struct cpuid_regs){.eax = (host_cpuid(0x80000021, 0).eax & (BIT(2) | BIT(6))) | BIT(29)});
+            (struct cpuid_regs){.eax = (host_cpuid(0x80000021, 0).eax & BIT(2)) | BIT(6) | BIT(29)});
 }
 
 static void build_extended(struct cpuid_table *t)
