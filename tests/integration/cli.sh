@@ -1,0 +1,82 @@
+#!/bin/sh
+# cli.sh DOPPEL: what bad input gets. Each case must end with status 2 and one line that mentions the thing.
+set -u
+doppel=$1
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+failures=0
+
+# refuse MENTION OPTIONS...
+refuse() {
+    mention=$1
+    shift
+    timeout 20 "$doppel" "$@" </dev/null >"$work/out" 2>"$work/err"
+    status=$?
+    lines=$(wc -l <"$work/err")
+    if [ "$status" -ne 2 ] || [ "$lines" -ne 1 ] || ! grep -qF -- "$mention" "$work/err"; then
+        echo "FAIL: doppel $* -> status $status, $lines lines, wanted 2, 1 line with \"$mention\":"
+        cat "$work/err"
+        failures=$((failures + 1))
+    fi
+}
+
+head -c 3000000 /dev/urandom >"$work/noise"
+head -c 100 /dev/urandom >"$work/short"
+: >"$work/empty"
+truncate -s 1M "$work/disk"
+truncate -s 1000 "$work/odd"
+printf '{"kernel": 1, "colour": 2}' >"$work/bad.json"
+# A bzImage header with nothing behind it.
+{ head -c 497 /dev/zero; printf '\004'; head -c 12 /dev/zero; printf '\125\252\353\156HdrS\017\002'; head -c 1000 /dev/zero; } >"$work/truncated"
+
+refuse "unknown command" walk
+refuse "unknown option" run --colour red
+refuse "unexpected argument" run vmlinuz
+refuse "no kernel" run
+refuse "needs a value" run --kernel
+refuse "$work/missing" run --kernel "$work/missing"
+refuse "$work" run --kernel "$work"
+refuse "$work/noise" run --kernel "$work/noise"
+refuse "$work/short" run --kernel "$work/short"
+refuse "$work/empty" run --kernel "$work/empty"
+refuse "$work/truncated" run --kernel "$work/truncated"
+refuse "not a size" run --kernel x --memory many
+refuse "too small" run --kernel x --memory 4K
+refuse "host" run --kernel x --memory 900T
+refuse "cpus" run --kernel x --cpus 0
+refuse "warp" run --kernel x --engine warp
+refuse "bt" run --kernel "$work/noise" --engine bt
+refuse "colour" run --config "$work/bad.json"
+refuse "$work/none.json" run --config "$work/none.json"
+refuse "$work/noise" run --config "$work/noise"
+refuse "$work/nodisk" run --kernel x --disk "$work/nodisk"
+refuse "$work" run --kernel x --disk "$work"
+refuse "512" run --kernel x --disk "$work/odd"
+refuse "format" run --kernel x --disk "$work/disk,format=vhd"
+refuse "pigeon" run --kernel x --net pigeon
+refuse "forward" run --kernel x --net user,forward=tcp:nonsense
+refuse "nosuchtap" run --kernel x --net tap:nosuchtap0123
+refuse "$work/no/trace" run --kernel "$work/noise" --trace "$work/no/trace"
+refuse "/nonexistent/console" run --kernel x --console file:/nonexistent/console
+
+if [ -n "${DOPPEL_KERNEL:-}" ] && [ -f "${DOPPEL_KERNEL:-}" ]; then
+    refuse "memory" run --kernel "$DOPPEL_KERNEL" --memory 8M
+    refuse "$work/missing" run --kernel "$DOPPEL_KERNEL" --initrd "$work/missing"
+    truncate -s 300M "$work/big"
+    refuse "initrd" run --kernel "$DOPPEL_KERNEL" --initrd "$work/big" --memory 256M
+    head -c 2000000 "$DOPPEL_KERNEL" >"$work/half"
+    refuse "$work/half" run --kernel "$work/half"
+    refuse "$work/no/trace" run --kernel "$DOPPEL_KERNEL" --trace "$work/no/trace"
+fi
+
+for words in "--help" "help" "run --help" "help run" "version" "--version" "completion bash" "completion zsh" "completion fish" "manual"; do
+    # shellcheck disable=SC2086
+    if ! "$doppel" $words >"$work/out" 2>&1 || [ ! -s "$work/out" ]; then
+        echo "FAIL: doppel $words"
+        failures=$((failures + 1))
+    fi
+done
+"$doppel" completion bash | bash -n || failures=$((failures + 1))
+
+[ "$failures" -eq 0 ] || exit 1
+echo "all refused as they should be"
