@@ -23,15 +23,17 @@ int error_prefix(struct error *err, const char *format, ...)
 {
     if (!err)
         return 0;
-    char old[sizeof(err->text)];
-    memcpy(old, err->text, sizeof(old));
-    old[sizeof(old) - 1] = '\0';
-
+    char prefix[sizeof(err->text) - 2]; /* leaves room for ": " */
     va_list args;
     va_start(args, format);
-    int length = vsnprintf(err->text, sizeof(err->text), format, args);
+    vsnprintf(prefix, sizeof(prefix), format, args);
     va_end(args);
-    if (length >= 0 && (size_t)length < sizeof(err->text))
-        snprintf(err->text + length, sizeof(err->text) - (size_t)length, ": %s", old);
+
+    /* The old text moves up, losing its end when there is no room. */
+    size_t length = strlen(prefix);
+    memmove(err->text + length + 2, err->text, sizeof(err->text) - length - 2);
+    memcpy(err->text, prefix, length);
+    memcpy(err->text + length, ": ", 2);
+    err->text[sizeof(err->text) - 1] = '\0';
     return err->code;
 }
