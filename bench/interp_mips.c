@@ -12,9 +12,9 @@
 /* rcx: iterations. rsi: a table of 4096 quadwords. */
 __asm__(".pushsection .rodata\n"
         "mixed_start:\n"
-        "1:  mov %rcx, %rax\n"
-        "    imul $0x9e3779b1, %rax, %rax\n"
-        "    shr $20, %rax\n"
+        "1:  mov %ecx, %eax\n"
+        "    imul $0x9e3779b1, %eax, %eax\n"
+        "    shr $20, %eax\n"
         "    and $4095, %eax\n"
         "    mov (%rsi,%rax,8), %rdx\n"
         "    add %rcx, %rdx\n"
