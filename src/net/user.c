@@ -5,11 +5,11 @@
  * after anything that can change the answer (a frame, a ready descriptor, a timer) the event `service` is raised; it reports
  * what is ready, asks again, and turns the difference into registrations, one `struct watch` for each descriptor.
  * Invariant: between two slirp_pollfds_fill there is exactly one slirp_pollfds_poll; an index given to libslirp is the descriptor itself.
- * Urgent data (SLIRP_POLL_PRI) is not asked for: libslirp's sockets have it in line.
  * Threading: on the loop's thread.
  */
 #include <arpa/inet.h>
 #include <errno.h>
+#include <poll.h>
 #include <slirp/libslirp.h>
 #include <stdlib.h>
 #include <string.h>
@@ -36,6 +36,7 @@ struct watch {
     struct user *user;
     int fd;
     unsigned wanted, ready; /* SLIRP_POLL_* */
+    bool marked;            /* the loop reported something since the last service */
     uint32_t generation;    /* of the last fill that named it */
     struct loop_fd *source;
     LIST_ENTRY(watch) link;
@@ -66,6 +67,7 @@ struct user {
     LIST_HEAD(, watch) watches;
     struct watch **by_fd;
     size_t by_fd_count;
+    struct pollfd *polled; /* room for every watch: by_fd_count */
     uint32_t generation;
 
     STAILQ_HEAD(, waiting_frame) backlog;
@@ -98,9 +100,39 @@ static void watch_remove(struct watch *watch)
 static void watch_ready(void *ctx, unsigned events)
 {
     struct watch *watch = ctx;
-    watch->ready |= (events & LOOP_READ ? SLIRP_POLL_IN : 0) | (events & LOOP_WRITE ? SLIRP_POLL_OUT : 0) |
-                    (events & LOOP_HANGUP ? SLIRP_POLL_HUP | SLIRP_POLL_ERR : 0);
+    watch->marked = true;
     user_touch(watch->user);
+}
+
+static const struct {
+    unsigned slirp;
+    short poll;
+} event_names[] = {
+    {SLIRP_POLL_IN, POLLIN},   {SLIRP_POLL_OUT, POLLOUT}, {SLIRP_POLL_PRI, POLLPRI},
+    {SLIRP_POLL_ERR, POLLERR}, {SLIRP_POLL_HUP, POLLHUP},
+};
+
+/* Fills in `ready` of the watches that the loop reported. */
+static void poll_marked(struct user *user)
+{
+    struct watch *watch;
+    nfds_t count = 0;
+    LIST_FOREACH(watch, &user->watches, link) {
+        watch->ready = 0;
+        if (!watch->marked)
+            continue;
+        watch->marked = false;
+        struct pollfd *polled = &user->polled[count++];
+        *polled = (struct pollfd){.fd = watch->fd};
+        for (size_t i = 0; i < sizeof event_names / sizeof event_names[0]; i++)
+            polled->events |= watch->wanted & event_names[i].slirp ? event_names[i].poll : 0;
+    }
+    if (count == 0 || poll(user->polled, count, 0) <= 0)
+        return;
+    for (nfds_t n = 0; n < count; n++)
+        for (size_t i = 0; i < sizeof event_names / sizeof event_names[0]; i++)
+            if (user->polled[n].revents & event_names[i].poll)
+                user->by_fd[user->polled[n].fd]->ready |= event_names[i].slirp;
 }
 
 static unsigned watch_events(unsigned wanted)
@@ -118,6 +150,10 @@ static bool by_fd_grow(struct user *user, int fd)
         return false;
     memset(by_fd + user->by_fd_count, 0, (count - user->by_fd_count) * sizeof *by_fd);
     user->by_fd = by_fd;
+    struct pollfd *polled = reallocarray(user->polled, count, sizeof *polled);
+    if (!polled)
+        return false;
+    user->polled = polled;
     user->by_fd_count = count;
     return true;
 }
@@ -164,11 +200,7 @@ static int add_poll(int fd, int events, void *opaque)
 static int get_revents(int index, void *opaque)
 {
     struct watch *watch = watch_find(opaque, index);
-    if (!watch)
-        return 0;
-    unsigned ready = watch->ready;
-    watch->ready = 0;
-    return (int)ready;
+    return watch ? (int)watch->ready : 0;
 }
 
 /* A descriptor is about to be closed. */
@@ -213,6 +245,7 @@ static void arm_tick(struct user *user, uint32_t timeout_ms)
 static void user_service(void *ctx)
 {
     struct user *user = ctx;
+    poll_marked(user);
     slirp_pollfds_poll(user->slirp, 0, get_revents, user);
 
     uint32_t timeout_ms = UINT32_MAX;
@@ -221,7 +254,6 @@ static void user_service(void *ctx)
     struct watch *next;
     for (struct watch *watch = LIST_FIRST(&user->watches); watch; watch = next) {
         next = LIST_NEXT(watch, link);
-        watch->ready = 0; /* told, or about a socket that did not want to know */
         if (watch->generation != user->generation)
             watch_remove(watch);
     }
@@ -467,6 +499,7 @@ static void user_close(struct net *net)
     while (!LIST_EMPTY(&user->watches))
         watch_remove(LIST_FIRST(&user->watches));
     free(user->by_fd);
+    free(user->polled);
     while (!STAILQ_EMPTY(&user->backlog))
         backlog_drop_first(user);
     if (user->tick)
