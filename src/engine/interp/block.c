@@ -57,6 +57,7 @@ void block_cache_flush(struct icpu *c)
     struct block_cache *k = c->blocks;
     memset(k->bucket, 0, sizeof(k->bucket));
     k->used = 0;
+    c->block = NULL;
     native_flush(c);
     vcpu_count(&c->v, COUNTER_block_cache_flushes);
 }
@@ -67,11 +68,6 @@ static struct block **bucket_of(struct block_cache *k, uintptr_t host)
 }
 
 /* ---- comparison ---- */
-
-static inline uint64_t load64(const uint8_t *p)
-{
-    return *(const volatile uint64_t *)p;
-}
 
 /*
  * Comparison goes in steps of eight bytes and ends with one that lies over the last eight. For shorter blocks that one starts at the block or, when this would leave the
@@ -94,15 +90,6 @@ static void block_tail_set(struct block *b, unsigned length)
         memcpy(value + 8 - length, b->bytes, length);
     }
     memcpy(&b->tail_value, value, 8);
-}
-
-bool block_is_intact(const struct block *b)
-{
-    const uint8_t *p = (const uint8_t *)b->host;
-    for (int n = 0; n < b->tail_offset; n += 8)
-        if (load64(p + n) != load64(b->bytes + n))
-            return false;
-    return (load64(p + b->tail_offset) & b->tail_mask) == b->tail_value;
 }
 
 /* The crossing instruction's part in the next page. May raise that page's fault. */

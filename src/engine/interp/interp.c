@@ -248,19 +248,49 @@ static void trace_block(struct icpu *c)
         TRACE(c, "block %llx\n", (unsigned long long)c->v.cpu.gpr[GPR_RIP]);
 }
 
-static inline void run_block(struct icpu *c, const struct block *b)
+/* rip is kept in a register: nothing but a block's last instruction writes it. */
+static inline void run_block(struct icpu *c, struct block *b)
 {
     const struct insn *i = b->insn, *end = i + b->count;
-    c->block = (struct block *)b;
+    uint64_t rip = c->v.cpu.gpr[GPR_RIP];
+    c->block = b;
     c->block_guard = b->host - GUARD_BEFORE;
     c->block_guard_span = b->length_bytes + GUARD_BEFORE;
     do {
         c->current = i;
-        c->v.cpu.gpr[GPR_RIP] += i->length;
+        rip += i->length;
+        c->v.cpu.gpr[GPR_RIP] = rip;
         i->fn(c, i);
     } while (++i < end);
     c->current = NULL;
     c->v.counters[COUNTER_instructions] += b->count;
+}
+
+static __attribute__((noinline)) struct block *successor_find(struct icpu *c, struct block *previous)
+{
+    struct block *b = block_lookup(c);
+    if (previous && previous == c->block && previous->host && b->host && !b->crossing) {
+        previous->next[1] = previous->next[0];
+        previous->next[0] = b;
+    }
+    return b;
+}
+
+/* The block at rip: one of those that followed the last one before, if they are still true, else by look-up. */
+static inline struct block *successor(struct icpu *c)
+{
+    struct block *previous = c->block;
+    gva_t gva = c->v.cpu.gpr[GPR_RIP];
+    const struct tlb_entry *e = tlb_slot(c, gva);
+    if (likely(previous && c->code_bits == 64 && e->execute == tlb_tag(c, gva, 1))) {
+        uintptr_t host = gva + e->addend;
+        for (unsigned n = 0; n < 2; n++) {
+            struct block *b = previous->next[n];
+            if (b && b->host == host && b->code_bits == 64 && block_is_intact(b))
+                return b;
+        }
+    }
+    return successor_find(c, previous);
 }
 
 /* Not running. True: leave with *exit. */
@@ -298,7 +328,7 @@ static __attribute__((noinline)) enum engine_exit run_loop(struct icpu *c, bool 
                 return ENGINE_EXIT_ATTENTION;
             continue;
         }
-        run_block(c, block_lookup(c));
+        run_block(c, successor(c));
     }
 }
 

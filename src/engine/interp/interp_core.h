@@ -28,7 +28,19 @@ void block_drop(struct icpu *c, struct block *b);
 /* Code bytes within one page for which mem_fetch_host gave NULL. */
 void mem_fetch_mmio(struct icpu *c, gva_t gva, uint8_t *to, unsigned length);
 
-/* True while the block's bytes in memory are those that were decoded. */
-bool block_is_intact(const struct block *b);
+static inline uint64_t block_load64(const uint8_t *p)
+{
+    return *(const volatile uint64_t *)p;
+}
+
+/* True while the block's bytes in memory are those that were decoded (of a crossing instruction: those in the first page). */
+static inline bool block_is_intact(const struct block *b)
+{
+    const uint8_t *p = (const uint8_t *)b->host;
+    for (int n = 0; n < b->tail_offset; n += 8)
+        if (block_load64(p + n) != block_load64(b->bytes + n))
+            return false;
+    return (block_load64(p + b->tail_offset) & b->tail_mask) == b->tail_value;
+}
 
 #endif

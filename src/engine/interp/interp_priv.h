@@ -6,7 +6,7 @@
  * and calls each insn's handler. Handlers live in op_*.c; everything unprivileged that has no handler of its own runs natively on guest state (native.c).
  *
  * Rules:
- * - `rip` is advanced past the instruction before its handler runs. A handler that faults calls raise_*(), which does not return (longjmp to
+ * - Only an instruction with INSN_ENDS_BLOCK may write `rip`, which is advanced past the instruction before its handler runs. A handler that faults calls raise_*(), which does not return (longjmp to
  *   the run loop): the loop puts rip back and delivers. So a handler changes no guest state before its last possible fault.
  * - Arithmetic flags live in c->oszapc in the form LAHF and SETO give (AH and AL), produced by the host processor executing the same operation; the other
  *   flags live in v.cpu.rflags. flags_get/flags_set convert; run() leaves rflags complete.
@@ -104,7 +104,8 @@ struct block {
     bool crossing;       /* one instruction whose bytes go on in the next page */
     int16_t tail_offset; /* the last eight bytes compared start here, from `host`; see block_tail_set */
     uint64_t tail_mask, tail_value;
-    struct block *chain; /* next in the hash bucket */
+    struct block *next[2]; /* what ran after it lately: guesses, checked like any look-up */
+    struct block *chain;   /* next in the hash bucket */
     uint8_t bytes[BLOCK_BYTES_MAX + 8]; /* what was decoded; zero padded to a multiple of 8 */
     struct insn insn[];
 };
