@@ -593,6 +593,16 @@ static void config_written(void *device, unsigned offset, unsigned size_bytes)
         wake_all(virtio);
 }
 
+/* As after power-on: the fields that the guest may write are zero. */
+static void window_reset(struct virtio_pci *virtio)
+{
+    uint8_t *config = virtio->function.config + virtio->pci_window;
+    const uint8_t *mask = virtio->function.write_mask + virtio->pci_window;
+
+    for (unsigned i = 0; i < sizeof(struct virtio_cap); i++)
+        config[i] &= ~mask[i];
+}
+
 static const struct pci_function_ops function_ops = {
     .name = "virtio",
     .config_written = config_written,
@@ -715,6 +725,7 @@ void virtio_pci_reset(struct virtio_pci *virtio)
 {
     device_reset(virtio);
     virtio->generation = 0;
+    window_reset(virtio);
     pci_function_reset(&virtio->function);
 }
 
