@@ -102,7 +102,7 @@ static void op_block_changed(struct icpu *c, const struct insn *i)
 void interp_self_modified(struct icpu *c)
 {
     struct block *b = c->block;
-    if (!c->current || !b->host || block_is_intact(b))
+    if (!c->current || !b || !b->host || block_is_intact(b))
         return;
     block_drop(c, b);
     size_t next = (size_t)(c->current - b->insn) + 1;
@@ -337,7 +337,8 @@ static void recover(struct icpu *c, int why)
 {
     struct cpu_state *cpu = &c->v.cpu;
     if (c->current) {
-        c->v.counters[COUNTER_instructions] += (uint64_t)(c->current - c->block->insn);
+        if (c->block) /* NULL when the instruction emptied the cache */
+            c->v.counters[COUNTER_instructions] += (uint64_t)(c->current - c->block->insn);
         if (why == INTERP_FAULT)
             cpu->gpr[GPR_RIP] -= c->current->length;
         c->current = NULL;
