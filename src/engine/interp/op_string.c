@@ -88,7 +88,7 @@ static uint32_t io_read(struct icpu *c, uint16_t port, unsigned size)
     simd_save(c);
     vcpu_count(&c->v, COUNTER_port_reads);
     uint32_t value = c->v.host_ops->port_read(c->v.host, port, size);
-    TRACE(c, "port read %x size %u = %x\n", port, size, value);
+    TRACE(c, "in %#x size %u = %#x\n", port, size, value);
     return value;
 }
 
@@ -96,7 +96,7 @@ static void io_write(struct icpu *c, uint16_t port, unsigned size, uint32_t valu
 {
     simd_save(c);
     vcpu_count(&c->v, COUNTER_port_writes);
-    TRACE(c, "port write %x size %u = %x\n", port, size, value);
+    TRACE(c, "out %#x size %u = %#x\n", port, size, value);
     c->v.host_ops->port_write(c->v.host, port, size, value);
 }
 
