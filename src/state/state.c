@@ -295,7 +295,7 @@ int state_end(struct state_io *io)
 
 void state_bool(struct state_io *io, bool *value)
 {
-    uint64_t number_value = *value;
+    uint64_t number_value = io->loading ? 0 : *value;
 
     number(io, &number_value, 1);
     if (number_value > 1)
@@ -306,7 +306,7 @@ void state_bool(struct state_io *io, bool *value)
 
 void state_u8(struct state_io *io, uint8_t *value)
 {
-    uint64_t number_value = *value;
+    uint64_t number_value = io->loading ? 0 : *value;
 
     number(io, &number_value, 1);
     *value = (uint8_t)number_value;
@@ -314,7 +314,7 @@ void state_u8(struct state_io *io, uint8_t *value)
 
 void state_u16(struct state_io *io, uint16_t *value)
 {
-    uint64_t number_value = *value;
+    uint64_t number_value = io->loading ? 0 : *value;
 
     number(io, &number_value, 2);
     *value = (uint16_t)number_value;
@@ -322,7 +322,7 @@ void state_u16(struct state_io *io, uint16_t *value)
 
 void state_u32(struct state_io *io, uint32_t *value)
 {
-    uint64_t number_value = *value;
+    uint64_t number_value = io->loading ? 0 : *value;
 
     number(io, &number_value, 4);
     *value = (uint32_t)number_value;
@@ -335,7 +335,7 @@ void state_u64(struct state_io *io, uint64_t *value)
 
 void state_i64(struct state_io *io, int64_t *value)
 {
-    uint64_t number_value = (uint64_t)*value;
+    uint64_t number_value = io->loading ? 0 : (uint64_t)*value;
 
     number(io, &number_value, 8);
     *value = (int64_t)number_value;
