@@ -4,7 +4,6 @@
  * Order in each: control-bit checks (#UD, #NM), operand address and page faults, then the guest's vector state is made live, then the stub runs. A stub's memory
  * operand is guest memory itself when the access lies in one page of RAM, otherwise `bounce`, at the same offset modulo 64 so that
  * alignment faults are the processor's own.
- * Known deviation: a misaligned operand on an inaccessible page gives #PF where hardware gives #GP(0).
  * Threading: the vCPU's thread.
  */
 #include <errno.h>
@@ -92,13 +91,41 @@ void native_run(struct icpu *c, const struct native_code *n, void *operand)
         raise_trap(c, trap - 1);
 }
 
-/* The operand is not plain RAM within a page, or not in the TLB. */
-static __attribute__((noinline)) void run_slow(struct icpu *c, const struct native_code *n, gva_t gva)
+/* Data pointer of an operand that has none. */
+#define NO_OFFSET (~0ull)
+
+/* After the stub, before the state can be saved: a pending exception belongs to the instruction before, whose pointers #MF keeps. */
+static inline void note_pointers(struct icpu *c, const struct insn *i, const struct native_code *n, uint64_t offset)
 {
+    struct native_arena *a = c->native;
+    a->x87_ran = true;
+    if (!(n->flags & NATIVE_POINTERS))
+        return;
+    a->fop = n->fop & 0x7ff;
+    a->fip = c->v.cpu.gpr[GPR_RIP] - i->length;
+    if (offset != NO_OFFSET) {
+        a->fdp = offset;
+        a->fdp_known = true;
+    }
+}
+
+static inline void run_at(struct icpu *c, const struct insn *i, const struct native_code *n, void *operand, bool x87, uint64_t offset)
+{
+    native_run(c, n, operand);
+    if (x87)
+        note_pointers(c, i, n, offset);
+}
+
+/* The operand is not plain RAM within a page, or not in the TLB. */
+static __attribute__((noinline)) void run_slow(struct icpu *c, const struct insn *i, gva_t gva, bool x87, uint64_t offset)
+{
+    const struct native_code *n = i->native;
     bool write = n->flags & NATIVE_WRITE;
+    if (gva & n->align_mask)
+        raise_gp0(c); /* comes before page faults */
     void *host = mem_host(c, c->view, gva, n->size, write);
     if (host) {
-        native_run(c, n, host);
+        run_at(c, i, n, host, x87, offset);
         if (write)
             native_stored(c, host, n->size);
         return;
@@ -108,20 +135,21 @@ static __attribute__((noinline)) void run_slow(struct icpu *c, const struct nati
         mem_probe_write(c, c->view, gva, n->size);
     if (n->flags & NATIVE_READ)
         mem_read_bytes(c, c->view, gva, bounce, n->size);
-    native_run(c, n, bounce);
+    run_at(c, i, n, bounce, x87, offset);
     if (write)
         mem_write_bytes(c, c->view, gva, bounce, n->size);
 }
 
-static inline void run_memory(struct icpu *c, const struct native_code *n, gva_t gva)
+static inline void run_memory(struct icpu *c, const struct insn *i, gva_t gva, bool x87, uint64_t offset)
 {
+    const struct native_code *n = i->native;
     bool write = n->flags & NATIVE_WRITE;
     void *host = native_host_fast(c, gva, n->size, write);
     if (unlikely(!host)) {
-        run_slow(c, n, gva);
+        run_slow(c, i, gva, x87, offset);
         return;
     }
-    native_run(c, n, host);
+    run_at(c, i, n, host, x87, offset);
     if (write)
         native_stored(c, host, n->size);
 }
@@ -137,25 +165,14 @@ void native_memory(struct icpu *c, const struct insn *i)
 {
     const struct native_code *n = i->native;
     native_check(c, n);
-    run_memory(c, n, ea_linear(c, i, n->size, n->flags & NATIVE_WRITE));
+    run_memory(c, i, ea_linear(c, i, n->size, n->flags & NATIVE_WRITE), false, NO_OFFSET);
 }
 
-static inline void note_pointers(struct icpu *c, const struct insn *i, const struct native_code *n)
-{
-    struct native_arena *a = c->native;
-    a->x87_ran = true;
-    a->fop = n->fop & 0x7ff;
-    a->fip = c->v.cpu.gpr[GPR_RIP] - i->length;
-}
-
-/* Pointers are noted before the stub runs, but a pending exception belongs to the instruction before: #MF keeps that one's. */
 void native_x87_register(struct icpu *c, const struct insn *i)
 {
     const struct native_code *n = i->native;
     native_check(c, n);
-    native_run(c, n, NULL);
-    if (n->flags & NATIVE_POINTERS)
-        note_pointers(c, i, n);
+    run_at(c, i, n, NULL, true, NO_OFFSET);
 }
 
 void native_x87_memory(struct icpu *c, const struct insn *i)
@@ -163,12 +180,9 @@ void native_x87_memory(struct icpu *c, const struct insn *i)
     const struct native_code *n = i->native;
     native_check(c, n);
     uint64_t offset = ea_offset(c, i);
-    run_memory(c, n, linear_address(c, i->flags & INSN_LEGACY, i->segment, offset, n->size, n->flags & NATIVE_WRITE));
-    if (n->flags & NATIVE_POINTERS) {
-        note_pointers(c, i, n);
-        c->native->fdp = offset;
-        c->native->fdp_known = true;
-    }
+    bool write = n->flags & NATIVE_WRITE;
+    gva_t gva = linear_address(c, i->flags & INSN_LEGACY, i->segment, offset, n->size, write);
+    run_memory(c, i, gva, true, offset);
 }
 
 void native_hint(struct icpu *c, const struct insn *i)

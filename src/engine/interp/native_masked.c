@@ -54,6 +54,8 @@ static __attribute__((noinline)) void run_elements(struct icpu *c, const struct 
 {
     uint8_t *bounce = c->native->bounce + (gva & 63);
     unsigned size = n->element_size, count = n->size / size;
+    if (gva & n->align_mask)
+        raise_gp0(c);
     simd_save(c);
     uint64_t enabled = enabled_elements(c, n);
 

@@ -33,6 +33,7 @@ struct native_code {
     uint8_t blocked;     /* SIMD_* classes that it belongs to; 0: none, touches no vector or x87 register */
     uint8_t flags;       /* NATIVE_* */
     uint8_t size;        /* bytes of the memory operand, 0: none */
+    uint8_t align_mask;  /* address bits that must be clear, or #GP(0) */
     uint8_t mask_kind;   /* enum native_mask */
     uint8_t mask_register;
     uint8_t mask_bits;    /* elements that the mask covers */

@@ -188,6 +188,12 @@ static void describe_memory(const struct decode *d, const ZydisDecodedOperand *o
 
 /* ---- masks ---- */
 
+static bool has_opmask(const ZydisDecodedInstruction *zi)
+{
+    return zi->encoding == ZYDIS_INSTRUCTION_ENCODING_EVEX && zi->avx.mask.mode > ZYDIS_MASK_MODE_DISABLED &&
+           zi->avx.mask.reg != ZYDIS_REGISTER_K0;
+}
+
 static bool suppresses_faults(ZydisExceptionClass class)
 {
     switch (class) {
@@ -212,6 +218,7 @@ static bool reads_all_elements(ZydisMnemonic mnemonic)
     case ZYDIS_MNEMONIC_VPCONFLICTD:
     case ZYDIS_MNEMONIC_VPCONFLICTQ:
     case ZYDIS_MNEMONIC_VPSHUFBITQMB:
+    case ZYDIS_MNEMONIC_VDBPSADBW:
     case ZYDIS_MNEMONIC_VGF2P8AFFINEQB:
     case ZYDIS_MNEMONIC_VGF2P8AFFINEINVQB:
         return true;
@@ -266,8 +273,7 @@ static void describe_mask(const struct decode *d, const ZydisDecodedOperand *op,
     default:
         break;
     }
-    if (zi->encoding == ZYDIS_INSTRUCTION_ENCODING_EVEX && zi->avx.mask.mode > ZYDIS_MASK_MODE_DISABLED &&
-        zi->avx.mask.reg != ZYDIS_REGISTER_K0 && suppresses_faults(zi->meta.exception_class) &&
+    if (has_opmask(zi) && suppresses_faults(zi->meta.exception_class) &&
         !reads_all_elements(zi->mnemonic))
         describe_opmask(d, op, n);
 }
@@ -328,6 +334,37 @@ static unsigned simd_classes(const struct decode *d)
     return classes;
 }
 
+/* Of the memory operand, in bytes: SDM vol. 2A, tables 2-15 to 2-30, and vol. 1, 14.9. */
+static unsigned required_alignment(const ZydisDecodedInstruction *zi, unsigned size)
+{
+    switch (zi->mnemonic) {
+    case ZYDIS_MNEMONIC_MOVUPS:
+    case ZYDIS_MNEMONIC_MOVUPD:
+    case ZYDIS_MNEMONIC_MOVDQU:
+    case ZYDIS_MNEMONIC_LDDQU:
+    case ZYDIS_MNEMONIC_PCMPESTRI:
+    case ZYDIS_MNEMONIC_PCMPESTRM:
+    case ZYDIS_MNEMONIC_PCMPISTRI:
+    case ZYDIS_MNEMONIC_PCMPISTRM:
+    case ZYDIS_MNEMONIC_MASKMOVDQU:
+        return 1;
+    default:
+        break;
+    }
+    switch (zi->meta.exception_class) {
+    case ZYDIS_EXCEPTION_CLASS_SSE1:
+    case ZYDIS_EXCEPTION_CLASS_SSE2:
+    case ZYDIS_EXCEPTION_CLASS_SSE4:
+        return size == 16 ? 16 : 1;
+    case ZYDIS_EXCEPTION_CLASS_AVX1:
+    case ZYDIS_EXCEPTION_CLASS_E1:
+    case ZYDIS_EXCEPTION_CLASS_E1NF:
+        return size;
+    default:
+        return 1;
+    }
+}
+
 static void describe_flags(const struct decode *d, const ZydisDecodedOperand *op, unsigned classes, struct native_code *n)
 {
     const ZydisDecodedInstruction *zi = &d->zi;
@@ -347,8 +384,10 @@ static void describe_flags(const struct decode *d, const ZydisDecodedOperand *op
             n->flags |= NATIVE_READ;
         if (op->actions & ZYDIS_OPERAND_ACTION_MASK_WRITE)
             n->flags |= NATIVE_WRITE;
-        if (op->encoding == ZYDIS_OPERAND_ENCODING_NONE) /* MASKMOVDQU leaves bytes as they are */
+        /* MASKMOVDQU and stores under a mask leave some bytes as they are. */
+        if (op->encoding == ZYDIS_OPERAND_ENCODING_NONE || has_opmask(zi))
             n->flags |= NATIVE_READ;
+        n->align_mask = (uint8_t)(required_alignment(zi, n->size) - 1);
     }
 }
 
