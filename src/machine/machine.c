@@ -290,6 +290,8 @@ static int create_pci(struct machine *machine)
         .mem64_size_bytes = CHIPSET_PCI_MEM64_BYTES,
         .port_base = CHIPSET_PCI_PORT_BASE,
         .port_size_bytes = CHIPSET_PCI_PORT_BYTES,
+        .cf9 = &pm_reset_port_ops,
+        .cf9_ctx = machine->pm,
     };
     for (unsigned i = 0; i < 4; i++)
         pci.intx[i] = (struct irq_line){.set = pci_intx_set, .ctx = machine, .pin = CHIPSET_GSI_PCI + i};
