@@ -171,12 +171,21 @@ void *physmap_get(struct physmap *map, gpa_t gpa, uint64_t length_bytes, enum ph
 
 void physmap_mark_dirty(struct physmap *map, gpa_t gpa, uint64_t length_bytes)
 {
-    uint64_t offset;
+    uint64_t offset, first, last;
 
     if (length_bytes == 0 || !ram_offset(map, gpa, length_bytes, &offset))
         return;
-    for (uint64_t page = offset / PAGE_SIZE_BYTES; page <= (offset + length_bytes - 1) / PAGE_SIZE_BYTES; page++)
-        atomic_fetch_or_explicit(&map->dirty[page / 64], 1ull << (page % 64), memory_order_release);
+    first = offset / PAGE_SIZE_BYTES;
+    last = (offset + length_bytes - 1) / PAGE_SIZE_BYTES;
+    for (uint64_t word = first / 64; word <= last / 64; word++) {
+        uint64_t bits = ~0ull;
+
+        if (word == first / 64)
+            bits &= ~0ull << (first % 64);
+        if (word == last / 64)
+            bits &= ~0ull >> (63 - last % 64);
+        atomic_fetch_or_explicit(&map->dirty[word], bits, memory_order_release);
+    }
 }
 
 bool physmap_take_dirty(struct physmap *map, gpa_t gpa)

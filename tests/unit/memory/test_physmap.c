@@ -112,6 +112,9 @@ static void test_dirty(void **state)
     assert_false(physmap_take_dirty(map, 0x3000));
     assert_int_equal(physmap_write(map, 63 * 4096, "ab", 2), 0);
     assert_true(physmap_take_dirty(map, 63 * 4096));
+    physmap_mark_dirty(map, 60 * 4096, 140 * 4096); /* over several words of the bitmap */
+    for (gpa_t page = 0; page < 256; page++)
+        assert_int_equal(physmap_take_dirty(map, page * 4096), page >= 60 && page < 200);
     physmap_mark_dirty(map, 4 * MIB, 1); /* not RAM: nothing */
     physmap_mark_dirty(map, 0, 0);
     assert_false(physmap_take_dirty(map, 0));
