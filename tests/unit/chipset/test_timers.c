@@ -1,4 +1,4 @@
-/* The interval timer with port 0x61 and the real-time clock: registers, interrupts in real time, state, random accesses. */
+/* The interval timer with port 0x61, the real-time clock and the HPET: registers, interrupts in real time, state, random accesses. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -9,6 +9,8 @@
 
 #include <cmocka.h>
 
+#include "chipset/chipset.h"
+#include "chipset/hpet.h"
 #include "chipset/pit.h"
 #include "chipset/rtc.h"
 #include "state/inputs.h"
@@ -21,8 +23,10 @@ struct rig {
     struct loop *loop;
     struct pit *pit;
     struct rtc *rtc;
-    bool level[2]; /* PIT, RTC */
-    int rises[2];
+    struct hpet *hpet;
+    bool legacy;
+    bool level[8]; /* PIT, RTC; HPET: pins 20..23, ISA 0, ISA 8 */
+    int rises[8];
 };
 
 static void on_irq(void *ctx, unsigned pin, bool level)
@@ -30,6 +34,11 @@ static void on_irq(void *ctx, unsigned pin, bool level)
     struct rig *rig = ctx;
     rig->level[pin] = level;
     rig->rises[pin] += level;
+}
+
+static void on_legacy(void *ctx, bool replaced)
+{
+    ((struct rig *)ctx)->legacy = replaced;
 }
 
 static void out(struct rig *rig, uint16_t port, uint8_t value)
@@ -53,6 +62,10 @@ static int setup(void **state)
     struct rtc_config rtc = {.bus = rig.bus, .loop = rig.loop, .irq = {.set = on_irq, .ctx = &rig, .pin = 1},
                              .ram_low_bytes = 512 * MIB, .ram_high_bytes = 3 * 65536};
     assert_int_equal(rtc_create(&rig.rtc, &rtc), 0);
+    struct hpet_config hpet = {.bus = rig.bus, .loop = rig.loop, .legacy_changed = on_legacy, .ctx = &rig};
+    for (unsigned i = 0; i < 6; i++)
+        *(i < 4 ? &hpet.pins[i] : &hpet.legacy[i - 4]) = (struct irq_line){.set = on_irq, .ctx = &rig, .pin = 2 + i};
+    assert_int_equal(hpet_create(&rig.hpet, &hpet), 0);
     *state = &rig;
     return 0;
 }
@@ -60,6 +73,7 @@ static int setup(void **state)
 static int teardown(void **state)
 {
     struct rig *rig = *state;
+    hpet_destroy(rig->hpet);
     rtc_destroy(rig->rtc);
     pit_destroy(rig->pit);
     loop_destroy(rig->loop);
@@ -420,6 +434,86 @@ static void test_rtc_state(void **state)
     state_io_destroy(writer);
 }
 
+/* ---- HPET ---- */
+
+static uint64_t hpet_read(struct rig *rig, unsigned reg, unsigned size_bytes)
+{
+    return bus_read(rig->bus, BUS_MMIO, CHIPSET_HPET_BASE + reg, size_bytes);
+}
+
+static void hpet_write(struct rig *rig, unsigned reg, unsigned size_bytes, uint64_t value)
+{
+    bus_write(rig->bus, BUS_MMIO, CHIPSET_HPET_BASE + reg, size_bytes, value);
+}
+
+static void test_hpet_counter(void **state)
+{
+    struct rig *rig = *state;
+    assert_int_equal(hpet_read(rig, 0, 4), 0x8086A201);
+    assert_int_equal(hpet_read(rig, 4, 4), 10000000);
+    assert_int_equal(hpet_read(rig, 0x104, 4), 0x00f00000);
+    hpet_write(rig, 0xF0, 8, 0x1234567890);
+    run_for(rig, MS);
+    assert_true(hpet_read(rig, 0xF0, 8) == 0x1234567890);
+    hpet_write(rig, 0xF4, 4, 0);
+    assert_int_equal(hpet_read(rig, 0xF0, 8), 0x34567890);
+    hpet_write(rig, 0x10, 4, 1);
+    uint64_t start = inputs_now_ns(), from = hpet_read(rig, 0xF0, 8);
+    run_for(rig, 2 * MS);
+    uint64_t ticks = hpet_read(rig, 0xF0, 8) - from, ns = inputs_now_ns() - start;
+    assert_true(ticks >= 2 * MS / 10 && ticks <= ns / 10);
+    hpet_write(rig, 0xF0, 8, 0); /* running: ignored */
+    assert_true(hpet_read(rig, 0xF0, 8) > 0x34567890);
+    hpet_write(rig, 0x10, 4, 0);
+    from = hpet_read(rig, 0xF0, 8);
+    assert_int_equal(hpet_read(rig, 0xF0, 8), from);
+}
+
+static void test_hpet_interrupts(void **state)
+{
+    struct rig *rig = *state;
+    hpet_write(rig, 0x10, 4, 3);
+    assert_true(rig->legacy);
+    /* Comparator 0 repeats every millisecond in place of the PIT, as Linux programs it. */
+    hpet_write(rig, 0x100, 4, 0x14C);
+    hpet_write(rig, 0x108, 4, hpet_read(rig, 0xF0, 4) + 100000);
+    hpet_write(rig, 0x108, 4, 100000);
+    uint64_t start = inputs_now_ns();
+    while (rig->rises[6] < 4 && inputs_now_ns() < start + 1000 * MS)
+        loop_run_once(rig->loop, 100);
+    assert_true(inputs_now_ns() - start >= 3 * MS);
+    assert_int_equal(rig->rises[6], 4);
+    hpet_write(rig, 0x10, 4, 1);
+    assert_false(rig->legacy);
+    hpet_write(rig, 0x100, 4, 0);
+
+    /* Comparator 2, level-triggered on pin 21. */
+    hpet_write(rig, 0x140, 4, 21 << 9 | 6);
+    hpet_write(rig, 0x148, 8, hpet_read(rig, 0xF0, 8) + 100000);
+    start = inputs_now_ns();
+    while (!rig->level[3] && inputs_now_ns() < start + 1000 * MS)
+        loop_run_once(rig->loop, 100);
+    assert_true(rig->level[3]);
+    assert_int_equal(hpet_read(rig, 0x20, 4), 4);
+    struct state_io *writer = state_writer_create();
+    assert_int_equal(hpet_state(rig->hpet, writer), 0);
+    hpet_write(rig, 0x20, 4, 4);
+    assert_false(rig->level[3]);
+    run_for(rig, 2 * MS);
+    assert_int_equal(rig->rises[3], 1);
+
+    hpet_reset(rig->hpet);
+    assert_int_equal(hpet_read(rig, 0xF0, 4), 0);
+    size_t size;
+    const void *data = state_writer_data(writer, &size);
+    struct state_io *reader = state_reader_create(data, size);
+    assert_int_equal(hpet_state(rig->hpet, reader), 0);
+    assert_true(rig->level[3]);
+    assert_int_equal(hpet_read(rig, 0x140, 4), 21 << 9 | 0x36);
+    state_io_destroy(reader);
+    state_io_destroy(writer);
+}
+
 /* ---- Anything at all ---- */
 
 static uint64_t random_next(uint64_t *seed)
@@ -435,11 +529,13 @@ static void save_and_load(struct rig *rig)
     struct state_io *writer = state_writer_create();
     assert_int_equal(pit_state(rig->pit, writer), 0);
     assert_int_equal(rtc_state(rig->rtc, writer), 0);
+    assert_int_equal(hpet_state(rig->hpet, writer), 0);
     size_t size;
     const void *data = state_writer_data(writer, &size);
     struct state_io *reader = state_reader_create(data, size);
     assert_int_equal(pit_state(rig->pit, reader), 0);
     assert_int_equal(rtc_state(rig->rtc, reader), 0);
+    assert_int_equal(hpet_state(rig->hpet, reader), 0);
     state_io_destroy(reader);
     state_io_destroy(writer);
 }
@@ -459,6 +555,11 @@ static void test_random_accesses(void **state)
             bus_write(rig->bus, BUS_PORT, port, (r >> 40 & 7) ? 1 : 2, value);
         else
             bus_read(rig->bus, BUS_PORT, port, (r >> 40 & 7) ? 1 : 4);
+        unsigned reg = (r >> 40 & 3) ? (r >> 44 & 3) * 0x10 + (r >> 46 & 3) * 0x20 + (r >> 48 & 1) * 0x100 : r >> 44 & 0x3ff;
+        if (r & 2)
+            hpet_write(rig, reg + (r >> 50 & 12), 4u << (r >> 52 & 1), (r & 4) ? r : r & 0x14f);
+        else
+            hpet_read(rig, reg, 1u << (r >> 52 & 3));
         if (i % 64 == 0)
             loop_run_once(rig->loop, 0);
         if (i % 4096 == 0)
@@ -467,6 +568,7 @@ static void test_random_accesses(void **state)
     FILE *sink = fopen("/dev/null", "w");
     pit_dump(rig->pit, sink);
     rtc_dump(rig->rtc, sink);
+    hpet_dump(rig->hpet, sink);
     fclose(sink);
 }
 
@@ -506,7 +608,7 @@ int main(void)
         T(test_pit_periodic), T(test_pit_no_storm), T(test_pit_one_shot), T(test_pit_counter2_and_port61),
         T(test_pit_latches),  T(test_pit_reload_at_round_end), T(test_pit_state), T(test_rtc_time),
         T(test_rtc_set_and_formats), T(test_rtc_periodic), T(test_rtc_update_and_alarm), T(test_rtc_cmos),
-        T(test_rtc_state),    T(test_random_accesses), T(test_hostile_state),
+        T(test_rtc_state),    T(test_hpet_counter), T(test_hpet_interrupts), T(test_random_accesses), T(test_hostile_state),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
