@@ -2,7 +2,7 @@
  * virtio-net (virtio 1.2, section 5.1): one receive queue, one transmit queue and the control queue, in front of a back end of net/net.h.
  *
  * Frames are copied or handed on at once, so that no chain is in flight between two callbacks. The driver's notifications of the receive queue are
- * wanted only while the back end waits for buffers. Work for one event is bounded by BATCH; what is left goes on in the loop's next round.
+ * wanted only while the back end waits for buffers. Work for one event is bounded by BATCH and BATCH_BYTES; what is left goes on in the loop's next round.
  * Everything in rings, headers and commands is the guest's: commands are copied out before they are looked at.
  * Threading: with the device lock held; queue_notify, receive and writable on the loop's thread.
  */
@@ -23,6 +23,7 @@
 enum { QUEUE_RX, QUEUE_TX, QUEUE_CONTROL, QUEUES };
 #define QUEUE_SIZE 256u
 #define BATCH 64u
+#define BATCH_BYTES (256u << 10) /* a guest may ask for segments of 8 bytes */
 /* Back ends hand over a header and a frame, or both in one. */
 #define RECEIVE_VECTORS_MAX 4u
 
@@ -89,12 +90,18 @@ struct virtio_net {
 
 /* ---- Addresses ---- */
 
-void virtio_net_default_mac(uint8_t mac[6], const char *machine, unsigned index)
+/* FNV-1a, 32 bits: spreads names that differ in one character only. The terminating zero is part of the text. */
+static uint32_t hash_text(uint32_t hash, const char *text)
 {
-    /* FNV-1a, 32 bits: spreads names that differ in one character only. */
-    uint32_t hash = 2166136261u;
-    for (const char *c = machine ? machine : ""; *c; c++)
-        hash = (hash ^ (uint8_t)*c) * 16777619u;
+    do
+        hash = (hash ^ (uint8_t)*text) * 16777619u;
+    while (*text++);
+    return hash;
+}
+
+void virtio_net_default_mac(uint8_t mac[6], const char *machine, const char *interface, unsigned index)
+{
+    uint32_t hash = hash_text(hash_text(2166136261u, machine ? machine : ""), interface ? interface : "");
     for (unsigned shift = 0; shift < 32; shift += 8)
         hash = (hash ^ (index >> shift & 0xFF)) * 16777619u;
     hash ^= hash >> 24;
@@ -340,17 +347,19 @@ static void notify_tx(struct virtio_net *nic)
 {
     struct virtqueue *queue = virtio_pci_queue(&nic->virtio, QUEUE_TX);
     unsigned done = 0;
+    uint64_t done_bytes = 0;
     do {
         struct virtqueue_chain *chain;
         virtqueue_set_notification(queue, false);
         while ((chain = virtqueue_pop(queue))) {
+            done_bytes += chain->in_bytes;
             if (!transmit_chain(nic, chain)) {
                 virtqueue_unpop(chain);
                 nic->tx_waiting = true; /* nic_writable goes on */
                 return;
             }
             virtqueue_push(chain, 0, true);
-            if (++done == BATCH) {
+            if (++done == BATCH || done_bytes >= BATCH_BYTES) {
                 virtio_pci_wake_queue(&nic->virtio, QUEUE_TX);
                 return;
             }
@@ -542,7 +551,7 @@ static int nic_create(struct device **device, const struct device_host *host, co
     net_get_info(nic->net, &info);
     nic->status = info.link_up ? STATUS_LINK_UP : 0;
     nic->mtu = info.mtu;
-    virtio_net_default_mac(nic->permanent_mac, config->machine, config->index);
+    virtio_net_default_mac(nic->permanent_mac, config->machine, info.interface, config->index);
     if (info.has_mac)
         memcpy(nic->permanent_mac, info.mac, sizeof nic->permanent_mac);
     const struct virtio_pci_config pci = {

@@ -27,7 +27,10 @@ struct virtio_net_counters {
 struct device;
 void virtio_net_get_counters(const struct device *device, struct virtio_net_counters *counters);
 
-/* The address used when the spec has no mac=: 52:54:00 and 24 bits of a hash, the same for the same machine and index. */
-void virtio_net_default_mac(uint8_t mac[6], const char *machine, unsigned index);
+/*
+ * The address used when the spec has no mac=: 52:54:00 and 24 bits of a hash, the same for the same machine, host interface and index. The interface (NULL:
+ * none) is in it because machines that boot the same kernel may meet on one bridge.
+ */
+void virtio_net_default_mac(uint8_t mac[6], const char *machine, const char *interface, unsigned index);
 
 #endif

@@ -49,6 +49,7 @@ void net_set_offloads(struct net *net, const struct net_offloads *offloads);
 /* What is known about an open back end, for the NIC in front of it and for statistics. */
 struct net_info {
     const char *kind;             /* "user", "tap", "none" */
+    const char *interface;        /* the host's interface behind it, as long as it is open: "tap0"; NULL: none */
     bool link_up;                 /* when it was opened; changes come through client->link */
     bool has_mac;                 /* the spec's mac= option */
     uint8_t mac[6];

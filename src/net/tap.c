@@ -224,6 +224,7 @@ static int tap_open(struct net *net, struct error *err)
         return result;
     }
     tap_warn_down(tap);
+    net->info.interface = tap->name;
     net->info.receive = (struct net_offloads){.checksum = true, .tso4 = true, .tso6 = true, .ecn = true};
     return 0;
 }

@@ -10,6 +10,7 @@
 #include <arpa/inet.h>
 #include <errno.h>
 #include <poll.h>
+#include <signal.h>
 #include <slirp/libslirp.h>
 #include <stdlib.h>
 #include <string.h>
@@ -60,6 +61,7 @@ struct user {
     Slirp *slirp;
     struct loop_event *service;
     struct loop_timer *tick;
+    bool sigpipe_blocked;
     bool active; /* something happened since the last tick */
     unsigned quiet_ticks;
     bool data_valid; /* the guest understands VIRTIO_NET_HDR_F_DATA_VALID */
@@ -75,6 +77,20 @@ struct user {
 
     uint8_t frame[NET_HEADER_BYTES + FRAME_BYTES_MAX]; /* the guest's, copied before it is looked at */
 };
+
+/*
+ * libslirp sends without MSG_NOSIGNAL, and a program that uses the library need not ignore SIGPIPE. The signal goes to the thread that
+ * wrote, so it is blocked on the loop's.
+ */
+static void block_sigpipe(struct user *user)
+{
+    sigset_t set;
+    if (user->sigpipe_blocked)
+        return;
+    sigemptyset(&set);
+    sigaddset(&set, SIGPIPE);
+    user->sigpipe_blocked = pthread_sigmask(SIG_BLOCK, &set, NULL) == 0;
+}
 
 static void user_touch(struct user *user)
 {
@@ -245,6 +261,7 @@ static void arm_tick(struct user *user, uint32_t timeout_ms)
 static void user_service(void *ctx)
 {
     struct user *user = ctx;
+    block_sigpipe(user);
     poll_marked(user);
     slirp_pollfds_poll(user->slirp, 0, get_revents, user);
 
@@ -365,6 +382,7 @@ static bool user_transmit(struct net *net, const struct iovec *iov, unsigned iov
 {
     struct user *user = (struct user *)net;
     size_t total_bytes = 0;
+    block_sigpipe(user);
     for (unsigned i = 0; i < iov_count; i++) {
         if (iov[i].iov_len > sizeof user->frame - total_bytes) {
             net->info.dropped_from_guest++;

@@ -202,14 +202,16 @@ static void test_identity(void **state)
     assert_int_equal(offered & (F_GUEST_CSUM | F_GUEST_TSO4 | F_GUEST_TSO6 | F_GUEST_ECN), F_GUEST_CSUM | F_GUEST_TSO4 | F_GUEST_TSO6 | F_GUEST_ECN);
     assert_false(offered & F_MTU);
     read_mac(mac);
-    virtio_net_default_mac(expected, "m", 0);
+    virtio_net_default_mac(expected, "m", NULL, 0);
     assert_memory_equal(mac, expected, 6);
     assert_memory_equal(mac, "\x52\x54\x00", 3);
-    virtio_net_default_mac(other, "m", 1);
+    virtio_net_default_mac(other, "m", NULL, 1);
     assert_memory_not_equal(mac, other, 6);
-    virtio_net_default_mac(other, "n", 0);
+    virtio_net_default_mac(other, "n", NULL, 0);
     assert_memory_not_equal(mac, other, 6);
-    virtio_net_default_mac(other, NULL, 0);
+    virtio_net_default_mac(other, "m", "tap0", 0);
+    assert_memory_not_equal(mac, other, 6);
+    virtio_net_default_mac(other, NULL, NULL, 0);
     assert_int_equal(bus_read(f.g.bus, BUS_MMIO, f.g.config + 6, 2), 1);
     assert_int_equal(bus_read(f.g.bus, BUS_MMIO, f.g.config + 8, 2), 1);
 }

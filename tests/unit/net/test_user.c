@@ -362,6 +362,32 @@ static void test_tcp_out(void **state)
     guest_close(guest);
 }
 
+/* A peer that goes away while the guest still sends ends the connection, not this process. */
+static void test_tcp_peer_gone(void **state)
+{
+    struct guest *guest = guest_open("user,ipv6=off");
+    static uint8_t data[1000];
+    size_t payload_bytes;
+    int server = listener(SOCK_STREAM, &guest->peer_port);
+    guest->peer_ip = gateway_ip;
+    guest->own_port = 40001;
+    announce(guest);
+    tcp_send(guest, TCP_SYN, NULL, 0, 0);
+    tcp_wait(guest, TCP_SYN | TCP_ACK, &payload_bytes);
+    tcp_send(guest, TCP_ACK, NULL, 0, 0);
+    int peer = accept(server, NULL, NULL);
+    close(peer);
+    close(server);
+    tcp_wait(guest, TCP_FIN, &payload_bytes);
+    for (unsigned i = 0; i < 3; i++) {
+        tcp_send(guest, TCP_ACK | TCP_PSH, data, sizeof data, 0);
+        for (unsigned rounds = 0; rounds < 10; rounds++)
+            loop_run_once(guest->loop, 1);
+    }
+    ping(guest);
+    guest_close(guest);
+}
+
 static int connect_to(int type, uint16_t port)
 {
     struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons(port), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
@@ -573,7 +599,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_arp_and_ping),  cmocka_unit_test(test_dhcp),        cmocka_unit_test(test_tcp_out),
-        cmocka_unit_test(test_tcp_forward),   cmocka_unit_test(test_udp_forward), cmocka_unit_test(test_backpressure),
+        cmocka_unit_test(test_tcp_peer_gone), cmocka_unit_test(test_tcp_forward),   cmocka_unit_test(test_udp_forward), cmocka_unit_test(test_backpressure),
         cmocka_unit_test(test_backlog_bound), cmocka_unit_test(test_malformed),   cmocka_unit_test(test_idle),
         cmocka_unit_test(test_port_in_use),   cmocka_unit_test(test_none),
     };
