@@ -1,6 +1,6 @@
 /*
  * A driver on one thread, the device on the loop's: with the event index both sides stay silent whenever the other asked for silence. A lost
- * wake-up, from a missing barrier on the device's side, shows as a wait that never ends.
+ * wake-up shows as a wait that never ends. (On x86 the locked operations that mark pages dirty hide a missing fence from this test.)
  */
 #include <setjmp.h>
 #include <stdarg.h>
