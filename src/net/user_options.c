@@ -3,7 +3,7 @@
  *
  *     forward=tcp|udp:[hostaddr:]hostport:[guestaddr:]guestport   the host address is 127.0.0.1 unless given, so that nothing is
  *                                                                 opened to other machines by accident; the guest address is dhcpstart
- *     restrict=on|off   on: the guest reaches nothing but the gateway, the name server and what is forwarded to it
+ *     restrict=on|off   on: the guest reaches nothing: DHCP, ping of the gateway, and what is forwarded to it
  *     loopback=on|off   off: the gateway's address does not lead to services on the host's 127.0.0.1
  *     ipv6=on|off
  *     net=A.B.C.D/LENGTH, host=, dns=, dhcpstart=   the guest's network and the addresses in it: .2, .3 and .15
