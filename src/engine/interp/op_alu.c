@@ -20,7 +20,7 @@
 
 /* A function `name` whose second operand is `b` and whose first is a register (written back when `store`) ... */
 #define ALU_TO_REG(name, mnem, bits, DO, store, b_value)                                           \
-    static void name(struct icpu *c, const struct insn *i)                                         \
+    GENERAL void name(struct icpu *c, const struct insn *i)                                        \
     {                                                                                              \
         uint##bits##_t b = (uint##bits##_t)(b_value);                                              \
         uint##bits##_t a = (uint##bits##_t)reg_read(c, i->dst, bits / 8);                          \
@@ -32,7 +32,7 @@
     }
 /* ... or memory. */
 #define ALU_TO_MEM(name, mnem, bits, DO, locked, b_value)                                          \
-    static void name(struct icpu *c, const struct insn *i)                                         \
+    GENERAL void name(struct icpu *c, const struct insn *i)                                        \
     {                                                                                              \
         uint##bits##_t b = (uint##bits##_t)(b_value);                                              \
         uint##bits##_t *a = mem_rmw(c, ea_linear(c, i, bits / 8, true), bits / 8, locked);         \
@@ -42,10 +42,42 @@
         mem_rmw_end(c, a);                                                                         \
     }
 #define ALU_FROM_MEM_ONLY(name, mnem, bits, b_value)                                               \
-    static void name(struct icpu *c, const struct insn *i)                                         \
+    GENERAL void name(struct icpu *c, const struct insn *i)                                        \
     {                                                                                              \
         uint##bits##_t b = (uint##bits##_t)(b_value);                                              \
         uint##bits##_t a = mem_read##bits(c, ea_linear(c, i, bits / 8, false));                    \
+        uint32_t f;                                                                                \
+        ALU_PLAIN(mnem, "+q", a, b, f);                                                            \
+        c->oszapc = f;                                                                             \
+    }
+
+/* Flat ones (op_priv.h): like the above, on a TLB hit. */
+#define ALU_FLAT_LOAD(name, general, mnem, bits, DO, store)                                        \
+    static void name(struct icpu *c, const struct insn *i)                                         \
+    {                                                                                              \
+        FLAT_HOST(p, bits, flat_linear(c, i), read, general);                                      \
+        uint##bits##_t a = (uint##bits##_t)reg_read(c, i->dst, bits / 8), b = *p;                  \
+        uint32_t f;                                                                                \
+        DO(mnem, "+q", a, b, f);                                                                   \
+        if (store)                                                                                 \
+            reg_write(c, i->dst, bits / 8, a);                                                     \
+        c->oszapc = f;                                                                             \
+    }
+#define ALU_FLAT_MODIFY(name, general, mnem, bits, DO, b_value)                                    \
+    static void name(struct icpu *c, const struct insn *i)                                         \
+    {                                                                                              \
+        FLAT_HOST(p, bits, flat_linear(c, i), write, general);                                     \
+        uint##bits##_t b = (uint##bits##_t)(b_value);                                              \
+        uint32_t f;                                                                                \
+        DO(mnem, "+m", *p, b, f);                                                                  \
+        c->oszapc = f;                                                                             \
+        flat_stored(c, p);                                                                         \
+    }
+#define ALU_FLAT_COMPARE(name, general, mnem, bits, b_value)                                       \
+    static void name(struct icpu *c, const struct insn *i)                                         \
+    {                                                                                              \
+        FLAT_HOST(p, bits, flat_linear(c, i), read, general);                                      \
+        uint##bits##_t a = *p, b = (uint##bits##_t)(b_value);                                      \
         uint32_t f;                                                                                \
         ALU_PLAIN(mnem, "+q", a, b, f);                                                            \
         c->oszapc = f;                                                                             \
@@ -61,14 +93,20 @@
     ALU_TO_MEM(name##_mr##bits, #name s, bits, DO, false, REG_SRC(bits))                           \
     ALU_TO_MEM(name##_mi##bits, #name s, bits, DO, false, i->imm)                                  \
     ALU_TO_MEM(name##_lock_mr##bits, "lock " #name s, bits, DO, true, REG_SRC(bits))               \
-    ALU_TO_MEM(name##_lock_mi##bits, "lock " #name s, bits, DO, true, i->imm)
+    ALU_TO_MEM(name##_lock_mi##bits, "lock " #name s, bits, DO, true, i->imm)               \
+    ALU_FLAT_LOAD(name##_flat_rm##bits, name##_rm##bits, #name s, bits, DO, true)                  \
+    ALU_FLAT_MODIFY(name##_flat_mr##bits, name##_mr##bits, #name s, bits, DO, REG_SRC(bits))       \
+    ALU_FLAT_MODIFY(name##_flat_mi##bits, name##_mi##bits, #name s, bits, DO, i->imm)
 
 #define ALU_COMPARING(bits, s, name, unused)                                                       \
     ALU_TO_REG(name##_rr##bits, #name s, bits, ALU_PLAIN, false, REG_SRC(bits))                    \
     ALU_TO_REG(name##_ri##bits, #name s, bits, ALU_PLAIN, false, i->imm)                           \
     ALU_TO_REG(name##_rm##bits, #name s, bits, ALU_PLAIN, false, MEM_SRC(bits))                    \
     ALU_FROM_MEM_ONLY(name##_mr##bits, #name s, bits, REG_SRC(bits))                               \
-    ALU_FROM_MEM_ONLY(name##_mi##bits, #name s, bits, i->imm)
+    ALU_FROM_MEM_ONLY(name##_mi##bits, #name s, bits, i->imm)                                      \
+    ALU_FLAT_LOAD(name##_flat_rm##bits, name##_rm##bits, #name s, bits, ALU_PLAIN, false)          \
+    ALU_FLAT_COMPARE(name##_flat_mr##bits, name##_mr##bits, #name s, bits, REG_SRC(bits))          \
+    ALU_FLAT_COMPARE(name##_flat_mi##bits, name##_mi##bits, #name s, bits, i->imm)
 
 SIZES(ALU_STORING, add, ALU_PLAIN)
 SIZES(ALU_STORING, or, ALU_PLAIN)
@@ -125,6 +163,9 @@ SIZES(UNARY_OP, not, UNARY_NO_FLAGS)
 #define FORMS_UNARY(name) \
     [UNARY_R] = ROW(name##_r), [UNARY_M] = ROW(name##_m), [UNARY_LOCK_M] = ROW(name##_lock_m)
 
+#define FORMS_FLAT(name) \
+    [FORM_RM] = ROW(name##_flat_rm), [FORM_MR] = ROW(name##_flat_mr), [FORM_MI] = ROW(name##_flat_mi)
+
 enum alu_op { ALU_ADD, ALU_OR, ALU_ADC, ALU_SBB, ALU_AND, ALU_SUB, ALU_XOR, ALU_CMP, ALU_TEST, ALU_OPS };
 enum alu_unary { ALU_INC, ALU_DEC, ALU_NEG, ALU_NOT, ALU_UNARY_OPS };
 
@@ -132,6 +173,12 @@ static insn_fn *const binary_table[ALU_OPS][FORM_COUNT][4] = {
     [ALU_ADD] = {FORMS_STORING(add)},   [ALU_OR] = {FORMS_STORING(or)},   [ALU_ADC] = {FORMS_STORING(adc)},
     [ALU_SBB] = {FORMS_STORING(sbb)},   [ALU_AND] = {FORMS_STORING(and)}, [ALU_SUB] = {FORMS_STORING(sub)},
     [ALU_XOR] = {FORMS_STORING(xor)},   [ALU_CMP] = {FORMS_COMPARING(cmp)}, [ALU_TEST] = {FORMS_COMPARING(test)},
+};
+
+static insn_fn *const flat_table[ALU_OPS][FORM_COUNT][4] = {
+    [ALU_ADD] = {FORMS_FLAT(add)}, [ALU_OR] = {FORMS_FLAT(or)},   [ALU_ADC] = {FORMS_FLAT(adc)},
+    [ALU_SBB] = {FORMS_FLAT(sbb)}, [ALU_AND] = {FORMS_FLAT(and)}, [ALU_SUB] = {FORMS_FLAT(sub)},
+    [ALU_XOR] = {FORMS_FLAT(xor)}, [ALU_CMP] = {FORMS_FLAT(cmp)}, [ALU_TEST] = {FORMS_FLAT(test)},
 };
 
 static insn_fn *const unary_table[ALU_UNARY_OPS][UNARY_COUNT][4] = {
@@ -144,7 +191,11 @@ static insn_fn *const unary_table[ALU_UNARY_OPS][UNARY_COUNT][4] = {
 static insn_fn *select_binary(const struct decode *d, const struct insn *i, enum alu_op op)
 {
     enum operand_form form = operand_form(d);
-    return form == FORM_NONE ? NULL : binary_table[op][form][size_index(i->op_size)];
+    if (form == FORM_NONE)
+        return NULL;
+    unsigned size = size_index(i->op_size);
+    insn_fn *flat = flat_usable(d) ? flat_table[op][form][size] : NULL;
+    return flat ? flat : binary_table[op][form][size];
 }
 
 static insn_fn *select_unary(const struct decode *d, const struct insn *i, enum alu_unary op)

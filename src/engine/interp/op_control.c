@@ -44,22 +44,16 @@ static void jmp_mem(struct icpu *c, const struct insn *i)
 static inline void call_to(struct icpu *c, uint64_t target, unsigned size)
 {
     target = near_target(c, target, size);
-    if (likely(c->code_bits == 64 && size == 8)) {
-        uint64_t rsp = c->v.cpu.gpr[GPR_RSP] - 8;
-        mem_write64(c, rsp, *rip(c));
-        c->v.cpu.gpr[GPR_RSP] = rsp;
-    } else {
-        stack_push(c, size, *rip(c));
-    }
+    stack_push(c, size, *rip(c));
     *rip(c) = target;
 }
 
-static void call_rel(struct icpu *c, const struct insn *i)
+GENERAL void call_rel(struct icpu *c, const struct insn *i)
 {
     call_to(c, *rip(c) + i->imm, i->op_size);
 }
 
-static void call_reg(struct icpu *c, const struct insn *i)
+GENERAL void call_reg(struct icpu *c, const struct insn *i)
 {
     call_to(c, reg_read(c, i->dst, i->op_size), i->op_size);
 }
@@ -69,17 +63,36 @@ static void call_mem(struct icpu *c, const struct insn *i)
     call_to(c, mem_read(c, ea_linear(c, i, i->op_size, false), i->op_size), i->op_size);
 }
 
-static void ret_flat(struct icpu *c, const struct insn *i)
-{
-    uint64_t rsp = c->v.cpu.gpr[GPR_RSP];
-    branch_to(c, mem_read64(c, rsp), 8);
-    c->v.cpu.gpr[GPR_RSP] = rsp + 8 + i->imm;
-}
-
-static void ret_any(struct icpu *c, const struct insn *i)
+GENERAL void ret(struct icpu *c, const struct insn *i)
 {
     branch_to(c, stack_peek(c, i->op_size, 0), i->op_size);
     reg_write_masked(c, GPR_RSP, c->stack_mask, c->v.cpu.gpr[GPR_RSP] + i->op_size + i->imm);
+}
+
+/* Flat ones (op_priv.h). */
+#define CALL_FLAT(name, general, target_value)                                                     \
+    static void name(struct icpu *c, const struct insn *i)                                         \
+    {                                                                                              \
+        uint64_t target = target_value, from = *rip(c);                                            \
+        if (unlikely(!gva_is_canonical(target)))                                                   \
+            branch_fault(c);                                                                       \
+        FLAT_HOST(p, 64, c->v.cpu.gpr[GPR_RSP] - 8, write, general);                               \
+        *p = from;                                                                                 \
+        c->v.cpu.gpr[GPR_RSP] = gva_;                                                              \
+        *rip(c) = target;                                                                          \
+        flat_stored(c, p);                                                                         \
+    }
+CALL_FLAT(call_rel_flat, call_rel, *rip(c) + i->imm)
+CALL_FLAT(call_reg_flat, call_reg, reg64(c, i->dst))
+
+static void ret_flat(struct icpu *c, const struct insn *i)
+{
+    FLAT_HOST(p, 64, c->v.cpu.gpr[GPR_RSP], read, ret);
+    uint64_t target = *p;
+    if (unlikely(!gva_is_canonical(target)))
+        branch_fault(c);
+    *rip(c) = target;
+    c->v.cpu.gpr[GPR_RSP] = gva_ + 8 + i->imm;
 }
 
 #define JCC(cc)                                                                                    \
@@ -281,31 +294,49 @@ static void cache_line(struct icpu *c, const struct insn *i)
 
 /* ---- selection ---- */
 
+static const struct transfer {
+    uint16_t mnemonic;
+    insn_fn *relative, *reg, *memory; /* by operand */
+} transfers[] = {
+    {ZYDIS_MNEMONIC_JMP, jmp_rel, jmp_reg, jmp_mem}, {ZYDIS_MNEMONIC_CALL, call_rel, call_reg, call_mem},
+    {ZYDIS_MNEMONIC_RET, ret, ret, ret},             {ZYDIS_MNEMONIC_JCXZ, jcxz, NULL, NULL},
+    {ZYDIS_MNEMONIC_JECXZ, jcxz, NULL, NULL},        {ZYDIS_MNEMONIC_JRCXZ, jcxz, NULL, NULL},
+    {ZYDIS_MNEMONIC_LOOP, loop, NULL, NULL},         {ZYDIS_MNEMONIC_LOOPE, loope, NULL, NULL},
+    {ZYDIS_MNEMONIC_LOOPNE, loopne, NULL, NULL},
+};
+static const struct transfer flat_transfers[] = {
+    {ZYDIS_MNEMONIC_CALL, call_rel_flat, call_reg_flat, call_mem},
+    {ZYDIS_MNEMONIC_RET, ret_flat, ret_flat, ret_flat},
+};
+
+static insn_fn *transfer_find(const struct transfer *table, unsigned count, const struct decode *d)
+{
+    for (unsigned k = 0; k < count; k++) {
+        if (table[k].mnemonic != d->zi.mnemonic)
+            continue;
+        switch (d->op[0].type) {
+        case ZYDIS_OPERAND_TYPE_REGISTER:
+            return table[k].reg;
+        case ZYDIS_OPERAND_TYPE_MEMORY:
+            return table[k].memory;
+        default:
+            return table[k].relative;
+        }
+    }
+    return NULL;
+}
+
 static bool select_transfer(const struct decode *d, struct insn *i)
 {
-    static const struct {
-        uint16_t mnemonic;
-        insn_fn *relative, *reg, *memory;
-    } transfers[] = {
-        {ZYDIS_MNEMONIC_JMP, jmp_rel, jmp_reg, jmp_mem}, {ZYDIS_MNEMONIC_CALL, call_rel, call_reg, call_mem},
-        {ZYDIS_MNEMONIC_JCXZ, jcxz, NULL, NULL},         {ZYDIS_MNEMONIC_JECXZ, jcxz, NULL, NULL},
-        {ZYDIS_MNEMONIC_JRCXZ, jcxz, NULL, NULL},        {ZYDIS_MNEMONIC_LOOP, loop, NULL, NULL},
-        {ZYDIS_MNEMONIC_LOOPE, loope, NULL, NULL},       {ZYDIS_MNEMONIC_LOOPNE, loopne, NULL, NULL},
-    };
+    insn_fn *fn = NULL;
     if (d->zi.meta.branch_type == ZYDIS_BRANCH_TYPE_FAR)
         return false;
-    insn_fn *fn = NULL;
-    ZydisOperandType type = d->op[0].type;
     if (d->zi.meta.category == ZYDIS_CATEGORY_COND_BR && (d->zi.opcode & 0xf0) == (d->zi.opcode_map ? 0x80 : 0x70))
         fn = jcc_table[d->zi.opcode & 15];
-    for (unsigned k = 0; !fn && k < sizeof transfers / sizeof transfers[0]; k++)
-        if (transfers[k].mnemonic == d->zi.mnemonic)
-            fn = type == ZYDIS_OPERAND_TYPE_IMMEDIATE  ? transfers[k].relative
-                 : type == ZYDIS_OPERAND_TYPE_REGISTER ? transfers[k].reg
-                                                       : transfers[k].memory;
-    if (!fn && d->zi.mnemonic == ZYDIS_MNEMONIC_RET) {
-        fn = d->code_bits == 64 && d->zi.operand_width == 64 ? ret_flat : ret_any; /* imm: bytes to release, 0 without operand */
-    }
+    if (!fn && d->code_bits == 64 && d->zi.operand_width == 64)
+        fn = transfer_find(flat_transfers, sizeof flat_transfers / sizeof flat_transfers[0], d);
+    if (!fn)
+        fn = transfer_find(transfers, sizeof transfers / sizeof transfers[0], d);
     if (!fn)
         return false;
     i->op_size = (uint8_t)(d->zi.operand_width / 8);

@@ -20,15 +20,15 @@
     {                                                                                              \
         reg_write(c, i->dst, bits / 8, i->imm);                                                    \
     }                                                                                              \
-    static void mov_rm##bits(struct icpu *c, const struct insn *i)                                 \
+    GENERAL void mov_rm##bits(struct icpu *c, const struct insn *i)                                \
     {                                                                                              \
         reg_write(c, i->dst, bits / 8, mem_read##bits(c, EA(bits, false)));                        \
     }                                                                                              \
-    static void mov_mr##bits(struct icpu *c, const struct insn *i)                                 \
+    GENERAL void mov_mr##bits(struct icpu *c, const struct insn *i)                                \
     {                                                                                              \
         mem_write##bits(c, EA(bits, true), (uint##bits##_t)reg_read(c, i->src, bits / 8));         \
     }                                                                                              \
-    static void mov_mi##bits(struct icpu *c, const struct insn *i)                                 \
+    GENERAL void mov_mi##bits(struct icpu *c, const struct insn *i)                                \
     {                                                                                              \
         mem_write##bits(c, EA(bits, true), (uint##bits##_t)i->imm);                                \
     }                                                                                              \
@@ -54,15 +54,47 @@ static insn_fn *const mov_table[FORM_COUNT][4] = {
 static insn_fn *const mov_offset_table[2][4] = {ROW(mov_from_offset), ROW(mov_to_offset)};
 static insn_fn *const xchg_table[4] = ROW(xchg_rr);
 
+/* Flat ones (op_priv.h), with and without an index register. */
+#define MOV_FLAT(name, bits, linear)                                                               \
+    static void name##_rm##bits(struct icpu *c, const struct insn *i)                              \
+    {                                                                                              \
+        FLAT_HOST(p, bits, linear, read, mov_rm##bits);                                            \
+        reg_write(c, i->dst, bits / 8, *p);                                                        \
+    }                                                                                              \
+    static void name##_mr##bits(struct icpu *c, const struct insn *i)                              \
+    {                                                                                              \
+        FLAT_HOST(p, bits, linear, write, mov_mr##bits);                                           \
+        *p = (uint##bits##_t)reg_read(c, i->src, bits / 8);                                        \
+        flat_stored(c, p);                                                                         \
+    }                                                                                              \
+    static void name##_mi##bits(struct icpu *c, const struct insn *i)                              \
+    {                                                                                              \
+        FLAT_HOST(p, bits, linear, write, mov_mi##bits);                                           \
+        *p = (uint##bits##_t)i->imm;                                                               \
+        flat_stored(c, p);                                                                         \
+    }
+#define MOV_FLATS(bits, s, unused)                                                                 \
+    MOV_FLAT(mov_flat, bits, flat_linear_unindexed(c, i))                                          \
+    MOV_FLAT(mov_flat_indexed, bits, flat_linear(c, i))
+SIZES(MOV_FLATS, )
+
+#define FORMS_FLAT(name) {[FORM_RM] = ROW(name##_rm), [FORM_MR] = ROW(name##_mr), [FORM_MI] = ROW(name##_mi)}
+static insn_fn *const mov_flat_table[2][FORM_COUNT][4] = {FORMS_FLAT(mov_flat), FORMS_FLAT(mov_flat_indexed)};
+
 /* Widening moves, [destination size][source size]. */
 #define WIDEN(name, type, from, to)                                                                \
     static void name##_rr##from##_##to(struct icpu *c, const struct insn *i)                       \
     {                                                                                              \
         reg_write(c, i->dst, to / 8, (uint64_t)(type)reg_read(c, i->src, from / 8));               \
     }                                                                                              \
-    static void name##_rm##from##_##to(struct icpu *c, const struct insn *i)                       \
+    GENERAL void name##_rm##from##_##to(struct icpu *c, const struct insn *i)                      \
     {                                                                                              \
         reg_write(c, i->dst, to / 8, (uint64_t)(type)mem_read##from(c, EA(from, false)));          \
+    }                                                                                              \
+    static void name##_flat##from##_##to(struct icpu *c, const struct insn *i)                     \
+    {                                                                                              \
+        FLAT_HOST(p, from, flat_linear(c, i), read, name##_rm##from##_##to);                       \
+        reg_write(c, i->dst, to / 8, (uint64_t)(type)*p);                                          \
     }
 WIDEN(movzx, uint8_t, 8, 16)
 WIDEN(movzx, uint8_t, 8, 32)
@@ -74,18 +106,22 @@ WIDEN(movsx, int16_t, 16, 32)
 WIDEN(movsx, int16_t, 16, 64)
 WIDEN(movsx, int32_t, 32, 64)
 
-/* [form is memory][source size][destination size]. Zero extension to 64 bits is that to 32. Equal sizes are odd encodings that move. */
-static insn_fn *const movzx_table[2][4][4] = {
+/* [register, memory, flat memory][source size][destination size]. Zero extension to 64 bits is that to 32. Equal sizes are odd encodings that move. */
+static insn_fn *const movzx_table[3][4][4] = {
     {{NULL, movzx_rr8_16, movzx_rr8_32, movzx_rr8_32}, {NULL, mov_rr16, movzx_rr16_32, movzx_rr16_32}},
     {{NULL, movzx_rm8_16, movzx_rm8_32, movzx_rm8_32}, {NULL, mov_rm16, movzx_rm16_32, movzx_rm16_32}},
+    {{NULL, movzx_flat8_16, movzx_flat8_32, movzx_flat8_32}, {NULL, mov_rm16, movzx_flat16_32, movzx_flat16_32}},
 };
-static insn_fn *const movsx_table[2][4][4] = {
+static insn_fn *const movsx_table[3][4][4] = {
     {{NULL, movsx_rr8_16, movsx_rr8_32, movsx_rr8_64},
      {NULL, mov_rr16, movsx_rr16_32, movsx_rr16_64},
      {NULL, mov_rr16, mov_rr32, movsx_rr32_64}},
     {{NULL, movsx_rm8_16, movsx_rm8_32, movsx_rm8_64},
      {NULL, mov_rm16, movsx_rm16_32, movsx_rm16_64},
      {NULL, mov_rm16, mov_rm32, movsx_rm32_64}},
+    {{NULL, movsx_flat8_16, movsx_flat8_32, movsx_flat8_64},
+     {NULL, mov_rm16, movsx_flat16_32, movsx_flat16_64},
+     {NULL, mov_rm16, mov_rm32, movsx_flat32_64}},
 };
 
 /* BSWAP of a 16-bit register is undefined; what the host does with it is done. */
@@ -126,6 +162,11 @@ static insn_fn *const movbe_table[FORM_COUNT][4] = {[FORM_RM] = ROW_WORD(movbe_r
         reg_write(c, i->dst, bits / 8, ea_offset(c, i));                                           \
     }
 SIZES_WORD(LEA, )
+
+static void lea_flat(struct icpu *c, const struct insn *i)
+{
+    reg64_set(c, i->dst, reg64(c, i->base) + (uint64_t)(int64_t)i->displacement);
+}
 static insn_fn *const lea_table[4] = ROW_WORD(lea);
 
 /* CMOVcc reads its source whatever the condition, and its 32-bit form clears the upper half of the destination either way. */
@@ -219,7 +260,8 @@ static insn_fn *select_mov(const struct decode *d, struct insn *i)
         return NULL;
     if (d->zi.opcode_map == ZYDIS_OPCODE_MAP_DEFAULT && (d->zi.opcode & 0xfc) == 0xa0)
         return mov_offset_table[form == FORM_MR][size_index(i->op_size)];
-    return mov_table[form][size_index(i->op_size)];
+    insn_fn *flat = flat_usable(d) ? mov_flat_table[has_index(i)][form][size_index(i->op_size)] : NULL;
+    return flat ? flat : mov_table[form][size_index(i->op_size)];
 }
 
 /* Those without visible operands. */
@@ -266,7 +308,7 @@ static insn_fn *select_conditional(const struct decode *d, const struct insn *i)
 insn_fn *move_select(const struct decode *d, struct insn *i)
 {
     enum operand_form form = operand_form(d);
-    unsigned size = size_index(i->op_size), memory = form == FORM_RM;
+    unsigned size = size_index(i->op_size), memory = form != FORM_RM ? 0 : flat_usable(d) ? 2 : 1;
     switch (d->zi.mnemonic) {
     case ZYDIS_MNEMONIC_MOV:
         return select_mov(d, i);
@@ -278,7 +320,7 @@ insn_fn *move_select(const struct decode *d, struct insn *i)
     case ZYDIS_MNEMONIC_XCHG:
         return form == FORM_RR ? xchg_table[size] : NULL;
     case ZYDIS_MNEMONIC_LEA:
-        return lea_table[size];
+        return flat_usable(d) && size == 3 && !has_index(i) ? lea_flat : lea_table[size];
     case ZYDIS_MNEMONIC_BSWAP:
         return bswap_table[size];
     case ZYDIS_MNEMONIC_MOVBE:

@@ -87,6 +87,43 @@ static inline __attribute__((always_inline)) bool condition_holds(uint32_t oszap
 
 #define CONDITIONS(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12) X(13) X(14) X(15)
 
+/*
+ * Flat handlers: the common case of 64-bit code with 64-bit addresses and a TLB hit, with nothing that needs a stack frame. In every other case they
+ * tail-call the general handler, which starts afresh and is GENERAL so that it does not become part of them. `flat_usable` says when they may be selected.
+ */
+#define GENERAL static __attribute__((noinline))
+static inline bool flat_usable(const struct decode *d)
+{
+    return d->code_bits == 64 && d->zi.address_width == 64;
+}
+static inline bool has_index(const struct insn *i)
+{
+    return i->index != REG_OFFSET(GPR_ZERO);
+}
+static inline gva_t flat_linear(const struct icpu *c, const struct insn *i)
+{
+    return reg64(c, i->base) + (reg64(c, i->index) << i->scale) + (uint64_t)(int64_t)i->displacement + c->segment_base[i->segment];
+}
+static inline gva_t flat_linear_unindexed(const struct icpu *c, const struct insn *i)
+{
+    return reg64(c, i->base) + (uint64_t)(int64_t)i->displacement + c->segment_base[i->segment];
+}
+/* Declares `p`, the host address of `bits` at `linear`, or leaves for the general handler. `access` is read or write. */
+#define FLAT_HOST(p, bits, linear, access, general)                                                \
+    gva_t gva_ = linear;                                                                           \
+    const struct tlb_entry *e_ = tlb_slot(c, gva_);                                                \
+    if (unlikely(e_->access != tlb_tag(c, gva_, bits / 8))) {                                      \
+        general(c, i);                                                                             \
+        return;                                                                                    \
+    }                                                                                              \
+    volatile uint##bits##_t *p = (volatile uint##bits##_t *)(gva_ + e_->addend)
+/* After a store through `p`, as the last thing a handler does. */
+static inline void flat_stored(struct icpu *c, const volatile void *p)
+{
+    if (unlikely((uintptr_t)p - c->block_guard < c->block_guard_span))
+        interp_self_modified(c);
+}
+
 /* RSP, RCX, RSI, RDI written with an address or stack size: 16-bit ones keep the rest, 32-bit ones clear the upper half. */
 static inline void reg_write_masked(struct icpu *c, unsigned gpr, uint64_t mask, uint64_t value)
 {

@@ -31,43 +31,12 @@ uint64_t stack_pop(struct icpu *c, unsigned size)
     return value;
 }
 
-/* 64-bit mode's stack has no limit, no mask and base 0. */
-static void push_flat(struct icpu *c, uint64_t value)
-{
-    uint64_t rsp = c->v.cpu.gpr[GPR_RSP] - 8;
-    mem_write64(c, rsp, value);
-    c->v.cpu.gpr[GPR_RSP] = rsp;
-}
-
-static void push_reg_flat(struct icpu *c, const struct insn *i)
-{
-    push_flat(c, reg64(c, i->dst));
-}
-
-static void push_imm_flat(struct icpu *c, const struct insn *i)
-{
-    push_flat(c, i->imm);
-}
-
-static void push_mem_flat(struct icpu *c, const struct insn *i)
-{
-    push_flat(c, mem_read64(c, ea_linear(c, i, 8, false)));
-}
-
-static void pop_reg_flat(struct icpu *c, const struct insn *i)
-{
-    uint64_t rsp = c->v.cpu.gpr[GPR_RSP];
-    uint64_t value = mem_read64(c, rsp);
-    c->v.cpu.gpr[GPR_RSP] = rsp + 8;
-    reg64_set(c, i->dst, value);
-}
-
-static void push_reg(struct icpu *c, const struct insn *i)
+GENERAL void push_reg(struct icpu *c, const struct insn *i)
 {
     stack_push(c, i->op_size, reg_read(c, i->dst, i->op_size));
 }
 
-static void push_imm(struct icpu *c, const struct insn *i)
+GENERAL void push_imm(struct icpu *c, const struct insn *i)
 {
     stack_push(c, i->op_size, i->imm);
 }
@@ -77,10 +46,35 @@ static void push_mem(struct icpu *c, const struct insn *i)
     stack_push(c, i->op_size, mem_read(c, ea_linear(c, i, i->op_size, false), i->op_size));
 }
 
-static void pop_reg(struct icpu *c, const struct insn *i)
+GENERAL void pop_reg(struct icpu *c, const struct insn *i)
 {
     uint64_t value = stack_pop(c, i->op_size);
     reg_write(c, i->dst, i->op_size, value);
+}
+
+/* Flat ones (op_priv.h): 64-bit mode's stack has no limit, no mask and base 0. */
+static void push_reg_flat(struct icpu *c, const struct insn *i)
+{
+    FLAT_HOST(p, 64, c->v.cpu.gpr[GPR_RSP] - 8, write, push_reg);
+    *p = reg64(c, i->dst);
+    c->v.cpu.gpr[GPR_RSP] = gva_;
+    flat_stored(c, p);
+}
+
+static void push_imm_flat(struct icpu *c, const struct insn *i)
+{
+    FLAT_HOST(p, 64, c->v.cpu.gpr[GPR_RSP] - 8, write, push_imm);
+    *p = i->imm;
+    c->v.cpu.gpr[GPR_RSP] = gva_;
+    flat_stored(c, p);
+}
+
+static void pop_reg_flat(struct icpu *c, const struct insn *i)
+{
+    FLAT_HOST(p, 64, c->v.cpu.gpr[GPR_RSP], read, pop_reg);
+    uint64_t value = *p;
+    c->v.cpu.gpr[GPR_RSP] = gva_ + 8;
+    reg64_set(c, i->dst, value);
 }
 
 /* The destination's address is computed with RSP as it is after the pop (SDM vol. 2, POP). */
@@ -160,7 +154,7 @@ static insn_fn *select_push(const struct decode *d, const struct insn *i, bool f
     case UNARY_R:
         return flat ? push_reg_flat : push_reg;
     case UNARY_M:
-        return flat ? push_mem_flat : push_mem;
+        return push_mem;
     default:
         return NULL;
     }

@@ -179,6 +179,20 @@ static void test_stack_sizes(void **state)
     assert_int_equal(s.gpr[GPR_RAX], 0x1000);
 }
 
+/* POP into memory addressed by RSP: with RSP as it is after the pop. */
+static void test_pop_to_stack(void **state)
+{
+    fresh(64);
+    uint64_t value = 0x77;
+    memcpy(at(COMPARE_AREA + 0x800), &value, 8);
+    assert_true(RUN(0x8f, 0x44, 0x24, 0x10));
+    assert_int_equal(load64(COMPARE_AREA + 0x818), 0x77);
+    assert_int_equal(s.gpr[GPR_RSP], COMPARE_AREA + 0x808);
+    s.gpr[GPR_RSP] = COMPARE_AREA + COMPARE_BYTES - 8; /* reads the last quadword, would write beyond it */
+    assert_false(RUN(0x8f, 0x04, 0x24));
+    assert_int_equal(s.gpr[GPR_RSP], COMPARE_AREA + COMPARE_BYTES - 8);
+}
+
 static void test_enter_leave(void **state)
 {
     fresh(64);
@@ -513,6 +527,7 @@ int main(void)
         cmocka_unit_test(test_loops),
         cmocka_unit_test(test_code_limit),
         cmocka_unit_test(test_stack_sizes),
+        cmocka_unit_test(test_pop_to_stack),
         cmocka_unit_test(test_enter_leave),
         cmocka_unit_test(test_popf_privilege),
         cmocka_unit_test(test_pushf),
