@@ -117,8 +117,10 @@ static bool deliver_event(struct icpu *c)
 {
     struct cpu_state *cpu = &c->v.cpu;
     const struct vcpu_host_ops *ops = c->v.host_ops;
-    if (cpu->interrupt_shadow) /* run_one raises attention at its end */
+    if (cpu->interrupt_shadow) { /* run_one raises attention again at its end */
+        c->interrupt_waiting = true;
         return false;
+    }
     if (!cpu->nmi_blocked && ops->nmi_take(c->v.host)) {
         cpu->nmi_blocked = true;
         cpu->activity = CPU_RUNNING;
@@ -156,6 +158,13 @@ static enum attend_result attend(struct icpu *c)
     if (c->v.host_ops->must_exit(c->v.host))
         return ATTEND_EXIT;
     return deliver_event(c) ? ATTEND_DELIVERED : ATTEND_NOTHING;
+}
+
+static void shadow_end(struct icpu *c)
+{
+    c->v.cpu.interrupt_shadow = false;
+    if (c->interrupt_waiting)
+        vcpu_raise_attention(&c->v);
 }
 
 /* ---- single instructions ---- */
@@ -223,10 +232,8 @@ static void run_one(struct icpu *c)
     c->v.counters[COUNTER_instructions]++;
 
     bool new_shadow = cpu->interrupt_shadow && !shadow;
-    if (shadow) {
-        cpu->interrupt_shadow = false;
-        vcpu_raise_attention(&c->v);
-    }
+    if (shadow)
+        shadow_end(c);
     if (flags & RFLAGS_RF)
         resume_flag_done(c, mnemonic, start);
     interp_mode_changed(c);
@@ -350,8 +357,7 @@ static void recover(struct icpu *c, int why)
     }
     c->debug_hits = 0;
     if (why == INTERP_FAULT && cpu->interrupt_shadow) {
-        cpu->interrupt_shadow = false;
-        vcpu_raise_attention(&c->v);
+        shadow_end(c);
         interp_mode_changed(c);
     }
 }
