@@ -102,6 +102,7 @@ static void block_signals(void)
     sigaddset(&set, SIGUSR2);
     pthread_sigmask(SIG_BLOCK, &set, NULL);
     signal(SIGPIPE, SIG_IGN);
+    signal(SIGXFSZ, SIG_IGN); /* writing past ulimit -f is an I/O error for the guest */
 }
 
 static int write_pid_file(const char *path)

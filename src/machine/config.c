@@ -118,6 +118,8 @@ static int set_memory(struct machine_config *config, const char *key, const char
         return error_set(err, -EINVAL, "--memory: \"%s\" is not a size; write for example 512M or 2G", value);
     if (bytes < CONFIG_MEMORY_MIN_BYTES)
         return error_set(err, -EINVAL, "--memory: %s is too small; the least is 1M, and a Linux guest wants 64M or more", value);
+    if (bytes > CONFIG_MEMORY_MAX_BYTES)
+        return error_set(err, -EINVAL, "--memory: %s is more than this host or a guest of this version can have (the most is 240G)", value);
     if (bytes % 4096)
         return error_set(err, -EINVAL, "--memory: %s is not a multiple of 4K", value);
     config->memory_bytes = bytes;

@@ -13,6 +13,7 @@
 #define CONFIG_NETS_MAX 8
 #define CONFIG_CPUS_MAX 64
 #define CONFIG_MEMORY_MIN_BYTES (1ull << 20)
+#define CONFIG_MEMORY_MAX_BYTES (240ull << 30) /* the 64-bit PCI window starts at 256 GiB */
 
 struct disk_config {
     char *path, *format, *serial;

@@ -38,6 +38,7 @@ PART_ADAPTERS(pic)
 PART_ADAPTERS(ioapic)
 PART_ADAPTERS(pit)
 PART_ADAPTERS(rtc)
+PART_ADAPTERS(hpet)
 PART_ADAPTERS(pm)
 PART_ADAPTERS(i8042)
 PART_ADAPTERS(uart)
@@ -212,6 +213,34 @@ static int create_interrupt_controllers(struct machine *machine)
     return 0;
 }
 
+static void ioapic_line_set(void *ctx, unsigned pin, bool level)
+{
+    struct machine *machine = ctx;
+    ioapic_set_pin(machine->ioapic, pin, level);
+}
+
+static void hpet_replaces_legacy(void *ctx, bool replaced)
+{
+    struct machine *machine = ctx;
+    pit_set_irq_enabled(machine->pit, !replaced);
+    rtc_set_irq_enabled(machine->rtc, !replaced);
+}
+
+static int create_hpet(struct machine *machine)
+{
+    struct hpet_config hpet = {.bus = machine->bus,
+                               .loop = machine->loop,
+                               .legacy = {isa_line(machine, CHIPSET_IRQ_PIT), isa_line(machine, CHIPSET_IRQ_RTC)},
+                               .legacy_changed = hpet_replaces_legacy,
+                               .ctx = machine};
+    for (unsigned i = 0; i < HPET_PINS; i++)
+        hpet.pins[i] = (struct irq_line){.set = ioapic_line_set, .ctx = machine, .pin = HPET_PIN_FIRST + i};
+    int r = hpet_create(&machine->hpet, &hpet);
+    if (r == 0)
+        ADD_PART(machine, hpet, "hpet", machine->hpet);
+    return r;
+}
+
 static int create_timers_and_power(struct machine *machine)
 {
     struct pit_config pit = {.bus = machine->bus, .loop = machine->loop, .irq = isa_line(machine, CHIPSET_IRQ_PIT)};
@@ -228,6 +257,9 @@ static int create_timers_and_power(struct machine *machine)
     if (r)
         return r;
     ADD_PART(machine, rtc, "rtc", machine->rtc);
+    r = create_hpet(machine);
+    if (r)
+        return r;
     struct pm_config pm = {.bus = machine->bus,
                            .loop = machine->loop,
                            .sci = isa_line(machine, CHIPSET_SCI_IRQ),
@@ -272,12 +304,6 @@ static int create_ports(struct machine *machine)
     return 0;
 }
 
-static void pci_intx_set(void *ctx, unsigned pin, bool level)
-{
-    struct machine *machine = ctx;
-    ioapic_set_pin(machine->ioapic, pin, level);
-}
-
 static int create_pci(struct machine *machine)
 {
     struct pci_host_config pci = {
@@ -294,7 +320,7 @@ static int create_pci(struct machine *machine)
         .cf9_ctx = machine->pm,
     };
     for (unsigned i = 0; i < 4; i++)
-        pci.intx[i] = (struct irq_line){.set = pci_intx_set, .ctx = machine, .pin = CHIPSET_GSI_PCI + i};
+        pci.intx[i] = (struct irq_line){.set = ioapic_line_set, .ctx = machine, .pin = CHIPSET_GSI_PCI + i};
     int r = pci_host_create(&machine->pci, &pci);
     if (r == 0)
         ADD_PART(machine, pci_host, "pci-host", machine->pci);
@@ -324,12 +350,14 @@ int machine_power_on(struct machine *machine, struct error *err)
     for (unsigned i = 0; i < machine->part_count; i++)
         if (machine->part[i].reset)
             machine->part[i].reset(machine->part[i].object);
-    for (unsigned i = 0; i < machine->cpu_count; i++)
+    for (unsigned i = 0; i < machine->cpu_count; i++) {
         lapic_reset(machine->lapics, i, false);
+        lapic_set_virtual_wire(machine->lapics, i);
+    }
     pci_host_assign(machine->pci);
 
     bool serial = !config->console || strcmp(config->console, "none") != 0;
-    struct acpi_config acpi = {.cpu_count = machine->cpu_count, .com1 = true, .pvpanic = true};
+    struct acpi_config acpi = {.cpu_count = machine->cpu_count, .hpet = true, .com1 = true, .pvpanic = true};
     struct boot_config boot = {.kernel_path = config->kernel,
                                .initrd_path = config->initrd,
                                .command_line = config->append ? config->append : serial ? "console=ttyS0" : "",
@@ -406,6 +434,8 @@ int machine_create(struct machine **out, const struct machine_config *config, st
     r = loop_create(&machine->loop, &machine->device_lock);
     if (r)
         error_set(err, r, "cannot make an event loop: %s", strerror(-r));
+    if (r == 0 && !(machine->reset_retry = loop_timer_create(machine->loop, vcpu_threads_reset, machine)))
+        r = error_set(err, -ENOMEM, "out of memory");
     if (r == 0)
         r = physmap_create(&machine->memory, config->memory_bytes, err);
     if (r == 0)
@@ -499,6 +529,8 @@ void machine_destroy(struct machine *machine)
         bus_destroy(machine->bus);
     if (machine->memory)
         physmap_destroy(machine->memory);
+    if (machine->reset_retry)
+        loop_timer_destroy(machine->reset_retry);
     if (machine->loop)
         loop_destroy(machine->loop);
     if (machine->trace && machine->trace != stderr)

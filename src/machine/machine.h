@@ -4,7 +4,7 @@
  * Threads: one loop thread (devices' back ends, timers), one thread per vCPU, and callers of this interface. The device lock
  * guards the bus and everything on it; it is the loop's guard. Lock order: device lock, run lock, a vCPU thread's, a local APIC's, the loop's own.
  *
- * Stopping the world: every vCPU is asked to park; the last one to arrive does what was asked (reset) with nothing running.
+ * Stopping the world: every vCPU is asked to park; with the last one in, what was asked (reset) is done on the loop's thread.
  */
 #ifndef DOPPEL_MACHINE_MACHINE_H
 #define DOPPEL_MACHINE_MACHINE_H

@@ -12,6 +12,7 @@
 #include "chipset/bus.h"
 #include "chipset/chipset.h"
 #include "chipset/debugcon.h"
+#include "chipset/hpet.h"
 #include "chipset/i8042.h"
 #include "chipset/ioapic.h"
 #include "chipset/lapic.h"
@@ -86,6 +87,7 @@ struct machine {
     struct pic *pic;
     struct pit *pit;
     struct rtc *rtc;
+    struct hpet *hpet;
     struct pm *pm;
     struct i8042 *i8042;
     struct uart *com1;
@@ -115,6 +117,7 @@ struct machine {
     pthread_cond_t run_changed;
     enum machine_end end;
     bool paused, reset_wanted, resetting;
+    struct loop_timer *reset_retry; /* requests were in flight: look again */
     unsigned parked_count;
 };
 
@@ -125,7 +128,7 @@ void machine_add_part(struct machine *machine, const struct machine_part *part);
 int machine_create_devices(struct machine *machine, struct error *err);
 int machine_open_virtio_console(struct machine *machine, struct error *err);
 
-/* Puts every part in its state after power-on and loads the kernel again. Nothing runs. */
+/* Puts every part in its state after power-on and loads the kernel again. No vCPU runs, nothing is in flight; device lock held or no thread started. */
 int machine_power_on(struct machine *machine, struct error *err);
 
 /* machine_report.c: machine_dump with the device lock already held. */
@@ -142,6 +145,7 @@ int vcpu_threads_create(struct machine *machine, struct error *err);
 int vcpu_threads_start(struct machine *machine, struct error *err);
 void vcpu_threads_join(struct machine *machine);
 void vcpu_threads_destroy(struct machine *machine);
+void vcpu_threads_reset(void *machine); /* on the loop's thread, with all vCPUs parked */
 void vcpu_thread_request(struct vcpu_thread *cpu, uint32_t request);
 void vcpu_thread_wake(struct vcpu_thread *cpu);
 

@@ -3,7 +3,7 @@
  * machine (I/O, MSRs, interrupts).
  *
  * A request is a bit in vcpu_thread.requests plus a kick; the thread looks at the bits between engine runs. HLT and wait-for-SIPI sleep on
- * vcpu_thread.wake. Parking: the last vCPU to park performs a wanted reset, with no vCPU running.
+ * vcpu_thread.wake. Parking: with all vCPUs parked, a wanted reset runs on the loop's thread.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -240,21 +240,30 @@ static void wait_for_wake(struct vcpu_thread *cpu)
 
 /* ---- parking ---- */
 
-static void perform_reset(struct machine *machine)
+#define RESET_RETRY_NS 1000000
+
+/* All vCPUs are parked. Requests in flight may still write to guest memory, so they end first; device lock held (the loop's guard). */
+void vcpu_threads_reset(void *ctx)
 {
+    struct machine *machine = ctx;
     struct error err = {0};
-    pthread_mutex_lock(&machine->device_lock);
-    int r = machine_power_on(machine, &err);
-    pthread_mutex_unlock(&machine->device_lock);
-    if (r) {
+    if (!machine_quiesce(machine)) {
+        loop_timer_arm(machine->reset_retry, loop_now_ns() + RESET_RETRY_NS);
+        return;
+    }
+    if (machine_power_on(machine, &err)) {
         log_error("cannot restart the guest: %s", err.text);
         machine_stop(machine, MACHINE_ERROR);
     }
     for (unsigned i = 0; i < machine->cpu_count; i++)
         atomic_fetch_and(&machine->vcpu[i].requests, ~(REQUEST_INIT | REQUEST_STARTUP));
+    pthread_mutex_lock(&machine->run_lock);
+    machine->resetting = machine->reset_wanted = false;
+    pthread_cond_broadcast(&machine->run_changed);
+    pthread_mutex_unlock(&machine->run_lock);
 }
 
-/* All vCPUs meet here; with the last one in, one of them resets the machine when that is wanted; then they wait for resume. */
+/* All vCPUs meet here. With the last one in, a wanted reset is handed to the loop's thread; then they wait for its end, or for resume. */
 static void park(struct vcpu_thread *cpu)
 {
     struct machine *machine = cpu->machine;
@@ -264,14 +273,9 @@ static void park(struct vcpu_thread *cpu)
     while ((machine->reset_wanted || machine->paused) && machine->end == MACHINE_RUNNING) {
         if (machine->reset_wanted && !machine->resetting && machine->parked_count == machine->cpu_count) {
             machine->resetting = true;
-            pthread_mutex_unlock(&machine->run_lock); /* the device lock comes before the run lock */
-            perform_reset(machine);
-            pthread_mutex_lock(&machine->run_lock);
-            machine->resetting = machine->reset_wanted = false;
-            pthread_cond_broadcast(&machine->run_changed);
-        } else {
-            pthread_cond_wait(&machine->run_changed, &machine->run_lock);
+            loop_timer_arm(machine->reset_retry, loop_now_ns());
         }
+        pthread_cond_wait(&machine->run_changed, &machine->run_lock);
     }
     machine->parked_count--;
     atomic_fetch_and(&cpu->requests, ~REQUEST_PARK);

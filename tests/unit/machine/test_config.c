@@ -111,7 +111,9 @@ static void whole(void **state)
     assert_non_null(strstr(err.text, "--kernel"));
     assert_int_equal(machine_config_set(&config, "kernel", "k", NULL), 0);
     assert_int_equal(machine_config_check(&config, &err), 0);
-    assert_int_equal(machine_config_set(&config, "memory", "1000T", NULL), 0);
+    assert_true(machine_config_set(&config, "memory", "1000T", &err) < 0);
+    assert_non_null(strstr(err.text, "240G"));
+    assert_int_equal(machine_config_set(&config, "memory", "240G", NULL), 0);
     assert_true(machine_config_check(&config, &err) < 0);
     assert_non_null(strstr(err.text, "host"));
     assert_int_equal(machine_config_set(&config, "memory", "64M", NULL), 0);
