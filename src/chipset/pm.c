@@ -21,7 +21,10 @@
 #define PM1_POWER_BUTTON 0x0100u
 #define PM1_WAKE 0x8000u
 #define PM1_STATUS_BITS (PM1_TIMER | PM1_POWER_BUTTON | PM1_WAKE)
-#define PM1_ENABLE_BITS (PM1_TIMER | PM1_GLOBAL | PM1_POWER_BUTTON)
+#define PM1_SLEEP_BUTTON 0x0200u
+#define PM1_RTC 0x0400u
+/* The sleep button and the RTC never signal here, but drivers enable them and read the bit back. */
+#define PM1_ENABLE_BITS (PM1_TIMER | PM1_GLOBAL | PM1_POWER_BUTTON | PM1_SLEEP_BUTTON | PM1_RTC)
 
 /* PM1 control (4.8.3.2). */
 #define PM1_SCI_EN 0x0001u
