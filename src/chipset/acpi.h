@@ -1,5 +1,5 @@
 /*
- * Builds the ACPI tables (6.4) that describe the machine, into guest RAM in 0xE0000..0xFFFFF: RSDP first, at ACPI_TABLES_BASE, then XSDT, FADT,
+ * Builds the ACPI tables (6.4) that describe the machine, into guest RAM in 0xE0000..0xEFFFF: RSDP first, at ACPI_TABLES_BASE, then XSDT, FADT,
  * FACS, DSDT, MADT, MCFG, HPET. Stateless. Call it before boot_load, at start and again at each reset. Threading: no vCPU runs.
  */
 #ifndef DOPPEL_CHIPSET_ACPI_H
@@ -12,7 +12,7 @@
 #include "util/error.h"
 
 #define ACPI_TABLES_BASE 0xE0000ull
-#define ACPI_TABLES_BYTES 0x20000ull
+#define ACPI_TABLES_BYTES 0x10000ull
 
 struct acpi_config {
     unsigned cpu_count; /* 1..255; processor n has local APIC id n */

@@ -25,7 +25,8 @@ unsigned e820_build(const struct physmap *memory, struct e820_entry entries[E820
     count = add(entries, count, 0, low < E820_LOW_RAM_END ? low : E820_LOW_RAM_END, E820_RAM);
     count = add(entries, count, E820_LOW_RAM_END, ACPI_TABLES_BASE, E820_RESERVED);
     count = add(entries, count, ACPI_TABLES_BASE, nvs, E820_ACPI_DATA);
-    count = add(entries, count, nvs, LOW_MEMORY_END, E820_ACPI_NVS);
+    count = add(entries, count, nvs, ACPI_TABLES_BASE + ACPI_TABLES_BYTES, E820_ACPI_NVS);
+    count = add(entries, count, ACPI_TABLES_BASE + ACPI_TABLES_BYTES, LOW_MEMORY_END, E820_RESERVED); /* where PCs have their BIOS */
     count = add(entries, count, LOW_MEMORY_END, low, E820_RAM);
     count = add(entries, count, CHIPSET_ECAM_BASE, CHIPSET_ECAM_BASE + CHIPSET_ECAM_BYTES, E820_RESERVED);
     return add(entries, count, PHYSMAP_HIGH_BASE, PHYSMAP_HIGH_BASE + high, E820_RAM);
