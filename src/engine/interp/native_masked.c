@@ -54,10 +54,10 @@ static __attribute__((noinline)) void run_elements(struct icpu *c, const struct 
 {
     uint8_t *bounce = c->native->bounce + (gva & 63);
     unsigned size = n->element_size, count = n->size / size;
-    if (gva & n->align_mask)
-        raise_gp0(c);
     simd_save(c);
     uint64_t enabled = enabled_elements(c, n);
+    if (gva & n->align_mask && enabled) /* nothing enabled, nothing checked: as processors do it */
+        raise_gp0(c);
 
     memset(bounce, 0, n->size);
     for (unsigned k = 0; k < count; k++) {

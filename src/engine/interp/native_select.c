@@ -145,7 +145,8 @@ static bool operands_allowed(const struct decode *d, int *memory)
             break;
         case ZYDIS_OPERAND_TYPE_MEMORY: {
             bool hidden = op->encoding == ZYDIS_OPERAND_ENCODING_NONE;
-            bool mask_move = d->zi.mnemonic == ZYDIS_MNEMONIC_MASKMOVQ || d->zi.mnemonic == ZYDIS_MNEMONIC_MASKMOVDQU;
+            bool mask_move = d->zi.mnemonic == ZYDIS_MNEMONIC_MASKMOVQ || d->zi.mnemonic == ZYDIS_MNEMONIC_MASKMOVDQU ||
+                             d->zi.mnemonic == ZYDIS_MNEMONIC_VMASKMOVDQU;
             if (*memory >= 0 || op->size == 0 || op->size % 8 || op->size > 512 || hidden != mask_move ||
                 (!hidden && op->encoding != ZYDIS_OPERAND_ENCODING_MODRM_RM) ||
                 (op->mem.type != ZYDIS_MEMOP_TYPE_MEM && op->mem.type != ZYDIS_MEMOP_TYPE_VSIB))
@@ -217,8 +218,8 @@ static bool reads_all_elements(ZydisMnemonic mnemonic)
     switch (mnemonic) {
     case ZYDIS_MNEMONIC_VPCONFLICTD:
     case ZYDIS_MNEMONIC_VPCONFLICTQ:
-    case ZYDIS_MNEMONIC_VPSHUFBITQMB:
     case ZYDIS_MNEMONIC_VDBPSADBW:
+    case ZYDIS_MNEMONIC_VCVTNE2PS2BF16:
     case ZYDIS_MNEMONIC_VGF2P8AFFINEQB:
     case ZYDIS_MNEMONIC_VGF2P8AFFINEINVQB:
         return true;
@@ -347,7 +348,11 @@ static unsigned required_alignment(const ZydisDecodedInstruction *zi, unsigned s
     case ZYDIS_MNEMONIC_PCMPISTRI:
     case ZYDIS_MNEMONIC_PCMPISTRM:
     case ZYDIS_MNEMONIC_MASKMOVDQU:
+    case ZYDIS_MNEMONIC_VMASKMOVDQU:
         return 1;
+    case ZYDIS_MNEMONIC_CVTPD2PI:
+    case ZYDIS_MNEMONIC_CVTTPD2PI:
+        return 16;
     default:
         break;
     }

@@ -288,7 +288,7 @@ static uint64_t header_check(struct icpu *c, const uint64_t header[8], bool comp
     if (xcomp & COMPACT) {
         for (unsigned n = 3; n < 8; n++)
             rest |= header[n];
-        bad = !compact_offered || (xcomp & ~COMPACT & ~xcr0) || (bv & ~xcomp);
+        bad = !compact_offered || (xcomp & ~COMPACT & ~xcr0) || (bv & ~(xcomp & ~COMPACT));
     } else {
         bad = xcomp || (bv & ~xcr0);
     }

@@ -251,10 +251,11 @@ static void check_edges(struct candidate *k)
         report(k, "at the end of memory", "size");
     for (unsigned path = 0; path < RIG_PATHS; path++)
         compare(k, path, "at the end of memory");
-    /* A faulting x87 or MMX store may have written its first bytes, or have marked the registers used: up to the implementation, as are
-     * MASKMOVDQU's faults for bytes that are masked off. */
+    /* A faulting x87 or MMX store may have written its first bytes, or have marked the registers used, and VCVTPS2PH may have set flags: up to the
+     * implementation, as are MASKMOVDQU's faults for bytes that are masked off. */
     const struct native_code *n = k->insn.fn == native_masked || k->insn.fn == native_memory || k->insn.fn == native_x87_memory ? k->insn.native : NULL;
-    bool vague = memory_of(k)->encoding == ZYDIS_OPERAND_ENCODING_NONE || !n || (n->blocked & SIMD_X87 && n->flags & NATIVE_WRITE);
+    bool vague = memory_of(k)->encoding == ZYDIS_OPERAND_ENCODING_NONE || !n || (n->blocked & SIMD_X87 && n->flags & NATIVE_WRITE) ||
+                 k->zi.mnemonic == ZYDIS_MNEMONIC_VCVTPS2PH;
     place(k, end - size + 1); /* and no shorter */
     if (!masked(k) && direct.vector != VECTOR_PF && direct.vector != VECTOR_GP && ++failures <= 50)
         report(k, "beyond the end of memory", "size");
@@ -296,19 +297,17 @@ static void check_exceptions(struct candidate *k)
 
 /* ---- gather and scatter ---- */
 
+/* Small ones, or a scatter would write all over this process. */
 static void indices(struct rig_state *state, unsigned size)
 {
     struct icpu *c = rig.c;
     memcpy(c->v.cpu.xsave, state->xsave, sizeof(state->xsave));
-    for (unsigned n = 0; n < (rig.xsave_mask & XCR0_AVX512 ? 32u : 16u); n++) {
-        if (rig_random() % 2)
-            continue;
+    for (unsigned n = 0; n < (rig.xsave_mask & XCR0_AVX512 ? 32u : 16u); n++)
         for (unsigned part = 0; part < (rig.xsave_mask & XCR0_AVX512 ? 4u : 2u); part++)
             for (unsigned at = 0; at < 16; at += size) {
                 int64_t index = (int64_t)(rig_random() % 800) - 400;
                 memcpy(native_vector_part(c, n, part) + at, &index, size);
             }
-    }
     memcpy(state->xsave, c->v.cpu.xsave, sizeof(state->xsave));
 }
 
@@ -344,6 +343,135 @@ static void for_vsib(check_fn *check)
                 fill(&k, vex, sizeof(vex));
                 check(&k);
             }
+}
+
+/* ---- every form of address ---- */
+
+/* Instructions up to their ModRM byte's reg field, and how many immediate bytes follow. rex: its byte's index, 0: VEX or EVEX at byte 0. */
+struct form {
+    uint8_t bytes[8], length, immediate;
+    int8_t rex;
+};
+
+static const struct form forms[] = {
+    {{0x40, 0x0f, 0x10}, 3, 0, 0},             /* movups load */
+    {{0x40, 0x0f, 0x11}, 3, 0, 0},             /* movups store */
+    {{0x66, 0x40, 0x0f, 0x70}, 4, 1, 1},       /* pshufd, imm8 */
+    {{0xf2, 0x48, 0x0f, 0x2a}, 4, 0, 1},       /* cvtsi2sd, 64 bits */
+    {{0x66, 0x40, 0x0f, 0xc4}, 4, 1, 1},       /* pinsrw, imm8 */
+    {{0xf2, 0x48, 0x0f, 0x38, 0xf1}, 5, 0, 1}, /* crc32 */
+    {{0xf3, 0x48, 0x0f, 0xb8}, 4, 0, 1},       /* popcnt */
+    {{0x48, 0x0f, 0x38, 0xf1}, 4, 0, 0},       /* movbe store */
+    {{0x66, 0x48, 0x0f, 0x3a, 0x16}, 5, 1, 1}, /* pextrq, imm8 */
+    {{0xc4, 0xe1, 0x7c, 0x58}, 4, 0, -1},      /* vaddps ymm */
+    {{0xc4, 0xe3, 0x6d, 0x4b}, 4, 1, -1},      /* vblendvpd, is4 */
+    {{0xc4, 0xe2, 0xe8, 0xf2}, 4, 0, -1},      /* andn */
+    {{0xc4, 0xe2, 0xfb, 0xf6}, 4, 0, -1},      /* mulx */
+    {{0x62, 0xf3, 0x7d, 0x49, 0x25}, 5, 1, -1}, /* vpternlogd zmm {k1}, imm8 */
+    {{0x62, 0xf1, 0x7c, 0x48, 0x11}, 5, 0, -1}, /* vmovups zmm store */
+    {{0x40, 0xdd}, 2, 0, 0},                    /* x87 group: fld, fisttp, fst, fstp, frstor, fnsave, fnstsw */
+};
+
+/* Appends the address part for `kind` and says which registers it uses. */
+static unsigned put_address(uint8_t *out, unsigned kind, unsigned reg, unsigned base, unsigned index, int32_t displacement)
+{
+    unsigned n = 0, mod = kind % 3, low = base & 7;
+    bool sib = kind >= 3 || low == 4;
+    if (mod == 0 && low == 5)
+        mod = 1;
+    out[n++] = (uint8_t)(mod << 6 | reg << 3 | (sib ? 4 : low));
+    if (sib)
+        out[n++] = (uint8_t)((kind >= 3 ? (kind & 3) << 6 | (index & 7) << 3 : 0x20) | low);
+    if (mod == 1)
+        out[n++] = (uint8_t)displacement;
+    if (mod == 2) {
+        memcpy(out + n, &displacement, 4);
+        n += 4;
+    }
+    return n;
+}
+
+static void check_address(const struct form *f, unsigned kind)
+{
+    struct candidate k;
+    unsigned base = rig_random() & 15, index = rig_random() & 15, n = 0;
+    if (index == 4 || index == base)
+        return;
+    if (kind < 3)
+        index = 0; /* none, so no REX.X either */
+    rig_random_bytes(k.code, sizeof(k.code));
+    if (rig_random() % 4 == 0)
+        k.code[n++] = 0x3e; /* DS, without effect */
+    unsigned start = n;
+    memcpy(k.code + n, f->bytes, f->length);
+    if (f->rex >= 0)
+        k.code[n + (unsigned)f->rex] |= (uint8_t)(base >> 3 | (index >> 3) << 1);
+    else
+        k.code[start + 1] ^= (uint8_t)((base >> 3) << 5 | (index >> 3) << 6);
+    n += f->length;
+    n += put_address(k.code + n, kind, rig_random() & 7, base, index, (int32_t)(rig_random() % 100));
+    if (n + f->immediate > sizeof(k.code) || !try(&k, 64))
+        return;
+    const ZydisDecodedOperand *m = memory_of(&k);
+    rig_random_bytes(ram, sizeof(ram));
+    rig_random_state(&from);
+    if (index != base)
+        from.gpr[index] = rig_random() % 64;
+    from.gpr[base] = (uintptr_t)rig.ram + 4096 + (rig_random() % 32) * 16 - (m->mem.disp.has_displacement ? (uint64_t)m->mem.disp.value : 0) -
+                     (m->mem.index ? from.gpr[index] * m->mem.scale : 0);
+    rig_run_direct(k.code, k.length, &from, ram, &direct);
+    for (unsigned path = 0; path < RIG_PATHS; path++)
+        compare(&k, path, "address");
+}
+
+/* ---- XRSTOR ---- */
+
+/* A valid area at `area`, then often something wrong with it. */
+static void make_area(uint8_t *area, bool compact)
+{
+    static struct rig_state other;
+    rig_random_state(&other);
+    memcpy(area, other.xsave, 2816);
+    uint64_t bv = rig_random() & rig.xsave_mask;
+    put64(area + XSAVE_BV, bv);
+    if (compact)
+        put64(area + XSAVE_COMP_BV, 1ull << 63 | bv | (rig_random() & rig.xsave_mask));
+    switch (rig_random() % 8) {
+    case 0:
+        area[XSAVE_BV + rig_random() % 64] |= (uint8_t)(1u << (rig_random() & 7));
+        break;
+    case 1:
+        put32(area + XSAVE_MXCSR, 1u << (rig_random() & 31));
+        break;
+    case 2:
+        put16(area + XSAVE_FCW, (uint16_t)rig_random());
+        put16(area + XSAVE_FSW, (uint16_t)rig_random());
+        break;
+    default:
+        break;
+    }
+}
+
+static void check_restore(const uint8_t *code, unsigned length)
+{
+    struct candidate k;
+    fill(&k, code, length);
+    if (!try(&k, 64))
+        return;
+    for (unsigned round = 0; round < 200; round++) {
+        prepare(&k);
+        rig_random_state(&from);
+        from.gpr[GPR_RSI] = (uintptr_t)rig.ram + 64 * (rig_random() % 64) + (rig_random() % 16 ? 0 : 8);
+        from.gpr[GPR_RAX] = rig_random() & XCR0_SUPPORTED;
+        from.gpr[GPR_RDX] = 0;
+        make_area(ram + (from.gpr[GPR_RSI] - (uintptr_t)rig.ram), round & 1);
+        rig_run_direct(k.code, k.length, &from, ram, &direct);
+        if (direct.vector == VECTOR_GP) { /* what was loaded before it was noticed is up to the implementation */
+            rig_run_interp(&k.insn, RIG_TLB, &from, ram, &direct);
+            direct.vector = VECTOR_GP;
+        }
+        compare(&k, RIG_TLB, "restoring");
+    }
 }
 
 static void finish(const char *what)
@@ -410,6 +538,164 @@ static void test_vsib(void **state)
     finish("gather and scatter");
 }
 
+static void test_addresses(void **state)
+{
+    rig_arm();
+    for (unsigned n = 0; n < sizeof(forms) / sizeof(forms[0]); n++)
+        for (unsigned round = 0; round < 600; round++)
+            check_address(&forms[n], round % 7);
+    assert_true(compared > 10000);
+    finish("addresses");
+}
+
+static void test_restore(void **state)
+{
+    rig_arm();
+    check_restore((const uint8_t[]){0x0f, 0xae, 0x2e}, 3);       /* xrstor */
+    check_restore((const uint8_t[]){0x48, 0x0f, 0xae, 0x2e}, 4); /* xrstor64 */
+    check_restore((const uint8_t[]){0x0f, 0xae, 0x0e}, 3);       /* fxrstor */
+    check_restore((const uint8_t[]){0x48, 0x0f, 0xae, 0x0e}, 4); /* fxrstor64 */
+    finish("restoring");
+}
+
+/* ---- control bits, modes, the arena ---- */
+
+static int run_plain(const char *bytes, unsigned length, unsigned bits)
+{
+    struct candidate k;
+    fill(&k, (const uint8_t *)bytes, length);
+    assert_true(try(&k, bits));
+    rig_run_interp(&k.insn, RIG_TLB, &from, ram, &interp);
+    return interp.vector;
+}
+
+static void test_control_bits(void **state)
+{
+    /* Instruction, and what it raises with EM, TS, no OSFXSR, no OSXSAVE, and XCR0 without AVX: x87, MMX, SSE, AVX, neither. */
+    static const struct {
+        const char *bytes;
+        uint8_t length;
+        int8_t vector[5];
+    } table[] = {
+        {"\xd9\xe8", 2, {7, 7, -1, -1, -1}},             /* fld1 */
+        {"\x0f\x6f\xc1", 3, {6, 7, -1, -1, -1}},         /* movq mm */
+        {"\x0f\x28\xc1", 3, {6, 7, 6, -1, -1}},          /* movaps */
+        {"\xc5\xf8\x28\xc1", 4, {-1, 7, -1, 6, 6}},      /* vmovaps */
+        {"\xc4\xe2\x78\xf2\xc1", 5, {-1, -1, -1, -1, -1}}, /* andn */
+        {"\xf3\x0f\xb8\xc1", 4, {-1, -1, -1, -1, -1}},    /* popcnt */
+        {"\x0f\xae\x06", 3, {7, 7, -1, -1, -1}},         /* fxsave */
+        {"\x9b", 1, {-1, 7, -1, -1, -1}},                /* fwait, MP set */
+        {"\xd9\x36", 2, {7, 7, -1, -1, -1}},             /* fnstenv */
+    };
+    struct icpu *c = rig.c;
+    rig_arm();
+    rig_random_state(&from);
+    from.gpr[GPR_RSI] &= ~63ull;
+    for (unsigned bit = 0; bit < 5; bit++) {
+        struct cpu_state old = c->v.cpu;
+        c->v.cpu.cr0 |= bit == 0 ? CR0_EM : bit == 1 ? CR0_TS : 0;
+        c->v.cpu.cr4 &= ~(bit == 2 ? CR4_OSFXSR : bit == 3 ? CR4_OSXSAVE : 0);
+        c->v.cpu.xcr0 = bit == 4 ? XCR0_X87 | XCR0_SSE : old.xcr0;
+        c->simd_blocked = (uint32_t[]){SIMD_X87 | SIMD_SSE, 15, SIMD_SSE, SIMD_AVX | SIMD_AVX512, SIMD_AVX | SIMD_AVX512}[bit];
+        for (unsigned n = 0; n < sizeof(table) / sizeof(table[0]); n++) {
+            from.gpr[GPR_RAX] = (uintptr_t)rig.ram;
+            from.gpr[GPR_RSI] = (uintptr_t)rig.ram;
+            if (run_plain(table[n].bytes, table[n].length, 64) != table[n].vector[bit])
+                fail_msg("row %u, condition %u: %d", n, bit, interp.vector);
+        }
+        c->v.cpu.cr0 = old.cr0, c->v.cpu.cr4 = old.cr4, c->v.cpu.xcr0 = old.xcr0;
+        c->simd_blocked = 0;
+    }
+}
+
+static void test_legacy_modes(void **state)
+{
+    struct icpu *c = rig.c;
+    rig_arm();
+    rig_random_state(&from);
+    from.gpr[GPR_RAX] = 0x11223344;
+    from.gpr[GPR_RCX] = 0xf0f0ffff;
+    /* Operand sizes default to 16 bits in 16-bit code. */
+    assert_int_equal(run_plain("\xf3\x0f\xb8\xc1", 4, 16), -1); /* popcnt ax, cx */
+    assert_int_equal(interp.state.gpr[GPR_RAX], 0x11220010);
+    assert_int_equal(run_plain("\x66\xf3\x0f\xb8\xc1", 5, 16), -1); /* popcnt eax, ecx */
+    assert_int_equal(interp.state.gpr[GPR_RAX], 24);
+    assert_int_equal(run_plain("\xf3\x0f\xb8\xc1", 4, 32), -1);
+    assert_int_equal(interp.state.gpr[GPR_RAX], 24);
+    /* VEX.W and the high register bit are ignored. */
+    assert_int_equal(run_plain("\xc4\xe2\xb8\xf2\xd1", 5, 32), -1); /* andn edx, eax (W=1, vvvv=0111), ecx */
+    assert_int_equal(interp.state.gpr[GPR_RDX], ~0x11223344u & 0xf0f0ffff);
+    assert_int_equal(run_plain("\xc4\xe2\x38\xf2\xd1", 5, 32), -1);
+    assert_int_equal(interp.state.gpr[GPR_RDX], ~0x11223344u & 0xf0f0ffff);
+    /* VEX does not exist in real and virtual-8086 mode. */
+    c->v.cpu.cr0 &= ~CR0_PE;
+    assert_int_equal(run_plain("\xc4\xe2\x78\xf2\xd1", 5, 16), VECTOR_UD);
+    assert_int_equal(run_plain("\xf3\x0f\xb8\xc1", 4, 16), -1);
+    c->v.cpu.cr0 |= CR0_PE;
+    /* FXSAVE leaves XMM8 to XMM15 alone. */
+    memset(ram, 0xa5, sizeof(ram));
+    from.gpr[GPR_RSI] = (uintptr_t)rig.ram;
+    struct candidate k;
+    fill(&k, (const uint8_t *)"\x0f\xae\x06", 3);
+    assert_true(try(&k, 32));
+    k.insn.address_mask = ~0ull;
+    c->code_bits = 32;
+    rig_run_interp(&k.insn, RIG_TLB, &from, ram, &interp);
+    c->code_bits = 64;
+    assert_int_equal(interp.vector, -1);
+    assert_memory_equal(interp.ram + XSAVE_XMM, from.xsave + XSAVE_XMM, 128);
+    assert_int_equal(interp.ram[XSAVE_XMM + 128], 0xa5);
+    accepted = 0;
+}
+
+/* However many different instructions there are, decoding goes on; the one that finds no room asks to be decoded again. */
+static void test_arena_full(void **state)
+{
+    struct icpu *c = rig.c;
+    unsigned full = 0;
+    rig_arm();
+    for (unsigned n = 0; n < 300000 && full < 2; n++) {
+        struct candidate k;
+        uint8_t code[] = {0x66, (uint8_t)(0x40 | (n >> 14 & 1) << 2 | (n >> 15 & 1)), 0x0f, 0x3a, (uint8_t)(0x0c + (n >> 16 & 3)),
+                          (uint8_t)(0xc0 | (n >> 8 & 63)), (uint8_t)n};
+        fill(&k, code, sizeof(code));
+        assert_true(try(&k, 64));
+        if (k.insn.fn != native_arena_full)
+            continue;
+        full++;
+        c->v.cpu.gpr[GPR_RIP] = 0x1000 + k.length;
+        if (setjmp(c->escape) == 0) {
+            k.insn.fn(c, &k.insn);
+            fail();
+        }
+        assert_int_equal(c->v.cpu.gpr[GPR_RIP], 0x1000);
+        assert_true(try(&k, 64));
+        assert_true(k.insn.fn == native_register);
+        prepare(&k);
+        rig_run_direct(k.code, k.length, &from, ram, &direct);
+        compare(&k, RIG_TLB, "after a flush");
+    }
+    assert_true(full);
+    finish("arena");
+}
+
+static void test_self_modified(void **state)
+{
+    struct icpu *c = rig.c;
+    rig_arm();
+    rig_random_state(&from);
+    from.gpr[GPR_RSI] = (uintptr_t)rig.ram + 256;
+    for (int offset = -20; offset < 20; offset++) {
+        c->block_guard = (uintptr_t)rig.ram + 256 + (uintptr_t)(intptr_t)offset;
+        c->block_guard_span = 4;
+        rig.self_modified = 0;
+        assert_int_equal(run_plain("\x0f\x11\x06", 3, 64), -1); /* movups [rsi], xmm0 */
+        assert_int_equal(rig.self_modified, offset > -4 && offset < 16);
+    }
+    c->block_guard_span = 0;
+    accepted = 0;
+}
+
 int main(void)
 {
     if (rig_create())
@@ -422,6 +708,12 @@ int main(void)
         cmocka_unit_test(test_edges),
         cmocka_unit_test(test_exceptions),
         cmocka_unit_test(test_vsib),
+        cmocka_unit_test(test_addresses),
+        cmocka_unit_test(test_restore),
+        cmocka_unit_test(test_control_bits),
+        cmocka_unit_test(test_legacy_modes),
+        cmocka_unit_test(test_arena_full),
+        cmocka_unit_test(test_self_modified),
     };
     int result = cmocka_run_group_tests_name("native", tests, NULL, NULL);
     rig_destroy();
