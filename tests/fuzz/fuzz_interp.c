@@ -85,13 +85,12 @@ static void prepare(const uint8_t *data, size_t size)
 static void execute(bool step)
 {
     const struct cpu_state *cpu = &vm.vcpu->cpu;
+    start_timer(RUN_MICROSECONDS); /* a repeated string instruction is one step, and may be a long one */
     for (unsigned n = 0; step && n < STEPS && cpu->activity == CPU_RUNNING; n++)
         interp_engine.step(vm.vcpu);
-    if (cpu->activity == CPU_RUNNING) {
-        start_timer(RUN_MICROSECONDS);
+    if (cpu->activity == CPU_RUNNING)
         interp_engine.run(vm.vcpu);
-        start_timer(0);
-    }
+    start_timer(0);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
