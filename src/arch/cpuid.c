@@ -69,7 +69,8 @@ struct cpuid_table {
 #define L7_1_EAX_HOST (BIT(4) | BIT(5)) /* AVX-VNNI, AVX512_BF16 */
 #define L7_1_EAX_AVX BIT(4)
 #define L7_1_EAX_AVX512 BIT(5)
-#define L7_2_EDX_MCDT_NO BIT(5)
+/* BHI_CTRL, MCDT_NO. Linux ignores BHI_NO, and without BHI_CTRL clears the branch history in software at each system call. */
+#define L7_2_EDX (BIT(4) | BIT(5))
 
 /* Leaf 0x80000001. */
 #define E1_ECX_HOST (BIT(5) | BIT(6) | BIT(7) | BIT(8) | E1_ECX_AVX)
@@ -170,7 +171,7 @@ static void build_features(struct cpuid_table *t)
         add(t, 7, 1, r);
     }
     if (t->intel)
-        add(t, 7, 2, (struct cpuid_regs){.edx = L7_2_EDX_MCDT_NO});
+        add(t, 7, 2, (struct cpuid_regs){.edx = L7_2_EDX});
 }
 
 /* Leaf 4 and 0x8000001D have one layout. Levels 1 and 2 belong to a core, the rest to the package. */

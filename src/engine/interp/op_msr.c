@@ -18,7 +18,7 @@
 #define MISC_ENABLE_FIXED 0x1800ull     /* no BTS, no PEBS */
 #define MISC_ENABLE_WRITABLE 0x9ull     /* fast strings, thermal control */
 #define MISC_ENABLE_KNOWN (MISC_ENABLE_FIXED | MISC_ENABLE_WRITABLE | 1ull << 7 | 1ull << 16 | 1ull << 18 | 1ull << 22 | 1ull << 34)
-#define SPEC_CTRL_WRITABLE 7ull /* IBRS, STIBP, SSBD */
+#define SPEC_CTRL_WRITABLE 0x407ull /* IBRS, STIBP, SSBD, BHI_DIS_S: remembered, without effect */
 
 #define ARCH_CAPABILITIES                                                                          \
     (1ull << 0 /* RDCL_NO */ | 1ull << 1 /* IBRS_ALL */ | 1ull << 3 /* SKIP_L1DFL_VMENTRY */ |     \
