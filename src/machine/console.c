@@ -56,13 +56,15 @@ static void terminal_raw(struct console *console)
     }
 }
 
-static void watch_input(struct console *console)
+/* False for what epoll refuses, a regular file: that is always readable and read as the guest makes room. */
+static bool watch_input(struct console *console)
 {
     if (console->input_fd < 0 || console->input_watch)
-        return;
-    /* -EPERM: a regular file, always readable; it is read as the guest makes room. */
-    if (loop_fd_add(console->loop, console->input_fd, LOOP_READ, input_ready, console, &console->input_watch))
+        return true;
+    int rc = loop_fd_add(console->loop, console->input_fd, LOOP_READ, input_ready, console, &console->input_watch);
+    if (rc < 0)
         console->input_watch = NULL;
+    return rc != -EPERM;
 }
 
 static void unwatch(struct loop_fd **watch)
@@ -147,8 +149,8 @@ void console_resume(struct console *console)
 {
     if (!console || console->input_fd < 0 || console->input_watch)
         return;
-    watch_input(console);
-    if (!console->input_watch || console->input_count)
+    /* Nothing is read here from a descriptor that can be watched: a read of a terminal would wait for the next key. */
+    if (deliver(console) && !watch_input(console))
         input_ready(console, LOOP_READ);
 }
 
