@@ -116,6 +116,14 @@ static inline void run_at(struct icpu *c, const struct insn *i, const struct nat
         note_pointers(c, i, n, offset);
 }
 
+/* #AC for operands of up to 8 bytes, and x87's 10, whose alignment is 8; vector operands have their own rules. */
+static void check_alignment(struct icpu *c, const struct native_code *n, gva_t gva)
+{
+    unsigned alignment = n->size == 10 ? 8 : n->size;
+    if (c->cpl == 3 && c->v.cpu.cr0 & CR0_AM && c->v.cpu.rflags & RFLAGS_AC && alignment <= 8 && gva & (alignment - 1))
+        raise_error(c, VECTOR_AC, 0);
+}
+
 /* The operand is not plain RAM within a page, or not in the TLB. */
 static __attribute__((noinline)) void run_slow(struct icpu *c, const struct insn *i, gva_t gva, bool x87, uint64_t offset)
 {
@@ -123,6 +131,8 @@ static __attribute__((noinline)) void run_slow(struct icpu *c, const struct insn
     bool write = n->flags & NATIVE_WRITE;
     if (gva & n->align_mask)
         raise_gp0(c); /* comes before page faults */
+    if (unlikely(c->careful))
+        check_alignment(c, n, gva);
     void *host = mem_host(c, c->view, gva, n->size, write);
     if (host) {
         run_at(c, i, n, host, x87, offset);

@@ -407,6 +407,10 @@ bool native_stub_build(const struct decode *d, int memory, struct stub_code *out
         b.writes_flags = (defined | flags->undefined) & RFLAGS_OSZAPC;
         b.reads_flags = flags->tested & RFLAGS_OSZAPC || (b.writes_flags && (defined & RFLAGS_OSZAPC) != RFLAGS_OSZAPC);
     }
+    /* The rewritten ModRM byte says "memory" exactly when the original does. */
+    bool addresses = d->zi.attributes & ZYDIS_ATTRIB_HAS_MODRM && d->zi.raw.modrm.mod != 3;
+    if (addresses != (b.memory && b.memory->encoding != ZYDIS_OPERAND_ENCODING_NONE))
+        return false;
     out->length = 0;
     if (!assign(&b))
         return false;

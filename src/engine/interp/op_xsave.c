@@ -11,7 +11,12 @@
 
 #include "engine/interp/native_priv.h"
 
-#define EXTRA_WIDE 1u /* the 64-bit form of instruction and data pointers */
+#define EXTRA_WIDE 1u    /* the 64-bit form of instruction and data pointers */
+#define EXTRA_COMPACT 2u /* XSAVEC is offered to the guest, so XRSTOR takes its form */
+
+/* CPUID.(EAX=0DH,ECX=1):EAX */
+#define OFFERED_XSAVEOPT 1u
+#define OFFERED_XSAVEC 2u
 
 #define PIECES_MAX 12
 #define COMPACT (1ull << 63)
@@ -321,8 +326,7 @@ static void op_xrstor(struct icpu *c, const struct insn *i)
     uint64_t header[8], wanted = requested(c);
     simd_save(c);
     mem_read_bytes(c, c->view, gva + XSAVE_BV, header, sizeof(header));
-    bool compact_offered = cpuid_query(c->v.cpuid, &c->v.cpu, c->v.index, 0xd, 1).eax & 2;
-    uint64_t xcomp = header_check(c, header, compact_offered);
+    uint64_t xcomp = header_check(c, header, i->extra & EXTRA_COMPACT);
     uint64_t loaded = wanted & header[0];
 
     /* MXCSR belongs to SSE in the compacted form, and to SSE and AVX whatever XSTATE_BV says in the standard one. */
@@ -353,7 +357,7 @@ bool op_xsave_select(struct icpu *c, const struct decode *d, struct insn *i)
     static const struct {
         uint16_t mnemonic;
         uint8_t extra;
-        uint8_t feature; /* CPUID.(EAX=0DH,ECX=1):EAX bits that must be offered */
+        uint8_t needs; /* OFFERED_* */
         insn_fn *fn;
     } table[] = {
         {ZYDIS_MNEMONIC_FXSAVE, 0, 0, op_fxsave},
@@ -362,10 +366,10 @@ bool op_xsave_select(struct icpu *c, const struct decode *d, struct insn *i)
         {ZYDIS_MNEMONIC_FXRSTOR64, EXTRA_WIDE, 0, op_fxrstor},
         {ZYDIS_MNEMONIC_XSAVE, 0, 0, op_xsave},
         {ZYDIS_MNEMONIC_XSAVE64, EXTRA_WIDE, 0, op_xsave},
-        {ZYDIS_MNEMONIC_XSAVEOPT, 0, 1, op_xsaveopt},
-        {ZYDIS_MNEMONIC_XSAVEOPT64, EXTRA_WIDE, 1, op_xsaveopt},
-        {ZYDIS_MNEMONIC_XSAVEC, 0, 2, op_xsavec},
-        {ZYDIS_MNEMONIC_XSAVEC64, EXTRA_WIDE, 2, op_xsavec},
+        {ZYDIS_MNEMONIC_XSAVEOPT, 0, OFFERED_XSAVEOPT, op_xsaveopt},
+        {ZYDIS_MNEMONIC_XSAVEOPT64, EXTRA_WIDE, OFFERED_XSAVEOPT, op_xsaveopt},
+        {ZYDIS_MNEMONIC_XSAVEC, 0, OFFERED_XSAVEC, op_xsavec},
+        {ZYDIS_MNEMONIC_XSAVEC64, EXTRA_WIDE, OFFERED_XSAVEC, op_xsavec},
         {ZYDIS_MNEMONIC_XRSTOR, 0, 0, op_xrstor},
         {ZYDIS_MNEMONIC_XRSTOR64, EXTRA_WIDE, 0, op_xrstor},
     };
@@ -373,10 +377,10 @@ bool op_xsave_select(struct icpu *c, const struct decode *d, struct insn *i)
         if (table[n].mnemonic != d->zi.mnemonic)
             continue;
         uint32_t offered = cpuid_query(c->v.cpuid, &c->v.cpu, c->v.index, 0xd, 1).eax;
-        if (table[n].feature & ~offered)
+        if (table[n].needs & ~offered)
             return false;
         i->fn = table[n].fn;
-        i->extra = table[n].extra;
+        i->extra = table[n].extra | (offered & OFFERED_XSAVEC ? EXTRA_COMPACT : 0);
         return true;
     }
     return x87_environment_select(d, i);

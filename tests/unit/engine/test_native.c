@@ -119,9 +119,9 @@ typedef void check_fn(struct candidate *k);
 /* ModRM bytes: two registers, [rsi], [rsi+disp8] */
 static void for_legacy(check_fn *check)
 {
-    static const uint8_t prefixes[][2] = {{0}, {0x66}, {0xf3}, {0xf2}, {0x66, 0xf2}};
+    static const uint8_t prefixes[][2] = {{0}, {0x66}, {0xf3}, {0xf2}, {0x66, 0xf2}, {0xf3, 0xf2}, {0xf2, 0xf3}, {0xf3, 0x66}};
     struct candidate k;
-    for (unsigned p = 0; p < 5; p++)
+    for (unsigned p = 0; p < sizeof(prefixes) / sizeof(prefixes[0]); p++)
         for (unsigned rex = 0; rex < 4; rex++)
             for (unsigned map = 0; map < 3; map++)
                 for (unsigned opcode = 0; opcode < 256; opcode++)
