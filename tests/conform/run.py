@@ -1,0 +1,65 @@
+#!/usr/bin/env python3
+"""Runs one conformance program: run.py PROGRAM [--doppel D] [--cpus N] [--engine E] [--seconds S] [--qemu].
+
+Exit status 0 when the program reported at least one check, no failure, and DONE. --qemu runs it under QEMU's TCG instead, for cross-checking by hand.
+"""
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+
+
+def command(args, console):
+    if args.qemu:
+        return [args.qemu_program, '-accel', 'tcg', '-cpu', args.qemu_cpu, '-machine', 'q35', '-m', '256', '-smp', str(args.cpus), '-display', 'none',
+                '-no-reboot', '-serial', 'file:' + console, '-monitor', 'none', '-kernel', args.program]
+    line = [args.doppel, 'run', '--kernel', args.program, '--memory', '256M', '--cpus', str(args.cpus), '--console', 'file:' + console,
+            '--on-reset', 'exit']
+    return line + (['--engine', args.engine] if args.engine else [])
+
+
+def run(args):
+    with tempfile.TemporaryDirectory() as folder:
+        console = os.path.join(folder, 'console')
+        process = subprocess.Popen(command(args, console), stdin=subprocess.DEVNULL)
+        try:
+            status = process.wait(args.seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            status = f'killed after {args.seconds} s'
+        try:
+            with open(console, encoding='utf-8', errors='replace') as file:
+                return status, file.read()
+        except FileNotFoundError:
+            return status, ''
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument('program')
+    parser.add_argument('--doppel', default=os.environ.get('DOPPEL', 'doppel'))
+    parser.add_argument('--cpus', type=int, default=1)
+    parser.add_argument('--engine')
+    parser.add_argument('--seconds', type=float, default=60)
+    parser.add_argument('--qemu', action='store_true')
+    parser.add_argument('--qemu-program', default='qemu-system-x86_64')
+    parser.add_argument('--qemu-cpu', default='max')
+    parser.add_argument('--verbose', action='store_true')
+    args = parser.parse_args()
+
+    status, output = run(args)
+    lines = output.replace('\r', '').splitlines()
+    bad = [line for line in lines if line.startswith('not ok')]
+    good = [line for line in lines if line.startswith('ok')]
+    done = [line for line in lines if re.fullmatch(r'DONE \d+ failures', line)]
+    for line in lines if args.verbose or not done else bad:
+        print(line)
+    print(f'{len(good)} ok, {len(bad)} not ok, {"done" if done else "NOT FINISHED"}, exit status {status}')
+    return 0 if good and not bad and done and done[-1] == 'DONE 0 failures' and status == 0 else 1
+
+
+if __name__ == '__main__':
+    sys.exit(main())
