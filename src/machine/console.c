@@ -20,6 +20,8 @@
 #include "util/log.h"
 
 #define ESCAPE 0x01 /* Ctrl-A */
+/* Reading goes on while this has room, so that the keys for Doppel itself work when the guest has stopped taking input. */
+#define INPUT_BYTES 65536u
 
 struct console {
     struct loop *loop;
@@ -31,7 +33,7 @@ struct console {
     int terminal_fd; /* whose settings `saved` are */
     struct loop_fd *input_watch, *output_watch, *listen_watch;
     bool after_escape;
-    uint8_t input[256];
+    uint8_t input[INPUT_BYTES]; /* not taken by the guest yet: [input_start, input_start + input_count) */
     size_t input_count, input_start;
     uint8_t *backlog;
     size_t backlog_start, backlog_count;
@@ -120,15 +122,25 @@ static size_t strip_commands(struct console *console, uint8_t *data, size_t size
     return kept;
 }
 
+static bool make_room(struct console *console)
+{
+    if (console->input_start) {
+        memmove(console->input, console->input + console->input_start, console->input_count);
+        console->input_start = 0;
+    }
+    return console->input_count < INPUT_BYTES;
+}
+
 static void input_ready(void *ctx, unsigned events)
 {
     struct console *console = ctx;
-    for (;;) {
-        if (!deliver(console)) {
+    do {
+        if (!make_room(console)) {
             unwatch(&console->input_watch); /* until console_resume */
             return;
         }
-        ssize_t n = read(console->input_fd, console->input, sizeof console->input);
+        uint8_t *end = console->input + console->input_count;
+        ssize_t n = read(console->input_fd, end, INPUT_BYTES - console->input_count);
         if (n < 0 && (errno == EAGAIN || errno == EINTR))
             return;
         if (n < 0 && errno == EIO && !console->listen_watch)
@@ -137,20 +149,17 @@ static void input_ready(void *ctx, unsigned events)
             client_gone(console);
             return;
         }
-        console->input_count = console->escapes ? strip_commands(console, console->input, (size_t)n) : (size_t)n;
-        if (console->input_watch)
-            break; /* the loop calls again while there is more */
-    }
-    if (!deliver(console))
-        unwatch(&console->input_watch);
+        console->input_count += console->escapes ? strip_commands(console, end, (size_t)n) : (size_t)n;
+        /* The loop calls again while a watched descriptor has more; a file is read as long as the guest takes it. */
+    } while (deliver(console) && !console->input_watch);
 }
 
 void console_resume(struct console *console)
 {
-    if (!console || console->input_fd < 0 || console->input_watch)
+    if (!console || !deliver(console) || console->input_fd < 0 || console->input_watch)
         return;
     /* Nothing is read here from a descriptor that can be watched: a read of a terminal would wait for the next key. */
-    if (deliver(console) && !watch_input(console))
+    if (!watch_input(console))
         input_ready(console, LOOP_READ);
 }
 

@@ -66,6 +66,77 @@ static void pipes(void **state)
     }
 }
 
+/* A descriptor that would block is not read when the guest makes room: the caller is a virtual processor. */
+static void resume_does_not_block(void **state)
+{
+    struct guest guest = {.room = 16};
+    struct loop *loop;
+    int in[2];
+    assert_int_equal(loop_create(&loop, NULL), 0);
+    assert_int_equal(pipe(in), 0);
+    struct console *console = open_console(loop, "stdio", &guest, in[0], -1);
+    assert_int_equal(write(in[1], "one line longer than the guest takes", 36), 36);
+    loop_run_once(loop, 1000);
+    assert_int_equal(guest.count, 16);
+    guest.room = 1000;
+    console_resume(console);
+    console_resume(console);
+    assert_int_equal(guest.count, 36);
+    assert_int_equal(write(in[1], "next", 4), 4);
+    loop_run_once(loop, 1000);
+    assert_memory_equal(guest.text, "one line longer than the guest takesnext", 40);
+    /* What came before the end of input still arrives after it. */
+    guest.room = 0;
+    assert_int_equal(write(in[1], "last", 4), 4);
+    loop_run_once(loop, 1000);
+    close(in[1]);
+    loop_run_once(loop, 1000);
+    guest.room = 1000;
+    console_resume(console);
+    assert_memory_equal(guest.text + 40, "last", 4);
+    console_close(console);
+    loop_destroy(loop);
+    close(in[0]);
+}
+
+static void note_command(void *ctx, int character)
+{
+    *(int *)ctx = character;
+}
+
+static size_t receive_nothing(void *ctx, const uint8_t *data, size_t size_bytes)
+{
+    return 0;
+}
+
+/* The keys for Doppel work on a terminal whose guest takes no input. */
+static void commands_to_a_stuck_guest(void **state)
+{
+    struct loop *loop;
+    struct console *console = NULL;
+    struct error err = {0};
+    int command = 0, terminal, keyboard = posix_openpt(O_RDWR | O_NOCTTY);
+    assert_true(keyboard >= 0);
+    assert_int_equal(grantpt(keyboard), 0);
+    assert_int_equal(unlockpt(keyboard), 0);
+    terminal = open(ptsname(keyboard), O_RDWR | O_NOCTTY);
+    assert_true(terminal >= 0);
+    assert_int_equal(loop_create(&loop, NULL), 0);
+    struct console_ops ops = {.receive = receive_nothing, .command = note_command, .ctx = &command};
+    assert_int_equal(console_open(&console, "stdio", "--console", loop, terminal, terminal, &ops, &err), 0);
+    for (int i = 0; i < 20; i++) {
+        assert_int_equal(write(keyboard, "is it dead?\r", 12), 12);
+        loop_run_once(loop, 1000);
+    }
+    assert_int_equal(write(keyboard, "\1x", 2), 2);
+    loop_run_once(loop, 1000);
+    assert_int_equal(command, 'x');
+    console_close(console);
+    loop_destroy(loop);
+    close(terminal);
+    close(keyboard);
+}
+
 /* A reader that is slow gets everything in order. */
 static void backlog(void **state)
 {
@@ -145,6 +216,7 @@ static void refusals(void **state)
 
 int main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(pipes), cmocka_unit_test(backlog), cmocka_unit_test(sockets), cmocka_unit_test(refusals)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(pipes), cmocka_unit_test(resume_does_not_block), cmocka_unit_test(commands_to_a_stuck_guest),
+                                       cmocka_unit_test(backlog), cmocka_unit_test(sockets), cmocka_unit_test(refusals)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
