@@ -12,6 +12,7 @@
 #include "cli/cli.h"
 #include "doppel/doppel.h"
 #include "machine/config.h"
+#include "util/log.h"
 
 struct run {
     struct doppel_config *config;
@@ -53,11 +54,25 @@ static int parse_options(struct run *run, int argc, char **argv)
     return 0;
 }
 
+/* Through log_text, because the terminal may be raw. */
+static void print_dump(struct run *run)
+{
+    char *text = NULL;
+    size_t size = 0;
+    FILE *out = open_memstream(&text, &size);
+    if (!out)
+        return;
+    doppel_vm_dump(run->vm, out);
+    fclose(out);
+    log_text(text);
+    free(text);
+}
+
 static void take_signal(struct run *run, int signal_number, bool *asked)
 {
     switch (signal_number) {
     case SIGUSR1:
-        doppel_vm_dump(run->vm, stderr);
+        print_dump(run);
         break;
     case SIGHUP:
         doppel_vm_stop(run->vm);

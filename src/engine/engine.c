@@ -35,7 +35,7 @@ static const struct engine_ops *engine_auto(char reason[160], struct error *err)
         if (ops->probe(err))
             continue;
         if (reason)
-            snprintf(reason, 160, "%s: %s", ops->name, engine_table[1] ? "the best that this host can run" : "the only engine in this version");
+            snprintf(reason, 160, "%s", engine_table[1] ? "the best that this host can run" : "the only engine in this version");
         return ops;
     }
     error_set(err, -ENODEV, "no engine can run on this host");
@@ -53,7 +53,7 @@ const struct engine_ops *engine_find(const char *name, char reason[160], struct 
         if (ops->probe(err))
             return NULL;
         if (reason)
-            snprintf(reason, 160, "%s: asked for", ops->name);
+            snprintf(reason, 160, "asked for");
         return ops;
     }
     for (unsigned n = 0; n < sizeof(engines_absent) / sizeof(engines_absent[0]); n++) {

@@ -147,7 +147,7 @@ static void dump_on_console(struct machine *machine)
         return;
     machine_dump_locked(machine, out);
     fclose(out);
-    log_info("state\n%s", text);
+    log_text(text);
     free(text);
 }
 
@@ -169,8 +169,8 @@ void machine_console_command(void *ctx, int character)
         break;
     case 'h':
     case '?':
-        log_info("Ctrl-A x  quit at once\nCtrl-A p  press the power button\nCtrl-A r  reset\nCtrl-A s  show the machine's state\n"
-                 "Ctrl-A h  this help\nCtrl-A Ctrl-A  send Ctrl-A");
+        log_text("Ctrl-A x  quit at once\nCtrl-A p  press the power button\nCtrl-A r  reset\nCtrl-A s  show the machine's state\n"
+                 "Ctrl-A h  this help\nCtrl-A Ctrl-A  send Ctrl-A\n");
         break;
     default:
         break;
@@ -378,6 +378,7 @@ int machine_power_on(struct machine *machine, struct error *err)
             boot_cpu_setup(&vcpu->cpu, &machine->boot);
         else
             vcpu->cpu.activity = CPU_WAIT_FOR_SIPI;
+        vcpu->trace = machine->trace;
         machine->engine_ops->state_changed(vcpu);
     }
     return 0;
@@ -387,13 +388,10 @@ int machine_power_on(struct machine *machine, struct error *err)
 
 static int create_engine(struct machine *machine, struct error *err)
 {
-    char reason[160];
     const char *name = machine->config->engine ? machine->config->engine : "auto";
-    machine->engine_ops = engine_find(name, reason, err);
+    machine->engine_ops = engine_find(name, machine->engine_reason, err);
     if (!machine->engine_ops)
         return err->code ? err->code : -EINVAL;
-    if (strcmp(name, "auto") == 0)
-        log_info("engine %s: %s", machine->engine_ops->name, reason);
     machine->tsc_khz = inputs_tsc_khz();
     struct cpuid_config cpuid = {.cpu_count = machine->cpu_count, .tsc_khz = machine->tsc_khz, .apic_bus_hz = LAPIC_TIMER_HZ};
     machine->cpuid = cpuid_table_build(&cpuid);
@@ -411,8 +409,6 @@ static int open_trace(struct machine *machine, struct error *err)
     machine->trace = strcmp(path, "-") == 0 ? stderr : fopen(path, "we");
     if (!machine->trace)
         return error_set(err, -errno, "--trace: cannot write %s: %s", path, strerror(errno));
-    for (unsigned i = 0; i < machine->cpu_count; i++)
-        machine->vcpu[i].vcpu->trace = machine->trace;
     return 0;
 }
 
@@ -437,6 +433,8 @@ int machine_create(struct machine **out, const struct machine_config *config, st
     if (r == 0 && !(machine->reset_retry = loop_timer_create(machine->loop, vcpu_threads_reset, machine)))
         r = error_set(err, -ENOMEM, "out of memory");
     if (r == 0)
+        r = open_trace(machine, err);
+    if (r == 0)
         r = physmap_create(&machine->memory, config->memory_bytes, err);
     if (r == 0)
         r = create_chipset(machine, err);
@@ -446,8 +444,6 @@ int machine_create(struct machine **out, const struct machine_config *config, st
         r = create_engine(machine, err);
     if (r == 0)
         r = machine_power_on(machine, err);
-    if (r == 0)
-        r = open_trace(machine, err);
     if (r == 0)
         r = create_consoles(machine, err); /* last: the terminal goes raw only when all else is well */
     if (r) {
@@ -482,6 +478,8 @@ int machine_start(struct machine *machine, struct error *err)
     if (r)
         return error_set(err, -r, "cannot start a thread: %s", strerror(r));
     machine->loop_started = true;
+    if (!machine->config->engine || strcmp(machine->config->engine, "auto") == 0)
+        log_info("engine %s (auto): %s", machine->engine_ops->name, machine->engine_reason);
     loop_post(machine->loop, first_input, machine);
     return vcpu_threads_start(machine, err);
 }

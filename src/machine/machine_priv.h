@@ -105,6 +105,7 @@ struct machine {
     unsigned part_count;
 
     const struct engine_ops *engine_ops;
+    char engine_reason[160]; /* why it was chosen */
     struct engine *engine;
     struct vcpu_thread *vcpu;
     unsigned cpu_count;

@@ -61,7 +61,7 @@ void log_message(enum log_level level, const char *format, ...)
     int saved_errno = errno;
     char line[1024];
     const size_t room = sizeof(line) - 2; /* for the line's end */
-    size_t length = (size_t)snprintf(line, room, "doppel: %s: ", log_level_names[level]);
+    size_t length = (size_t)snprintf(line, room, level == LOG_INFO ? "doppel: " : "doppel: %s: ", log_level_names[level]);
 
     va_list args;
     va_start(args, format);
@@ -75,6 +75,18 @@ void log_message(enum log_level level, const char *format, ...)
     line[length++] = '\n';
     log_write(line, length);
     errno = saved_errno;
+}
+
+void log_text(const char *text)
+{
+    bool raw = atomic_load_explicit(&log_raw_terminal, memory_order_relaxed);
+    while (*text) {
+        size_t length = strcspn(text, "\n");
+        log_write(text, length);
+        if (text[length])
+            log_write(raw ? "\r\n" : "\n", raw ? 2 : 1);
+        text += length + (text[length] != 0);
+    }
 }
 
 bool log_limit_pass(struct log_limit *limit)

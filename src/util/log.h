@@ -25,6 +25,8 @@ enum log_level log_get_level(void);
 void log_set_raw_terminal(bool raw);
 
 void log_message(enum log_level level, const char *format, ...) __attribute__((format(printf, 2, 3)));
+/* Text of many lines as it is, with the line ends the terminal needs. */
+void log_text(const char *text);
 bool log_limit_pass(struct log_limit *limit);
 
 #define log_error(...) log_message(LOG_ERROR, __VA_ARGS__)
