@@ -24,7 +24,6 @@ static const int signals[] = {SIGFPE, SIGSEGV, SIGILL, SIGBUS};
 #define SIGNALS (sizeof(signals) / sizeof(signals[0]))
 
 static struct sigaction previous[SIGNALS];
-static int install_result;
 
 /* Trap numbers that an instruction's operands and state can cause. A page fault in a stub is not among them: that is the host's trouble. */
 #define TRAPS_EXPECTED                                                                             \
@@ -95,19 +94,26 @@ static void handler(int sig, siginfo_t *info, void *context)
     errno = saved_errno;
 }
 
-static void install(void)
+static int install(unsigned n)
 {
-    for (unsigned n = 0; n < SIGNALS; n++) {
-        struct sigaction action = {.sa_sigaction = handler, .sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER};
-        sigemptyset(&action.sa_mask);
-        if (sigaction(signals[n], &action, &previous[n]))
-            install_result = -errno;
-    }
+    struct sigaction current, action = {.sa_sigaction = handler, .sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER};
+    sigemptyset(&action.sa_mask);
+    if (sigaction(signals[n], NULL, &current))
+        return -errno;
+    if (current.sa_flags & SA_SIGINFO && current.sa_sigaction == handler)
+        return 0;
+    previous[n] = current;
+    return sigaction(signals[n], &action, NULL) ? -errno : 0;
 }
 
+/* Called again it takes back signals that others have taken since. */
 int native_install_handlers(void)
 {
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
-    pthread_once(&once, install);
-    return install_result;
+    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+    int error = 0;
+    pthread_mutex_lock(&lock);
+    for (unsigned n = 0; n < SIGNALS && !error; n++)
+        error = install(n);
+    pthread_mutex_unlock(&lock);
+    return error;
 }

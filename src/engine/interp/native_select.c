@@ -285,7 +285,7 @@ static bool select_vsib(struct icpu *c, const struct decode *d, const ZydisDecod
 {
     const ZydisDecodedInstruction *zi = &d->zi;
     bool evex = zi->encoding == ZYDIS_INSTRUCTION_ENCODING_EVEX, scatter = zi->opcode >= 0xa0;
-    if (zi->opcode_map != ZYDIS_OPCODE_MAP_0F38 || (zi->opcode & 0xec) != (scatter ? 0xa0 : 0x90) || (scatter && !evex))
+    if (zi->opcode_map != ZYDIS_OPCODE_MAP_0F38 || (zi->opcode & 0xfc) != (scatter ? 0xa0 : 0x90) || (scatter && !evex))
         return false;
     bool wide = evex ? zi->raw.evex.W : zi->raw.vex.W;
     const ZydisDecodedOperand *mask = NULL, *vector = NULL;
