@@ -64,6 +64,13 @@ extern const char *const engine_counter_help[COUNTER_COUNT];
 
 struct engine_ops;
 
+/* What a guest asked for and did not get, by name: instructions the engine lacks, MSRs that are not there. */
+#define VCPU_MISSING_MAX 24
+struct vcpu_missing {
+    char name[28];
+    uint64_t count;
+};
+
 /* Engines embed this at the start of their own vCPU structure. */
 struct vcpu {
     struct cpu_state cpu; /* first: decoded operands are offsets from here */
@@ -78,6 +85,7 @@ struct vcpu {
     struct physmap *memory;
     const struct cpuid_table *cpuid;
     uint64_t counters[COUNTER_COUNT];
+    struct vcpu_missing missing[VCPU_MISSING_MAX]; /* filled from the front; what comes after the last goes uncounted */
 
     FILE *trace;         /* NULL: off. Exceptions, interrupts, mode changes, I/O and MSR accesses, one line each */
     bool trace_blocks;   /* also the start address of every block */
@@ -134,6 +142,9 @@ static inline void vcpu_kick(struct vcpu *vcpu)
     if (vcpu->ops->kick)
         vcpu->ops->kick(vcpu);
 }
+
+/* Counts one more of `name`. On the vCPU's thread. */
+void vcpu_count_missing(struct vcpu *vcpu, const char *name);
 
 static inline void vcpu_count(struct vcpu *vcpu, enum engine_counter counter)
 {

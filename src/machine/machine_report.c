@@ -33,6 +33,15 @@ static uint64_t counter_sum(const struct machine *machine, unsigned counter)
     return sum;
 }
 
+static void print_missing(const struct machine *machine, FILE *out)
+{
+    for (unsigned i = 0; i < machine->cpu_count; i++) {
+        const struct vcpu *vcpu = machine->vcpu[i].vcpu;
+        for (unsigned n = 0; n < VCPU_MISSING_MAX && vcpu->missing[n].count; n++)
+            fprintf(out, "missing: %s %" PRIu64 " (cpu %u)\n", vcpu->missing[n].name, vcpu->missing[n].count, i);
+    }
+}
+
 void machine_dump_locked(struct machine *machine, FILE *out)
 {
     fprintf(out, "engine %s, %u processor%s, %" PRIu64 " MiB\n", machine->engine_ops->name, machine->cpu_count,
@@ -46,6 +55,7 @@ void machine_dump_locked(struct machine *machine, FILE *out)
         if (counter_sum(machine, i))
             fprintf(out, "%s %" PRIu64 "%s", engine_counter_names[i], counter_sum(machine, i), i % 4 == 3 ? "\n" : "  ");
     fprintf(out, "unclaimed %" PRIu64 "\n", bus_unclaimed(machine->bus));
+    print_missing(machine, out);
 }
 
 void machine_dump(struct machine *machine, FILE *out)
@@ -69,4 +79,5 @@ void machine_stats(struct machine *machine, FILE *out)
         fprintf(out, "%-22s %15" PRIu64 "  %s\n", exit_names[why], sum, exit_help[why]);
     }
     fprintf(out, "%-22s %15" PRIu64 "  %s\n", "bus_unclaimed", bus_unclaimed(machine->bus), "accesses to ports and addresses where nothing is");
+    print_missing(machine, out);
 }

@@ -17,6 +17,7 @@ void op_undefined(struct icpu *c, const struct insn *i)
 {
     simd_save(c);
     vcpu_count(&c->v, COUNTER_unimplemented);
+    vcpu_count_missing(&c->v, ZydisMnemonicGetString(i->mnemonic));
     LOG_GUEST(LOG_WARNING, "instruction %s at %#llx is not implemented: #UD", ZydisMnemonicGetString(i->mnemonic),
               (unsigned long long)(c->v.cpu.gpr[GPR_RIP] - i->length));
     raise_fault(c, VECTOR_UD);

@@ -311,8 +311,10 @@ static const struct msr *msr_find(struct icpu *c, uint32_t index)
 
 static _Noreturn void msr_fault(struct icpu *c, const char *what, uint32_t index)
 {
+    char name[28];
     simd_save(c);
-    LOG_GUEST(LOG_DEBUG, "%s of MSR %#x refused", what, index);
+    snprintf(name, sizeof(name), "%s %#x", what, index);
+    vcpu_count_missing(&c->v, name);
     TRACE(c, "%s %#x: #GP\n", what, index);
     raise_gp0(c);
 }

@@ -28,16 +28,27 @@ static void op_privileged_nothing(struct icpu *c, const struct insn *i)
     require_cpl0(c);
 }
 
+/* The APIC's bit in CPUID follows the enable bit in IA32_APIC_BASE (SDM vol. 3, 10.4.3). */
+static uint32_t cpuid_apic_hidden(struct icpu *c, uint32_t leaf, bool amd)
+{
+    uint64_t base;
+    bool shown = leaf == 1 || (amd && leaf == 0x80000001);
+    if (!shown || c->v.host_ops->msr_read(c->v.host, MSR_APIC_BASE, &base) || (base & APIC_BASE_ENABLED))
+        return 0;
+    return CPUID_EDX_APIC;
+}
+
 static void op_cpuid(struct icpu *c, const struct insn *i)
 {
     uint64_t *gpr = c->v.cpu.gpr;
     simd_save(c);
     vcpu_count(&c->v, COUNTER_cpuid);
-    struct cpuid_regs r = cpuid_query(c->v.cpuid, &c->v.cpu, c->v.index, (uint32_t)gpr[GPR_RAX], (uint32_t)gpr[GPR_RCX]);
+    uint32_t leaf = (uint32_t)gpr[GPR_RAX];
+    struct cpuid_regs r = cpuid_query(c->v.cpuid, &c->v.cpu, c->v.index, leaf, (uint32_t)gpr[GPR_RCX]);
     gpr[GPR_RAX] = r.eax;
     gpr[GPR_RBX] = r.ebx;
     gpr[GPR_RCX] = r.ecx;
-    gpr[GPR_RDX] = r.edx;
+    gpr[GPR_RDX] = r.edx & ~cpuid_apic_hidden(c, leaf, guest_is_amd(c));
 }
 
 static void tsc_check(struct icpu *c)
