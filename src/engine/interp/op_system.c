@@ -11,6 +11,9 @@
 
 #define KVM_ENOSYS 1000
 #define KVM_EPERM 1
+#define MSR_APIC_BASE 0x1b
+#define APIC_BASE_ENABLED (1ull << 11)
+#define CPUID_EDX_APIC (1u << 9)
 
 /* ---- small handlers ---- */
 
@@ -29,11 +32,10 @@ static void op_privileged_nothing(struct icpu *c, const struct insn *i)
 }
 
 /* The APIC's bit in CPUID follows the enable bit in IA32_APIC_BASE (SDM vol. 3, 10.4.3). */
-static uint32_t cpuid_apic_hidden(struct icpu *c, uint32_t leaf, bool amd)
+static uint32_t cpuid_apic_hidden(struct icpu *c, uint32_t leaf)
 {
     uint64_t base;
-    bool shown = leaf == 1 || (amd && leaf == 0x80000001);
-    if (!shown || c->v.host_ops->msr_read(c->v.host, MSR_APIC_BASE, &base) || (base & APIC_BASE_ENABLED))
+    if ((leaf != 1 && leaf != 0x80000001) || c->v.host_ops->msr_read(c->v.host, MSR_APIC_BASE, &base) || (base & APIC_BASE_ENABLED))
         return 0;
     return CPUID_EDX_APIC;
 }
@@ -48,7 +50,7 @@ static void op_cpuid(struct icpu *c, const struct insn *i)
     gpr[GPR_RAX] = r.eax;
     gpr[GPR_RBX] = r.ebx;
     gpr[GPR_RCX] = r.ecx;
-    gpr[GPR_RDX] = r.edx & ~cpuid_apic_hidden(c, leaf, guest_is_amd(c));
+    gpr[GPR_RDX] = r.edx & ~cpuid_apic_hidden(c, leaf);
 }
 
 static void tsc_check(struct icpu *c)
