@@ -61,7 +61,7 @@ void doppel_vm_destroy(struct doppel_vm *vm);         /* stops first when needed
 void doppel_vm_power_button(struct doppel_vm *vm); /* asks the guest to power off (ACPI) */
 void doppel_vm_reset(struct doppel_vm *vm);
 void doppel_vm_stop(struct doppel_vm *vm); /* pulls the plug; acknowledged flushes are safe */
-int doppel_vm_pause(struct doppel_vm *vm, char *error);
+int doppel_vm_pause(struct doppel_vm *vm, char *error); /* returns with every processor at rest; before doppel_vm_start: it starts paused */
 int doppel_vm_resume(struct doppel_vm *vm, char *error);
 
 /* One screen of state: processors, interrupt controllers, queues, counters. */

@@ -426,6 +426,7 @@ int machine_create(struct machine **out, const struct machine_config *config, st
     machine->cpu_count = config->cpus;
     pthread_mutex_init(&machine->device_lock, NULL);
     pthread_mutex_init(&machine->run_lock, NULL);
+    pthread_mutex_init(&machine->join_lock, NULL);
     pthread_cond_init(&machine->run_changed, NULL);
     r = loop_create(&machine->loop, &machine->device_lock);
     if (r)
@@ -474,6 +475,12 @@ static void first_input(void *ctx)
 
 int machine_start(struct machine *machine, struct error *err)
 {
+    pthread_mutex_lock(&machine->run_lock);
+    bool again = machine->started;
+    machine->started = true;
+    pthread_mutex_unlock(&machine->run_lock);
+    if (again)
+        return error_set(err, -EALREADY, "the virtual machine was started already");
     int r = pthread_create(&machine->loop_thread, NULL, loop_main, machine);
     if (r)
         return error_set(err, -r, "cannot start a thread: %s", strerror(r));
@@ -534,6 +541,7 @@ void machine_destroy(struct machine *machine)
     if (machine->trace && machine->trace != stderr)
         fclose(machine->trace);
     pthread_cond_destroy(&machine->run_changed);
+    pthread_mutex_destroy(&machine->join_lock);
     pthread_mutex_destroy(&machine->run_lock);
     pthread_mutex_destroy(&machine->device_lock);
     free(machine);

@@ -33,7 +33,7 @@ int machine_start(struct machine *machine, struct error *err) __attribute__((war
 enum machine_end machine_wait(struct machine *machine);
 void machine_destroy(struct machine *machine);
 
-/* From any thread. */
+/* From any thread. Paused before its start, a machine starts paused. -ECANCELED: another thread resumed it before it had stopped. */
 void machine_power_button(struct machine *machine);
 void machine_reset(struct machine *machine);
 void machine_stop(struct machine *machine, enum machine_end end);

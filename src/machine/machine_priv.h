@@ -117,9 +117,10 @@ struct machine {
     pthread_mutex_t run_lock;
     pthread_cond_t run_changed;
     enum machine_end end;
-    bool paused, reset_wanted, resetting;
+    bool started, paused, reset_wanted, resetting;
     struct loop_timer *reset_retry; /* requests were in flight: look again */
     unsigned parked_count;
+    pthread_mutex_t join_lock; /* outermost; guards vcpu_thread.started from start to end */
 };
 
 /* Parts register themselves in order of creation. */

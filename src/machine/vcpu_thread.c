@@ -150,6 +150,8 @@ static void apic_wake(void *ctx, unsigned cpu)
 static void apic_init(void *ctx, unsigned cpu)
 {
     struct machine *machine = ctx;
+    /* A startup message that came before is lost in the INIT; one that comes after is not. */
+    atomic_fetch_and(&machine->vcpu[cpu].requests, ~REQUEST_STARTUP);
     vcpu_thread_request(&machine->vcpu[cpu], REQUEST_INIT);
 }
 
@@ -247,6 +249,11 @@ void vcpu_threads_reset(void *ctx)
 {
     struct machine *machine = ctx;
     struct error err = {0};
+    pthread_mutex_lock(&machine->run_lock);
+    bool ended = machine->end != MACHINE_RUNNING;
+    pthread_mutex_unlock(&machine->run_lock);
+    if (ended)
+        return;
     if (!machine_quiesce(machine)) {
         loop_timer_arm(machine->reset_retry, loop_now_ns() + RESET_RETRY_NS);
         return;
@@ -291,8 +298,8 @@ void machine_reset(struct machine *machine)
     pthread_mutex_lock(&machine->run_lock);
     machine->reset_wanted = true;
     pthread_cond_broadcast(&machine->run_changed);
-    pthread_mutex_unlock(&machine->run_lock);
     request_all(machine, REQUEST_PARK);
+    pthread_mutex_unlock(&machine->run_lock);
 }
 
 void machine_stop(struct machine *machine, enum machine_end end)
@@ -301,22 +308,24 @@ void machine_stop(struct machine *machine, enum machine_end end)
     if (machine->end == MACHINE_RUNNING)
         machine->end = end;
     pthread_cond_broadcast(&machine->run_changed);
-    pthread_mutex_unlock(&machine->run_lock);
+    /* With the lock: a parked vCPU that sees the end must see the request too, and not run what a reset is writing. */
     request_all(machine, REQUEST_STOP);
+    pthread_mutex_unlock(&machine->run_lock);
 }
 
 int machine_pause(struct machine *machine, struct error *err)
 {
     pthread_mutex_lock(&machine->run_lock);
     machine->paused = true;
-    pthread_mutex_unlock(&machine->run_lock);
     request_all(machine, REQUEST_PARK);
-    pthread_mutex_lock(&machine->run_lock);
-    while (machine->end == MACHINE_RUNNING && (machine->parked_count < machine->cpu_count || machine->reset_wanted))
+    while (machine->started && machine->paused && machine->end == MACHINE_RUNNING &&
+           (machine->parked_count < machine->cpu_count || machine->reset_wanted))
         pthread_cond_wait(&machine->run_changed, &machine->run_lock);
-    enum machine_end end = machine->end;
+    bool paused = machine->paused, ended = machine->end != MACHINE_RUNNING;
     pthread_mutex_unlock(&machine->run_lock);
-    return end == MACHINE_RUNNING ? 0 : error_set(err, -ESRCH, "the virtual machine has ended");
+    if (ended)
+        return error_set(err, -ESRCH, "the virtual machine has ended");
+    return paused ? 0 : error_set(err, -ECANCELED, "the virtual machine was resumed meanwhile");
 }
 
 int machine_resume(struct machine *machine, struct error *err)
@@ -434,26 +443,35 @@ int vcpu_threads_create(struct machine *machine, struct error *err)
 
 int vcpu_threads_start(struct machine *machine, struct error *err)
 {
-    for (unsigned i = 0; i < machine->cpu_count; i++) {
+    int r = 0;
+    pthread_mutex_lock(&machine->join_lock);
+    for (unsigned i = 0; i < machine->cpu_count && r == 0; i++) {
         char name[16];
-        int r = pthread_create(&machine->vcpu[i].thread, NULL, vcpu_main, &machine->vcpu[i]);
-        if (r)
-            return error_set(err, -r, "cannot start a thread for processor %u: %s", i, strerror(r));
+        r = pthread_create(&machine->vcpu[i].thread, NULL, vcpu_main, &machine->vcpu[i]);
+        if (r) {
+            error_set(err, -r, "cannot start a thread for processor %u: %s", i, strerror(r));
+            break;
+        }
         machine->vcpu[i].started = true;
         snprintf(name, sizeof name, "vcpu%u", i);
         pthread_setname_np(machine->vcpu[i].thread, name);
     }
-    return 0;
+    pthread_mutex_unlock(&machine->join_lock);
+    if (r)
+        machine_stop(machine, MACHINE_ERROR);
+    return -r;
 }
 
-/* The machine has ended: every thread has been asked to stop. */
+/* The machine has ended: every thread has been asked to stop. Several callers may wait for that. */
 void vcpu_threads_join(struct machine *machine)
 {
+    pthread_mutex_lock(&machine->join_lock);
     for (unsigned i = 0; machine->vcpu && i < machine->cpu_count; i++) {
         if (machine->vcpu[i].started)
             pthread_join(machine->vcpu[i].thread, NULL);
         machine->vcpu[i].started = false;
     }
+    pthread_mutex_unlock(&machine->join_lock);
 }
 
 void vcpu_threads_destroy(struct machine *machine)

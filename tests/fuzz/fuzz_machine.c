@@ -2,14 +2,13 @@
  * A whole machine against a guest that writes garbage into every register: the input is a list of 16-byte operations on ports, memory-mapped
  * regions, RAM, local APIC MSRs and the console. One thread does it all, so the device lock is not taken. Nothing may crash or hang, and saved state must load.
  */
-#include <elf.h>
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
-#undef PF_W /* the page-fault bit of arch/cpu.h, not ELF's */
+#include "../pvh_kernel.h"
 #include "machine/machine_priv.h"
 #include "util/log.h"
 
@@ -20,39 +19,6 @@ struct operation {
     uint32_t offset;
     uint64_t value;
 };
-
-/* A kernel that does nothing: one segment and the note with the PVH entry. */
-static void write_kernel(const char *path)
-{
-    struct {
-        Elf64_Ehdr header;
-        Elf64_Phdr segment[2];
-        Elf64_Nhdr note;
-        char name[4];
-        uint64_t entry;
-        uint8_t code[16];
-    } file = {
-        .header = {.e_ident = {ELFMAG0, ELFMAG1, ELFMAG2, ELFMAG3, ELFCLASS64, ELFDATA2LSB, EV_CURRENT},
-                   .e_type = ET_EXEC,
-                   .e_machine = EM_X86_64,
-                   .e_version = EV_CURRENT,
-                   .e_ehsize = sizeof(Elf64_Ehdr),
-                   .e_phoff = sizeof(Elf64_Ehdr),
-                   .e_phentsize = sizeof(Elf64_Phdr),
-                   .e_phnum = 2},
-        .note = {.n_namesz = 4, .n_descsz = 8, .n_type = 18},
-        .name = "Xen",
-        .entry = 0x100000,
-        .code = {0xf4},
-    };
-    file.segment[0] = (Elf64_Phdr){.p_type = PT_LOAD, .p_flags = PF_R, .p_offset = (char *)file.code - (char *)&file, .p_paddr = 0x100000,
-                                   .p_vaddr = 0x100000, .p_filesz = sizeof file.code, .p_memsz = sizeof file.code};
-    file.segment[1] = (Elf64_Phdr){.p_type = PT_NOTE, .p_offset = (char *)&file.note - (char *)&file, .p_filesz = 24, .p_memsz = 24};
-    file.header.e_entry = 0x100000;
-    FILE *out = fopen(path, "w");
-    if (!out || fwrite(&file, sizeof file, 1, out) != 1 || fclose(out))
-        abort();
-}
 
 static void set(struct machine_config *config, const char *key, const char *value)
 {
@@ -71,7 +37,7 @@ static struct machine *make_machine(void)
     char kernel[64], disk[64];
     snprintf(kernel, sizeof kernel, "/tmp/doppel-fuzz-%d.elf", (int)getpid());
     snprintf(disk, sizeof disk, "/tmp/doppel-fuzz-%d.img", (int)getpid());
-    write_kernel(kernel);
+    pvh_kernel_write(kernel, "\xf4", 1); /* HLT */
     int fd = open(disk, O_CREAT | O_RDWR, 0600);
     if (fd < 0 || ftruncate(fd, 1 << 20))
         abort();
