@@ -5,6 +5,8 @@
  * Far transfers are op_system.c's. A transfer checks its target before anything changes, so that #GP leaves RSP and RCX alone.
  * Threading: the vCPU's thread.
  */
+#include <sched.h>
+
 #include "engine/interp/op_priv.h"
 
 static uint64_t *rip(struct icpu *c)
@@ -271,10 +273,17 @@ static void hlt(struct icpu *c, const struct insn *i)
     c->v.cpu.activity = CPU_HALTED;
 }
 
+#define PAUSES_BEFORE_YIELD 1024
+
 static void pause_hint(struct icpu *c, const struct insn *i)
 {
     vcpu_count(&c->v, COUNTER_pauses);
     __asm__ volatile("pause");
+    /* A long wait is often for a vCPU whose thread is not running: let it. */
+    if (unlikely(c->v.counters[COUNTER_pauses] % PAUSES_BEFORE_YIELD == 0)) {
+        simd_save(c);
+        sched_yield();
+    }
 }
 
 static void nop(struct icpu *c, const struct insn *i)
