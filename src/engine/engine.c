@@ -65,15 +65,3 @@ const struct engine_ops *engine_find(const char *name, char reason[160], struct 
     error_set(err, -EINVAL, "no engine is called \"%s\"; there are \"auto\" and \"interp\"", name);
     return NULL;
 }
-
-void vcpu_count_missing(struct vcpu *vcpu, const char *name)
-{
-    for (struct vcpu_missing *missing = vcpu->missing; missing < vcpu->missing + VCPU_MISSING_MAX; missing++) {
-        if (!missing->name[0])
-            snprintf(missing->name, sizeof(missing->name), "%s", name);
-        if (!strncmp(missing->name, name, sizeof(missing->name) - 1)) {
-            missing->count++;
-            return;
-        }
-    }
-}
