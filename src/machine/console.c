@@ -1,6 +1,7 @@
 /*
- * Console back ends (console.h). All kinds are a pair of descriptors; they differ only in how those are opened. A regular file or anything else
- * epoll refuses is read and written directly. The unix socket serves one client at a time; without one, output is discarded.
+ * Console back ends (console.h). All kinds are a pair of descriptors; they differ only in how those are opened. Input and output never share one,
+ * because epoll takes each once. A regular file or anything else epoll refuses is read and written directly. The unix socket serves one
+ * client at a time; without one, output is discarded.
  */
 #include "machine/console.h"
 
@@ -22,12 +23,14 @@
 #define ESCAPE 0x01 /* Ctrl-A */
 /* Reading goes on while this has room, so that the keys for Doppel itself work when the guest has stopped taking input. */
 #define INPUT_BYTES 65536u
+#define CLOSE_WAIT_MS 1000 /* for a reader that is slow but there */
 
 struct console {
     struct loop *loop;
     struct console_ops ops;
     int input_fd, output_fd, listen_fd; /* -1: none */
-    bool owns_fds, escapes, raw;
+    int slave_fd;                       /* of a pseudo-terminal */
+    bool owns_input, owns_output, escapes, raw;
     bool output_is_direct; /* epoll cannot watch it: writes complete at once */
     struct termios saved;
     int terminal_fd; /* whose settings `saved` are */
@@ -38,6 +41,7 @@ struct console {
     uint8_t *backlog;
     size_t backlog_start, backlog_count;
     uint64_t dropped_bytes;
+    bool error_logged;
     char *unlink_path;
 };
 
@@ -76,17 +80,23 @@ static void unwatch(struct loop_fd **watch)
     *watch = NULL;
 }
 
+static void drop_fd(int *fd, bool owned)
+{
+    if (*fd >= 0 && owned)
+        close(*fd);
+    *fd = -1;
+}
+
+/* There is no more input. With a socket the client has gone altogether. */
 static void client_gone(struct console *console)
 {
     unwatch(&console->input_watch);
-    unwatch(&console->output_watch);
+    drop_fd(&console->input_fd, console->owns_input);
     if (console->listen_fd >= 0) {
-        if (console->input_fd >= 0)
-            close(console->input_fd);
-        console->output_fd = -1;
-        console->backlog_count = 0;
+        unwatch(&console->output_watch);
+        drop_fd(&console->output_fd, console->owns_output);
+        console->backlog_start = console->backlog_count = 0;
     }
-    console->input_fd = -1;
 }
 
 /* Hands over what is buffered; false when the guest has no room. */
@@ -180,6 +190,19 @@ static ssize_t write_now(struct console *console, const uint8_t *data, size_t si
     return n;
 }
 
+/* A socket's client has gone, perhaps unnoticed because its input is not read; of others only the output is lost. */
+static void output_failed(struct console *console, int code)
+{
+    if (console->listen_fd >= 0) {
+        client_gone(console);
+        return;
+    }
+    console->backlog_count = 0;
+    if (!console->error_logged)
+        log_warning("console: output is lost: %s", strerror(-code));
+    console->error_logged = true;
+}
+
 static void output_ready(void *ctx, unsigned events)
 {
     struct console *console = ctx;
@@ -188,7 +211,7 @@ static void output_ready(void *ctx, unsigned events)
         if (n == 0)
             return;
         if (n < 0) {
-            console->backlog_count = 0;
+            output_failed(console, (int)n);
             break;
         }
         console->backlog_start += (size_t)n;
@@ -202,7 +225,7 @@ static void keep(struct console *console, const uint8_t *data, size_t size_bytes
 {
     if (!console->backlog && !(console->backlog = malloc(CONSOLE_BACKLOG_BYTES)))
         return;
-    if (console->backlog_start + console->backlog_count + size_bytes > CONSOLE_BACKLOG_BYTES) {
+    if (console->backlog_start && console->backlog_start + console->backlog_count + size_bytes > CONSOLE_BACKLOG_BYTES) {
         memmove(console->backlog, console->backlog + console->backlog_start, console->backlog_count);
         console->backlog_start = 0;
     }
@@ -224,8 +247,10 @@ void console_write(struct console *console, const uint8_t *data, size_t size_byt
         return;
     while (size_bytes && !console->backlog_count) {
         ssize_t n = write_now(console, data, size_bytes);
-        if (n < 0)
-            return; /* the reader has gone; hang-ups are noticed on the input side */
+        if (n < 0) {
+            output_failed(console, (int)n);
+            return;
+        }
         if (n == 0)
             break;
         data += n;
@@ -247,7 +272,12 @@ static void client_connected(void *ctx, unsigned events)
         close(fd);
         return;
     }
-    console->input_fd = console->output_fd = fd;
+    console->output_fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+    if (console->output_fd < 0) {
+        close(fd);
+        return;
+    }
+    console->input_fd = fd;
     watch_input(console);
 }
 
@@ -273,6 +303,7 @@ static int open_socket(struct console *console, const char *path, const char *wh
     if (bind(console->listen_fd, (struct sockaddr *)&address, sizeof address) || listen(console->listen_fd, 4))
         return error_set(err, -errno, "%s: cannot listen on %s: %s", what, path,
                          errno == EADDRINUSE ? "something is there already; remove it or choose another path" : strerror(errno));
+    console->owns_input = console->owns_output = true;
     console->unlink_path = strdup(path);
     return loop_fd_add(console->loop, console->listen_fd, LOOP_READ, client_connected, console, &console->listen_watch);
 }
@@ -287,27 +318,50 @@ static int open_pty(struct console *console, const char *what, struct error *err
             close(fd);
         return error_set(err, code, "%s: cannot make a pseudo-terminal: %s", what, strerror(-code));
     }
+    console->owns_input = console->owns_output = true;
+    console->input_fd = fd;
+    console->output_fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
     /* Keeping the slave side open makes the master wait for clients instead of reporting a hang-up. */
-    int slave = open(name, O_RDWR | O_NOCTTY | O_CLOEXEC);
+    console->slave_fd = open(name, O_RDWR | O_NOCTTY | O_CLOEXEC);
     struct termios raw;
-    if (slave >= 0 && tcgetattr(slave, &raw) == 0) {
-        cfmakeraw(&raw);
-        tcsetattr(slave, TCSANOW, &raw);
-    }
-    console->listen_fd = -1;
-    console->input_fd = console->output_fd = fd;
-    console->owns_fds = true;
+    if (console->output_fd < 0 || console->slave_fd < 0 || tcgetattr(console->slave_fd, &raw))
+        return error_set(err, -errno, "%s: cannot set up %s: %s", what, name, strerror(errno));
+    cfmakeraw(&raw);
+    tcsetattr(console->slave_fd, TCSANOW, &raw);
     fprintf(stderr, "doppel: %s is %s\n", what, name);
     return 0;
 }
 
 static int open_file(struct console *console, const char *path, const char *what, struct error *err)
 {
-    console->output_fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+    /* O_NONBLOCK: a named pipe would wait for its reader here, and later make the guest wait. */
+    console->output_fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOCTTY | O_NONBLOCK, 0666);
     if (console->output_fd < 0)
-        return error_set(err, -errno, "%s: cannot write %s: %s", what, path, strerror(errno));
-    console->owns_fds = true;
+        return error_set(err, -errno, "%s: cannot write %s: %s", what, path,
+                         errno == ENXIO ? "nobody reads this pipe; start the reader first" : strerror(errno));
+    console->owns_output = true;
     return 0;
+}
+
+/*
+ * The descriptors are the caller's, shared with other processes: O_NONBLOCK must not be set on them. Output to a terminal or a pipe goes through an open file
+ * description of its own; where that is refused (a terminal of another user), write_now's care has to do.
+ */
+static void open_stdio(struct console *console, int input_fd, int output_fd)
+{
+    char path[32];
+    struct stat st;
+    console->input_fd = input_fd;
+    console->output_fd = output_fd;
+    console->escapes = isatty(input_fd);
+    if (isatty(output_fd) || (fstat(output_fd, &st) == 0 && S_ISFIFO(st.st_mode))) {
+        snprintf(path, sizeof path, "/proc/self/fd/%d", output_fd);
+        int own = open(path, O_WRONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
+        console->owns_output = own >= 0;
+        console->output_fd = own >= 0 ? own : output_fd;
+    }
+    if (console->escapes)
+        terminal_raw(console);
 }
 
 int console_open(struct console **out, const char *spec, const char *what, struct loop *loop, int input_fd, int output_fd,
@@ -320,13 +374,9 @@ int console_open(struct console **out, const char *spec, const char *what, struc
         return error_set(err, -ENOMEM, "out of memory");
     console->loop = loop;
     console->ops = *ops;
-    console->input_fd = console->output_fd = console->listen_fd = -1;
+    console->input_fd = console->output_fd = console->listen_fd = console->slave_fd = -1;
     if (strcmp(spec, "stdio") == 0) {
-        console->input_fd = input_fd;
-        console->output_fd = output_fd;
-        console->escapes = isatty(input_fd);
-        if (console->escapes)
-            terminal_raw(console);
+        open_stdio(console, input_fd, output_fd);
     } else if (strcmp(spec, "pty") == 0) {
         r = open_pty(console, what, err);
     } else if (strncmp(spec, "file:", 5) == 0) {
@@ -347,12 +397,25 @@ int console_open(struct console **out, const char *spec, const char *what, struc
     return 0;
 }
 
+/* The guest's last words. A reader that takes nothing for a while is not waited for. */
+static void write_rest(struct console *console)
+{
+    while (console->backlog_count) {
+        size_t before = console->backlog_count;
+        struct pollfd ready = {.fd = console->output_fd, .events = POLLOUT};
+        if (poll(&ready, 1, CLOSE_WAIT_MS) != 1)
+            return;
+        output_ready(console, LOOP_WRITE);
+        if (console->backlog_count == before)
+            return;
+    }
+}
+
 void console_close(struct console *console)
 {
     if (!console)
         return;
-    if (console->backlog_count)
-        output_ready(console, LOOP_WRITE);
+    write_rest(console);
     unwatch(&console->input_watch);
     unwatch(&console->output_watch);
     unwatch(&console->listen_watch);
@@ -360,13 +423,10 @@ void console_close(struct console *console)
         tcsetattr(console->terminal_fd, TCSANOW, &console->saved);
         log_set_raw_terminal(false);
     }
-    if (console->listen_fd >= 0) {
-        close(console->listen_fd);
-        if (console->input_fd >= 0)
-            close(console->input_fd);
-    } else if (console->owns_fds) {
-        close(console->output_fd);
-    }
+    drop_fd(&console->listen_fd, true);
+    drop_fd(&console->slave_fd, true);
+    drop_fd(&console->input_fd, console->owns_input);
+    drop_fd(&console->output_fd, console->owns_output);
     if (console->unlink_path)
         unlink(console->unlink_path);
     free(console->unlink_path);

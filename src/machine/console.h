@@ -29,7 +29,7 @@ struct console_ops {
 /* `what` names the option for messages ("--console"). */
 int console_open(struct console **console, const char *spec, const char *what, struct loop *loop, int input_fd, int output_fd,
                  const struct console_ops *ops, struct error *err) __attribute__((warn_unused_result));
-void console_close(struct console *console); /* writes what is left if it can be written at once; restores the terminal */
+void console_close(struct console *console); /* writes what is left while the other side takes it; restores the terminal */
 void console_write(struct console *console, const uint8_t *data, size_t size_bytes);
 void console_resume(struct console *console);
 

@@ -5,10 +5,12 @@
 #include <stdint.h>
 #include <cmocka.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/un.h>
 #include <unistd.h>
 
@@ -169,6 +171,134 @@ static void backlog(void **state)
     close(out[1]);
 }
 
+static int connect_to(const char *path)
+{
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    strcpy(address.sun_path, path);
+    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    assert_int_equal(connect(fd, (struct sockaddr *)&address, sizeof address), 0);
+    return fd;
+}
+
+/* Input and output of a socket are watched at the same time. */
+static void backlog_of_a_socket(void **state)
+{
+    enum { TOTAL = 900000 };
+    struct guest guest = {.room = 100};
+    struct loop *loop;
+    char spec[80];
+    snprintf(spec, sizeof spec, "unix:/tmp/doppel-console-slow-%d", (int)getpid());
+    assert_int_equal(loop_create(&loop, NULL), 0);
+    struct console *console = open_console(loop, spec, &guest, -1, -1);
+    int fd = connect_to(spec + 5);
+    loop_run_once(loop, 1000);
+    uint8_t *sent = malloc(TOTAL), *got = malloc(TOTAL);
+    for (int i = 0; i < TOTAL; i++)
+        sent[i] = (uint8_t)(i * 7 + i / 251);
+    console_write(console, sent, TOTAL);
+    size_t count = 0;
+    fcntl(fd, F_SETFL, O_NONBLOCK);
+    for (int round = 0; round < 10000 && count < TOTAL; round++) {
+        ssize_t n = read(fd, got + count, TOTAL - count);
+        if (n > 0)
+            count += (size_t)n;
+        loop_run_once(loop, 0);
+    }
+    assert_int_equal(count, TOTAL);
+    assert_memory_equal(sent, got, TOTAL);
+    assert_int_equal(write(fd, "in", 2), 2);
+    loop_run_once(loop, 1000);
+    assert_int_equal(guest.count, 2);
+    free(sent);
+    free(got);
+    close(fd);
+    console_close(console);
+    loop_destroy(loop);
+}
+
+/* A client that goes while the guest takes no input makes way for the next one. */
+static void client_of_a_stuck_guest_goes(void **state)
+{
+    static const uint8_t typed[4096];
+    struct guest guest = {0};
+    struct loop *loop;
+    char spec[80], text[8] = "";
+    snprintf(spec, sizeof spec, "unix:/tmp/doppel-console-stuck-%d", (int)getpid());
+    assert_int_equal(loop_create(&loop, NULL), 0);
+    struct console *console = open_console(loop, spec, &guest, -1, -1);
+    int fd = connect_to(spec + 5);
+    for (int i = 0; i < 40; i++) {
+        assert_true(send(fd, typed, sizeof typed, MSG_DONTWAIT) != 0);
+        loop_run_once(loop, 0);
+    }
+    close(fd);
+    loop_run_once(loop, 0);
+    for (int i = 0; i < 3; i++)
+        console_write(console, (const uint8_t *)"lost", 4);
+    fd = connect_to(spec + 5);
+    loop_run_once(loop, 1000);
+    console_write(console, (const uint8_t *)"out", 3);
+    assert_int_equal(read(fd, text, sizeof text), 3);
+    close(fd);
+    console_close(console);
+    loop_destroy(loop);
+}
+
+static void *read_slowly(void *ctx)
+{
+    static uint8_t data[4096];
+    size_t count = 0;
+    for (ssize_t n; (n = read(*(int *)ctx, data, sizeof data)) > 0; count += (size_t)n)
+        usleep(500);
+    return (void *)count;
+}
+
+/* What the guest wrote last is not lost with the machine while somebody reads. */
+static void close_writes_the_rest(void **state)
+{
+    enum { TOTAL = 500000 };
+    struct guest guest = {0};
+    struct loop *loop;
+    int out[2];
+    pthread_t reader;
+    void *count;
+    uint8_t *sent = calloc(1, TOTAL);
+    assert_int_equal(loop_create(&loop, NULL), 0);
+    assert_int_equal(pipe(out), 0);
+    struct console *console = open_console(loop, "stdio", &guest, -1, out[1]);
+    console_write(console, sent, TOTAL);
+    assert_int_equal(pthread_create(&reader, NULL, read_slowly, &out[0]), 0);
+    console_close(console);
+    close(out[1]);
+    pthread_join(reader, &count);
+    assert_int_equal((size_t)count, TOTAL);
+    free(sent);
+    loop_destroy(loop);
+    close(out[0]);
+}
+
+/* Nobody reads a terminal: the writer is a virtual processor and must not wait. */
+static void terminal_that_stands_still(void **state)
+{
+    static const uint8_t line[100] = "x";
+    struct guest guest = {0};
+    struct loop *loop;
+    int terminal, screen = posix_openpt(O_RDWR | O_NOCTTY);
+    assert_int_equal(grantpt(screen), 0);
+    assert_int_equal(unlockpt(screen), 0);
+    terminal = open(ptsname(screen), O_RDWR | O_NOCTTY);
+    assert_int_equal(loop_create(&loop, NULL), 0);
+    struct console *console = open_console(loop, "stdio", &guest, -1, terminal);
+    alarm(20);
+    for (int i = 0; i < 3000; i++)
+        console_write(console, line, sizeof line);
+    console_close(console);
+    alarm(0);
+    loop_destroy(loop);
+    close(terminal);
+    close(screen);
+}
+
 static void sockets(void **state)
 {
     struct guest guest = {.room = 100};
@@ -178,11 +308,8 @@ static void sockets(void **state)
     assert_int_equal(loop_create(&loop, NULL), 0);
     struct console *console = open_console(loop, spec, &guest, -1, -1);
     console_write(console, (const uint8_t *)"lost", 4); /* nobody is there */
-    struct sockaddr_un address = {.sun_family = AF_UNIX};
-    strcpy(address.sun_path, spec + 5);
     for (int client = 0; client < 2; client++) { /* a second client may come after the first */
-        int fd = socket(AF_UNIX, SOCK_STREAM, 0);
-        assert_int_equal(connect(fd, (struct sockaddr *)&address, sizeof address), 0);
+        int fd = connect_to(spec + 5);
         loop_run_once(loop, 1000);
         guest.count = 0;
         assert_int_equal(write(fd, "in", 2), 2);
@@ -198,9 +325,13 @@ static void sockets(void **state)
     loop_destroy(loop);
 }
 
+/* The last one is a pipe without a reader. */
 static void refusals(void **state)
 {
-    static const char *const specs[] = {"file:/nonexistent/x", "unix:/nonexistent/x", "elsewhere"};
+    char pipe_spec[80];
+    snprintf(pipe_spec, sizeof pipe_spec, "file:/tmp/doppel-console-pipe-%d", (int)getpid());
+    assert_int_equal(mkfifo(pipe_spec + 5, 0600), 0);
+    const char *const specs[] = {"file:/nonexistent/x", "unix:/nonexistent/x", "elsewhere", pipe_spec};
     struct guest guest = {0};
     struct loop *loop;
     struct console_ops ops = {.receive = receive, .ctx = &guest};
@@ -211,12 +342,15 @@ static void refusals(void **state)
         assert_true(console_open(&console, specs[i], "--console", loop, -1, -1, &ops, &err) < 0);
         assert_non_null(strstr(err.text, "--console"));
     }
+    unlink(pipe_spec + 5);
     loop_destroy(loop);
 }
 
 int main(void)
 {
     const struct CMUnitTest tests[] = {cmocka_unit_test(pipes), cmocka_unit_test(resume_does_not_block), cmocka_unit_test(commands_to_a_stuck_guest),
-                                       cmocka_unit_test(backlog), cmocka_unit_test(sockets), cmocka_unit_test(refusals)};
+                                       cmocka_unit_test(backlog), cmocka_unit_test(backlog_of_a_socket), cmocka_unit_test(client_of_a_stuck_guest_goes),
+                                       cmocka_unit_test(close_writes_the_rest), cmocka_unit_test(terminal_that_stands_still), cmocka_unit_test(sockets),
+                                       cmocka_unit_test(refusals)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
