@@ -293,8 +293,11 @@ static void source_run(struct loop_fd *source, unsigned events)
 
 static void run_always_ready(struct loop *loop)
 {
-    struct loop_fd *source;
-    LIST_FOREACH(source, &loop->fds, link) { /* nothing leaves the list before bury_dead */
+    pthread_mutex_lock(&loop->lock);
+    struct loop_fd *source = LIST_FIRST(&loop->fds);
+    pthread_mutex_unlock(&loop->lock);
+    /* New ones come in front, nothing leaves the list before bury_dead. */
+    for (; source; source = LIST_NEXT(source, link)) {
         if (source->always_ready && source->events)
             source_run(source, source->events);
     }

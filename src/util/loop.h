@@ -2,8 +2,8 @@
  * The event loop: descriptors (epoll), timers (one timerfd under a heap) and calls posted from other threads.
  *
  * One thread runs the loop. Every callback runs on that thread with the loop's `guard` mutex held; for a machine that is
- * the device lock, so callbacks may touch any device. loop_timer_arm, loop_timer_disarm, loop_post and loop_stop may be called from any
- * thread, with or without the guard; the others only on the loop's thread or before it runs.
+ * the device lock, so callbacks may touch any device. loop_timer_arm, loop_timer_disarm, loop_post, loop_event_raise and loop_stop may be called
+ * from any thread, with or without the guard; loop_fd_* from any thread with it; the others only on the loop's thread or before it runs.
  * Time is CLOCK_MONOTONIC in nanoseconds (loop_now_ns).
  */
 #ifndef DOPPEL_UTIL_LOOP_H
