@@ -250,13 +250,14 @@ static void select_handler(struct icpu *c, const struct decode *d, struct insn *
     i->flags |= INSN_ENDS_BLOCK;
 }
 
-/* The fault puts rip back by the length, so any length will do. */
-static unsigned refuse(struct insn *out, insn_fn *fn)
+/* As long as all the bytes that the decoder may have looked at: the block is good as long as none of them changes. The fault puts rip back by the length,
+ * whatever it is. */
+static unsigned refuse(struct insn *out, insn_fn *fn, unsigned examined)
 {
     out->fn = fn;
-    out->length = 1;
+    out->length = (uint8_t)examined;
     out->flags = INSN_ENDS_BLOCK;
-    return 1;
+    return examined;
 }
 
 unsigned decode_insn(struct icpu *c, const uint8_t *bytes, unsigned available, unsigned code_bits, struct insn *out)
@@ -270,11 +271,11 @@ unsigned decode_insn(struct icpu *c, const uint8_t *bytes, unsigned available, u
     decoder_init(&decoder, code_bits);
     ZyanStatus status = ZydisDecoderDecodeFull(&decoder, bytes, length, &d.zi, d.op);
     if (status == ZYDIS_STATUS_NO_MORE_DATA)
-        return available < INSN_BYTES_MAX ? 0 : refuse(out, op_too_long);
+        return available < INSN_BYTES_MAX ? 0 : refuse(out, op_too_long, length);
     if (status == ZYDIS_STATUS_INSTRUCTION_TOO_LONG)
-        return refuse(out, op_too_long);
+        return refuse(out, op_too_long, length);
     if (!ZYAN_SUCCESS(status))
-        return refuse(out, op_invalid);
+        return refuse(out, op_invalid, length);
     d.code_bits = code_bits;
     d.bytes = bytes;
     fill_generic(&d, out);
