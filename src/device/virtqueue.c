@@ -377,13 +377,13 @@ void virtqueue_push(struct virtqueue_chain *chain, uint64_t used_bytes, bool flu
     unsigned slot = queue->used_next & (queue->rings.size - 1);
     uint16_t old = queue->used_signalled;
 
+    if (used_bytes > chain->out_bytes)
+        used_bytes = chain->out_bytes;
+    mark_written(chain, used_bytes); /* also when the driver will not hear of it: the bytes are in its memory */
     if (chain->epoch != queue->epoch || queue->broken) {
         chain_forget(chain);
         return;
     }
-    if (used_bytes > chain->out_bytes)
-        used_bytes = chain->out_bytes;
-    mark_written(chain, used_bytes);
     /* A length of exactly 4 GiB does not fit the element; no driver can tell. */
     __atomic_store_n(&queue->used->ring[slot].id, chain->head, __ATOMIC_RELAXED);
     __atomic_store_n(&queue->used->ring[slot].length, used_bytes > UINT32_MAX ? UINT32_MAX : (uint32_t)used_bytes, __ATOMIC_RELAXED);
