@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "device/virtio_pci.h"
+#include "util/log.h"
 
 #define F_SIZE 0
 #define F_EMERG_WRITE 2
@@ -21,6 +22,8 @@
 #define QUEUE_TRANSMIT 1u
 #define QUEUE_SIZE 128u
 #define ROUND_CHAINS 128u
+#define ROUND_BYTES (1u << 20)  /* the device lock is held meanwhile */
+#define CHAIN_BYTES (1u << 20)  /* of one chain more is not printed; drivers send some pages */
 
 struct device {
     struct virtio_pci virtio;
@@ -28,12 +31,30 @@ struct device {
     bool starved;
 };
 
+/* Returns the number of bytes printed. */
+static uint64_t print_chain(const struct uart_sink *sink, const struct virtqueue_chain *chain)
+{
+    uint64_t done = 0;
+
+    for (unsigned i = 0; i < chain->in_count && done < CHAIN_BYTES && sink->write; i++) {
+        size_t part = chain->in[i].iov_len < CHAIN_BYTES - done ? chain->in[i].iov_len : (size_t)(CHAIN_BYTES - done);
+
+        sink->write(sink->ctx, chain->in[i].iov_base, part);
+        done += part;
+    }
+    if (sink->write && done < chain->in_bytes)
+        LOG_GUEST(LOG_WARNING, "virtio-console: %llu bytes at once are more than a console prints", (unsigned long long)chain->in_bytes);
+    return done;
+}
+
 static void transmit(struct device *console)
 {
     struct virtqueue *queue = virtio_pci_queue(&console->virtio, QUEUE_TRANSMIT);
     const struct uart_sink *sink = &console->config.sink;
 
-    for (unsigned i = 0; i < ROUND_CHAINS; i++) {
+    uint64_t round_bytes = 0;
+
+    for (unsigned i = 0; i < ROUND_CHAINS && round_bytes < ROUND_BYTES; i++) {
         struct virtqueue_chain *chain = virtqueue_pop(queue);
 
         if (!chain) {
@@ -41,8 +62,7 @@ static void transmit(struct device *console)
                 return;
             continue;
         }
-        for (unsigned part = 0; part < chain->in_count && sink->write; part++)
-            sink->write(sink->ctx, chain->in[part].iov_base, chain->in[part].iov_len);
+        round_bytes += print_chain(sink, chain);
         virtqueue_push(chain, 0, true);
     }
     virtio_pci_wake_queue(&console->virtio, QUEUE_TRANSMIT);

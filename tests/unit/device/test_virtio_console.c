@@ -23,13 +23,15 @@ static struct fixture {
     struct guest g;
     struct device *device;
     char output[4096];
-    size_t output_bytes;
+    size_t output_bytes, total_bytes;
     unsigned ready;
 } f;
 
 static void sink_write(void *ctx, const uint8_t *data, size_t size_bytes)
 {
-    assert_true(f.output_bytes + size_bytes <= sizeof(f.output));
+    f.total_bytes += size_bytes;
+    if (size_bytes > sizeof(f.output) - f.output_bytes)
+        size_bytes = sizeof(f.output) - f.output_bytes;
     memcpy(f.output + f.output_bytes, data, size_bytes);
     f.output_bytes += size_bytes;
 }
@@ -45,7 +47,7 @@ static int setup(void **state)
         .sink = {.write = sink_write}, .ready = room_again, .columns = 80, .rows = 25, .slot = -1};
 
     log_set_level(LOG_ERROR);
-    f.output_bytes = f.ready = 0;
+    f.output_bytes = f.total_bytes = f.ready = 0;
     guest_init(&f.g);
     assert_int_equal(virtio_console_class.create(&f.device, &f.g.host, &config, NULL), 0);
     guest_attach(&f.g, 1);
@@ -76,6 +78,20 @@ static void test_output(void **state)
     assert_int_equal(f.output_bytes, 13);
     assert_memory_equal(f.output, "hello, world\n", 13);
     assert_int_equal(f.g.messages[2], 1);
+}
+
+/* A chain may hold gigabytes, which would keep the device lock for as long: the rest of what no driver sends is not printed. */
+static void test_output_without_measure(void **state)
+{
+    struct guest_buffer buffers[8];
+
+    guest_start(&f.g, F_SIZE, 2);
+    for (unsigned i = 0; i < 8; i++)
+        buffers[i] = (struct guest_buffer){0, 8 << 20, false};
+    guest_add(&f.g.queue[1], buffers, 8);
+    guest_kick(&f.g.queue[1]);
+    guest_wait_used(&f.g.queue[1]);
+    assert_int_equal(f.total_bytes, 1 << 20);
 }
 
 static void test_input(void **state)
@@ -152,7 +168,7 @@ static void test_state(void **state)
 int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
-    const struct CMUnitTest tests[] = {TEST(test_output), TEST(test_input), TEST(test_config), TEST(test_state)};
+    const struct CMUnitTest tests[] = {TEST(test_output), TEST(test_output_without_measure), TEST(test_input), TEST(test_config), TEST(test_state)};
 
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
