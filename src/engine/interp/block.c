@@ -19,6 +19,7 @@
 #define BLOCK_ALIGN 64u
 #define BLOCK_SIZE_MAX (sizeof(struct block) + BLOCK_INSNS_MAX * sizeof(struct insn))
 #define INSN_BYTES_MAX 15u
+#define CS_LIMIT_NONE 0xffffffffu /* a segment of 4 GiB: execution goes on at 0 */
 
 struct block_cache {
     uint8_t *arena;
@@ -150,7 +151,7 @@ static unsigned decode_one(struct icpu *c, gva_t gva, uint8_t bytes[static INSN_
         uint64_t rip = c->v.cpu.gpr[GPR_RIP], limit = c->v.cpu.seg[SEG_CS].limit;
         if (rip > limit)
             raise_gp0(c);
-        if (limit - rip < allowed)
+        if (limit - rip < allowed && limit != CS_LIMIT_NONE)
             allowed = (unsigned)(limit - rip) + 1;
     }
     unsigned have = fetch_bytes(c, gva, bytes, allowed);
@@ -255,6 +256,7 @@ struct block *block_lookup(struct icpu *c)
     uint64_t rip = c->v.cpu.gpr[GPR_RIP];
     gva_t gva = rip;
     if (unlikely(c->code_bits != 64)) {
+        c->v.cpu.gpr[GPR_RIP] = rip = (uint32_t)rip;
         if (rip > c->v.cpu.seg[SEG_CS].limit)
             raise_gp0(c);
         gva = (rip + c->segment_base[SEG_CS]) & 0xffffffffu;
@@ -266,7 +268,8 @@ struct block *block_lookup(struct icpu *c)
     if (unlikely(!host))
         return block_scratch(c, gva);
     struct block *b = block_find(c, host, gva);
-    if (unlikely(c->code_bits != 64) && rip + b->length_bytes - 1 > c->v.cpu.seg[SEG_CS].limit)
+    uint32_t limit = c->v.cpu.seg[SEG_CS].limit;
+    if (unlikely(c->code_bits != 64) && rip + b->length_bytes - 1 > limit && limit != CS_LIMIT_NONE)
         return block_scratch(c, gva);
     return b;
 }

@@ -257,6 +257,8 @@ static void deliver_task(struct icpu *c, const struct event *e, const struct des
 static void deliver(struct icpu *c, const struct event *e)
 {
     struct cpu_state *s = &c->v.cpu;
+    if (c->code_bits != 64)
+        s->gpr[GPR_RIP] = (uint32_t)s->gpr[GPR_RIP]; /* the last instruction may have ended at 4 GiB */
     if (!(s->cr0 & CR0_PE)) {
         deliver_real(c, e);
     } else {

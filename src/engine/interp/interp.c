@@ -383,6 +383,8 @@ static enum engine_exit interp_execute(struct vcpu *v, bool single)
         exit = run_loop(c, single);
     simd_save(c);
     v->cpu.rflags = flags_get(c);
+    if (c->code_bits != 64)
+        v->cpu.gpr[GPR_RIP] = (uint32_t)v->cpu.gpr[GPR_RIP];
     return exit;
 }
 

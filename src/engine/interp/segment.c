@@ -122,7 +122,7 @@ bool segment_contains(const struct segment *s, uint64_t offset, uint64_t size)
     uint64_t last = offset + size - 1;
     if ((s->attributes & (SEG_ATTR_CODE | SEG_ATTR_DC)) == SEG_ATTR_DC)
         return offset > s->limit && last <= (s->attributes & SEG_ATTR_DB ? 0xFFFFFFFFull : 0xFFFFull);
-    return last <= s->limit;
+    return last <= s->limit || s->limit == 0xFFFFFFFF; /* 4 GiB: there is no end to exceed, accesses wrap to offset 0 */
 }
 
 gva_t segment_linear(struct icpu *c, unsigned segment, uint64_t offset, unsigned size, bool write)

@@ -223,11 +223,12 @@ static gva_t linear_check(struct icpu *c, gva_t gva, unsigned length)
     return gva;
 }
 
-/* The page after gva's, as an access that crosses into it sees it. */
+/* The page after gva's, as an access that crosses into it sees it: 32-bit code wraps to zero, in long mode too. */
 static gva_t next_page(const struct icpu *c, gva_t gva)
 {
     gva_t next = page_of(gva) + PAGE_SIZE_BYTES;
-    return c->v.cpu.efer & EFER_LMA ? next : next & 0xffffffffu;
+    bool wraps = !(c->v.cpu.efer & EFER_LMA) || (c->current && c->current->flags & INSN_LEGACY);
+    return wraps ? next & 0xffffffffu : next;
 }
 
 static unsigned view_access(enum tlb_view view)
@@ -312,7 +313,7 @@ static inline void *translate(struct icpu *c, enum tlb_view view, gva_t gva, uns
 const uint8_t *mem_fetch_host(struct icpu *c, gva_t gva)
 {
     gpa_t gpa;
-    if (!(c->v.cpu.efer & EFER_LMA))
+    if (c->code_bits != 64)
         gva &= 0xffffffffu;
     else if (unlikely(!gva_is_canonical(gva)))
         raise_gp0(c);
@@ -382,7 +383,7 @@ static void indirect_read(struct icpu *c, gpa_t gpa, uint8_t *data, unsigned len
 void mem_fetch_mmio(struct icpu *c, gva_t gva, uint8_t *to, unsigned length)
 {
     gpa_t gpa;
-    const void *host = translate(c, c->view, c->v.cpu.efer & EFER_LMA ? gva : gva & 0xffffffffu, PAGING_FETCH, &gpa);
+    const void *host = translate(c, c->view, c->code_bits == 64 ? gva : gva & 0xffffffffu, PAGING_FETCH, &gpa);
     if (host)
         memcpy(to, host, length);
     else

@@ -66,12 +66,86 @@ static void invalid_becomes_valid(void **state)
     assert_int_equal(*(uint32_t *)tiny_vm_at(vm, TINY_DATA), 7);
 }
 
+/* ---- the end of the 32-bit address space ---- */
+
+#define TOP_PAGE 0x400000u /* physical, of the 4 MiB at the top */
+
+/* The top of the linear space is at TOP_PAGE, its bottom at 0. */
+static void map_top(struct tiny_vm *vm, bool compatibility)
+{
+    struct cpu_state *cpu = &vm->vcpu->cpu;
+    if (compatibility) {
+        *(uint64_t *)tiny_vm_at(vm, TINY_PDPT + 3 * 8) = 0xb0000 | 7;
+        *(uint64_t *)tiny_vm_at(vm, 0xb0000 + 511 * 8) = (TOP_PAGE + 0x200000) | 0x87;
+        cpu->seg[SEG_CS].attributes = (uint16_t)((cpu->seg[SEG_CS].attributes & ~SEG_ATTR_L) | SEG_ATTR_DB);
+    } else {
+        *(uint32_t *)tiny_vm_at(vm, 0xb0000) = 0x87;
+        *(uint32_t *)tiny_vm_at(vm, 0xb0000 + 1023 * 4) = TOP_PAGE | 0x87;
+        cpu->cr4 |= CR4_PSE;
+        cpu->cr3 = 0xb0000;
+        cpu->cr0 |= CR0_PG;
+    }
+    interp_engine.state_changed(vm->vcpu);
+}
+
+static void wrap(struct tiny_vm *vm, enum tiny_mode mode)
+{
+    /* mov 0xfffffffe, %eax; push 0xfffffffd; jmp *%ecx */
+    LOAD(vm, mode, 0xa1, 0xfe, 0xff, 0xff, 0xff, 0xff, 0x35, 0xfd, 0xff, 0xff, 0xff, 0xff, 0xe1);
+    map_top(vm, mode == TINY_LONG);
+    memcpy(tiny_vm_at(vm, TOP_PAGE + 0x3ffffb), CODE(0x90, 0x90, 0xbb, 0x11, 0x22), 5); /* nop; nop; mov $..., %ebx */
+    memcpy(tiny_vm_at(vm, 0), CODE(0x33, 0x44, 0xf4), 3);                               /* the rest of it; hlt */
+    gpr(vm)[GPR_RCX] = 0xfffffffb;
+    run_to_halt(vm);
+    assert_int_equal(gpr(vm)[GPR_RIP], 3);
+    assert_int_equal(gpr(vm)[GPR_RAX], 0x44332211);
+    assert_int_equal(gpr(vm)[GPR_RBX], 0x44332211);
+    assert_int_equal(*(uint32_t *)tiny_vm_at(vm, gpr(vm)[GPR_RSP]), 0x332211bb);
+}
+
+static void accesses_wrap_at_4_gib(void **state)
+{
+    wrap(*state, TINY_PROTECTED);
+    wrap(*state, TINY_LONG);
+}
+
+/* An instruction that ends there: the state that is left and saved has EIP 0, whether run returns or an exception is delivered. */
+static void eip_wraps_at_4_gib(void **state)
+{
+    struct tiny_vm *vm = *state;
+    LOAD(vm, TINY_PROTECTED, 0xf4);
+    map_top(vm, false);
+    *(uint8_t *)tiny_vm_at(vm, TOP_PAGE + 0x3fffff) = 0xf4;
+    gpr(vm)[GPR_RIP] = 0xffffffff;
+    run_to_halt(vm);
+    assert_int_equal(gpr(vm)[GPR_RIP], 0);
+
+    *(uint8_t *)tiny_vm_at(vm, TOP_PAGE + 0x3fffff) = 0x90;
+    gpr(vm)[GPR_RIP] = 0xffffffff;
+    vm->vcpu->cpu.activity = CPU_RUNNING;
+    vm->vcpu->cpu.rflags |= RFLAGS_TF;
+    run_to_vector(vm, VECTOR_DB);
+    assert_int_equal(*(uint32_t *)tiny_vm_at(vm, gpr(vm)[GPR_RSP]), 0);
+}
+
+/* 16-bit code does not wrap: IP 0x10000 is beyond the limit. */
+static void ip_stops_at_64_kib(void **state)
+{
+    struct tiny_vm *vm = *state;
+    LOAD(vm, TINY_REAL, 0xf4);
+    memset(tiny_vm_at(vm, TINY_CODE + 0xfff0), 0x90, 0x20);
+    gpr(vm)[GPR_RIP] = 0xfff0;
+    run_to_halt(vm);
+    assert_int_equal(gpr(vm)[GPR_RIP] + vm->vcpu->cpu.seg[SEG_CS].base, TINY_HANDLER + 16 * VECTOR_GP + 1);
+    assert_int_equal(vm->vcpu->counters[COUNTER_exceptions], 1);
+}
+
 #define T(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
 
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        T(invalid_becomes_valid),
+        T(invalid_becomes_valid), T(accesses_wrap_at_4_gib), T(eip_wraps_at_4_gib), T(ip_stops_at_64_kib),
     };
     return cmocka_run_group_tests_name("corner", tests, NULL, NULL);
 }
