@@ -290,6 +290,8 @@ void mem_read_bytes(struct icpu *c, enum tlb_view view, gva_t gva, void *data, u
 void mem_write_bytes(struct icpu *c, enum tlb_view view, gva_t gva, const void *data, unsigned length);
 /* Raises the fault that a write of [gva, +length) would raise; changes nothing but accessed and dirty bits. */
 void mem_probe_write(struct icpu *c, enum tlb_view view, gva_t gva, unsigned length);
+/* #AC when alignment is checked now: for what mem_read_bytes and mem_write_bytes move, which check none (SDM vol. 3, table 6-7). */
+void mem_check_alignment(struct icpu *c, enum tlb_view view, gva_t gva, unsigned alignment);
 /* Host address for direct access to all of [gva, +size) (filling the TLB, raising faults); NULL when it is MMIO, ROM for writes, or crosses a page. */
 void *mem_host(struct icpu *c, enum tlb_view view, gva_t gva, unsigned size, bool write);
 /* MMIO goes out through these (they save SIMD state, count and trace). */

@@ -120,8 +120,8 @@ static inline void run_at(struct icpu *c, const struct insn *i, const struct nat
 static void check_alignment(struct icpu *c, const struct native_code *n, gva_t gva)
 {
     unsigned alignment = n->size == 10 ? 8 : n->size;
-    if (c->cpl == 3 && c->v.cpu.cr0 & CR0_AM && c->v.cpu.rflags & RFLAGS_AC && alignment <= 8 && gva & (alignment - 1))
-        raise_error(c, VECTOR_AC, 0);
+    if (alignment <= 8)
+        mem_check_alignment(c, c->view, gva, alignment);
 }
 
 /* The operand is not plain RAM within a page, or not in the TLB. */

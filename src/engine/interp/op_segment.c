@@ -247,7 +247,10 @@ static void store_table(struct icpu *c, const struct insn *i, const struct descr
     unsigned base_bytes = c->code_bits == 64 ? 8 : 4;
     memcpy(image, &table->limit, 2);
     memcpy(image + 2, &table->base, 8);
-    mem_write_bytes(c, c->view, ea_linear(c, i, 2 + base_bytes, true), image, 2 + base_bytes);
+    gva_t address = ea_linear(c, i, 2 + base_bytes, true);
+    mem_check_alignment(c, c->view, address, 2);
+    mem_check_alignment(c, c->view, address + 2, base_bytes);
+    mem_write_bytes(c, c->view, address, image, 2 + base_bytes);
 }
 
 void op_sgdt(struct icpu *c, const struct insn *i)

@@ -36,6 +36,11 @@ static unsigned environment_bytes(const struct insn *i)
     return i->extra & EXTRA_SHORT ? 14 : 28;
 }
 
+static unsigned environment_alignment(const struct insn *i)
+{
+    return i->extra & EXTRA_SHORT ? 2 : 4;
+}
+
 /* ---- tags and stack order ---- */
 
 /* 0 valid, 1 zero, 2 special (SDM vol. 1, 8.1.7). */
@@ -175,6 +180,7 @@ static void op_x87_store(struct icpu *c, const struct insn *i)
     unsigned environment = environment_bytes(i), size = environment + (registers ? STACK_BYTES : 0);
     uint8_t out[ENVIRONMENT_MAX + STACK_BYTES], *image = c->v.cpu.xsave;
     gva_t gva = ea_linear(c, i, size, true);
+    mem_check_alignment(c, c->view, gva, environment_alignment(i));
     simd_save(c);
     native_state_materialize(c, XCR0_X87);
     environment_build(c, i, out);
@@ -199,6 +205,7 @@ static void op_x87_load(struct icpu *c, const struct insn *i)
     unsigned environment = environment_bytes(i), size = environment + (registers ? STACK_BYTES : 0);
     uint8_t in[ENVIRONMENT_MAX + STACK_BYTES], *image = c->v.cpu.xsave;
     gva_t gva = ea_linear(c, i, size, false);
+    mem_check_alignment(c, c->view, gva, environment_alignment(i));
     simd_save(c);
     mem_read_bytes(c, c->view, gva, in, size);
     native_state_materialize(c, XCR0_X87);

@@ -258,6 +258,7 @@ void frame_write(struct icpu *c, struct frame *f, uint32_t ss_error)
         for (unsigned n = 0; n < f->count; n++)
             memcpy(image + total - (n + 1) * f->size, &f->values[n], f->size);
         gva_t address = frame_linear(c, f, low, total, ss_error);
+        mem_check_alignment(c, f->view, address, f->size);
         mem_write_bytes(c, f->view, address, image, total);
     } else {
         frame_write_wrapped(c, f, ss_error);

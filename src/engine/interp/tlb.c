@@ -337,11 +337,16 @@ static void breakpoints_match(struct icpu *c, gva_t gva, unsigned length, bool w
     }
 }
 
+void mem_check_alignment(struct icpu *c, enum tlb_view view, gva_t gva, unsigned alignment)
+{
+    if (view == VIEW_USER && (c->v.cpu.cr0 & CR0_AM) && (c->v.cpu.rflags & RFLAGS_AC) && (gva & (alignment - 1)))
+        raise_error(c, VECTOR_AC, 0);
+}
+
 static void careful_check(struct icpu *c, enum tlb_view view, gva_t gva, unsigned length, bool write, bool aligned)
 {
-    bool checks_alignment = view == VIEW_USER && (c->v.cpu.cr0 & CR0_AM) && (c->v.cpu.rflags & RFLAGS_AC);
-    if (aligned && checks_alignment && (gva & (length - 1)))
-        raise_error(c, VECTOR_AC, 0);
+    if (aligned)
+        mem_check_alignment(c, view, gva, length);
     breakpoints_match(c, gva, length, write);
 }
 

@@ -61,6 +61,9 @@ void mem_write_bytes(struct icpu *c, enum tlb_view view, gva_t gva, const void *
     check_range(c, gva, length);
     memcpy((void *)gva, data, length);
 }
+void mem_check_alignment(struct icpu *c, enum tlb_view view, gva_t gva, unsigned alignment)
+{
+}
 void mem_probe_write(struct icpu *c, enum tlb_view view, gva_t gva, unsigned length)
 {
     check_range(c, gva, length);

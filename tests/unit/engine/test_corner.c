@@ -140,12 +140,63 @@ static void ip_stops_at_64_kib(void **state)
     assert_int_equal(vm->vcpu->counters[COUNTER_exceptions], 1);
 }
 
+/* ---- alignment ---- */
+
+static void user_runs(struct tiny_vm *vm, uint64_t address)
+{
+    vm->vcpu->cpu.cr0 |= CR0_AM;
+    tiny_vm_enter_user(vm, true);
+    vm->vcpu->cpu.rflags |= RFLAGS_AC;
+    gpr(vm)[GPR_RBX] = address;
+}
+
+static void alignment_of_long_operands(void **state)
+{
+    struct tiny_vm *vm = *state;
+    static const struct {
+        uint8_t code[5];
+        uint8_t aligned, misaligned; /* low address bits */
+    } cases[] = {
+        {{0xd9, 0x33}, 4, 2},       /* fnstenv (%rbx) */
+        {{0x66, 0xd9, 0x33}, 2, 1}, /* with 16-bit operands */
+        {{0xd9, 0x23}, 4, 2},       /* fldenv */
+        {{0xdd, 0x33}, 4, 2},       /* fnsave */
+        {{0xdd, 0x23}, 4, 2},       /* frstor */
+        {{0x0f, 0x01, 0x03}, 6, 4}, /* sgdt: the base is what has to be aligned */
+    };
+    for (unsigned n = 0; n < sizeof(cases) / sizeof(cases[0]); n++) {
+        for (unsigned misaligned = 0; misaligned < 2; misaligned++) {
+            LOAD(vm, TINY_LONG, 0);
+            memcpy(tiny_vm_at(vm, TINY_CODE), CODE(0x90, 0x90, 0x90, 0x90, 0x90, 0x0f, 0x0b), 7); /* ...; ud2 */
+            for (unsigned at = 0; at < 5 && cases[n].code[at]; at++)
+                *(uint8_t *)tiny_vm_at(vm, TINY_CODE + at) = cases[n].code[at];
+            user_runs(vm, TINY_DATA + (misaligned ? cases[n].misaligned : cases[n].aligned));
+            run_to_vector(vm, misaligned ? VECTOR_AC : VECTOR_UD);
+        }
+    }
+}
+
+/* A far call's pushes, to the same level. */
+static void alignment_of_far_calls(void **state)
+{
+    struct tiny_vm *vm = *state;
+    for (unsigned misaligned = 0; misaligned < 2; misaligned++) {
+        LOAD(vm, TINY_LONG, 0x48, 0xff, 0x1b, 0x0f, 0x0b, 0x0f, 0x0b); /* rex.w lcall *(%rbx); ud2; ud2 */
+        *(uint64_t *)tiny_vm_at(vm, TINY_DATA) = TINY_CODE + 5;
+        *(uint16_t *)tiny_vm_at(vm, TINY_DATA + 8) = TINY_USER_CS64;
+        user_runs(vm, TINY_DATA);
+        gpr(vm)[GPR_RSP] -= misaligned;
+        run_to_vector(vm, misaligned ? VECTOR_AC : VECTOR_UD);
+    }
+}
+
 #define T(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
 
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         T(invalid_becomes_valid), T(accesses_wrap_at_4_gib), T(eip_wraps_at_4_gib), T(ip_stops_at_64_kib),
+        T(alignment_of_long_operands), T(alignment_of_far_calls),
     };
     return cmocka_run_group_tests_name("corner", tests, NULL, NULL);
 }
