@@ -99,6 +99,23 @@ static void fill_memory(struct insn *i, const ZydisDecodedOperand *op)
         i->imm = (uint64_t)op->mem.disp.value & i->address_mask;
 }
 
+/*
+ * Zydis 4.0 takes R13D for the base of a SIB byte with base field 5 and mod 0, and loses the displacement, when REX.B and an address-size prefix come together. There is
+ * no base then, but 32 bits of displacement, whatever REX.B says (SDM vol. 2A, table 2-5).
+ */
+static void drop_false_base(struct decode *d)
+{
+    const ZydisDecodedInstruction *zi = &d->zi;
+    if (!(zi->attributes & ZYDIS_ATTRIB_HAS_SIB) || zi->raw.modrm.mod != 0 || zi->raw.sib.base != 5)
+        return;
+    for (unsigned n = 0; n < zi->operand_count; n++)
+        if (d->op[n].type == ZYDIS_OPERAND_TYPE_MEMORY && d->op[n].encoding == ZYDIS_OPERAND_ENCODING_MODRM_RM) {
+            d->op[n].mem.base = ZYDIS_REGISTER_NONE;
+            d->op[n].mem.disp.has_displacement = true;
+            d->op[n].mem.disp.value = zi->raw.disp.value;
+        }
+}
+
 /* Implicit memory operands (strings, XLAT, MASKMOV): the one that a segment override applies to; not the stack. */
 static const ZydisDecodedOperand *hidden_memory(const struct decode *d)
 {
@@ -278,6 +295,7 @@ unsigned decode_insn(struct icpu *c, const uint8_t *bytes, unsigned available, u
         return refuse(out, op_invalid, length);
     d.code_bits = code_bits;
     d.bytes = bytes;
+    drop_false_base(&d);
     fill_generic(&d, out);
     select_handler(c, &d, out);
     return out->length;

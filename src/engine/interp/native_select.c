@@ -396,6 +396,21 @@ static void describe_flags(const struct decode *d, const ZydisDecodedOperand *op
     }
 }
 
+/*
+ * Sets of one vendor that a guest may lack: #UD comes before any fault of the memory operand, so they must not get as far as reading it. Bits of CPUID 0x80000001 ECX.
+ */
+static bool is_offered(struct icpu *c, const struct decode *d)
+{
+    static const struct {
+        uint16_t isa_set;
+        uint8_t bit;
+    } sets[] = {{ZYDIS_ISA_SET_SSE4A, 6}, {ZYDIS_ISA_SET_XOP, 11}, {ZYDIS_ISA_SET_FMA4, 16}, {ZYDIS_ISA_SET_TBM, 21}};
+    for (unsigned n = 0; n < sizeof(sets) / sizeof(sets[0]); n++)
+        if (d->zi.meta.isa_set == sets[n].isa_set)
+            return cpuid_query(c->v.cpuid, &c->v.cpu, c->v.index, 0x80000001, 0).ecx >> sets[n].bit & 1;
+    return true;
+}
+
 bool native_select(struct icpu *c, const struct decode *d, struct insn *i)
 {
     int memory;
@@ -405,7 +420,7 @@ bool native_select(struct icpu *c, const struct decode *d, struct insn *i)
         i->fn = native_hint;
         return true;
     }
-    if (is_refused(&d->zi) || !operands_allowed(d, &memory))
+    if (is_refused(&d->zi) || !is_offered(c, d) || !operands_allowed(d, &memory))
         return false;
     if (classes == TOUCH && memory >= 0) {
         i->fn = native_touch;

@@ -397,8 +397,16 @@ REPEAT(stos)
 REPEAT(lods)
 REPEAT(scas)
 REPEAT(cmps)
-REPEAT(ins)
-REPEAT(outs)
+
+/* The right to the port is checked even when the count is zero, as processors do. */
+#define REPEAT_IO(name)                                                                            \
+    static void rep_##name(struct icpu *c, const struct insn *i)                                   \
+    {                                                                                              \
+        io_check(c, io_port(c), i->op_size);                                                       \
+        repeat(c, i, name##_chunk);                                                                \
+    }
+REPEAT_IO(ins)
+REPEAT_IO(outs)
 
 /* ---- selection ---- */
 
