@@ -34,12 +34,12 @@
     (CR0_PE | CR0_MP | CR0_EM | CR0_TS | CR0_ET | CR0_NE | CR0_WP | CR0_AM | CR0_NW | CR0_CD |     \
      CR0_PG)
 #define CR4_DEFINED                                                                                \
-    (CR4_VME | CR4_PVI | CR4_TSD | CR4_DE | CR4_PSE | CR4_PAE | CR4_MCE | CR4_PGE | CR4_PCE |      \
-     CR4_OSFXSR | CR4_OSXMMEXCPT | CR4_UMIP | CR4_FSGSBASE | CR4_PCIDE | CR4_OSXSAVE | CR4_SMEP |  \
-     CR4_SMAP)
+    (CR4_TSD | CR4_DE | CR4_PSE | CR4_PAE | CR4_MCE | CR4_PGE | CR4_PCE | CR4_OSFXSR |             \
+     CR4_OSXMMEXCPT | CR4_UMIP | CR4_FSGSBASE | CR4_PCIDE | CR4_OSXSAVE | CR4_SMEP | CR4_SMAP)
 #define EFER_DEFINED (EFER_SCE | EFER_LME | EFER_LMA | EFER_NXE)
 #define SEG_ATTR_DEFINED 0xF0FFu
 #define PHYSICAL_MASK ((1ull << 52) - 1)
+#define LOWER_HALF_END (1ull << 47)
 
 static void put16(uint8_t *area, unsigned offset, uint16_t value)
 {
@@ -219,7 +219,8 @@ static const char *check_segments(const struct cpu_state *cpu)
         return "privilege level in real mode";
     if (real || v86)
         return NULL;
-    if (cs->unusable || !(cs->attributes & SEG_ATTR_P) || !(cs->attributes & SEG_ATTR_S))
+    /* A task switch that cannot load CS may have ended in a shutdown. */
+    if (cpu->activity != CPU_SHUTDOWN && (cs->unusable || !(cs->attributes & SEG_ATTR_P) || !(cs->attributes & SEG_ATTR_S)))
         return "CS is not a code segment";
     if (lma && (cs->attributes & SEG_ATTR_L) && (cs->attributes & SEG_ATTR_DB))
         return "CS.L and CS.D are both set";
@@ -237,7 +238,9 @@ static const char *check_addresses(const struct cpu_state *cpu)
     for (unsigned n = 0; n < sizeof(canonical) / sizeof(canonical[0]); n++)
         if (!is_canonical(canonical[n]))
             return "address is not canonical";
-    if (cpu_in_64bit_mode(cpu) ? !is_canonical(cpu->gpr[GPR_RIP]) : cpu->gpr[GPR_RIP] >> 32 != 0)
+    /* Execution may have come to the end of the lower half: the next fetch faults. */
+    uint64_t rip = cpu->gpr[GPR_RIP];
+    if (cpu_in_64bit_mode(cpu) ? !is_canonical(rip) && rip != LOWER_HALF_END : rip >> 32 != 0)
         return "RIP out of range";
     if ((cpu->ldtr.attributes | cpu->tr.attributes) & ~SEG_ATTR_DEFINED)
         return "LDTR or TR attributes malformed";

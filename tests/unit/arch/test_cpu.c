@@ -101,6 +101,7 @@ static void corrupt_rflags(struct cpu_state *cpu) { cpu->rflags |= 1ull << 40; }
 static void corrupt_vm(struct cpu_state *cpu) { cpu->rflags |= RFLAGS_VM; }
 static void corrupt_pg(struct cpu_state *cpu) { cpu->cr0 &= ~CR0_PE; }
 static void corrupt_cr4(struct cpu_state *cpu) { cpu->cr4 |= CR4_LA57; }
+static void corrupt_vme(struct cpu_state *cpu) { cpu->cr4 |= CR4_VME; } /* not offered by any engine */
 static void corrupt_lma(struct cpu_state *cpu) { cpu->efer &= ~EFER_LMA; }
 static void corrupt_rip(struct cpu_state *cpu) { cpu->gpr[GPR_RIP] = 1ull << 50; }
 static void corrupt_base(struct cpu_state *cpu) { cpu->seg[SEG_FS].base = 1ull << 60; }
@@ -119,7 +120,7 @@ static void corrupt_dr7(struct cpu_state *cpu) { cpu->dr[7] = 1ull << 32; }
 static void hostile_states_are_refused(void **state)
 {
     static corrupt_fn *const corrupt[] = {
-        corrupt_zero, corrupt_rflags, corrupt_vm, corrupt_pg, corrupt_cr4, corrupt_lma, corrupt_rip,
+        corrupt_zero, corrupt_rflags, corrupt_vm, corrupt_pg, corrupt_cr4, corrupt_vme, corrupt_lma, corrupt_rip,
         corrupt_base, corrupt_lstar, corrupt_cs, corrupt_pat, corrupt_mtrr, corrupt_activity, corrupt_xcr0,
         corrupt_xcr0_pkru, corrupt_xstate_bv, corrupt_xcomp_bv, corrupt_mxcsr, corrupt_dr7,
     };

@@ -6,8 +6,10 @@
 
 #include <cmocka.h>
 
+#include <errno.h>
 #include <string.h>
 
+#include "state/state.h"
 #include "tiny_vm.h"
 
 static int setup(void **state)
@@ -140,6 +142,57 @@ static void ip_stops_at_64_kib(void **state)
     assert_int_equal(vm->vcpu->counters[COUNTER_exceptions], 1);
 }
 
+/* ---- what run leaves can be saved and loaded ---- */
+
+static int round_trip(struct cpu_state *cpu)
+{
+    size_t size;
+    struct state_io *writer = state_writer_create();
+    assert_int_equal(cpu_state_state(cpu, writer), 0);
+    const void *data = state_writer_data(writer, &size);
+    struct state_io *reader = state_reader_create(data, size);
+    struct cpu_state loaded;
+    int result = cpu_state_state(&loaded, reader);
+    if (!result)
+        assert_memory_equal(loaded.gpr, cpu->gpr, sizeof(loaded.gpr));
+    state_io_destroy(reader);
+    state_io_destroy(writer);
+    return result;
+}
+
+static void state_at_the_end_of_the_lower_half(void **state)
+{
+    struct tiny_vm *vm = *state;
+    LOAD(vm, TINY_LONG, 0xf4);
+    *(uint64_t *)tiny_vm_at(vm, TINY_PML4 + 255 * 8) = 0xb0000 | 7;
+    *(uint64_t *)tiny_vm_at(vm, 0xb0000 + 511 * 8) = 0xb1000 | 7;
+    *(uint64_t *)tiny_vm_at(vm, 0xb1000 + 511 * 8) = TOP_PAGE | 0x87;
+    *(uint8_t *)tiny_vm_at(vm, TOP_PAGE + 0x1fffff) = 0xf4;
+    gpr(vm)[GPR_RIP] = 0x7fffffffffffull;
+    run_to_halt(vm);
+    assert_int_equal(gpr(vm)[GPR_RIP], 0x800000000000ull);
+    assert_int_equal(round_trip(&vm->vcpu->cpu), 0);
+    vm->vcpu->cpu.activity = CPU_RUNNING;
+    run_to_vector(vm, VECTOR_GP);
+}
+
+/* A task switch whose new CS cannot be loaded, with no handler for the #TS. */
+static void state_after_a_lost_task_switch(void **state)
+{
+    struct tiny_vm *vm = *state;
+    LOAD(vm, TINY_PROTECTED, 0xea, 0, 0, 0, 0, 0x48, 0); /* ljmp $0x48, $0 */
+    struct cpu_state *cpu = &vm->vcpu->cpu;
+    *(uint64_t *)tiny_vm_at(vm, TINY_GDT + 0x48) = 0x00008900c0000067ull | 0x0b0000ull << 16; /* TSS at 0xbc000 or so: all zero */
+    cpu->gdtr.limit = 0x4f;
+    cpu->idtr.limit = 0;
+    interp_engine.state_changed(vm->vcpu);
+    assert_int_equal(interp_engine.run(vm->vcpu), ENGINE_EXIT_SHUTDOWN);
+    assert_true(cpu->seg[SEG_CS].unusable);
+    assert_int_equal(round_trip(cpu), 0);
+    cpu->activity = CPU_RUNNING;
+    assert_int_equal(round_trip(cpu), -EINVAL);
+}
+
 /* ---- alignment ---- */
 
 static void user_runs(struct tiny_vm *vm, uint64_t address)
@@ -196,6 +249,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         T(invalid_becomes_valid), T(accesses_wrap_at_4_gib), T(eip_wraps_at_4_gib), T(ip_stops_at_64_kib),
+        T(state_at_the_end_of_the_lower_half), T(state_after_a_lost_task_switch),
         T(alignment_of_long_operands), T(alignment_of_far_calls),
     };
     return cmocka_run_group_tests_name("corner", tests, NULL, NULL);
