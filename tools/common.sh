@@ -65,7 +65,7 @@ get_kernel() {
         apt-cache show linux-image-cloud-amd64 >/dev/null 2>&1 || as_root apt-get -qq update >&2
         image=$(apt-cache show linux-image-cloud-amd64 | sed -n 's/^Depends: .*\(linux-image-[^ ,]*-cloud-amd64\).*/\1/p' | head -n 1)
         [ -n "$image" ] || die "apt knows no linux-image-cloud-amd64; run apt-get update"
-        (cd "$cache/download" && rm -f linux-image-*.deb && apt-get -q download "$image" >&2) || die "downloading $image failed"
+        (cd "$cache/download" && rm -f linux-image-*.deb && apt-get -qq -o APT::Sandbox::User=root download "$image" >&2) || die "downloading $image failed"
         rm -rf "$cache/kernel"
         dpkg-deb -x "$cache"/download/linux-image-*.deb "$cache/kernel" || die "unpacking the kernel failed"
         touch "$cache/kernel/complete"
