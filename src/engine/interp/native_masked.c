@@ -110,6 +110,17 @@ static void mask_clear(struct icpu *c, const struct native_code *n, unsigned ele
         memset(vector_at(c, n->mask_register, element * n->element_size), 0, n->element_size);
 }
 
+/* AVX2: each element of the mask becomes all ones or zero, and what lies above them zero, before anything is read: seen when a read faults (SDM vol. 2C, VGATHERDPD). */
+static void mask_extend(struct icpu *c, const struct native_code *n, uint64_t mask)
+{
+    for (unsigned k = 0; k < n->mask_bits; k++)
+        memset(vector_at(c, n->mask_register, k * n->element_size), mask >> k & 1 ? 0xff : 0, n->element_size);
+    unsigned bytes = n->mask_bits * n->element_size;
+    if (bytes < 16)
+        memset(vector_at(c, n->mask_register, bytes), 0, 16 - bytes);
+    native_vector_zero_above(c, n->mask_register, bytes < 16 ? 16 : bytes);
+}
+
 static gva_t element_address(struct icpu *c, const struct insn *i, const struct native_code *n, unsigned element, bool write)
 {
     const uint8_t *p = vector_at(c, n->index, element * n->index_size);
@@ -130,6 +141,8 @@ void native_gather(struct icpu *c, const struct insn *i)
     const struct native_code *n = i->native;
     prepare(c, n);
     uint64_t mask = mask_get(c, n);
+    if (!n->opmask)
+        mask_extend(c, n, mask);
     for (unsigned k = 0; k < n->mask_bits; k++) {
         if (!(mask >> k & 1))
             continue;
