@@ -4,7 +4,7 @@
  * Rewritten are the ModRM byte and the register bits of REX, VEX, XOP or EVEX: a memory operand becomes [register] without displacement, and general
  * registers that a stub may not touch (RSP and those that the caller wants kept) become others. Segment and address-size prefixes are dropped; opcode, mask,
  * broadcast, rounding, length and immediate bytes stay. Explicit prefixes are rebuilt with their fixed bits, so that no bit that the decoder does not know gets to the host.
- * Safety: every memory operand is the one rewritten here; the caller (native_select.c) has made sure that there is at most one.
+ * Safety: every memory operand is the one rewritten here; the caller (native_select.c) has made sure that there is at most one. The result is decoded again.
  */
 #include <string.h>
 
@@ -284,14 +284,32 @@ static unsigned with_extension(unsigned byte, unsigned bit, unsigned host)
     return (byte & ~(1u << bit)) | (~host >> 3 & 1) << bit;
 }
 
+/* W tells the width of a general register or of what is in memory instead of it; outside 64-bit mode that is 32 bits whatever W says. */
+static bool w_is_width(const struct builder *b)
+{
+    switch (b->d->zi.mnemonic) {
+    case ZYDIS_MNEMONIC_VMOVD:
+    case ZYDIS_MNEMONIC_VPEXTRD:
+    case ZYDIS_MNEMONIC_VPINSRD:
+    case ZYDIS_MNEMONIC_VCVTSI2SD:
+    case ZYDIS_MNEMONIC_VCVTSI2SH:
+    case ZYDIS_MNEMONIC_VCVTSI2SS:
+    case ZYDIS_MNEMONIC_VCVTUSI2SD:
+    case ZYDIS_MNEMONIC_VCVTUSI2SH:
+    case ZYDIS_MNEMONIC_VCVTUSI2SS:
+        return true;
+    default:
+        return b->gpr_operand;
+    }
+}
+
 static unsigned with_vvvv(const struct builder *b, unsigned byte)
 {
     if (b->field_vvvv != HOST_NONE)
         byte = (byte & ~0x78u) | (~b->field_vvvv & 15u) << 3;
     else if (b->d->code_bits != 64)
         byte |= 0x40; /* bit 3 of the register number is ignored */
-    /* VEX.W does not widen general registers outside 64-bit mode. */
-    if (b->d->code_bits != 64 && b->gpr_operand)
+    if (b->d->code_bits != 64 && w_is_width(b))
         byte &= 0x7f;
     return byte;
 }
@@ -394,6 +412,33 @@ static void emit_epilogue(struct builder *b)
     emit(b, 0xc3);
 }
 
+/*
+ * Reads the rewritten instruction as the processor will: it must be the guest's, with the memory operand of the size that the guest's has, at [pointer].
+ * The handlers' bounds checks rest on this.
+ */
+static bool is_faithful(const struct builder *b, unsigned start)
+{
+    ZydisDecoder decoder;
+    ZydisDecodedInstruction zi;
+    ZydisDecodedOperand op[ZYDIS_MAX_OPERAND_COUNT];
+    ZydisDecoderInit(&decoder, ZYDIS_MACHINE_MODE_LONG_64, ZYDIS_STACK_WIDTH_64);
+    unsigned length = b->out->length - start;
+    if (b->out->length > STUB_BYTES_MAX || !ZYAN_SUCCESS(ZydisDecoderDecodeFull(&decoder, b->out->bytes + start, length, &zi, op)) ||
+        zi.length != length || zi.mnemonic != b->d->zi.mnemonic)
+        return false;
+    bool found = false;
+    for (unsigned n = 0; n < zi.operand_count; n++) {
+        if (op[n].type != ZYDIS_OPERAND_TYPE_MEMORY)
+            continue;
+        bool here = b->memory && op[n].size == b->memory->size && (int)op[n].mem.base == ZYDIS_REGISTER_RAX + b->pointer &&
+                    op[n].mem.index == ZYDIS_REGISTER_NONE && !op[n].mem.disp.value && op[n].mem.segment == ZYDIS_REGISTER_DS;
+        if (found || !here)
+            return false;
+        found = true;
+    }
+    return found == (b->memory != NULL);
+}
+
 bool native_stub_build(const struct decode *d, int memory, struct stub_code *out)
 {
     struct builder b = {
@@ -415,9 +460,12 @@ bool native_stub_build(const struct decode *d, int memory, struct stub_code *out
     if (!assign(&b))
         return false;
     emit_prologue(&b);
+    unsigned start = out->length;
     if (d->zi.encoding == ZYDIS_INSTRUCTION_ENCODING_LEGACY)
         emit_legacy(&b);
     else if (!emit_extended(&b))
+        return false;
+    if (!is_faithful(&b, start))
         return false;
     emit_epilogue(&b);
     return out->length <= STUB_BYTES_MAX;
