@@ -383,12 +383,12 @@ static void iret_to_v86(struct icpu *c, uint64_t rip, uint16_t cs, uint64_t flag
         selectors[order[n]] = (uint16_t)stack_peek(c, 4, 16 + 4 * n);
 
     uint64_t take = IRET_FLAGS32 | RFLAGS_IF | RFLAGS_IOPL | RFLAGS_VM | RFLAGS_VIF | RFLAGS_VIP;
-    flags_set_arithmetic(c, flags);
-    s->rflags = (flags & take) | RFLAGS_FIXED; /* VM first: segment_real looks at it */
+    s->rflags |= RFLAGS_VM; /* first: segment_real looks at it */
     for (unsigned n = 0; n < SEG_COUNT; n++)
         s->seg[n] = segment_real(c, n, selectors[n]);
     s->gpr[GPR_RIP] = rip;
     s->gpr[GPR_RSP] = sp;
+    flags_set(c, (flags & take) | RFLAGS_FIXED);
 }
 
 static void iret_from_task(struct icpu *c)

@@ -70,6 +70,8 @@ static void chain(int sig, siginfo_t *info, void *context)
         old->sa_sigaction(sig, info, context);
     } else if (old->sa_handler != SIG_DFL && old->sa_handler != SIG_IGN) {
         old->sa_handler(sig);
+    } else if (old->sa_handler == SIG_IGN && info->si_code <= 0) {
+        return; /* sent by somebody, and still not wanted */
     } else {
         /* The instruction runs again and ends the process as it would have without us. */
         signal(sig, SIG_DFL);

@@ -7,6 +7,7 @@
 #include <cmocka.h>
 
 #include <errno.h>
+#include <signal.h>
 #include <string.h>
 
 #include "state/state.h"
@@ -193,6 +194,38 @@ static void state_after_a_lost_task_switch(void **state)
     assert_int_equal(round_trip(cpu), -EINVAL);
 }
 
+/* ---- events ---- */
+
+/* The interrupt came while IF was clear: the flags that IRET takes into virtual-8086 mode let it in. */
+static void interrupt_waits_for_v86(void **state)
+{
+    struct tiny_vm *vm = *state;
+    LOAD(vm, TINY_PROTECTED, 0xcf);
+    const uint32_t frame[9] = {0, TINY_DATA >> 4, RFLAGS_VM | RFLAGS_IF | RFLAGS_FIXED, 0x1000, 0x3000, 0, 0, 0, 0};
+    memcpy(tiny_vm_at(vm, TINY_STACK - 0x100), frame, sizeof(frame));
+    memset(tiny_vm_at(vm, TINY_DATA), 0x90, 64);
+    *(uint8_t *)tiny_vm_at(vm, TINY_DATA + 64) = 0xf4; /* HLT is not for CPL 3 */
+    gpr(vm)[GPR_RSP] = TINY_STACK - 0x100;
+    vm->pending_vector = 0x44;
+    run_to_vector(vm, 0x44);
+    assert_int_equal(*(uint32_t *)tiny_vm_at(vm, gpr(vm)[GPR_RSP]), 0);
+    assert_int_equal(*(uint16_t *)tiny_vm_at(vm, gpr(vm)[GPR_RSP] + 4), TINY_DATA >> 4);
+}
+
+/* ---- signals ---- */
+
+/* Of the process that the library is part of. */
+static void ignored_signals_stay_ignored(void **state)
+{
+    struct sigaction old, ignore = {.sa_handler = SIG_IGN};
+    struct tiny_vm vm = {0};
+    assert_int_equal(sigaction(SIGBUS, &ignore, &old), 0);
+    assert_int_equal(tiny_vm_create(&vm), 0); /* takes the signal */
+    raise(SIGBUS);
+    tiny_vm_destroy(&vm);
+    sigaction(SIGBUS, &old, NULL);
+}
+
 /* ---- alignment ---- */
 
 static void user_runs(struct tiny_vm *vm, uint64_t address)
@@ -250,6 +283,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         T(invalid_becomes_valid), T(accesses_wrap_at_4_gib), T(eip_wraps_at_4_gib), T(ip_stops_at_64_kib),
         T(state_at_the_end_of_the_lower_half), T(state_after_a_lost_task_switch),
+        T(interrupt_waits_for_v86), T(ignored_signals_stay_ignored),
         T(alignment_of_long_operands), T(alignment_of_far_calls),
     };
     return cmocka_run_group_tests_name("corner", tests, NULL, NULL);
