@@ -7,11 +7,13 @@
 #include <signal.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/time.h>
 
 #include "../unit/engine/tiny_vm.c"
+#include "state/state.h"
 #include "util/log.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
@@ -93,6 +95,25 @@ static void execute(bool step)
     start_timer(0);
 }
 
+/* What run and step leave can be saved and loaded again. */
+static void check_state(const struct cpu_state *left)
+{
+    static struct cpu_state cpu;
+    size_t bytes;
+    cpu = *left;
+    struct state_io *writer = state_writer_create();
+    if (!writer || cpu_state_state(&cpu, writer))
+        abort();
+    const void *saved = state_writer_data(writer, &bytes);
+    struct state_io *reader = state_reader_create(saved, bytes);
+    if (!reader || cpu_state_state(&cpu, reader)) {
+        fprintf(stderr, "%s\n", reader ? state_error(reader) : "no memory");
+        abort();
+    }
+    state_io_destroy(reader);
+    state_io_destroy(writer);
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     if (size < HEADER_BYTES || size > HEADER_BYTES + CODE_BYTES_MAX)
@@ -103,6 +124,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     struct cpu_state *cpu = &vm.vcpu->cpu;
     for (unsigned n = 0; n < RESTARTS && cpu->activity != CPU_SHUTDOWN; n++) {
         execute(data[0] & VARIANT_STEP);
+        check_state(cpu);
         if (cpu->activity != CPU_HALTED)
             break;
         /* Usually a fault's handler: go on somewhere else in the code, now in ring 0. */
