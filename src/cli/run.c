@@ -5,8 +5,10 @@
 #include <errno.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <termios.h>
 #include <unistd.h>
 
 #include "cli/cli.h"
@@ -17,6 +19,7 @@
 struct run {
     struct doppel_config *config;
     struct doppel_vm *vm;
+    atomic_bool over; /* the signals' thread is to end */
 };
 
 static void complain(const char *text)
@@ -96,14 +99,43 @@ static void *signal_main(void *arg)
     sigaddset(&set, SIGINT);
     sigaddset(&set, SIGHUP);
     sigaddset(&set, SIGUSR1);
-    sigaddset(&set, SIGUSR2); /* the end */
+    sigaddset(&set, SIGUSR2); /* look at `over` */
     for (;;) {
         int number = sigwaitinfo(&set, NULL);
-        if (number == SIGUSR2)
+        if (atomic_load(&run->over))
             return NULL;
-        if (number > 0)
+        if (number > 0 && number != SIGUSR2)
             take_signal(run, number, &asked);
     }
+}
+
+static void end_signals(struct run *run, pthread_t signals)
+{
+    atomic_store(&run->over, true);
+    pthread_kill(signals, SIGUSR2);
+    pthread_join(signals, NULL);
+}
+
+/* What a signal handler can know is static: the terminal as it was. */
+static struct termios terminal_before;
+
+/* Dies of the signal after all, with a terminal that can be used. */
+static void restore_terminal(int number)
+{
+    tcsetattr(STDIN_FILENO, TCSANOW, &terminal_before);
+    signal(number, SIG_DFL);
+    raise(number);
+}
+
+/* The console restores the terminal in every orderly end; this is for the others. */
+static void guard_terminal(void)
+{
+    static const int fatal[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGABRT, SIGSYS, SIGQUIT};
+    struct sigaction action = {.sa_handler = restore_terminal};
+    if (tcgetattr(STDIN_FILENO, &terminal_before))
+        return;
+    for (size_t i = 0; i < sizeof fatal / sizeof *fatal; i++)
+        sigaction(fatal[i], &action, NULL);
 }
 
 static void block_signals(void)
@@ -161,16 +193,15 @@ static int run_vm(struct run *run)
     int status = STATUS_ERROR;
     if (write_pid_file(pid_file)) {
         status = STATUS_USAGE;
+        pid_file = NULL; /* it is not ours to remove */
     } else if (pthread_create(&signals, NULL, signal_main, run)) {
         complain("cannot start a thread");
     } else if (doppel_vm_start(run->vm, error)) {
         complain(error);
-        pthread_kill(signals, SIGUSR2);
-        pthread_join(signals, NULL);
+        end_signals(run, signals);
     } else {
         status = status_of(doppel_vm_wait(run->vm));
-        pthread_kill(signals, SIGUSR2);
-        pthread_join(signals, NULL);
+        end_signals(run, signals);
         if (strcmp(doppel_config_get(run->config, "stats"), "true") == 0)
             doppel_vm_stats(run->vm, stderr);
     }
@@ -195,6 +226,7 @@ int run_main(int argc, char **argv)
         return STATUS_ERROR;
     }
     block_signals();
+    guard_terminal();
     int status = parse_options(&run, argc, argv) ? STATUS_USAGE : run_vm(&run);
     doppel_config_destroy(run.config);
     return status;
