@@ -17,10 +17,8 @@ struct doppel_vm {
 
 static int report(int result, const struct error *err, char *text)
 {
-    if (result && text) {
-        strncpy(text, err->text[0] ? err->text : strerror(-result), DOPPEL_ERROR_BYTES - 1);
-        text[DOPPEL_ERROR_BYTES - 1] = '\0';
-    }
+    if (result && text)
+        snprintf(text, DOPPEL_ERROR_BYTES, "%s", err->text[0] ? err->text : strerror(-result));
     return result;
 }
 
