@@ -38,6 +38,8 @@ install_packages() {
         dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing="$missing $package"
     done
     [ -n "$missing" ] || return 0
+    [ "$(id -u)" -eq 0 ] || command -v sudo >/dev/null ||
+        die "some packages are missing and this user is not root and has no sudo; as root: apt-get install$missing"
     say "installing$missing"
     as_root apt-get -qq update >&2 || die "apt-get update failed; is the network up?"
     # shellcheck disable=SC2086
@@ -49,7 +51,7 @@ install_packages() {
 }
 
 build_doppel() {
-    say "building build/doppel"
+    say "building build/doppel$([ -f "$build/build.ninja" ] || echo ' (a minute, the first time)')"
     if [ ! -f "$build/build.ninja" ]; then
         meson setup "$build" "$root" "$@" >"$build.log" 2>&1 || { cat "$build.log" >&2; die "meson failed"; }
         rm -f "$build.log"
@@ -73,4 +75,13 @@ get_kernel() {
     kernel=$(ls "$cache"/kernel/boot/vmlinuz-* | head -n 1)
     modules=$(ls -d "$cache"/kernel/lib/modules/* | head -n 1)
     [ -f "$modules/modules.dep" ] || /sbin/depmod -b "$cache/kernel" "${modules##*/}"
+}
+
+# The initial RAM disk of the demonstration, made again when the tools or the kernel have changed; sets $initrd.
+get_initrd() {
+    get_kernel
+    initrd=$cache/demo-initrd.gz
+    [ -f "$initrd" ] && [ -z "$(find "$root/tools" "$cache/kernel/complete" -newer "$initrd" -type f)" ] && return 0
+    say "making the initial RAM disk"
+    "$root/tools/make-initramfs" "$initrd"
 }

@@ -127,13 +127,11 @@ class Guest:
 
     def attempt(self, command, seconds=30):
         """Runs a shell command in the guest; returns (status, output)."""
-        # The marks are written so that the echo of the typed line does not look like them.
-        self.type(f"echo '<''begin>'; {command}\necho '<''end:'$?'>'\n")
+        # The marks are written so that the echo of the typed line does not look like them; on one line, as the command may read what is typed.
+        self.type(f"echo '<''begin>'; {command}; echo '<''end:'$?'>'\n")
         self.expect(r"<begin>\r*\n", seconds)
         found = self.expect(r"<end:(\d+)>\r*\n", seconds)
-        # What the shell echoed: the second typed line behind its prompt.
-        output = "\n".join(line for line in self.before.split("\n") if "echo '<''end:'" not in line)
-        return int(found.group(1)), output.strip("\n")
+        return int(found.group(1)), self.before.strip("\n")
 
     def run(self, command, seconds=30):
         status, output = self.attempt(command, seconds)
