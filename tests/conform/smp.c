@@ -11,6 +11,7 @@
 #define APIC_ICR_HIGH 0x310
 #define TRAMPOLINE 0x8000u
 #define ROUNDS 20000u
+#define HANDSHAKES 500u /* each may cost a time slice on a busy host */
 
 extern uint8_t ap_start[], ap_start_end[];
 volatile unsigned ap_started;
@@ -194,7 +195,7 @@ static volatile unsigned litmus_x __attribute__((aligned(64))), litmus_y __attri
 /* Store then load with MFENCE: both zero is impossible. */
 static void litmus_other(void)
 {
-    for (unsigned n = 1; n <= ROUNDS / 4; n++) {
+    for (unsigned n = 1; n <= HANDSHAKES; n++) {
         while (turn != n)
             ;
         litmus_y = 1;
@@ -218,7 +219,7 @@ static void test_order(void)
 {
     unsigned both_zero = 0;
     start_work(litmus_other);
-    for (unsigned n = 1; n <= ROUNDS / 4; n++) {
+    for (unsigned n = 1; n <= HANDSHAKES; n++) {
         litmus_x = litmus_y = 0;
         turn = n;
         litmus_x = 1;
@@ -301,7 +302,7 @@ static volatile unsigned patch_go, patch_seen;
 
 static void run_patched(void)
 {
-    for (unsigned n = 1; n <= 500; n++) {
+    for (unsigned n = 1; n <= HANDSHAKES; n++) {
         while (patch_go != n)
             ;
         asm_volatile("cpuid" : : "a"(0) : "rbx", "rcx", "rdx", "memory"); /* serialize: SDM vol. 3, 8.1.3 */
@@ -319,13 +320,13 @@ static void test_cross_modifying(void)
     patch[0] = 0xb8; /* mov eax, n; ret */
     patch[5] = 0xc3;
     start_work(run_patched);
-    for (unsigned n = 1; n <= 500; n++) {
+    for (unsigned n = 1; n <= HANDSHAKES; n++) {
         memcpy(patch + 1, (const void *)&n, 4);
         patch_go = n;
         while (turn_done != n)
             ;
     }
-    check(finish_work() && patch_seen == 500, "code written by the other processor (%u)", patch_seen);
+    check(finish_work() && patch_seen == HANDSHAKES, "code written by the other processor (%u)", patch_seen);
     /* Without agreement, aligned and in one piece: old or new, never torn. */
 }
 
