@@ -22,13 +22,22 @@ static void op_hidden(struct icpu *c, const struct insn *i)
     raise_fault(c, VECTOR_UD);
 }
 
-static void op_nothing(struct icpu *c, const struct insn *i)
+/* Serialising instructions also wait for the stores before them (SDM vol. 3, 9.3). */
+static inline void drain_stores(void)
 {
+    __asm__ volatile("mfence" : : : "memory");
 }
 
-static void op_privileged_nothing(struct icpu *c, const struct insn *i)
+static void op_serialize(struct icpu *c, const struct insn *i)
+{
+    drain_stores();
+}
+
+/* INVD, WBINVD: there is no cache to empty. */
+static void op_privileged_fence(struct icpu *c, const struct insn *i)
 {
     require_cpl0(c);
+    drain_stores();
 }
 
 /* The APIC's bit in CPUID follows the enable bit in IA32_APIC_BASE (SDM vol. 3, 10.4.3). */
@@ -44,6 +53,7 @@ static void op_cpuid(struct icpu *c, const struct insn *i)
 {
     uint64_t *gpr = c->v.cpu.gpr;
     simd_save(c);
+    drain_stores();
     vcpu_count(&c->v, COUNTER_cpuid);
     uint32_t leaf = (uint32_t)gpr[GPR_RAX];
     struct cpuid_regs r = cpuid_query(c->v.cpuid, &c->v.cpu, c->v.index, leaf, (uint32_t)gpr[GPR_RCX]);
@@ -134,8 +144,8 @@ static const struct row rows_ending[] = {
     {M(SYSEXIT), op_sysexit},   {M(LLDT), op_lldt},         {M(LTR), op_ltr},
     {M(LGDT), op_lgdt},         {M(LIDT), op_lidt},         {M(IN), op_in},
     {M(OUT), op_out},           {M(IRET), op_iret},         {M(IRETD), op_iret},
-    {M(IRETQ), op_iret},        {M(CPUID), op_cpuid},       {M(SERIALIZE), op_nothing},
-    {M(INVD), op_privileged_nothing}, {M(WBINVD), op_privileged_nothing},
+    {M(IRETQ), op_iret},        {M(CPUID), op_cpuid},       {M(SERIALIZE), op_serialize},
+    {M(INVD), op_privileged_fence}, {M(WBINVD), op_privileged_fence},
     {M(VMCALL), op_hypercall},  {M(VMMCALL), op_hypercall},
 };
 
