@@ -16,7 +16,7 @@ def debian(cpus):
         arguments = ["--kernel", cached("debian-vmlinuz"), "--initrd", cached("debian-initrd"), "--memory", "1G", "--cpus", cpus,
                      "--append", "console=ttyS0 root=LABEL=root rw quiet", "--disk", image]
         with Guest(arguments) as vm:
-            vm.expect("login: ", 240)
+            vm.expect("login: ", 300)
             print(f"login prompt after {vm.seconds():.1f} s")
             vm.type("root\n")
             vm.expect(r"root@doppel:~#", 60)
