@@ -159,7 +159,7 @@ static void fill_operands(const struct decode *d, struct insn *i)
                 i->src = register_offset(op->reg.value);
             break;
         case ZYDIS_OPERAND_TYPE_MEMORY:
-            if (op->mem.type == ZYDIS_MEMOP_TYPE_MEM)
+            if (op->mem.type == ZYDIS_MEMOP_TYPE_MEM || op->mem.type == ZYDIS_MEMOP_TYPE_VSIB)
                 i->flags |= n == 0 ? INSN_MEM_DST : INSN_MEM_SRC;
             fill_memory(i, op);
             have_memory = true;

@@ -109,8 +109,19 @@ static void forget_x87(const struct test_case *test, struct state *state)
         }
 }
 
+/* What FXRSTOR64 loads into FIP and FDP is made canonical by some processors; VCVTPS2PH may set MXCSR's flags before its store faults. */
+static void forget_odd_parts(const struct test_case *test, struct state *state)
+{
+    if (test->zi.mnemonic == ZYDIS_MNEMONIC_FXRSTOR64) {
+        memset(state->xsave + 14, 0, 2);
+        memset(state->xsave + 22, 0, 2);
+    }
+    if (test->zi.mnemonic == ZYDIS_MNEMONIC_VCVTPS2PH && state->vector >= 0)
+        memset(state->xsave + 24, 0, 4);
+}
+
 /*
- * Differences in which fault comes first. CMPS reads its two operands in an order that no manual gives. An x87 store whose exception is unmasked stores nothing, and so
+ * Differences in which fault comes first. A CALL may write the return address before it looks at the target. CMPS reads its two operands in an order that no manual gives. An x87 store whose exception is unmasked stores nothing, and so
  * does not fault on its operand; the interpreter checks the operand first (README.md, known differences).
  */
 static bool faults_may_differ(const struct comparison *r, const struct test_case *test)
@@ -118,6 +129,8 @@ static bool faults_may_differ(const struct comparison *r, const struct test_case
     const struct state *a = &r->processor, *b = &r->interp;
     if (test->zi.meta.category == ZYDIS_CATEGORY_STRINGOP && a->vector >= 0 && b->vector >= 0)
         return test->zi.opcode == 0xa6 || test->zi.opcode == 0xa7;
+    if (test->zi.meta.category == ZYDIS_CATEGORY_CALL)
+        return a->vector == VECTOR_PF && b->vector == VECTOR_GP;
     return test->zi.meta.category == ZYDIS_CATEGORY_X87_ALU && a->vector == -1 && (r->from.xsave[0] & 0x3f) != 0x3f;
 }
 
@@ -151,6 +164,8 @@ static const char *difference(struct comparison *r, const struct test_case *test
     }
     state_normalize(&r->generator, a);
     state_normalize(&r->generator, b);
+    forget_odd_parts(test, a);
+    forget_odd_parts(test, b);
     if (a->vector >= 0) {
         forget_x87(test, a);
         forget_x87(test, b);
