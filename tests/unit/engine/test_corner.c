@@ -1,49 +1,17 @@
 /* Corners of the interpreter: the ends of the address space, code that changes in odd places, alignment, odd states. */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
-
-#include <cmocka.h>
-
 #include <errno.h>
 #include <signal.h>
 #include <string.h>
 
 #include "state/state.h"
-#include "tiny_vm.h"
-
-static int setup(void **state)
-{
-    struct tiny_vm *vm = test_calloc(1, sizeof(*vm));
-    *state = vm;
-    return tiny_vm_create(vm);
-}
-
-static int teardown(void **state)
-{
-    tiny_vm_destroy(*state);
-    test_free(*state);
-    return 0;
-}
+#include "tiny_test.h"
 
 #define CODE(...) (const uint8_t[]){__VA_ARGS__}
-#define LOAD(vm, mode, ...) tiny_vm_load(vm, mode, CODE(__VA_ARGS__), sizeof(CODE(__VA_ARGS__)))
+#define LOAD_BYTES(vm, mode, ...) tiny_vm_load(vm, mode, CODE(__VA_ARGS__), sizeof(CODE(__VA_ARGS__)))
 
 static uint64_t *gpr(struct tiny_vm *vm)
 {
     return vm->vcpu->cpu.gpr;
-}
-
-static void run_to_halt(struct tiny_vm *vm)
-{
-    assert_int_equal(interp_engine.run(vm->vcpu), ENGINE_EXIT_HALT);
-}
-
-static void run_to_vector(struct tiny_vm *vm, unsigned vector)
-{
-    run_to_halt(vm);
-    assert_int_equal(gpr(vm)[GPR_RIP], TINY_HANDLER + 16 * vector + 1);
 }
 
 static void restart(struct tiny_vm *vm)
@@ -58,7 +26,7 @@ static void restart(struct tiny_vm *vm)
 static void invalid_becomes_valid(void **state)
 {
     struct tiny_vm *vm = *state;
-    LOAD(vm, TINY_LONG, 0x90, 0xf0, 0x89, 0x03, 0xf4); /* nop; lock mov %eax, (%rbx); hlt */
+    LOAD_BYTES(vm, TINY_LONG, 0x90, 0xf0, 0x89, 0x03, 0xf4); /* nop; lock mov %eax, (%rbx); hlt */
     gpr(vm)[GPR_RAX] = 7;
     gpr(vm)[GPR_RBX] = TINY_DATA;
     run_to_vector(vm, VECTOR_UD);
@@ -94,7 +62,7 @@ static void map_top(struct tiny_vm *vm, bool compatibility)
 static void wrap(struct tiny_vm *vm, enum tiny_mode mode)
 {
     /* mov 0xfffffffe, %eax; push 0xfffffffd; jmp *%ecx */
-    LOAD(vm, mode, 0xa1, 0xfe, 0xff, 0xff, 0xff, 0xff, 0x35, 0xfd, 0xff, 0xff, 0xff, 0xff, 0xe1);
+    LOAD_BYTES(vm, mode, 0xa1, 0xfe, 0xff, 0xff, 0xff, 0xff, 0x35, 0xfd, 0xff, 0xff, 0xff, 0xff, 0xe1);
     map_top(vm, mode == TINY_LONG);
     memcpy(tiny_vm_at(vm, TOP_PAGE + 0x3ffffb), CODE(0x90, 0x90, 0xbb, 0x11, 0x22), 5); /* nop; nop; mov $..., %ebx */
     memcpy(tiny_vm_at(vm, 0), CODE(0x33, 0x44, 0xf4), 3);                               /* the rest of it; hlt */
@@ -116,7 +84,7 @@ static void accesses_wrap_at_4_gib(void **state)
 static void eip_wraps_at_4_gib(void **state)
 {
     struct tiny_vm *vm = *state;
-    LOAD(vm, TINY_PROTECTED, 0xf4);
+    LOAD_BYTES(vm, TINY_PROTECTED, 0xf4);
     map_top(vm, false);
     *(uint8_t *)tiny_vm_at(vm, TOP_PAGE + 0x3fffff) = 0xf4;
     gpr(vm)[GPR_RIP] = 0xffffffff;
@@ -135,7 +103,7 @@ static void eip_wraps_at_4_gib(void **state)
 static void ip_stops_at_64_kib(void **state)
 {
     struct tiny_vm *vm = *state;
-    LOAD(vm, TINY_REAL, 0xf4);
+    LOAD_BYTES(vm, TINY_REAL, 0xf4);
     memset(tiny_vm_at(vm, TINY_CODE + 0xfff0), 0x90, 0x20);
     gpr(vm)[GPR_RIP] = 0xfff0;
     run_to_halt(vm);
@@ -164,7 +132,7 @@ static int round_trip(struct cpu_state *cpu)
 static void state_at_the_end_of_the_lower_half(void **state)
 {
     struct tiny_vm *vm = *state;
-    LOAD(vm, TINY_LONG, 0xf4);
+    LOAD_BYTES(vm, TINY_LONG, 0xf4);
     *(uint64_t *)tiny_vm_at(vm, TINY_PML4 + 255 * 8) = 0xb0000 | 7;
     *(uint64_t *)tiny_vm_at(vm, 0xb0000 + 511 * 8) = 0xb1000 | 7;
     *(uint64_t *)tiny_vm_at(vm, 0xb1000 + 511 * 8) = TOP_PAGE | 0x87;
@@ -181,7 +149,7 @@ static void state_at_the_end_of_the_lower_half(void **state)
 static void state_after_a_lost_task_switch(void **state)
 {
     struct tiny_vm *vm = *state;
-    LOAD(vm, TINY_PROTECTED, 0xea, 0, 0, 0, 0, 0x48, 0); /* ljmp $0x48, $0 */
+    LOAD_BYTES(vm, TINY_PROTECTED, 0xea, 0, 0, 0, 0, 0x48, 0); /* ljmp $0x48, $0 */
     struct cpu_state *cpu = &vm->vcpu->cpu;
     *(uint64_t *)tiny_vm_at(vm, TINY_GDT + 0x48) = 0x00008900c0000067ull | 0x0b0000ull << 16; /* TSS at 0xbc000 or so: all zero */
     cpu->gdtr.limit = 0x4f;
@@ -200,7 +168,7 @@ static void state_after_a_lost_task_switch(void **state)
 static void interrupt_waits_for_v86(void **state)
 {
     struct tiny_vm *vm = *state;
-    LOAD(vm, TINY_PROTECTED, 0xcf);
+    LOAD_BYTES(vm, TINY_PROTECTED, 0xcf);
     const uint32_t frame[9] = {0, TINY_DATA >> 4, RFLAGS_VM | RFLAGS_IF | RFLAGS_FIXED, 0x1000, 0x3000, 0, 0, 0, 0};
     memcpy(tiny_vm_at(vm, TINY_STACK - 0x100), frame, sizeof(frame));
     memset(tiny_vm_at(vm, TINY_DATA), 0x90, 64);
@@ -252,7 +220,7 @@ static void alignment_of_long_operands(void **state)
     };
     for (unsigned n = 0; n < sizeof(cases) / sizeof(cases[0]); n++) {
         for (unsigned misaligned = 0; misaligned < 2; misaligned++) {
-            LOAD(vm, TINY_LONG, 0);
+            LOAD_BYTES(vm, TINY_LONG, 0);
             memcpy(tiny_vm_at(vm, TINY_CODE), CODE(0x90, 0x90, 0x90, 0x90, 0x90, 0x0f, 0x0b), 7); /* ...; ud2 */
             for (unsigned at = 0; at < 5 && cases[n].code[at]; at++)
                 *(uint8_t *)tiny_vm_at(vm, TINY_CODE + at) = cases[n].code[at];
@@ -267,7 +235,7 @@ static void alignment_of_far_calls(void **state)
 {
     struct tiny_vm *vm = *state;
     for (unsigned misaligned = 0; misaligned < 2; misaligned++) {
-        LOAD(vm, TINY_LONG, 0x48, 0xff, 0x1b, 0x0f, 0x0b, 0x0f, 0x0b); /* rex.w lcall *(%rbx); ud2; ud2 */
+        LOAD_BYTES(vm, TINY_LONG, 0x48, 0xff, 0x1b, 0x0f, 0x0b, 0x0f, 0x0b); /* rex.w lcall *(%rbx); ud2; ud2 */
         *(uint64_t *)tiny_vm_at(vm, TINY_DATA) = TINY_CODE + 5;
         *(uint16_t *)tiny_vm_at(vm, TINY_DATA + 8) = TINY_USER_CS64;
         user_runs(vm, TINY_DATA);

@@ -1,77 +1,11 @@
 /* The interpreter as a whole: code fragments in every mode, faults, self-modification, events, breakpoints. */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
-
-#include <cmocka.h>
+#include "tiny_test.h"
 
 #include <string.h>
-
-#include "tiny_vm.h"
-
-/* FRAGMENT(name, bits, text): guest code as bytes name_start .. name_end. */
-#define FRAGMENT(name, bits, text)                                                                 \
-    __asm__(".pushsection .rodata\n.code" #bits "\n" #name "_start:\n" text "\n" #name "_end:\n.code64\n.popsection"); \
-    extern const char name##_start[], name##_end[]
-#define LOAD(vm, mode, name) tiny_vm_load(vm, mode, name##_start, (uint64_t)(name##_end - name##_start))
 
 #define PAGE_P 1ull
 #define PAGE_RW 2ull
 #define PAGE_US 4ull
-
-static int setup(void **state)
-{
-    struct tiny_vm *vm = test_calloc(1, sizeof(*vm));
-    *state = vm;
-    return tiny_vm_create(vm);
-}
-
-static int teardown(void **state)
-{
-    tiny_vm_destroy(*state);
-    test_free(*state);
-    return 0;
-}
-
-static uint64_t reg(struct tiny_vm *vm, enum gpr_index n)
-{
-    return vm->vcpu->cpu.gpr[n];
-}
-
-static uint64_t quad_at(struct tiny_vm *vm, gpa_t gpa)
-{
-    uint64_t value;
-    memcpy(&value, tiny_vm_at(vm, gpa), 8);
-    return value;
-}
-
-static void quad_put(struct tiny_vm *vm, gpa_t gpa, uint64_t value)
-{
-    memcpy(tiny_vm_at(vm, gpa), &value, 8);
-}
-
-static void run_to_halt(struct tiny_vm *vm)
-{
-    assert_int_equal(interp_engine.run(vm->vcpu), ENGINE_EXIT_HALT);
-}
-
-/* Runs into the handler of `vector`; in 64-bit mode checks the pushed rip, and the error code unless it is -1. */
-static void run_to_vector(struct tiny_vm *vm, unsigned vector)
-{
-    run_to_halt(vm);
-    assert_int_equal(reg(vm, GPR_RIP), TINY_HANDLER + 16 * vector + 1);
-}
-
-static void assert_frame64(struct tiny_vm *vm, uint64_t rip, int64_t error)
-{
-    gpa_t frame = reg(vm, GPR_RSP);
-    if (error >= 0) {
-        assert_int_equal(quad_at(vm, frame), error);
-        frame += 8;
-    }
-    assert_int_equal(quad_at(vm, frame), rip);
-}
 
 /* ---- modes ---- */
 

@@ -1,36 +1,10 @@
 /* x87, SSE and AVX in the whole interpreter: computations beside the processor's own, faults, MMIO, code written by vector stores, 32-bit code. */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
-
-#include <cmocka.h>
+#include "engine/interp/interp_priv.h"
+#include "tiny_test.h"
 
 #include <string.h>
 
-#include "engine/interp/interp_priv.h"
-#include "tiny_vm.h"
-
-#define FRAGMENT(name, bits, text)                                                                 \
-    __asm__(".pushsection .text\n.code" #bits "\n.globl " #name "_start\n" #name "_start:\n" text "\n" #name "_end:\n.code64\n.popsection"); \
-    extern const char name##_start[], name##_end[]
-#define LOAD(vm, mode, name) tiny_vm_load(vm, mode, name##_start, (uint64_t)(name##_end - name##_start))
-
 #define DATA_BYTES 4096u
-
-static int setup(void **state)
-{
-    struct tiny_vm *vm = test_calloc(1, sizeof(*vm));
-    *state = vm;
-    return tiny_vm_create(vm);
-}
-
-static int teardown(void **state)
-{
-    tiny_vm_destroy(*state);
-    test_free(*state);
-    return 0;
-}
 
 static void simd_on(struct tiny_vm *vm)
 {
@@ -44,21 +18,6 @@ static void simd_on(struct tiny_vm *vm)
     cpu->gpr[GPR_RDI] = TINY_DATA;
     assert_int_equal(native_install_handlers(), 0); /* cmocka has put its own in place since */
     vm->vcpu->ops->state_changed(vm->vcpu);
-}
-
-static void run_to_halt(struct tiny_vm *vm)
-{
-    assert_int_equal(interp_engine.run(vm->vcpu), ENGINE_EXIT_HALT);
-}
-
-/* Returns the rip that the handler of `vector` was given. */
-static uint64_t run_to_vector(struct tiny_vm *vm, unsigned vector, unsigned error_bytes)
-{
-    run_to_halt(vm);
-    assert_int_equal(vm->vcpu->cpu.gpr[GPR_RIP], TINY_HANDLER + 16 * vector + 1);
-    uint64_t rip;
-    memcpy(&rip, tiny_vm_at(vm, vm->vcpu->cpu.gpr[GPR_RSP] + error_bytes), 8);
-    return rip;
 }
 
 /* ---- computations that the processor repeats ---- */
@@ -135,7 +94,8 @@ static void unmasked_sse(void **state)
     struct tiny_vm *vm = *state;
     LOAD(vm, TINY_LONG, divide);
     simd_on(vm);
-    assert_int_equal(run_to_vector(vm, VECTOR_XM, 0), TINY_CODE + (uint64_t)(divide_end - divide_start) - 5);
+    run_to_vector(vm, VECTOR_XM);
+    assert_frame64(vm, TINY_CODE + (uint64_t)(divide_end - divide_start) - 5, -1);
     uint32_t mxcsr;
     memcpy(&mxcsr, vm->vcpu->cpu.xsave + 24, 4);
     assert_int_equal(mxcsr, 0x1d84);
@@ -143,7 +103,7 @@ static void unmasked_sse(void **state)
     simd_on(vm);
     vm->vcpu->cpu.cr4 &= ~CR4_OSXMMEXCPT;
     vm->vcpu->ops->state_changed(vm->vcpu);
-    run_to_vector(vm, VECTOR_UD, 0);
+    run_to_vector(vm, VECTOR_UD);
 }
 
 FRAGMENT(divide_x87, 64, "fninit\n movw $0x37b, (%rdi)\n fldcw (%rdi)\n fld1\n fldz\n 1: fdivrp\n nop\n fnstsw %ax\n fwait\n hlt");
@@ -153,7 +113,8 @@ static void unmasked_x87(void **state)
     LOAD(vm, TINY_LONG, divide_x87);
     simd_on(vm);
     uint64_t end = TINY_CODE + (uint64_t)(divide_x87_end - divide_x87_start);
-    assert_int_equal(run_to_vector(vm, VECTOR_MF, 0), end - 2);
+    run_to_vector(vm, VECTOR_MF);
+    assert_frame64(vm, end - 2, -1);
     assert_int_equal(vm->vcpu->cpu.gpr[GPR_RAX] & 0x84, 0x84);
     uint64_t fip;
     memcpy(&fip, vm->vcpu->cpu.xsave + 8, 8);
@@ -168,16 +129,18 @@ static void faults(void **state)
     struct tiny_vm *vm = *state;
     LOAD(vm, TINY_LONG, misaligned);
     simd_on(vm);
-    assert_int_equal(run_to_vector(vm, VECTOR_GP, 8), TINY_CODE);
+    run_to_vector(vm, VECTOR_GP);
+    assert_frame64(vm, TINY_CODE, 0);
     LOAD(vm, TINY_LONG, reserved);
     simd_on(vm);
-    assert_int_equal(run_to_vector(vm, VECTOR_GP, 8), TINY_CODE + (uint64_t)(reserved_end - reserved_start) - 4);
+    run_to_vector(vm, VECTOR_GP);
+    assert_frame64(vm, TINY_CODE + (uint64_t)(reserved_end - reserved_start) - 4, 0);
     LOAD(vm, TINY_LONG, missing_page);
     simd_on(vm);
     tiny_vm_map(vm, 0, 0x70000 | 3);
     memset(tiny_vm_at(vm, 0x70ff8), 0x5a, 8);
     memset(vm->vcpu->cpu.xsave + 160, 0x77, 16);
-    run_to_vector(vm, VECTOR_PF, 8);
+    run_to_vector(vm, VECTOR_PF);
     assert_int_equal(vm->vcpu->cpu.cr2, TINY_PAGES + 4096);
     assert_int_equal(*(uint8_t *)tiny_vm_at(vm, 0x70ff8), 0x5a);
     LOAD(vm, TINY_LONG, missing_page);

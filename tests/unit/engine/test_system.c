@@ -1,76 +1,20 @@
 /* The system side of the interpreter: events, gates, far transfers, tasks, segments, control registers, MSRs, system calls, ports. */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
-
-#include <cmocka.h>
+#include "tiny_test.h"
 
 #include <string.h>
-
-#include "tiny_vm.h"
-
-/* FRAGMENT(name, bits, text): guest code as bytes name_start .. name_end. */
-#define FRAGMENT(name, bits, text)                                                                 \
-    __asm__(".pushsection .rodata\n.code" #bits "\n" #name "_start:\n" text "\n" #name "_end:\n.code64\n.popsection"); \
-    extern const char name##_start[], name##_end[]
-#define LOAD(vm, mode, name) tiny_vm_load(vm, mode, name##_start, (uint64_t)(name##_end - name##_start))
 
 /* Descriptors that tests add behind tiny_vm's own, from here on. */
 #define FREE_SELECTOR 0x50u
 #define TSS2 0x6800u
-
-static int setup(void **state)
-{
-    struct tiny_vm *vm = test_calloc(1, sizeof(*vm));
-    *state = vm;
-    return tiny_vm_create(vm);
-}
-
-static int teardown(void **state)
-{
-    tiny_vm_destroy(*state);
-    test_free(*state);
-    return 0;
-}
 
 static struct cpu_state *cpu_of(struct tiny_vm *vm)
 {
     return &vm->vcpu->cpu;
 }
 
-static uint64_t reg(struct tiny_vm *vm, enum gpr_index n)
-{
-    return cpu_of(vm)->gpr[n];
-}
-
-static uint64_t quad_at(struct tiny_vm *vm, gpa_t gpa)
-{
-    uint64_t value;
-    memcpy(&value, tiny_vm_at(vm, gpa), 8);
-    return value;
-}
-
-static uint32_t long_at(struct tiny_vm *vm, gpa_t gpa)
-{
-    uint32_t value;
-    memcpy(&value, tiny_vm_at(vm, gpa), 4);
-    return value;
-}
-
 static void put(struct tiny_vm *vm, gpa_t gpa, const void *data, size_t size)
 {
     memcpy(tiny_vm_at(vm, gpa), data, size);
-}
-
-static void quad_put(struct tiny_vm *vm, gpa_t gpa, uint64_t value)
-{
-    put(vm, gpa, &value, 8);
-}
-
-static void long_put(struct tiny_vm *vm, gpa_t gpa, uint32_t value)
-{
-    put(vm, gpa, &value, 4);
 }
 
 static void descriptor_put(struct tiny_vm *vm, unsigned selector, uint64_t value)
@@ -91,27 +35,11 @@ static uint64_t gate(uint16_t selector, uint32_t offset, unsigned access, unsign
            (uint64_t)(offset >> 16) << 48;
 }
 
-static void run_to_halt(struct tiny_vm *vm)
-{
-    assert_int_equal(interp_engine.run(vm->vcpu), ENGINE_EXIT_HALT);
-}
-
-static void run_to_vector(struct tiny_vm *vm, unsigned vector)
-{
-    run_to_halt(vm);
-    assert_int_equal(reg(vm, GPR_RIP), TINY_HANDLER + 16 * vector + 1);
-}
-
 /* Runs into the handler and checks error code and pushed rip, relative to the code's start. */
 static void expect_fault64(struct tiny_vm *vm, unsigned vector, int64_t error, uint64_t offset)
 {
     run_to_vector(vm, vector);
-    gpa_t frame = reg(vm, GPR_RSP);
-    if (error >= 0) {
-        assert_int_equal(quad_at(vm, frame), error);
-        frame += 8;
-    }
-    assert_int_equal(quad_at(vm, frame), TINY_CODE + offset);
+    assert_frame64(vm, TINY_CODE + offset, error);
 }
 
 static void expect_fault32(struct tiny_vm *vm, unsigned vector, int64_t error, uint64_t offset)
