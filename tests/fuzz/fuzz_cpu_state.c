@@ -6,13 +6,10 @@
  */
 #include <stdio.h>
 #include <stdlib.h>
-#include <sys/time.h>
+#include <string.h>
 
-#include "../unit/engine/tiny_vm.c"
+#include "fuzz_vm.h"
 #include "state/state.h"
-#include "util/log.h"
-
-#include <signal.h>
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
@@ -22,30 +19,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 #define STEPS 24u
 #define RUN_MICROSECONDS 2000
 
-static struct tiny_vm vm;
 static uint8_t image[STATE_BYTES_MAX];
 static size_t image_bytes;
-
-static void time_is_up(int signal_number)
-{
-    vm.exit_wanted = true;
-    vcpu_raise_attention(vm.vcpu);
-}
-
-static void start_timer(suseconds_t microseconds)
-{
-    struct itimerval timer = {.it_value = {0, microseconds}};
-    if (setitimer(ITIMER_REAL, &timer, NULL))
-        abort();
-}
-
-static void create(void)
-{
-    struct sigaction action = {.sa_handler = time_is_up, .sa_flags = SA_RESTART};
-    log_set_level(LOG_ERROR);
-    if (tiny_vm_create(&vm) || sigaction(SIGALRM, &action, NULL))
-        abort();
-}
 
 static void save(void)
 {

@@ -4,17 +4,14 @@
  * Byte 0: mode and variant; byte 1: flags; bytes 2 to 17: seeds of the registers; the rest is code. Some instructions run by step(), the
  * others by run(), which a timer ends. Anything may happen to the guest; the process must neither crash nor hang.
  */
-#include <signal.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/time.h>
 
-#include "../unit/engine/tiny_vm.c"
+#include "fuzz_vm.h"
 #include "state/state.h"
-#include "util/log.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
@@ -25,29 +22,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 #define RESTARTS 24u
 
 enum { VARIANT_USER = 0x10, VARIANT_STEP = 0x20, VARIANT_STRICT = 0x40, VARIANT_INTERRUPT = 0x80 };
-
-static struct tiny_vm vm;
-
-static void time_is_up(int signal_number)
-{
-    vm.exit_wanted = true;
-    vcpu_raise_attention(vm.vcpu);
-}
-
-static void start_timer(suseconds_t microseconds)
-{
-    struct itimerval timer = {.it_value = {0, microseconds}};
-    if (setitimer(ITIMER_REAL, &timer, NULL))
-        abort();
-}
-
-static void create(void)
-{
-    struct sigaction action = {.sa_handler = time_is_up, .sa_flags = SA_RESTART};
-    log_set_level(LOG_ERROR);
-    if (tiny_vm_create(&vm) || sigaction(SIGALRM, &action, NULL))
-        abort();
-}
 
 /* Addresses that matter and small numbers. */
 static uint64_t register_value(uint8_t seed)
