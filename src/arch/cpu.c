@@ -11,6 +11,7 @@
 #include <cpuid.h>
 #include <string.h>
 
+#include "arch/host.h"
 #include "state/state.h"
 
 #define DR6_FIXED 0xFFFF0FF0ull
@@ -68,24 +69,6 @@ static uint64_t get64(const uint8_t *area, unsigned offset)
     uint64_t value;
     memcpy(&value, area + offset, sizeof(value));
     return value;
-}
-
-static uint32_t host_mxcsr_mask(void)
-{
-    _Alignas(16) uint8_t image[512] = {0};
-    __asm__ volatile("fxsave %0" : "=m"(image));
-    uint32_t mask = get32(image, XSAVE_MXCSR_MASK);
-    return mask ? mask : 0xFFBF; /* SDM vol. 1, 11.6.6 */
-}
-
-static uint64_t host_xcr0(void)
-{
-    unsigned eax, ebx, ecx, edx;
-    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !(ecx & bit_OSXSAVE))
-        return XCR0_X87 | XCR0_SSE;
-    uint32_t low, high;
-    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    return (uint64_t)high << 32 | low;
 }
 
 static void reset_segments(struct cpu_state *cpu)
@@ -266,13 +249,13 @@ static const char *check_msrs(const struct cpu_state *cpu)
 
 static const char *check_simd(const struct cpu_state *cpu)
 {
-    uint64_t xcr0 = cpu->xcr0;
-    if (!(xcr0 & XCR0_X87) || (xcr0 & ~(XCR0_SUPPORTED & host_xcr0())))
+    uint64_t xcr0 = cpu->xcr0, possible = host_xcr0() | XCR0_X87 | XCR0_SSE;
+    if (!(xcr0 & XCR0_X87) || (xcr0 & ~possible))
         return "XCR0 is not one that this host can run";
     if (((xcr0 & XCR0_AVX) && !(xcr0 & XCR0_SSE)) ||
         ((xcr0 & XCR0_AVX512) && ((xcr0 & XCR0_AVX512) != XCR0_AVX512 || !(xcr0 & XCR0_AVX))))
         return "XCR0 bits disagree";
-    if (get64(cpu->xsave, XSAVE_BV) & ~(XCR0_SUPPORTED & host_xcr0()))
+    if (get64(cpu->xsave, XSAVE_BV) & ~possible)
         return "XSAVE image holds state that this host lacks";
     for (unsigned offset = XSAVE_COMP_BV; offset < XSAVE_HEADER_END; offset += 8)
         if (get64(cpu->xsave, offset))

@@ -14,6 +14,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "arch/host.h"
+
 #define TABLE_ENTRIES 160
 #define BIT(n) (1u << (n))
 #define ANY_SUBLEAF (~0u)
@@ -104,18 +106,6 @@ static const struct cpuid_regs *find(const struct cpuid_table *t, uint32_t leaf,
             (t->entries[n].subleaf == subleaf || t->entries[n].subleaf == ANY_SUBLEAF))
             return &t->entries[n].regs;
     return NULL;
-}
-
-static uint64_t host_xcr0(void)
-{
-    if (!(host_cpuid(1, 0).ecx & L1_ECX_OSXSAVE))
-        return 0;
-    uint32_t low, high;
-    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    uint64_t xcr0 = ((uint64_t)high << 32 | low) & XCR0_SUPPORTED;
-    if (!(xcr0 & XCR0_AVX) || (xcr0 & XCR0_AVX512) != XCR0_AVX512)
-        xcr0 &= ~XCR0_AVX512;
-    return xcr0;
 }
 
 static bool has_avx(const struct cpuid_table *t)

@@ -11,20 +11,8 @@
 #include <errno.h>
 #include <string.h>
 
+#include "arch/host.h"
 #include "engine/interp/native_priv.h"
-
-static uint64_t host_xcr0(void)
-{
-    unsigned eax, ebx, ecx, edx;
-    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !(ecx & bit_OSXSAVE))
-        return 0;
-    uint32_t low, high;
-    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    uint64_t xcr0 = ((uint64_t)high << 32 | low) & XCR0_SUPPORTED;
-    if (!(xcr0 & XCR0_AVX) || (xcr0 & XCR0_AVX512) != XCR0_AVX512)
-        xcr0 &= ~XCR0_AVX512;
-    return xcr0;
-}
 
 int native_state_create(struct icpu *c)
 {
@@ -43,10 +31,7 @@ int native_state_create(struct icpu *c)
         a->component[n] = (struct native_component){(uint16_t)ebx, (uint16_t)eax, ecx >> 1 & 1};
     }
 
-    __asm__ volatile("fxsave64 %0" : "=m"(a->idle_image));
-    a->mxcsr_mask = get32(a->idle_image + XSAVE_MXCSR_MASK);
-    if (!a->mxcsr_mask)
-        a->mxcsr_mask = 0xffbf; /* SDM vol. 1, 11.6.6 */
+    a->mxcsr_mask = host_mxcsr_mask();
     memset(a->idle_image, 0, sizeof(a->idle_image));
     put16(a->idle_image + XSAVE_FCW, FCW_DEFAULT);
     put32(a->idle_image + XSAVE_MXCSR, MXCSR_DEFAULT);
