@@ -151,6 +151,17 @@ static uint64_t handler_flags(const struct icpu *c, const struct descriptor *gat
     return flags_get(c) & ~clear;
 }
 
+/* What the handler returns to, and the error code. */
+static void push_return(const struct icpu *c, struct frame *f, const struct event *e)
+{
+    const struct cpu_state *s = &c->v.cpu;
+    frame_push(f, pushed_flags(c, e));
+    frame_push(f, s->seg[SEG_CS].selector);
+    frame_push(f, s->gpr[GPR_RIP]);
+    if (e->has_error)
+        frame_push(f, e->error);
+}
+
 static void enter_handler(struct icpu *c, const struct descriptor *gate, const struct descriptor *cs, unsigned cpl,
                           const struct segment *ss, uint64_t sp)
 {
@@ -186,11 +197,7 @@ static void deliver_long(struct icpu *c, const struct event *e, const struct des
     frame_init(c, &f, &ss, sp & ~0xFull, true, cpl, 8);
     frame_push(&f, s->seg[SEG_SS].selector);
     frame_push(&f, s->gpr[GPR_RSP]);
-    frame_push(&f, pushed_flags(c, e));
-    frame_push(&f, s->seg[SEG_CS].selector);
-    frame_push(&f, s->gpr[GPR_RIP]);
-    if (e->has_error)
-        frame_push(&f, e->error);
+    push_return(c, &f, e);
     frame_write(c, &f, e->ext);
     enter_handler(c, gate, &cs, cpl, &ss, f.sp);
 }
@@ -222,11 +229,7 @@ static void deliver_legacy(struct icpu *c, const struct event *e, const struct d
         frame_push(&f, s->seg[SEG_SS].selector);
         frame_push(&f, s->gpr[GPR_RSP]);
     }
-    frame_push(&f, pushed_flags(c, e));
-    frame_push(&f, s->seg[SEG_CS].selector);
-    frame_push(&f, s->gpr[GPR_RIP]);
-    if (e->has_error)
-        frame_push(&f, e->error);
+    push_return(c, &f, e);
     frame_write(c, &f, (inner ? SELECTOR_ERROR(ss.selector) : 0) | e->ext);
 
     if (v86) {
