@@ -89,10 +89,9 @@ static void take_signal(struct run *run, int signal_number, bool *asked)
     }
 }
 
-static void *signal_main(void *arg)
+/* Those that the signal thread takes, and that are blocked in all threads. */
+static sigset_t signals_taken(void)
 {
-    struct run *run = arg;
-    bool asked = false;
     sigset_t set;
     sigemptyset(&set);
     sigaddset(&set, SIGTERM);
@@ -100,6 +99,14 @@ static void *signal_main(void *arg)
     sigaddset(&set, SIGHUP);
     sigaddset(&set, SIGUSR1);
     sigaddset(&set, SIGUSR2); /* look at `over` */
+    return set;
+}
+
+static void *signal_main(void *arg)
+{
+    struct run *run = arg;
+    bool asked = false;
+    sigset_t set = signals_taken();
     for (;;) {
         int number = sigwaitinfo(&set, NULL);
         if (atomic_load(&run->over))
@@ -140,13 +147,7 @@ static void guard_terminal(void)
 
 static void block_signals(void)
 {
-    sigset_t set;
-    sigemptyset(&set);
-    sigaddset(&set, SIGTERM);
-    sigaddset(&set, SIGINT);
-    sigaddset(&set, SIGHUP);
-    sigaddset(&set, SIGUSR1);
-    sigaddset(&set, SIGUSR2);
+    sigset_t set = signals_taken();
     pthread_sigmask(SIG_BLOCK, &set, NULL);
     signal(SIGPIPE, SIG_IGN);
     signal(SIGXFSZ, SIG_IGN); /* writing past ulimit -f is an I/O error for the guest */
