@@ -199,7 +199,7 @@ int manual_main(int argc, char **argv)
 {
     printf(".TH DOPPEL 1 \"\" \"doppel %s\" \"User Commands\"\n.SH NAME\ndoppel \\- virtual machines with and without hardware virtualization\n"
            ".SH SYNOPSIS\n.B doppel run\n.B \\-\\-kernel\n.I FILE\n[\\fIOPTIONS\\fR]\n.SH DESCRIPTION\n"
-           "Doppel runs unmodified x86\\-64 operating systems in one ordinary process. "
+           "Doppel runs unmodified x86\\-64 operating systems in one ordinary process.\n"
            ".B doppel run\nstarts a machine in the foreground and stays until the guest ends.\n.SH OPTIONS\n",
            doppel_version());
     for (const struct option_info *option = option_table; option->key; option++) {
