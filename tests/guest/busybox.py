@@ -152,6 +152,25 @@ def parallel(vm, cpus):
     assert len(used) == cpus and min(used) * 4 > max(used), f"user ticks on each processor: {used}"
 
 
+def network_inside():
+    """network.sh runs in the guest and checks from there."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    with tempfile.TemporaryDirectory() as folder, WebServer(body := os.urandom(3 << 20)) as server:
+        initrd = f"{folder}/initrd.gz"
+        host(f"{here}/../../tools/make-initramfs", initrd, f"{here}/network.sh")
+        port = free_port()
+        arguments = busybox_arguments("--net", f"user,forward=tcp:{port}:7777")
+        arguments[arguments.index("--initrd") + 1] = initrd
+        arguments[arguments.index("console=ttyS0 quiet")] += (
+            f" doppel.url=http://10.0.2.2:{server.port}/file doppel.md5={hashlib.md5(body).hexdigest()} doppel.serve=7777")
+        with Guest(arguments) as vm:
+            vm.expect("ok fetch", 180)
+            assert ask(port, b"", 60) == b"served\n", "nothing came through the forward"
+            vm.expect("network: passed", 60)
+            assert b"not ok" not in vm.transcript
+            vm.finish(0)
+
+
 def readonly():
     with tempfile.TemporaryDirectory() as folder:
         image = f"{folder}/disk.img"
@@ -245,6 +264,7 @@ def unpacking():
 guest.main({
     "shell": lambda: shell_of(1),
     "smp": lambda: shell_of(2),
+    "network": network_inside,
     "readonly": readonly,
     "locked": locked,
     "full-host": full_host,

@@ -30,8 +30,8 @@ ping_large() { ping -c 3 -W 5 -s 1400 10.0.2.2; }
 ping_fragments() { ping -c 3 -W 5 -s 4000 10.0.2.2; }
 # The multicast filter and back: promiscuous, all multicast, another address, each by the control queue.
 modes() {
-    ip link set eth0 promisc on && ip link set eth0 promisc off && ip link set eth0 allmulticast on &&
-        ip link set eth0 allmulticast off && ping_small
+    ip link set eth0 promisc on && ip link set eth0 promisc off && ifconfig eth0 allmulti &&
+        ifconfig eth0 -allmulti && ping_small
 }
 link_cycle() { ip link set eth0 down && ip link set eth0 up && udhcpc -q -n -t 5 -T 2 -i eth0 && ping_small; }
 no_errors() { [ "$(cat /sys/class/net/eth0/statistics/rx_errors)" = 0 ] && [ "$(cat /sys/class/net/eth0/statistics/tx_errors)" = 0 ]; }
