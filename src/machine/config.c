@@ -9,6 +9,7 @@
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "engine/engine.h"
@@ -368,6 +369,9 @@ static int set_json(struct machine_config *config, const char *key, const json_t
 int machine_config_load(struct machine_config *config, const char *path, struct error *err)
 {
     json_error_t why;
+    struct stat st;
+    if (stat(path, &st) == 0 && S_ISDIR(st.st_mode))
+        return error_set(err, -EISDIR, "--config: %s is a directory; name a JSON file", path);
     json_t *root = json_load_file(path, JSON_REJECT_DUPLICATES, &why);
     int r = 0;
     if (!root) {

@@ -62,15 +62,13 @@ static void terminal_raw(struct console *console)
     }
 }
 
-/* False for what epoll refuses, a regular file: that is always readable and read as the guest makes room. */
-static bool watch_input(struct console *console)
+/* A regular file counts as always readable (loop.h). */
+static void watch_input(struct console *console)
 {
     if (console->input_fd < 0 || console->input_watch)
-        return true;
-    int rc = loop_fd_add(console->loop, console->input_fd, LOOP_READ, input_ready, console, &console->input_watch);
-    if (rc < 0)
+        return;
+    if (loop_fd_add(console->loop, console->input_fd, LOOP_READ, input_ready, console, &console->input_watch))
         console->input_watch = NULL;
-    return rc != -EPERM;
 }
 
 static void unwatch(struct loop_fd **watch)
@@ -144,33 +142,27 @@ static bool make_room(struct console *console)
 static void input_ready(void *ctx, unsigned events)
 {
     struct console *console = ctx;
-    do {
-        if (!make_room(console)) {
-            unwatch(&console->input_watch); /* until console_resume */
-            return;
-        }
-        uint8_t *end = console->input + console->input_count;
-        ssize_t n = read(console->input_fd, end, INPUT_BYTES - console->input_count);
-        if (n < 0 && (errno == EAGAIN || errno == EINTR))
-            return;
-        if (n < 0 && errno == EIO && !console->listen_watch)
-            n = 0;
-        if (n <= 0) {
-            client_gone(console);
-            return;
-        }
-        console->input_count += console->escapes ? strip_commands(console, end, (size_t)n) : (size_t)n;
-        /* The loop calls again while a watched descriptor has more; a file is read as long as the guest takes it. */
-    } while (deliver(console) && !console->input_watch);
+    if (!make_room(console)) {
+        unwatch(&console->input_watch); /* until console_resume */
+        return;
+    }
+    uint8_t *end = console->input + console->input_count;
+    ssize_t n = read(console->input_fd, end, INPUT_BYTES - console->input_count);
+    if (n < 0 && (errno == EAGAIN || errno == EINTR))
+        return;
+    if (n <= 0) {
+        client_gone(console);
+        return;
+    }
+    console->input_count += console->escapes ? strip_commands(console, end, (size_t)n) : (size_t)n;
+    deliver(console);
 }
 
+/* Reads nothing itself: a read of a terminal would wait for the next key. */
 void console_resume(struct console *console)
 {
-    if (!console || !deliver(console) || console->input_fd < 0 || console->input_watch)
-        return;
-    /* Nothing is read here from a descriptor that can be watched: a read of a terminal would wait for the next key. */
-    if (!watch_input(console))
-        input_ready(console, LOOP_READ);
+    if (console && deliver(console))
+        watch_input(console);
 }
 
 /* Writes without blocking; returns bytes written, or -errno. */

@@ -48,6 +48,7 @@ refuse "warp" run --kernel x --engine warp
 refuse "bt" run --kernel "$work/noise" --engine bt
 refuse "colour" run --config "$work/bad.json"
 refuse "$work/none.json" run --config "$work/none.json"
+refuse "is a directory" run --config "$work"
 refuse "$work/noise" run --config "$work/noise"
 refuse "$work/nodisk" run --kernel x --disk "$work/nodisk"
 refuse "$work" run --kernel x --disk "$work"
