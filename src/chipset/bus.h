@@ -2,8 +2,8 @@
  * The bus: who answers at an I/O port or at a guest-physical address that is not RAM.
  *
  * Parts register regions. The bus normalises each access once: a callback only ever sees sizes its region allows (min/max), never one that
- * crosses the region's end; wider or unaligned accesses are split, narrower ones are widened (reads) or read-modify-written is NOT done: a narrower write is
- * passed with its own size if `size_min` allows and dropped otherwise. Unclaimed reads give all ones, unclaimed writes vanish; both are counted.
+ * crosses the region's end. Wider or unaligned accesses are split; a read narrower than `size_min` is widened and cut, a write narrower than that is
+ * dropped. Unclaimed reads give all ones, unclaimed writes vanish; both are counted.
  * Threading: every call is made with the machine's device lock held, on a vCPU's thread or the loop's. Callbacks run under it.
  */
 #ifndef DOPPEL_CHIPSET_BUS_H

@@ -22,11 +22,9 @@ static const struct {
 static const struct {
     const char *key, *meaning;
 } keys[] = {
-    {"Ctrl-A x", "quit at once"},
-    {"Ctrl-A p", "press the power button"},
-    {"Ctrl-A r", "reset"},
-    {"Ctrl-A s", "show the machine's state"},
-    {"Ctrl-A h", "help"},
+#define KEY(character, help, function) {(const char[]){'C', 't', 'r', 'l', '-', 'A', ' ', character, 0}, help},
+#include "machine/keys.def"
+#undef KEY
     {"Ctrl-A Ctrl-A", "send Ctrl-A to the guest"},
 };
 #define KEY_COUNT (sizeof keys / sizeof *keys)

@@ -402,11 +402,6 @@ void virtqueue_push(struct virtqueue_chain *chain, uint64_t used_bytes, bool flu
         queue->config.interrupt(queue->config.ctx, queue->config.index);
 }
 
-unsigned virtqueue_in_flight(const struct virtqueue *queue)
-{
-    return queue->in_flight;
-}
-
 bool virtqueue_in_use(const struct virtqueue *queue)
 {
     return queue->in_flight + queue->detached > 0;

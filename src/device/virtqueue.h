@@ -88,7 +88,6 @@ bool virtqueue_set_notification(struct virtqueue *queue, bool enabled);
 /* The device found the chain itself unusable (too short for its header ...). */
 void virtqueue_fail(struct virtqueue *queue, const char *reason);
 
-unsigned virtqueue_in_flight(const struct virtqueue *queue); /* popped, not pushed, not detached */
 bool virtqueue_in_use(const struct virtqueue *queue);        /* any chain out, detached ones included */
 
 /* Copies out of and into a chain, from byte `offset` of its readable or writable part. Return the number of bytes copied (less at the end). */

@@ -138,7 +138,29 @@ static size_t ignore_input(void *ctx, const uint8_t *data, size_t size_bytes)
     return size_bytes;
 }
 
-static void dump_on_console(struct machine *machine)
+static void key_quit(struct machine *machine)
+{
+    machine_stop(machine, MACHINE_STOPPED);
+}
+
+static void key_power_button(struct machine *machine)
+{
+    pm_power_button(machine->pm);
+}
+
+static void key_reset(struct machine *machine)
+{
+    machine_reset(machine);
+}
+
+/* The RTC's index port has the PC's NMI mask. */
+static void key_nmi(struct machine *machine)
+{
+    if (!rtc_nmi_masked(machine->rtc))
+        lapic_inject_nmi(machine->lapics, 0);
+}
+
+static void key_show_state(struct machine *machine)
 {
     char *text = NULL;
     size_t size = 0;
@@ -151,30 +173,34 @@ static void dump_on_console(struct machine *machine)
     free(text);
 }
 
+static void key_help(struct machine *machine);
+
+static const struct {
+    int character;
+    const char *help;
+    void (*run)(struct machine *machine);
+} keys[] = {
+#define KEY(character, help, function) {character, help, function},
+#include "machine/keys.def"
+#undef KEY
+};
+#define KEY_COUNT (sizeof keys / sizeof *keys)
+
+static void key_help(struct machine *machine)
+{
+    char line[96];
+    for (size_t i = 0; i < KEY_COUNT; i++) {
+        snprintf(line, sizeof line, "Ctrl-A %c  %s\n", keys[i].character, keys[i].help);
+        log_text(line);
+    }
+    log_text("Ctrl-A Ctrl-A  send Ctrl-A\n");
+}
+
 void machine_console_command(void *ctx, int character)
 {
-    struct machine *machine = ctx;
-    switch (character) {
-    case 'x':
-        machine_stop(machine, MACHINE_STOPPED);
-        break;
-    case 'p':
-        pm_power_button(machine->pm);
-        break;
-    case 'r':
-        machine_reset(machine);
-        break;
-    case 's':
-        dump_on_console(machine);
-        break;
-    case 'h':
-    case '?':
-        log_text("Ctrl-A x  quit at once\nCtrl-A p  press the power button\nCtrl-A r  reset\nCtrl-A s  show the machine's state\n"
-                 "Ctrl-A h  this help\nCtrl-A Ctrl-A  send Ctrl-A\n");
-        break;
-    default:
-        break;
-    }
+    for (size_t i = 0; i < KEY_COUNT; i++)
+        if (keys[i].character == character)
+            keys[i].run(ctx);
 }
 
 static int create_consoles(struct machine *machine, struct error *err)

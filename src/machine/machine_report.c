@@ -51,6 +51,9 @@ void machine_dump_locked(struct machine *machine, FILE *out)
     lapic_dump(machine->lapics, out);
     ioapic_dump(machine->ioapic, out);
     pic_dump(machine->pic, out);
+    pit_dump(machine->pit, out);
+    rtc_dump(machine->rtc, out);
+    hpet_dump(machine->hpet, out);
     for (unsigned i = 0; i < COUNTER_COUNT; i++)
         if (counter_sum(machine, i))
             fprintf(out, "%s %" PRIu64 "%s", engine_counter_names[i], counter_sum(machine, i), i % 4 == 3 ? "\n" : "  ");

@@ -75,7 +75,7 @@ def keys():
     with busybox() as vm:
         vm.type("\1h")
         time.sleep(1)
-        for key in "xprsh":
+        for key in "xprnsh":
             assert f"Ctrl-A {key}" in vm.stderr(), f"the help has no key {key}"
         vm.type("\1s")
         time.sleep(1)
@@ -94,7 +94,9 @@ def keys():
         vm.signal(signal.SIGUSR1)
         time.sleep(1)
         assert len(re.findall("rip [0-9a-f]{16}", vm.stderr())) == 2, "SIGUSR1 printed no state"
-        vm.run("true")
+        vm.type("\1n")
+        time.sleep(1)
+        assert int(vm.run("dmesg | grep -ci 'nmi received for unknown reason'")) == 1, "the guest saw no NMI"
         vm.type("\1x")
         vm.finish(5, 5)
 
