@@ -1,0 +1,327 @@
+/*
+ * The binary translator, inside.
+ *
+ * Guest code runs as translations of itself on the guest's own register values: guest registers live in the host registers of the same name, guest arithmetic flags and
+ * DF in the host's flags, guest x87/SSE/AVX state in the host's. What does not translate is executed one instruction at a time by the interpreter, whose
+ * `struct icpu` a translated vCPU contains, so both work on one state.
+ *
+ * Translated code, from the inside:
+ * - GS base is the base T of a *view*: two tables and, below them, an alias of this vCPU's structure (`struct bt_vcpu`), so that gs:[BT_CTX(field)] is a field.
+ *     [T - 2 GiB, T - 1 GiB)     exec table: 2^27 entries E, index = bits 12..38 of the gva (PEXT with exec_mask)
+ *     [T - BT_CTX_BYTES, T)      struct bt_vcpu
+ *     [T, T + 4 GiB)             data table: 2^29 entries V, index = bits 12..40 of the gva (RORX 12 and a 32-bit address)
+ * - Data: host address = gva + V. Code: DT slot = E + gva * 4, which holds the TC offset of the block's dynamic entry, or 0.
+ *   A V or E under a wrong tag, and poison, address memory that is never mapped (layout.c), so the access faults.
+ * - R10 and R11 are scratch at block boundaries: the guest's own are in cpu.gpr[]. Inside a block any two registers may take
+ *   that role (struct bt_site.spilled).
+ * - A dynamic transfer (return, indirect or cross-page jump) has the target's linear address in R11; a dynamic entry derives page_va from it. Direct jumps
+ *   inside a page go to chain entries and are patched in place. No direct jump ever leaves its page, so dropping a page is zeroing its DT.
+ * - EFLAGS.AC is set, so that a scalar access that could cross a page raises #AC. C code runs with AC and DF clear.
+ * - Every host instruction that can fault belongs to a site that says how to get the precise guest state back.
+ *
+ * Threading: a bt_vcpu belongs to its thread, but `exec_mask`, `poll` and `poll_sti` are also written by bt_kick from any thread. bt_engine.lock guards the
+ * cache (pages, blocks, TC, DT); DT slots and jump displacements are read by running translations and so are written with aligned 32-bit stores.
+ */
+#ifndef DOPPEL_ENGINE_BT_PRIV_H
+#define DOPPEL_ENGINE_BT_PRIV_H
+
+#include "engine/interp/interp_core.h"
+
+/* ---- host address space (layout.c) ---- */
+
+#define BT_ALIAS_BITS 41u /* V is found by gva bits below this; host addresses that agree in them are reserved in all of user space */
+#define BT_ALIAS_BYTES (1ull << BT_ALIAS_BITS)
+#define BT_EXEC_BITS 39u /* E is found by gva bits below this; 39 + 2 = 41 */
+#define BT_DT_POOL_BYTES (1ull << 30)
+#define BT_DT_BYTES (PAGE_SIZE_BYTES * 4)
+#define BT_DT_PAGES (BT_DT_POOL_BYTES / BT_DT_BYTES)
+#define BT_GUARD_BYTES (1ull << 16)
+
+/*
+ * The reserved range lies at the same offset in each of the 64 aliases of user space; in one of them it holds, guard pages between: the poison area (never
+ * mapped), window W (RAM, read-write, code pages read-only), window R (RAM, read-only), the DT pool.
+ */
+struct bt_layout {
+    uint64_t offset;       /* of the reserved range, below BT_ALIAS_BYTES */
+    uint64_t length_bytes;
+    uint8_t *reserved_low; /* address of the alias that is used */
+    uintptr_t poison;      /* a page in the poison area, guards of BT_GUARD_BYTES on both sides */
+    uint8_t *window_w, *window_r;
+    uint8_t *dt_pool;
+    uint64_t ram_bytes;
+    uint8_t *tc_exec;      /* below 2 GiB; read and execute */
+    uint8_t *tc_write;     /* the same memory, read and write */
+    uint64_t tc_bytes;
+};
+
+int layout_create(struct bt_layout *layout, struct physmap *memory, uint64_t tc_bytes, struct error *err) __attribute__((warn_unused_result));
+void layout_destroy(struct bt_layout *layout);
+
+/* ---- views: the tables of one address space at one privilege (tables.c) ---- */
+
+#define BT_CTX_BYTES 65536u
+#define BT_DATA_TABLE_BYTES (4ull << 30)
+#define BT_EXEC_TABLE_OFFSET (-(2ll << 30))
+#define BT_EXEC_TABLE_BYTES (1ull << 30)
+#define BT_CHUNK_BYTES 16384u /* tables are committed in pieces of this size */
+#define BT_EXEC_INDEX_MASK 0x7fffffful
+#define BT_EXEC_MASK (BT_EXEC_INDEX_MASK << 12)
+#define BT_USER_VIEWS 8u
+
+struct bt_view; /* opaque outside tables.c but for its base */
+
+enum bt_fill {
+    BT_FILL_DONE, /* the entry is there: the access succeeds when repeated */
+    BT_FILL_SLOW, /* guest fault, MMIO, ROM write, page crossing, code page written, non-canonical: the interpreter does this instruction */
+};
+
+/* ---- the cache: code pages, blocks, sites, TC memory (cache.c) ---- */
+
+/* Everything that a translation depends on besides the code's bytes. Compared as a whole. */
+struct bt_mode {
+    uint8_t code_bits; /* 32 or 64 */
+    uint8_t user;      /* CPL 3 */
+    uint8_t simd_blocked; /* icpu.simd_blocked */
+    uint8_t flat;      /* 32-bit: bit n set: segment n has base 0 and limit 4 GiB; 64-bit: 0 */
+};
+
+struct bt_block;
+
+/* One page of guest code in one mode. Lives until the cache is flushed. */
+struct bt_page {
+    uint64_t offset; /* of the page in guest RAM (physmap_offset) */
+    gpa_t gpa;
+    struct bt_mode mode;
+    uint32_t *dt;              /* 4096 slots: TC offset of the dynamic entry of the block that starts at this byte, 0: none */
+    struct bt_block *blocks;   /* newest first, valid ones only */
+    struct bt_page *next;      /* in its hash bucket */
+    struct bt_page *same_page; /* other modes of the same physical page */
+    uint8_t odd_sites[512];    /* bit per byte offset: the instruction there is translated with explicit alignment and crossing checks */
+    uint8_t call_sites[512];   /* bit per byte offset: the instruction there keeps reaching MMIO or faulting: goes to the interpreter without trying */
+};
+
+/* One translated block. Ordered by tc_start in the engine's array. Lives until the cache is flushed, dropped or not. */
+struct bt_block {
+    struct bt_page *page;
+    struct bt_block *next; /* in page->blocks */
+    uint32_t tc_start;     /* TC offset of the dynamic entry */
+    uint32_t tc_chain;     /* of the chain entry */
+    uint32_t tc_end;
+    uint32_t site_first;   /* index in the engine's site array */
+    uint16_t site_count;
+    uint16_t start;        /* byte offset in the page */
+    uint16_t length;       /* guest bytes */
+    uint16_t insns;
+    bool valid;            /* false: dropped; vCPUs may still be inside */
+};
+
+enum bt_site_kind {
+    SITE_INSN, /* guest rip = page_va + page_offset: the instruction has had no effect yet */
+    SITE_JUMP, /* all before is done; guest rip is in R11 and R10 is scratch (dynamic transfer) */
+};
+
+/* Host code from tc_offset up to the next site's. */
+struct bt_site {
+    uint16_t tc_offset; /* from the block's tc_start; also where the instruction can be started again with the same `spilled` */
+    uint16_t page_offset;
+    uint8_t spilled;    /* two host registers (low and high nibble) whose guest values are in cpu.gpr[] */
+    int8_t rsp_adjust;  /* what the host's RSP may exceed the guest's by when this faults: guest RSP = host RSP - rsp_adjust once past `adjusted` */
+    uint8_t kind;
+    uint8_t adjusted;   /* bytes from tc_offset after which rsp_adjust applies */
+};
+
+#define BT_BLOCKS_MAX 400000u
+#define BT_SITES_MAX 4000000u
+#define BT_BLOCK_TC_MAX 32768u
+
+/* ---- exits ---- */
+
+/* Reasons for leaving translated code, BT_EXIT_x; names and help in exits.def. */
+enum bt_exit {
+#define EXIT(name, help) BT_EXIT_##name,
+#include "engine/bt/exits.def"
+#undef EXIT
+    BT_EXIT_COUNT
+};
+
+/* ---- engine and vCPU ---- */
+
+struct bt_stubs { /* TC offsets; stubs.c. They survive flushes. */
+    uint32_t miss;   /* 0: R11 is a linear address without a block */
+    uint32_t enter;  /* C: unsigned enter(struct bt_vcpu *b), see bt_enter */
+    uint32_t lookup; /* dynamic transfer to R11 */
+    uint32_t leave;  /* R11: guest rip, R10D: enum bt_exit; registers in canonical state */
+    uint32_t leave_saved; /* from a signal handler: all guest state already saved in the context, EAX: enum bt_exit, RSP: host_rsp */
+    uint32_t end;    /* first byte after the stubs */
+};
+
+struct bt_engine {
+    struct engine interp; /* first */
+    struct bt_layout layout;
+    struct bt_stubs stubs;
+
+    pthread_mutex_t lock;   /* guards everything below */
+    uint32_t tc_used;
+    uint64_t epoch;         /* counts flushes; read without the lock by vCPUs on their way in */
+    struct bt_block *blocks;
+    uint32_t block_count;
+    struct bt_site *sites;
+    uint32_t site_count;
+    struct bt_page **pages; /* hash table */
+    uint32_t page_count, protected_pages;
+    uint8_t *code_flags;    /* one byte per RAM page: BT_CODE_* */
+
+    /* Stop the world, for flushes: see cache_exclusive_begin. */
+    pthread_cond_t world;
+    unsigned world_wanted;
+
+    /* Statistics of translation, shown by --stats. */
+    uint64_t translated_insns, translated_blocks, flushes, invalidations, translate_ns;
+
+    bool avx512, fsgsbase;
+};
+
+#define BT_CODE_PRESENT 1u   /* window W's page is read-only: translations exist */
+#define BT_CODE_THRASH 0xf0u /* counts drops of the page, saturating; decays at flushes */
+
+#define BT_POLL_OK 0
+
+struct bt_vcpu {
+    struct icpu c; /* first */
+
+    /* Read and written by translated code through GS. */
+    uint64_t page_va;      /* linear address of the running block's page */
+    _Atomic uint64_t exec_mask;     /* BT_EXEC_MASK; 0 when kicked */
+    _Atomic uintptr_t poll;         /* address that loop back-edges read 4 bytes from: &poll_word of this view-independent mapping, or layout.poison when kicked */
+    _Atomic uintptr_t poll_sti;     /* the same after instructions that set IF; layout.poison also while an interrupt waits for IF */
+    uint64_t poll_word;
+    uint64_t host_rsp;
+    uint64_t host_flags;   /* guest arithmetic flags and DF, plus the host's fixed bits (AC, IF): loaded on entry, stored on exit */
+    uint64_t enter_target; /* host address that bt_enter jumps to */
+    uint64_t link_site;    /* BT_EXIT_link: TC offset of the 32-bit displacement to patch */
+    uint64_t scratch[8];   /* spills inside one instruction's translation */
+    uint64_t mask_low12;   /* constants for PEXT/PDEP: 0xfff */
+    uint64_t mask_bit12;   /* 0x1000 */
+    uint64_t mask_arith;   /* OSZAPC and DF */
+    uint64_t cross_table[2]; /* {0, 1 << 62}: index is "crosses a page"; added to an address it makes it non-canonical */
+
+    /* Not seen by translated code. */
+    struct bt_engine *engine;
+    struct bt_tables *tables; /* tables.c */
+    struct bt_view *view;     /* the one in GS */
+    uint8_t *table;           /* its base T */
+    struct bt_mode mode;
+    uint64_t epoch;
+    atomic_bool inside;       /* in translated code, or about to read the cache without the lock */
+    void *signal_stack;
+    uint64_t retry_rip, retry_count; /* fault.c: the same site again and again goes to the interpreter */
+    uint64_t fill_next;       /* linear address whose guest page fault was delivered last, to be filled on the way back; 0: none */
+    uint64_t exits[BT_EXIT_COUNT];
+    uint64_t signals;
+};
+
+_Static_assert(sizeof(struct bt_vcpu) <= BT_CTX_BYTES, "the context does not fit below the tables");
+
+/* Displacement of a field from GS base. */
+#define BT_CTX(field) ((int32_t)offsetof(struct bt_vcpu, field) - (int32_t)BT_CTX_BYTES)
+#define BT_CTX_GPR(n) (BT_CTX(c.v.cpu.gpr) + 8 * (int32_t)(n))
+
+static inline struct bt_engine *bt_engine_of(const struct bt_vcpu *b)
+{
+    return b->engine;
+}
+
+/* ---- layout helpers ---- */
+
+static inline uintptr_t bt_poison_v(const struct bt_layout *l, gva_t gva) /* V of the slot that gva falls into, valid for every gva of the slot */
+{
+    return l->poison - (gva & (BT_ALIAS_BYTES - 1) & ~PAGE_MASK_BITS);
+}
+
+/* ---- tables.c ---- */
+
+/* Allocates *b itself (in shared memory, zeroed, mapped below every view). */
+int tables_create(struct bt_engine *e, struct bt_vcpu **b, struct error *err) __attribute__((warn_unused_result));
+void tables_destroy(struct bt_vcpu *b); /* frees b */
+/* Makes the view for the current mode, privilege and address space current: sets b->view, b->table and GS base. Called before every entry; cheap when nothing changed.
+ * Also drops exec entries that belong to another bt_mode or an older epoch of the cache. */
+void tables_select(struct bt_vcpu *b);
+/* Walks the guest's page tables for an access at the current privilege and fills entries of the current view (and neighbours). Never raises. Page faults, MMIO: BT_FILL_SLOW.
+ * [gva, +size) must not cross a page (else BT_FILL_SLOW). */
+enum bt_fill tables_fill(struct bt_vcpu *b, gva_t gva, unsigned size, bool write);
+/* Walks for instruction fetch. 0 and the RAM offset of gva's page, or -EFAULT (fault, MMIO: the interpreter raises or does it). */
+int tables_fetch(struct bt_vcpu *b, gva_t gva, uint64_t *ram_offset);
+/* Sets the exec entry of gva's page in the current view. */
+void tables_exec_set(struct bt_vcpu *b, gva_t gva, const uint32_t *dt);
+/* Called by the interpreter's TLB maintenance (struct tlb_listener). */
+void tables_flush_all(struct icpu *c);
+void tables_flush_non_global(struct icpu *c, unsigned asid);
+void tables_load_cr3(struct icpu *c, bool keep);
+void tables_flush_page(struct icpu *c, gva_t gva);
+/* The pages of guest RAM at [ram_offset, +length): entries of this vCPU that allow writing must go. For dirty tracking. */
+uint64_t tables_bytes(const struct bt_vcpu *b); /* memory committed */
+/* True when `address` lies in one of this vCPU's tables (uncommitted chunk); commits the chunk that translated code touched. */
+bool tables_commit(struct bt_vcpu *b, uintptr_t address, gva_t gva_hint, bool exec);
+
+/* ---- cache.c ---- */
+
+int cache_create(struct bt_engine *e, struct error *err) __attribute__((warn_unused_result));
+void cache_destroy(struct bt_engine *e);
+/* All below: e->lock held. */
+struct bt_page *cache_page(struct bt_engine *e, uint64_t ram_offset, gpa_t gpa, const struct bt_mode *mode); /* found or made, write-protected; NULL: full, flush */
+struct bt_block *cache_block(struct bt_page *page, unsigned start);  /* valid block starting there, or NULL */
+/* Room for one block: 32 KiB of TC and 4096 sites. False: the caller flushes. */
+bool cache_room(const struct bt_engine *e);
+/* Publishes a block whose code was written to tc_write + e->tc_used: appends block and sites, advances tc_used, sets the DT slot. */
+struct bt_block *cache_publish(struct bt_engine *e, const struct bt_block *block, const struct bt_site *sites);
+/* Drops a single block (its DT slot is cleared; direct jumps to it inside the page are redirected to its replacement by retranslation). */
+void cache_block_drop(struct bt_engine *e, struct bt_block *block);
+/* Drops all translations of the RAM page and makes window W writable there again. */
+void cache_page_drop(struct bt_engine *e, uint64_t ram_offset);
+void cache_flush(struct bt_engine *e); /* with the world stopped */
+/* Without the lock: stops all other vCPUs outside translated code, takes the lock. `b` is the caller's, or NULL. */
+void cache_exclusive_begin(struct bt_engine *e, struct bt_vcpu *b);
+void cache_exclusive_end(struct bt_engine *e, struct bt_vcpu *b);
+/* Block containing the TC address, or NULL. Lock not needed by the vCPU that runs in it. */
+struct bt_block *cache_find(struct bt_engine *e, uintptr_t tc_address);
+const struct bt_site *cache_site(const struct bt_engine *e, const struct bt_block *block, uintptr_t tc_address);
+/* PhysMap says that bytes changed under translations (device DMA, loaders). Any thread. */
+void cache_memory_changed(void *engine, gpa_t gpa, uint64_t length_bytes);
+
+/* ---- translate.c ---- */
+
+/* Translates the block at page->offset + start. lock held, cache_room true. NULL: not translatable here (crosses the page's end, first instruction not
+ * understood): the interpreter executes one instruction instead. */
+struct bt_block *translate_block(struct bt_engine *e, struct bt_page *page, unsigned start);
+/* Memory operands of the instruction at `bytes`, evaluated with the guest's registers in b->c.v.cpu: for filling after a fault. Returns their number (0..4), or -1 when it
+ * cannot tell (then the interpreter does the instruction). */
+struct bt_access {
+    gva_t gva;
+    uint16_t size;
+    bool write;
+};
+int translate_accesses(struct bt_vcpu *b, const uint8_t *bytes, unsigned available, struct bt_access access[4]);
+
+/* ---- stubs.c ---- */
+
+/* Writes the stubs at the start of TC. */
+void stubs_create(struct bt_engine *e);
+/* Runs translated code at b->enter_target with the guest's state loaded; returns why it was left. State in b->c.v.cpu.gpr (RIP too), b->host_flags and host vector registers. */
+enum bt_exit bt_enter(struct bt_vcpu *b);
+
+/* ---- fault.c ---- */
+
+int fault_install(struct error *err) __attribute__((warn_unused_result)); /* signal handlers, once per process */
+int fault_engine_add(struct bt_engine *e);  /* its TC and windows are now known to the handlers; -ENOSPC */
+void fault_engine_remove(struct bt_engine *e);
+/* Signal stack and mask of the calling thread for running translated code; undone by fault_thread_leave. */
+int fault_thread_enter(struct bt_vcpu *b);
+void fault_thread_leave(struct bt_vcpu *b);
+
+/* ---- bt.c ---- */
+
+void bt_kick(struct vcpu *v);
+/* Are the conditions met under which translated code may run now (mode, flags, segments)? */
+bool bt_usable(const struct bt_vcpu *b);
+
+#endif
