@@ -14,8 +14,7 @@
 
 #include "engine/interp/interp_core.h"
 
-#define ARENA_BYTES (24u << 20)
-#define BUCKETS (1u << 16)
+#define BUCKET_SHARE 256u /* bytes of the arena for each bucket, at least */
 #define BLOCK_ALIGN 64u
 #define BLOCK_SIZE_MAX (sizeof(struct block) + BLOCK_INSNS_MAX * sizeof(struct insn))
 #define INSN_BYTES_MAX 15u
@@ -23,18 +22,24 @@
 
 struct block_cache {
     uint8_t *arena;
-    size_t used;
-    struct block *bucket[BUCKETS];
+    size_t used, arena_bytes;
     struct block *scratch; /* one instruction, never looked up */
+    uintptr_t bucket_mask;
+    struct block *bucket[];
 };
 
-struct block_cache *block_cache_create(void)
+struct block_cache *block_cache_create(size_t arena_bytes)
 {
-    struct block_cache *k = calloc(1, sizeof(*k));
+    size_t buckets = 1;
+    while (buckets * 2 <= arena_bytes / BUCKET_SHARE)
+        buckets *= 2;
+    struct block_cache *k = calloc(1, sizeof(*k) + buckets * sizeof(k->bucket[0]));
     if (!k)
         return NULL;
+    k->arena_bytes = arena_bytes;
+    k->bucket_mask = buckets - 1;
     k->scratch = calloc(1, sizeof(struct block) + sizeof(struct insn));
-    k->arena = mmap(NULL, ARENA_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    k->arena = mmap(NULL, arena_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (!k->scratch || k->arena == MAP_FAILED) {
         k->arena = k->arena == MAP_FAILED ? NULL : k->arena;
         block_cache_destroy(k);
@@ -48,7 +53,7 @@ void block_cache_destroy(struct block_cache *k)
     if (!k)
         return;
     if (k->arena)
-        munmap(k->arena, ARENA_BYTES);
+        munmap(k->arena, k->arena_bytes);
     free(k->scratch);
     free(k);
 }
@@ -56,7 +61,7 @@ void block_cache_destroy(struct block_cache *k)
 void block_cache_flush(struct icpu *c)
 {
     struct block_cache *k = c->blocks;
-    memset(k->bucket, 0, sizeof(k->bucket));
+    memset(k->bucket, 0, (k->bucket_mask + 1) * sizeof(k->bucket[0]));
     k->used = 0;
     c->block = NULL;
     native_flush(c);
@@ -65,7 +70,7 @@ void block_cache_flush(struct icpu *c)
 
 static struct block **bucket_of(struct block_cache *k, uintptr_t host)
 {
-    return &k->bucket[(host ^ host >> 16) & (BUCKETS - 1)];
+    return &k->bucket[(host ^ host >> 16) & k->bucket_mask];
 }
 
 /* ---- comparison ---- */
@@ -178,7 +183,7 @@ static struct block *block_scratch(struct icpu *c, gva_t gva)
 static struct block *block_allocate(struct icpu *c)
 {
     struct block_cache *k = c->blocks;
-    if (k->used + BLOCK_SIZE_MAX > ARENA_BYTES)
+    if (k->used + BLOCK_SIZE_MAX > k->arena_bytes)
         block_cache_flush(c);
     struct block *b = (struct block *)(k->arena + k->used);
     memset(b, 0, sizeof(*b));

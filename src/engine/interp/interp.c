@@ -2,7 +2,7 @@
  * The run loop of the reference interpreter, and its face towards the machine (engine_ops).
  *
  * The loop runs whole blocks; between blocks it looks at `attention` (interrupts, requests to leave) and at `activity`. Everything that needs exact instruction
- * boundaries (TF, RF, breakpoints, interrupt shadows, step()) goes through run_one. Faults come back by longjmp to interp_execute, which
+ * boundaries (TF, RF, breakpoints, interrupt shadows, step()) goes through interp_run_one. Faults come back by longjmp to interp_execute, which
  * puts rip back to the instruction's start and delivers; a fault while delivering comes back to the same place.
  * Threading: run and step on the vCPU's thread; invalidate from any thread while vCPUs are paused.
  */
@@ -117,7 +117,7 @@ static bool deliver_event(struct icpu *c)
 {
     struct cpu_state *cpu = &c->v.cpu;
     const struct vcpu_host_ops *ops = c->v.host_ops;
-    if (cpu->interrupt_shadow) { /* run_one raises attention again at its end */
+    if (cpu->interrupt_shadow) { /* interp_run_one raises attention again at its end */
         c->interrupt_waiting = true;
         return false;
     }
@@ -143,9 +143,7 @@ static bool deliver_event(struct icpu *c)
     return true;
 }
 
-enum attend_result { ATTEND_NOTHING, ATTEND_DELIVERED, ATTEND_EXIT };
-
-static enum attend_result attend(struct icpu *c)
+enum attend_result interp_attend(struct icpu *c)
 {
     atomic_exchange_explicit(&c->v.attention, 0, memory_order_acq_rel);
     vcpu_count(&c->v, COUNTER_attentions);
@@ -211,7 +209,7 @@ static void resume_flag_done(struct icpu *c, unsigned mnemonic, uint64_t start)
 }
 
 /* Ends with the traps that follow the instruction. */
-static void run_one(struct icpu *c)
+void interp_run_one(struct icpu *c)
 {
     struct cpu_state *cpu = &c->v.cpu;
     uint64_t start = cpu->gpr[GPR_RIP], flags = cpu->rflags, dr6;
@@ -300,12 +298,19 @@ static inline struct block *successor(struct icpu *c)
     return successor_find(c, previous);
 }
 
+void interp_run_next(struct icpu *c)
+{
+    if (unlikely(c->v.trace != NULL))
+        trace_block(c);
+    run_block(c, successor(c));
+}
+
 /* Not running. True: leave with *exit. */
-static bool stopped(struct icpu *c, enum engine_exit *exit)
+bool interp_stopped(struct icpu *c, enum engine_exit *exit)
 {
     struct cpu_state *cpu = &c->v.cpu;
     if (cpu->activity == CPU_HALTED) {
-        enum attend_result result = attend(c);
+        enum attend_result result = interp_attend(c);
         *exit = result == ATTEND_EXIT ? ENGINE_EXIT_ATTENTION : ENGINE_EXIT_HALT;
         return result != ATTEND_DELIVERED;
     }
@@ -318,19 +323,19 @@ static __attribute__((noinline)) enum engine_exit run_loop(struct icpu *c, bool 
     enum engine_exit exit;
     for (;;) {
         if (unlikely(atomic_load_explicit(&c->v.attention, memory_order_relaxed))) {
-            enum attend_result result = attend(c);
+            enum attend_result result = interp_attend(c);
             if (result == ATTEND_EXIT || (single && result == ATTEND_DELIVERED))
                 return ENGINE_EXIT_ATTENTION;
         }
         if (unlikely(c->v.cpu.activity != CPU_RUNNING)) {
-            if (stopped(c, &exit))
+            if (interp_stopped(c, &exit))
                 return exit;
             continue;
         }
         if (unlikely(c->v.trace != NULL))
             trace_block(c);
         if (unlikely(c->slow || single)) {
-            run_one(c);
+            interp_run_one(c);
             if (single && c->v.cpu.activity == CPU_RUNNING)
                 return ENGINE_EXIT_ATTENTION;
             continue;
@@ -339,8 +344,7 @@ static __attribute__((noinline)) enum engine_exit run_loop(struct icpu *c, bool 
     }
 }
 
-/* After a longjmp: what the interrupted instruction had begun is undone or finished. */
-static void recover(struct icpu *c, int why)
+void interp_recover(struct icpu *c, int why)
 {
     struct cpu_state *cpu = &c->v.cpu;
     if (c->current) {
@@ -360,6 +364,24 @@ static void recover(struct icpu *c, int why)
         shadow_end(c);
         interp_mode_changed(c);
     }
+    if (why == INTERP_FAULT)
+        exception_deliver(c);
+}
+
+void interp_enter(struct icpu *c)
+{
+    c->v.cpu.gpr[GPR_ZERO] = 0;
+    flags_set_arithmetic(c, c->v.cpu.rflags);
+    interp_mode_changed(c);
+    vcpu_raise_attention(&c->v); /* whatever came in while outside */
+}
+
+void interp_leave(struct icpu *c)
+{
+    simd_save(c);
+    c->v.cpu.rflags = flags_get(c);
+    if (c->code_bits != 64)
+        c->v.cpu.gpr[GPR_RIP] = (uint32_t)c->v.cpu.gpr[GPR_RIP];
 }
 
 static enum engine_exit interp_execute(struct vcpu *v, bool single)
@@ -367,24 +389,15 @@ static enum engine_exit interp_execute(struct vcpu *v, bool single)
     struct icpu *c = (struct icpu *)v;
     enum engine_exit exit = ENGINE_EXIT_ATTENTION;
     int why = setjmp(c->escape);
-    if (!why) {
-        v->cpu.gpr[GPR_ZERO] = 0;
-        flags_set_arithmetic(c, v->cpu.rflags);
-        interp_mode_changed(c);
-        vcpu_raise_attention(v); /* whatever came in while outside */
-    } else {
-        recover(c, why);
-        if (why == INTERP_FAULT)
-            exception_deliver(c);
-    }
+    if (!why)
+        interp_enter(c);
+    else
+        interp_recover(c, why);
     if (v->cpu.activity == CPU_SHUTDOWN)
         exit = ENGINE_EXIT_SHUTDOWN;
     else if (!why || !single)
         exit = run_loop(c, single);
-    simd_save(c);
-    v->cpu.rflags = flags_get(c);
-    if (c->code_bits != 64)
-        v->cpu.gpr[GPR_RIP] = (uint32_t)v->cpu.gpr[GPR_RIP];
+    interp_leave(c);
     return exit;
 }
 
@@ -399,6 +412,19 @@ static enum engine_exit interp_step(struct vcpu *v)
 }
 
 /* ---- engine and vCPUs ---- */
+
+void interp_engine_init(struct engine *e, struct physmap *memory)
+{
+    e->memory = memory;
+    pthread_mutex_init(&e->lock, NULL);
+    pthread_mutex_init(&e->split_lock, NULL);
+}
+
+void interp_engine_fini(struct engine *e)
+{
+    pthread_mutex_destroy(&e->lock);
+    pthread_mutex_destroy(&e->split_lock);
+}
 
 static int interp_probe(struct error *err)
 {
@@ -415,17 +441,14 @@ static int interp_create(struct engine **out, struct physmap *memory, struct err
         free(e);
         return error_set(err, rc, "cannot install fault handlers: %s", strerror(-rc));
     }
-    e->memory = memory;
-    pthread_mutex_init(&e->lock, NULL);
-    pthread_mutex_init(&e->split_lock, NULL);
+    interp_engine_init(e, memory);
     *out = e;
     return 0;
 }
 
 static void interp_destroy(struct engine *e)
 {
-    pthread_mutex_destroy(&e->lock);
-    pthread_mutex_destroy(&e->split_lock);
+    interp_engine_fini(e);
     free(e);
 }
 
@@ -452,20 +475,20 @@ static void engine_remove(struct engine *e, const struct icpu *c)
     pthread_mutex_unlock(&e->lock);
 }
 
-static void interp_vcpu_free(struct icpu *c)
+void icpu_destroy(struct icpu *c)
 {
+    engine_remove(c->engine, c);
     if (c->native)
         native_destroy(c);
     block_cache_destroy(c->blocks);
     if (c->asids)
         tlb_destroy(c);
-    free(c);
 }
 
-static void vcpu_configure(struct icpu *c, struct engine *e, const struct vcpu_config *config)
+static void vcpu_configure(struct icpu *c, struct engine *e, const struct engine_ops *ops, const struct vcpu_config *config)
 {
     c->v.index = config->index;
-    c->v.ops = &interp_engine;
+    c->v.ops = ops;
     c->v.host_ops = config->host_ops;
     c->v.host = config->host;
     c->v.memory = config->memory;
@@ -476,25 +499,33 @@ static void vcpu_configure(struct icpu *c, struct engine *e, const struct vcpu_c
     cpu_reset(&c->v.cpu, CPU_RESET_POWER_ON);
 }
 
+int icpu_create(struct icpu *c, struct engine *e, const struct engine_ops *ops, const struct vcpu_config *config,
+                const struct icpu_sizes *sizes)
+{
+    vcpu_configure(c, e, ops, config);
+    int rc = tlb_create(c);
+    if (!rc) {
+        c->blocks = block_cache_create(sizes->blocks_bytes);
+        rc = c->blocks ? native_create(c, sizes->stubs_bytes) : -ENOMEM;
+    }
+    if (rc)
+        return rc;
+    interp_mode_changed(c);
+    tlb_flush_all(c);
+    return engine_add(e, c);
+}
+
 static int interp_vcpu_create(struct engine *e, const struct vcpu_config *config, struct vcpu **out, struct error *err)
 {
+    static const struct icpu_sizes sizes = {.blocks_bytes = 24u << 20, .stubs_bytes = 8u << 20};
     struct icpu *c = aligned_alloc(_Alignof(struct icpu), sizeof(*c));
     if (!c)
         return error_set(err, -ENOMEM, "no memory for vCPU %u", config->index);
     memset(c, 0, sizeof(*c));
-    vcpu_configure(c, e, config);
-    int rc = tlb_create(c);
-    if (!rc) {
-        c->blocks = block_cache_create();
-        rc = c->blocks ? native_create(c) : -ENOMEM;
-    }
-    if (!rc) {
-        interp_mode_changed(c);
-        tlb_flush_all(c);
-        rc = engine_add(e, c);
-    }
+    int rc = icpu_create(c, e, &interp_engine, config, &sizes);
     if (rc) {
-        interp_vcpu_free(c);
+        icpu_destroy(c);
+        free(c);
         return error_set(err, rc, "cannot create vCPU %u: %s", config->index, strerror(-rc));
     }
     *out = &c->v;
@@ -503,12 +534,11 @@ static int interp_vcpu_create(struct engine *e, const struct vcpu_config *config
 
 static void interp_vcpu_destroy(struct vcpu *v)
 {
-    struct icpu *c = (struct icpu *)v;
-    engine_remove(c->engine, c);
-    interp_vcpu_free(c);
+    icpu_destroy((struct icpu *)v);
+    free(v);
 }
 
-static void interp_state_changed(struct vcpu *v)
+void interp_state_changed(struct vcpu *v)
 {
     struct icpu *c = (struct icpu *)v;
     c->delivering = -1;
@@ -517,7 +547,7 @@ static void interp_state_changed(struct vcpu *v)
     tlb_flush_all(c);
 }
 
-static void interp_invalidate(struct engine *e, gpa_t gpa, uint64_t length_bytes)
+void interp_invalidate(struct engine *e, gpa_t gpa, uint64_t length_bytes)
 {
     pthread_mutex_lock(&e->lock);
     for (unsigned n = 0; n < INTERP_VCPUS_MAX; n++) {

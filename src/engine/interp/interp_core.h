@@ -19,6 +19,41 @@ struct engine {
     struct icpu *vcpus[INTERP_VCPUS_MAX];
 };
 
+/* ---- what an engine built around the interpreter takes of it (interp.c) ---- */
+
+struct icpu_sizes {
+    size_t blocks_bytes; /* arena of decoded blocks */
+    size_t stubs_bytes;  /* arena of native stubs, and that of their records */
+};
+
+void interp_engine_init(struct engine *e, struct physmap *memory); /* *e is zero */
+void interp_engine_fini(struct engine *e);
+
+/* Makes a vCPU in *c, which is zero but for tlb_listener and memory_shift. */
+int icpu_create(struct icpu *c, struct engine *e, const struct engine_ops *ops, const struct vcpu_config *config,
+                const struct icpu_sizes *sizes) __attribute__((warn_unused_result));
+void icpu_destroy(struct icpu *c); /* *c itself stays; also after a failed icpu_create */
+
+enum attend_result { ATTEND_NOTHING, ATTEND_DELIVERED, ATTEND_EXIT };
+
+/*
+ * A run loop has setjmp(c->escape) and around it: first interp_enter; after a longjmp interp_recover; in between, while the activity is CPU_RUNNING, interp_attend when attention is
+ * raised and then interp_run_next, or interp_run_one when c->slow; interp_stopped (true: leave with *exit) when the activity is another; interp_leave at the end. Each of these may longjmp, except
+ * interp_enter and interp_leave.
+ */
+void interp_enter(struct icpu *c);
+void interp_leave(struct icpu *c);
+void interp_recover(struct icpu *c, int why); /* what the interrupted instruction had begun is undone or finished, and its fault delivered */
+enum attend_result interp_attend(struct icpu *c);
+bool interp_stopped(struct icpu *c, enum engine_exit *exit);
+void interp_run_one(struct icpu *c);  /* one instruction and the traps that follow it */
+void interp_run_next(struct icpu *c); /* one block */
+
+void interp_state_changed(struct vcpu *v);
+void interp_invalidate(struct engine *e, gpa_t gpa, uint64_t length_bytes);
+
+/* ---- between the core's files ---- */
+
 /* A store of `length` bytes went to host memory: the running block may have been hit. */
 void block_note_store(struct icpu *c, uintptr_t host, unsigned length);
 

@@ -111,7 +111,7 @@ struct block {
 };
 
 struct block_cache;
-struct block_cache *block_cache_create(void);
+struct block_cache *block_cache_create(size_t arena_bytes);
 void block_cache_destroy(struct block_cache *cache);
 void block_cache_flush(struct icpu *c);
 /* The block at the current rip, decoded if need be. May raise a fault of the instruction fetch. Never ends in the middle of the page's last
@@ -132,6 +132,14 @@ unsigned decode_insn(struct icpu *c, const uint8_t *bytes, unsigned available, u
 struct tlb_entry {
     uint64_t read, write, execute;
     uintptr_t addend; /* host address = gva + addend */
+};
+
+/* Told of TLB maintenance, by an engine that keeps translations of its own beside the interpreter's. Called after the interpreter's are gone; v.cpu holds the new state. */
+struct tlb_listener {
+    void (*flush_all)(struct icpu *c);
+    void (*flush_non_global)(struct icpu *c, unsigned asid);
+    void (*load_cr3)(struct icpu *c, bool keep); /* keep: those of the address space loaded stay true */
+    void (*flush_page)(struct icpu *c, gva_t gva);
 };
 
 enum tlb_view { VIEW_USER, VIEW_SUPERVISOR /* SMAP applies */, VIEW_SUPERVISOR_AC /* EFLAGS.AC or no SMAP */, VIEW_COUNT };
@@ -193,6 +201,8 @@ struct icpu {
     struct block_cache *blocks;
     struct tlb_entry *views[VIEW_COUNT + 1]; /* TLB_ENTRIES each; the last never has a tag */
     struct tlb_asid *asids;              /* tlb.c: PCID -> generation */
+    const struct tlb_listener *tlb_listener; /* NULL: none */
+    ptrdiff_t memory_shift; /* from PhysMap's own mapping of RAM to the one that accesses go to */
 
     _Atomic uint32_t shootdown; /* another thread asks for a full TLB and block flush (engine invalidate) */
     struct engine *engine;
@@ -431,7 +441,7 @@ uint64_t stack_peek(struct icpu *c, unsigned size, unsigned offset_bytes);
 
 /* ---- native execution (native.c) ---- */
 
-int native_create(struct icpu *c);
+int native_create(struct icpu *c, size_t arena_bytes); /* for code, and as much for records */
 void native_destroy(struct icpu *c);
 void native_flush(struct icpu *c); /* with block_cache_flush: stubs die with their blocks */
 /* Moves live x87/SSE/AVX state to v.cpu.xsave. Cheap when not live. */

@@ -12,12 +12,13 @@
 
 #include "engine/interp/native_priv.h"
 
-int native_create(struct icpu *c)
+int native_create(struct icpu *c, size_t arena_bytes)
 {
     struct native_arena *a = aligned_alloc(64, (sizeof(*a) + 63) & ~63ul);
     if (!a)
         return -ENOMEM;
     memset(a, 0, sizeof(*a));
+    a->arena_bytes = arena_bytes;
     c->native = a;
     c->simd_live = false;
     int error = native_state_create(c);

@@ -20,18 +20,19 @@ struct record {
 
 int native_code_create(struct native_arena *a)
 {
+    size_t length = a->arena_bytes;
     int error = 0, fd = memfd_create("doppel-stubs", MFD_CLOEXEC);
     if (fd < 0)
         return -errno;
     void *rw = MAP_FAILED, *rx = MAP_FAILED, *records = MAP_FAILED;
-    if (ftruncate(fd, CODE_ARENA_BYTES))
+    if (ftruncate(fd, (off_t)length))
         goto fail;
-    rw = mmap(NULL, CODE_ARENA_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    rx = mmap(NULL, CODE_ARENA_BYTES, PROT_READ | PROT_EXEC, MAP_SHARED, fd, 0);
-    records = mmap(NULL, RECORD_ARENA_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    rw = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    rx = mmap(NULL, length, PROT_READ | PROT_EXEC, MAP_SHARED, fd, 0);
+    records = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (rw == MAP_FAILED || rx == MAP_FAILED || records == MAP_FAILED)
         goto fail;
-    error = native_fault_register(rx, CODE_ARENA_BYTES);
+    error = native_fault_register(rx, length);
     if (error)
         goto fail_registered;
     close(fd);
@@ -44,11 +45,11 @@ fail:
     error = -errno;
 fail_registered:
     if (records != MAP_FAILED)
-        munmap(records, RECORD_ARENA_BYTES);
+        munmap(records, length);
     if (rx != MAP_FAILED)
-        munmap(rx, CODE_ARENA_BYTES);
+        munmap(rx, length);
     if (rw != MAP_FAILED)
-        munmap(rw, CODE_ARENA_BYTES);
+        munmap(rw, length);
     close(fd);
     return error;
 }
@@ -58,15 +59,15 @@ void native_code_destroy(struct native_arena *a)
     if (!a->code_rx)
         return;
     native_fault_unregister(a->code_rx);
-    munmap((void *)a->code_rx, CODE_ARENA_BYTES);
-    munmap(a->code_rw, CODE_ARENA_BYTES);
-    munmap(a->records, RECORD_ARENA_BYTES);
+    munmap((void *)a->code_rx, a->arena_bytes);
+    munmap(a->code_rw, a->arena_bytes);
+    munmap(a->records, a->arena_bytes);
 }
 
 void native_code_flush(struct native_arena *a)
 {
     /* Stubs that the next blocks will want again are worth keeping while there is room. */
-    if (a->code_used < CODE_ARENA_BYTES / 2 && a->records_used < RECORD_ARENA_BYTES / 2)
+    if (a->code_used < a->arena_bytes / 2 && a->records_used < a->arena_bytes / 2)
         return;
     a->code_used = a->records_used = 0;
     a->code_reused = true;
@@ -125,7 +126,7 @@ const struct native_code *native_code_intern(struct icpu *c, const struct native
 
     uint32_t record_bytes = (uint32_t)((sizeof(struct record) + stub->length + 15) & ~15ul);
     uint32_t code_bytes = (stub->length + 15) & ~15u;
-    if (a->records_used + record_bytes > RECORD_ARENA_BYTES || a->code_used + code_bytes > CODE_ARENA_BYTES)
+    if (a->records_used + record_bytes > a->arena_bytes || a->code_used + code_bytes > a->arena_bytes)
         return NULL;
     struct record *r = (struct record *)(a->records + a->records_used);
     *r = (struct record){.next = *bucket, .hash = hash, .code = *wanted};

@@ -72,9 +72,7 @@ struct native_component {
     bool align64;          /* in the compacted form */
 };
 
-#define CODE_ARENA_BYTES (8u << 20)
 #define STUB_BYTES_MAX 128
-#define RECORD_ARENA_BYTES (8u << 20)
 #define STUB_BUCKETS 4096
 
 struct native_arena {
@@ -95,6 +93,7 @@ struct native_arena {
     uint64_t fdp, loaded_fdp;
     bool fdp_known;     /* an instruction with a memory operand has run since simd_load */
 
+    size_t arena_bytes; /* of code, and of records */
     uint8_t *code_rw;
     const uint8_t *code_rx;
     uint32_t code_used;

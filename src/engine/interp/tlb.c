@@ -100,21 +100,38 @@ void tlb_flush_all(struct icpu *c)
     vcpu_count(&c->v, COUNTER_tlb_flushes);
     forget_everything(c);
     generation_renew(c, current_asid(c));
+    if (c->tlb_listener)
+        c->tlb_listener->flush_all(c);
+}
+
+static void asid_drop(struct icpu *c, unsigned asid)
+{
+    if (asid == current_asid(c)) {
+        vcpu_count(&c->v, COUNTER_tlb_flushes);
+        generation_renew(c, asid);
+    } else {
+        c->asids->generation[asid] = 0;
+    }
 }
 
 void tlb_flush_non_global(struct icpu *c)
 {
-    vcpu_count(&c->v, COUNTER_tlb_flushes);
-    generation_renew(c, current_asid(c));
+    unsigned asid = current_asid(c);
+    asid_drop(c, asid);
+    if (c->tlb_listener)
+        c->tlb_listener->flush_non_global(c, asid);
 }
 
 void tlb_load_cr3(struct icpu *c, uint64_t value, bool keep)
 {
     unsigned asid = current_asid(c);
-    if (keep && (c->v.cpu.cr4 & CR4_PCIDE) && c->asids->generation[asid])
+    keep = keep && (c->v.cpu.cr4 & CR4_PCIDE);
+    if (keep && c->asids->generation[asid])
         c->tlb_generation = c->asids->generation[asid];
     else
-        tlb_flush_non_global(c);
+        asid_drop(c, asid);
+    if (c->tlb_listener)
+        c->tlb_listener->load_cr3(c, keep);
 }
 
 static bool entry_in_region(const struct tlb_entry *e, gva_t gva, unsigned shift)
@@ -157,6 +174,8 @@ void tlb_flush_page(struct icpu *c, gva_t gva)
                 *e = (struct tlb_entry){TLB_NEVER, TLB_NEVER, TLB_NEVER, 0};
         }
     }
+    if (c->tlb_listener)
+        c->tlb_listener->flush_page(c, gva);
 }
 
 void tlb_invpcid(struct icpu *c, unsigned type, uint16_t pcid, gva_t gva)
@@ -166,10 +185,10 @@ void tlb_invpcid(struct icpu *c, unsigned type, uint16_t pcid, gva_t gva)
         tlb_flush_page(c, gva);
         break;
     case 1:
-        if (pcid == current_asid(c))
-            tlb_flush_non_global(c);
-        else
-            c->asids->generation[pcid & (ASIDS - 1)] = 0;
+        pcid &= ASIDS - 1;
+        asid_drop(c, pcid);
+        if (c->tlb_listener)
+            c->tlb_listener->flush_non_global(c, pcid);
         break;
     default: /* all, with or without global pages */
         tlb_flush_all(c);
@@ -296,6 +315,7 @@ static void *translate_miss(struct icpu *c, enum tlb_view view, gva_t gva, unsig
         host = physmap_get(c->v.memory, gpa_page, PAGE_SIZE_BYTES, access & PAGING_FETCH ? PHYSMAP_EXECUTE : PHYSMAP_READ);
     if (!host)
         return NULL;
+    host += c->memory_shift;
     large_page_note(c, gva, page.page_bytes);
     entry_fill(c, view, gva, access, writable, (uintptr_t)host);
     return host + (gva & PAGE_MASK_BITS);

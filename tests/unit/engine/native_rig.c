@@ -436,7 +436,7 @@ int rig_create(void)
     c->code_bits = 64;
     c->tlb = calloc(TLB_ENTRIES, sizeof(*c->tlb));
     c->tlb_generation = 1;
-    error = native_create(c);
+    error = native_create(c, 8u << 20);
     if (error)
         return error;
     rig.xsave_mask = c->native->xsave_mask;
