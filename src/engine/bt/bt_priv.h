@@ -8,6 +8,7 @@
  * Translated code, from the inside:
  * - GS base is the base T of a *view*: two tables and, below them, an alias of this vCPU's structure (`struct bt_vcpu`), so that gs:[BT_CTX(field)] is a field.
  *     [T - 2 GiB, T - 1 GiB)     exec table: 2^27 entries E, index = bits 12..38 of the gva (PEXT with exec_mask)
+ *     [T + BT_CHECK, + 8 KiB)    one readable page of zeros, one never mapped
  *     [T - BT_CTX_BYTES, T)      struct bt_vcpu
  *     [T, T + 4 GiB)             data table: 2^29 entries V, index = bits 12..40 of the gva (RORX 12 and a 32-bit address)
  * - Data: host address = gva + V. Code: DT slot = E + gva * 4, which holds the TC offset of the block's dynamic entry, or 0.
@@ -16,7 +17,9 @@
  *   that role (struct bt_site.spilled).
  * - A dynamic transfer (return, indirect or cross-page jump) has the target's linear address in R11; a dynamic entry derives page_va from it. Direct jumps
  *   inside a page go to chain entries and are patched in place. No direct jump ever leaves its page, so dropping a page is zeroing its DT.
- * - EFLAGS.AC is set, so that a scalar access that could cross a page raises #AC. C code runs with AC and DF clear.
+ * - An access that could cross a page first reads one byte at gs:[BT_CHECK + (gva & 0xfff) + size - 1]: the page at BT_CHECK is readable, the next one is not, so it
+ *   faults exactly when the access crosses. No flags, no branch. (EFLAGS.AC is not used: a site that does misalign could not be run with it at all.)
+ * - C code runs with DF clear.
  * - Every host instruction that can fault belongs to a site that says how to get the precise guest state back.
  *
  * Threading: a bt_vcpu belongs to its thread, but `exec_mask`, `poll` and `poll_sti` are also written by bt_kick from any thread. bt_engine.lock guards the
@@ -60,6 +63,7 @@ void layout_destroy(struct bt_layout *layout);
 /* ---- views: the tables of one address space at one privilege (tables.c) ---- */
 
 #define BT_CTX_BYTES 65536u
+#define BT_CHECK (-(int32_t)BT_CTX_BYTES - 8192) /* from T: one readable page, then one that is never mapped */
 #define BT_DATA_TABLE_BYTES (4ull << 30)
 #define BT_EXEC_TABLE_OFFSET (-(2ll << 30))
 #define BT_EXEC_TABLE_BYTES (1ull << 30)
@@ -96,7 +100,7 @@ struct bt_page {
     struct bt_block *blocks;   /* newest first, valid ones only */
     struct bt_page *next;      /* in its hash bucket */
     struct bt_page *same_page; /* other modes of the same physical page */
-    uint8_t odd_sites[512];    /* bit per byte offset: the instruction there is translated with explicit alignment and crossing checks */
+    uint8_t odd_sites[512];    /* bit per byte offset: the instruction there crosses pages now and then: its check branches instead of faulting */
     uint8_t call_sites[512];   /* bit per byte offset: the instruction there keeps reaching MMIO or faulting: goes to the interpreter without trying */
 };
 
@@ -117,7 +121,8 @@ struct bt_block {
 
 enum bt_site_kind {
     SITE_INSN, /* guest rip = page_va + page_offset: the instruction has had no effect yet */
-    SITE_JUMP, /* all before is done; guest rip is in R11 and R10 is scratch (dynamic transfer) */
+    SITE_JUMP, /* all before is done; guest rip is in R11 and R10 is scratch (dynamic transfer). When R11 is not canonical, the branch itself raises #GP: then the state
+                * before it is rip = page_va + page_offset with rsp_adjust undone (BT_EXIT_interp executes the branch again) */
 };
 
 /* Host code from tc_offset up to the next site's. */
@@ -196,14 +201,12 @@ struct bt_vcpu {
     _Atomic uintptr_t poll_sti;     /* the same after instructions that set IF; layout.poison also while an interrupt waits for IF */
     uint64_t poll_word;
     uint64_t host_rsp;
-    uint64_t host_flags;   /* guest arithmetic flags and DF, plus the host's fixed bits (AC, IF): loaded on entry, stored on exit */
+    uint64_t host_flags;   /* guest arithmetic flags and DF, plus the host's fixed bits (IF and bit 1): loaded on entry, stored on exit */
     uint64_t enter_target; /* host address that bt_enter jumps to */
     uint64_t link_site;    /* BT_EXIT_link: TC offset of the 32-bit displacement to patch */
     uint64_t scratch[8];   /* spills inside one instruction's translation */
     uint64_t mask_low12;   /* constants for PEXT/PDEP: 0xfff */
-    uint64_t mask_bit12;   /* 0x1000 */
     uint64_t mask_arith;   /* OSZAPC and DF */
-    uint64_t cross_table[2]; /* {0, 1 << 62}: index is "crosses a page"; added to an address it makes it non-canonical */
 
     /* Not seen by translated code. */
     struct bt_engine *engine;
