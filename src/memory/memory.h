@@ -5,7 +5,7 @@
  * bus). Callers ask with an intent and a length and never compute host pointers themselves. In this version every RAM page is resident;
  * the interface already lets a page be somewhere else or move (`-EAGAIN`, physmap_put), so that sharing, ballooning and
  * swapping need no new callers.
- * Threading: ranges are set up before vCPUs run. Look-ups are lock-free from any thread.
+ * Threading: ranges are set up before vCPUs run. Look-ups and marks are lock-free from any thread.
  */
 #ifndef DOPPEL_MEMORY_MEMORY_H
 #define DOPPEL_MEMORY_MEMORY_H
@@ -45,10 +45,35 @@ uint64_t physmap_high_bytes(const struct physmap *map); /* RAM from 4 GiB on */
  */
 void *physmap_get(struct physmap *map, gpa_t gpa, uint64_t length_bytes, enum physmap_intent intent);
 
-/* Marks [gpa, +length) dirty after a write that did not go through an engine (device DMA). */
+/*
+ * Maps all RAM once more, at the page-aligned address `at`, over whatever is mapped there: low RAM first, the rest right behind it. Offsets in such
+ * a mapping are those of physmap_offset. The caller unmaps. 0 or -errno.
+ */
+int physmap_map(struct physmap *map, void *at, int prot) __attribute__((warn_unused_result));
+/* Offset of [gpa, +length) in a linear mapping of the RAM; false when the range is not all in one range of RAM. */
+bool physmap_offset(const struct physmap *map, gpa_t gpa, uint64_t length_bytes, uint64_t *offset);
+/* The reverse. offset < physmap_ram_bytes. */
+gpa_t physmap_gpa(const struct physmap *map, uint64_t offset);
+
+/*
+ * Marks [gpa, +length) dirty. After the bytes were written, by everything that is not an engine's own store (device DMA, loaders): whoever watches one of the pages is called
+ * from here.
+ */
 void physmap_mark_dirty(struct physmap *map, gpa_t gpa, uint64_t length_bytes);
+/* Dirty marks only. For engines, which notice their own stores to pages that they watch. */
+void physmap_mark_written(struct physmap *map, gpa_t gpa, uint64_t length_bytes);
 /* True when the page at gpa was marked since the last call for it; forgets the mark. Any thread. */
 bool physmap_take_dirty(struct physmap *map, gpa_t gpa);
+
+/*
+ * Watching, for engines that keep something made from guest memory (translations). `changed` is called on the writer's thread, for ranges with at least one watched
+ * page; it must not mark memory itself. NULL removes `opaque`; when that returns, no call is under way any more. At most PHYSMAP_WATCHERS_MAX.
+ * A watcher that watches a page and then reads it either reads what a writer wrote or is called afterwards.
+ */
+#define PHYSMAP_WATCHERS_MAX 4
+void physmap_watch_set(struct physmap *map, void (*changed)(void *opaque, gpa_t gpa, uint64_t length_bytes), void *opaque);
+/* Watches the page at gpa or no longer does, for all watchers together. Any thread. */
+void physmap_watch_page(struct physmap *map, gpa_t gpa, bool on);
 
 /* Copies, for boot loaders, descriptors and tables. -EFAULT when any byte is outside RAM (nothing is copied then). */
 int physmap_read(struct physmap *map, gpa_t gpa, void *data, uint64_t length_bytes) __attribute__((warn_unused_result));
@@ -59,7 +84,7 @@ int physmap_set_rom(struct physmap *map, gpa_t gpa, uint64_t length_bytes) __att
 /* True when a guest write to gpa is silently dropped (ROM) rather than sent to the bus. */
 bool physmap_is_rom(const struct physmap *map, gpa_t gpa);
 
-/* Zeroes all RAM (machine reset keeps RAM; this is for tests and fresh starts). */
+/* Zeroes all RAM and marks it dirty (machine reset keeps RAM; this is for tests and fresh starts). */
 void physmap_zero(struct physmap *map);
 
 #endif

@@ -3,13 +3,16 @@
  *
  * Invariants: `base` maps exactly `ram` bytes, and the memfd is sealed at that size, so that no access inside can raise SIGBUS for a
  * shrunken file. ROM is RAM with a guard: a short sorted list of page-aligned ranges, written before vCPUs run and constant afterwards.
- * The dirty bitmap holds one bit a page of RAM.
- * Threading: look-ups read only constant fields and take no lock; dirty bits are atomic.
+ * The dirty and watch bitmaps hold one bit a page of RAM.
+ * Threading: look-ups read only constant fields and take no lock; the bitmaps are atomic. Watchers are called with watch_lock held for reading, so
+ * that they may take locks under which others mark memory.
  */
 #include "memory/memory.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
@@ -22,13 +25,20 @@ struct rom_range {
     gpa_t start, end;
 };
 
+struct watcher {
+    void (*changed)(void *opaque, gpa_t gpa, uint64_t length_bytes);
+    void *opaque;
+};
+
 struct physmap {
     int fd;
     uint8_t *base;
     uint64_t ram_bytes, low_bytes, high_bytes;
     struct rom_range rom[ROM_RANGES_MAX]; /* ascending, disjoint */
     unsigned rom_count;
-    _Atomic uint64_t *dirty;
+    _Atomic uint64_t *dirty, *watched;
+    pthread_rwlock_t watch_lock;
+    struct watcher watchers[PHYSMAP_WATCHERS_MAX]; /* free ones have no `changed` */
 };
 
 static uint64_t host_memory_bytes(void)
@@ -87,6 +97,7 @@ int physmap_create(struct physmap **out, uint64_t ram_bytes, struct error *err)
     map = calloc(1, sizeof(*map));
     if (!map)
         return error_set(err, -ENOMEM, "no memory for the guest's memory map");
+    pthread_rwlock_init(&map->watch_lock, NULL);
     map->fd = -1;
     map->ram_bytes = ram_bytes;
     map->low_bytes = ram_bytes < PHYSMAP_LOW_LIMIT ? ram_bytes : PHYSMAP_LOW_LIMIT;
@@ -95,8 +106,9 @@ int physmap_create(struct physmap **out, uint64_t ram_bytes, struct error *err)
     if (ret < 0)
         goto fail;
     map->dirty = calloc((ram_bytes / PAGE_SIZE_BYTES + 63) / 64, sizeof(*map->dirty));
-    if (!map->dirty) {
-        ret = error_set(err, -ENOMEM, "no memory for the guest's dirty page map");
+    map->watched = calloc((ram_bytes / PAGE_SIZE_BYTES + 63) / 64, sizeof(*map->watched));
+    if (!map->dirty || !map->watched) {
+        ret = error_set(err, -ENOMEM, "no memory for the guest's page maps");
         goto fail;
     }
     *out = map;
@@ -112,6 +124,8 @@ void physmap_destroy(struct physmap *map)
     if (!map)
         return;
     free(map->dirty);
+    free(map->watched);
+    pthread_rwlock_destroy(&map->watch_lock);
     if (map->base)
         munmap(map->base, map->ram_bytes);
     if (map->fd >= 0)
@@ -169,12 +183,34 @@ void *physmap_get(struct physmap *map, gpa_t gpa, uint64_t length_bytes, enum ph
     return map->base + offset;
 }
 
-void physmap_mark_dirty(struct physmap *map, gpa_t gpa, uint64_t length_bytes)
+int physmap_map(struct physmap *map, void *at, int prot)
+{
+    if (mmap(at, map->ram_bytes, prot, MAP_SHARED | MAP_NORESERVE | MAP_FIXED, map->fd, 0) == MAP_FAILED)
+        return -errno;
+    (void)madvise(at, map->ram_bytes, MADV_DONTDUMP);
+    return 0;
+}
+
+bool physmap_offset(const struct physmap *map, gpa_t gpa, uint64_t length_bytes, uint64_t *offset)
+{
+    return ram_offset(map, gpa, length_bytes, offset);
+}
+
+gpa_t physmap_gpa(const struct physmap *map, uint64_t offset)
+{
+    return offset < map->low_bytes ? offset : PHYSMAP_HIGH_BASE + (offset - map->low_bytes);
+}
+
+/* ---- dirty pages and watched pages ---- */
+
+/* Sets the dirty bits; true when one of the pages is watched. */
+static bool mark(struct physmap *map, gpa_t gpa, uint64_t length_bytes)
 {
     uint64_t offset, first, last;
+    bool watched = false;
 
     if (length_bytes == 0 || !ram_offset(map, gpa, length_bytes, &offset))
-        return;
+        return false;
     first = offset / PAGE_SIZE_BYTES;
     last = (offset + length_bytes - 1) / PAGE_SIZE_BYTES;
     for (uint64_t word = first / 64; word <= last / 64; word++) {
@@ -184,8 +220,61 @@ void physmap_mark_dirty(struct physmap *map, gpa_t gpa, uint64_t length_bytes)
             bits &= ~0ull << (first % 64);
         if (word == last / 64)
             bits &= ~0ull >> (63 - last % 64);
-        atomic_fetch_or_explicit(&map->dirty[word], bits, memory_order_release);
+        /* Sequentially consistent: the writer writes bytes and then looks at `watched`, the watcher the other way round. */
+        atomic_fetch_or(&map->dirty[word], bits);
+        watched |= (atomic_load(&map->watched[word]) & bits) != 0;
     }
+    return watched;
+}
+
+void physmap_mark_written(struct physmap *map, gpa_t gpa, uint64_t length_bytes)
+{
+    (void)mark(map, gpa, length_bytes);
+}
+
+void physmap_mark_dirty(struct physmap *map, gpa_t gpa, uint64_t length_bytes)
+{
+    if (!mark(map, gpa, length_bytes))
+        return;
+    pthread_rwlock_rdlock(&map->watch_lock);
+    for (unsigned i = 0; i < PHYSMAP_WATCHERS_MAX; i++) {
+        if (map->watchers[i].changed)
+            map->watchers[i].changed(map->watchers[i].opaque, gpa, length_bytes);
+    }
+    pthread_rwlock_unlock(&map->watch_lock);
+}
+
+void physmap_watch_set(struct physmap *map, void (*changed)(void *opaque, gpa_t gpa, uint64_t length_bytes), void *opaque)
+{
+    struct watcher *free_slot = NULL, *slot = NULL;
+
+    pthread_rwlock_wrlock(&map->watch_lock);
+    for (unsigned i = 0; i < PHYSMAP_WATCHERS_MAX; i++) {
+        if (!map->watchers[i].changed)
+            free_slot = &map->watchers[i];
+        else if (map->watchers[i].opaque == opaque)
+            slot = &map->watchers[i];
+    }
+    if (!slot && changed) {
+        assert(free_slot);
+        slot = free_slot;
+    }
+    if (slot)
+        *slot = (struct watcher){changed, opaque};
+    pthread_rwlock_unlock(&map->watch_lock);
+}
+
+void physmap_watch_page(struct physmap *map, gpa_t gpa, bool on)
+{
+    uint64_t offset, bit;
+
+    if (!ram_offset(map, gpa, 1, &offset))
+        return;
+    bit = 1ull << (offset / PAGE_SIZE_BYTES % 64);
+    if (on)
+        atomic_fetch_or(&map->watched[offset / PAGE_SIZE_BYTES / 64], bit);
+    else
+        atomic_fetch_and(&map->watched[offset / PAGE_SIZE_BYTES / 64], ~bit);
 }
 
 bool physmap_take_dirty(struct physmap *map, gpa_t gpa)
@@ -263,4 +352,6 @@ void physmap_zero(struct physmap *map)
     /* Giving the pages back is both quicker and thriftier than writing zeroes. */
     if (fallocate(map->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, (off_t)map->ram_bytes) < 0)
         memset(map->base, 0, map->ram_bytes);
+    physmap_mark_dirty(map, 0, map->low_bytes);
+    physmap_mark_dirty(map, PHYSMAP_HIGH_BASE, map->high_bytes);
 }
