@@ -7,7 +7,8 @@
  *
  * Translated code, from the inside:
  * - GS base is the base T of a *view*: two tables and, below them, an alias of this vCPU's structure (`struct bt_vcpu`), so that gs:[BT_CTX(field)] is a field.
- *     [T - 2 GiB, T - 1 GiB)     exec table: 2^27 entries E, index = bits 12..38 of the gva (PEXT with exec_mask)
+ *     [T - 2 GiB, T - 1 GiB)     exec table: 2^27 entries E, index = bits 12..38 of the gva (PEXT with exec_mask). Its first page (512 entries) is never readable:
+ *                                a kicked lookup (exec_mask 0) faults on index 0 whatever 64-bit value R11 has; no entry could be poison for all of them
  *     [T + BT_CHECK, + 8 KiB)    one readable page of zeros, one never mapped
  *     [T - BT_CTX_BYTES, T)      struct bt_vcpu
  *     [T, T + 4 GiB)             data table: 2^29 entries V, index = bits 12..40 of the gva (RORX 12 and a 32-bit address)
@@ -263,7 +264,8 @@ void tables_load_cr3(struct icpu *c, bool keep);
 void tables_flush_page(struct icpu *c, gva_t gva);
 /* The pages of guest RAM at [ram_offset, +length): entries of this vCPU that allow writing must go. For dirty tracking. */
 uint64_t tables_bytes(const struct bt_vcpu *b); /* memory committed */
-/* True when `address` lies in one of this vCPU's tables (uncommitted chunk); commits the chunk that translated code touched. */
+/* True when `address` lies in one of this vCPU's tables (uncommitted chunk); commits the chunk that translated code touched. False elsewhere and in the exec table's first
+ * page: the lookup was kicked, or its target lies in the first 2 MiB of 512 GiB, whose pages are not cached (BT_EXIT_miss serves both). */
 bool tables_commit(struct bt_vcpu *b, uintptr_t address, gva_t gva_hint, bool exec);
 
 /* ---- cache.c ---- */
