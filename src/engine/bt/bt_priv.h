@@ -136,9 +136,14 @@ struct bt_site {
     uint8_t adjusted;   /* bytes from tc_offset after which rsp_adjust applies */
 };
 
-#define BT_BLOCKS_MAX 400000u
-#define BT_SITES_MAX 4000000u
+/* What one engine's cache may grow to; a full cache is flushed. Together below BT_CACHE_BYTES_MAX, whatever the guest does (cache.c checks). */
+#define BT_TC_BYTES (48u << 20)
+#define BT_CODE_PAGES_MAX 2048u /* one DT page of 16 KiB each: 32 MiB; the pool's page 0 stays zero for ever */
+#define BT_BLOCKS_MAX 200000u
+#define BT_SITES_MAX 1500000u
+#define BT_CACHE_BYTES_MAX (108u << 20)
 #define BT_BLOCK_TC_MAX 32768u
+#define BT_BLOCK_SITES_MAX 4096u
 
 /* ---- exits ---- */
 
@@ -166,7 +171,7 @@ struct bt_engine {
     struct bt_layout layout;
     struct bt_stubs stubs;
 
-    pthread_mutex_t lock;   /* guards everything below */
+    pthread_mutex_t lock;   /* guards everything below; recursive: walks of guest page tables mark memory, which may call cache_memory_changed */
     uint32_t tc_used;
     uint64_t epoch;         /* counts flushes; read without the lock by vCPUs on their way in */
     struct bt_block *blocks;
@@ -174,12 +179,13 @@ struct bt_engine {
     struct bt_site *sites;
     uint32_t site_count;
     struct bt_page **pages; /* hash table */
+    struct bt_page *page_store; /* page n has DT page n + 1 */
     uint32_t page_count, protected_pages;
     uint8_t *code_flags;    /* one byte per RAM page: BT_CODE_* */
 
     /* Stop the world, for flushes: see cache_exclusive_begin. */
     pthread_cond_t world;
-    unsigned world_wanted;
+    atomic_uint world_wanted; /* changed with the lock held */
 
     /* Statistics of translation, shown by --stats. */
     uint64_t translated_insns, translated_blocks, flushes, invalidations, translate_ns;
@@ -270,21 +276,29 @@ bool tables_commit(struct bt_vcpu *b, uintptr_t address, gva_t gva_hint, bool ex
 
 /* ---- cache.c ---- */
 
-int cache_create(struct bt_engine *e, struct error *err) __attribute__((warn_unused_result));
-void cache_destroy(struct bt_engine *e);
+int cache_create(struct bt_engine *e, struct error *err) __attribute__((warn_unused_result)); /* after layout_create and stubs_create */
+void cache_destroy(struct bt_engine *e); /* before layout_destroy; also after a failed cache_create */
+/*
+ * The way into translated code, without the lock: reset exec_mask and the polls; cache_enter; look the block up, or check that e->epoch is still that of
+ * the lookup; bt_enter; cache_leave. A kick is for whoever entered after a reset that came before it, so the reset may not come later. After cache_leave nothing known of
+ * the cache (link_site, blocks) holds unless the epoch, compared with the lock held, is the same. A vCPU that is inside may take the lock, but waits for nothing else.
+ * Both keep live vector state live. b->engine is set before the interpreter's icpu_create makes *b known to others.
+ */
+void cache_enter(struct bt_vcpu *b); /* waits while somebody has stopped the world */
+void cache_leave(struct bt_vcpu *b);
 /* All below: e->lock held. */
 struct bt_page *cache_page(struct bt_engine *e, uint64_t ram_offset, gpa_t gpa, const struct bt_mode *mode); /* found or made, write-protected; NULL: full, flush */
 struct bt_block *cache_block(struct bt_page *page, unsigned start);  /* valid block starting there, or NULL */
-/* Room for one block: 32 KiB of TC and 4096 sites. False: the caller flushes. */
+/* Room for one block: BT_BLOCK_TC_MAX and BT_BLOCK_SITES_MAX. False: the caller flushes. */
 bool cache_room(const struct bt_engine *e);
-/* Publishes a block whose code was written to tc_write + e->tc_used: appends block and sites, advances tc_used, sets the DT slot. */
+/* Publishes a block whose code was written to tc_write + e->tc_used: appends block and sites, advances tc_used, sets the DT slot, counts it. One that was there is dropped. */
 struct bt_block *cache_publish(struct bt_engine *e, const struct bt_block *block, const struct bt_site *sites);
 /* Drops a single block (its DT slot is cleared; direct jumps to it inside the page are redirected to its replacement by retranslation). */
 void cache_block_drop(struct bt_engine *e, struct bt_block *block);
 /* Drops all translations of the RAM page and makes window W writable there again. */
 void cache_page_drop(struct bt_engine *e, uint64_t ram_offset);
 void cache_flush(struct bt_engine *e); /* with the world stopped */
-/* Without the lock: stops all other vCPUs outside translated code, takes the lock. `b` is the caller's, or NULL. */
+/* Without the lock: stops all other vCPUs outside translated code, takes the lock. `b` is the caller's, or NULL; it is outside, too, from then on. */
 void cache_exclusive_begin(struct bt_engine *e, struct bt_vcpu *b);
 void cache_exclusive_end(struct bt_engine *e, struct bt_vcpu *b);
 /* Block containing the TC address, or NULL. Lock not needed by the vCPU that runs in it. */
