@@ -216,9 +216,63 @@ static bool walk_root(struct walk *w, gva_t gva, unsigned max_phys_bits, gpa_t *
     return true;
 }
 
-int paging_walk(struct physmap *memory, const struct cpu_state *cpu, unsigned max_phys_bits, gva_t gva, unsigned access,
-                struct paging_result *result, uint32_t *error_code)
+/* Walks until the bits of the entries used are set. 0 or -EFAULT and the error code. */
+static int walk_update(struct walk *w, gva_t gva, unsigned max_phys_bits, unsigned access, uint32_t *error_code)
 {
+    *error_code = fault_code(w->cpu, access);
+    for (unsigned attempt = 0;; attempt++) {
+        gpa_t table;
+        if (!walk_root(w, gva, max_phys_bits, &table))
+            return -EFAULT;
+        enum walk_status status = walk_tables(w, gva, table, max_phys_bits);
+        if (status == WALK_RESERVED)
+            *error_code |= PF_P | PF_RSVD;
+        if (status != WALK_OK)
+            return -EFAULT;
+        if (!access_allowed(w, access)) {
+            *error_code |= PF_P;
+            return -EFAULT;
+        }
+        if ((access & PAGING_NO_UPDATE) || attempt >= RETRIES_MAX || set_accessed_dirty(w, access & PAGING_WRITE))
+            return 0;
+    }
+}
+
+/* Reads the group's entries, which lie in one table, under the rights that the tables above it gave the page in the middle. */
+static void fill_group(const struct walk *above, unsigned access, struct paging_group *group)
+{
+    struct walk w = *above;
+    unsigned entry_bytes = w.mode->entry_bytes;
+    gpa_t first = w.entry_gpa[w.used - 1] & ~(gpa_t)(PAGING_GROUP * entry_bytes - 1);
+    const char *host = physmap_get(w.memory, first, PAGING_GROUP * entry_bytes, PHYSMAP_READ);
+    if (!host)
+        return;
+    uint64_t rights = ENTRY_RW | ENTRY_US;
+    for (unsigned n = 0; n + 1 < w.used; n++)
+        rights = (rights & (w.entry[n] | ENTRY_NX)) | (w.entry[n] & ENTRY_NX);
+    bool global = w.cpu->cr4 & CR4_PGE;
+    for (unsigned n = 0; n < PAGING_GROUP; n++, host += entry_bytes) {
+        uint64_t entry = entry_bytes == 4 ? __atomic_load_n((const uint32_t *)host, __ATOMIC_RELAXED)
+                                          : __atomic_load_n((const uint64_t *)host, __ATOMIC_RELAXED);
+        if ((entry & (ENTRY_P | ENTRY_A)) != (ENTRY_P | ENTRY_A) || (entry & w.reserved))
+            continue;
+        w.rights = (rights & (entry | ENTRY_NX)) | (entry & ENTRY_NX);
+        if (!access_allowed(&w, access & ~PAGING_WRITE))
+            continue;
+        group->gpa[n] = entry & ADDRESS_BITS;
+        group->readable |= (uint16_t)(1u << n);
+        if ((entry & ENTRY_D) && access_allowed(&w, access | PAGING_WRITE))
+            group->writable |= (uint16_t)(1u << n);
+        global = global && (entry & ENTRY_G);
+    }
+    group->all_global = global;
+}
+
+int paging_walk_group(struct physmap *memory, const struct cpu_state *cpu, unsigned max_phys_bits, gva_t gva, unsigned access,
+                      struct paging_result *result, struct paging_group *group, uint32_t *error_code)
+{
+    if (group)
+        group->readable = group->writable = 0;
     if (!(cpu->cr0 & CR0_PG)) {
         identity_result(gva, result);
         return 0;
@@ -229,23 +283,17 @@ int paging_walk(struct physmap *memory, const struct cpu_state *cpu, unsigned ma
         return -EINVAL;
 
     struct walk w = {.memory = memory, .cpu = cpu};
-    *error_code = fault_code(cpu, access);
-    for (unsigned attempt = 0;; attempt++) {
-        gpa_t table;
-        if (!walk_root(&w, gva, max_phys_bits, &table))
-            return -EFAULT;
-        enum walk_status status = walk_tables(&w, gva, table, max_phys_bits);
-        if (status == WALK_RESERVED)
-            *error_code |= PF_P | PF_RSVD;
-        if (status != WALK_OK)
-            return -EFAULT;
-        if (!access_allowed(&w, access)) {
-            *error_code |= PF_P;
-            return -EFAULT;
-        }
-        if ((access & PAGING_NO_UPDATE) || attempt >= RETRIES_MAX || set_accessed_dirty(&w, access & PAGING_WRITE))
-            break;
-    }
+    int rc = walk_update(&w, gva, max_phys_bits, access, error_code);
+    if (rc)
+        return rc;
     fill_result(&w, gva, result);
+    if (group && w.leaf_level == 1)
+        fill_group(&w, access, group);
     return 0;
+}
+
+int paging_walk(struct physmap *memory, const struct cpu_state *cpu, unsigned max_phys_bits, gva_t gva, unsigned access,
+                struct paging_result *result, uint32_t *error_code)
+{
+    return paging_walk_group(memory, cpu, max_phys_bits, gva, access, result, NULL, error_code);
 }

@@ -1,6 +1,7 @@
 /*
  * The page-table walk: 32-bit, PAE and 4-level paging with 4 KiB, 2/4 MiB and 1 GiB pages, NX, WP, SMEP, SMAP, U/S, R/W, reserved bits, accessed and dirty bits.
- * SDM vol. 3, chapter 4. Pure: reads tables through PhysMap, sets A/D with atomic compare-and-swap, touches no engine state.
+ * SDM vol. 3, chapter 4. Pure: reads tables through PhysMap, sets A/D with atomic compare-and-swap, touches no engine state
+ * and no vector register.
  */
 #ifndef DOPPEL_ARCH_PAGING_H
 #define DOPPEL_ARCH_PAGING_H
@@ -23,8 +24,20 @@ struct paging_result {
     bool global;
 };
 
+/* The aligned group of pages around one, as a translation cache fills it. */
+#define PAGING_GROUP 16u
+struct paging_group {
+    uint16_t readable, writable; /* bit n: page n of the group may be read, or read and written, with no bit left to set in its entry */
+    bool all_global;             /* those of them */
+    gpa_t gpa[PAGING_GROUP];
+};
+
 /* 0 and *result, or the #PF error code with -EFAULT, or -EINVAL for a non-canonical address in 4-level mode. With paging off the result is the identity. */
 int paging_walk(struct physmap *memory, const struct cpu_state *cpu, unsigned max_phys_bits, gva_t gva, unsigned access,
                 struct paging_result *result, uint32_t *error_code) __attribute__((warn_unused_result));
+/* The same for a data access, and what the last table says about the page's neighbours; nothing but `result` when it is not a 4 KiB page of a table
+ * (result->page_bytes, CR0.PG). Changes no entry but the page's own. */
+int paging_walk_group(struct physmap *memory, const struct cpu_state *cpu, unsigned max_phys_bits, gva_t gva, unsigned access,
+                      struct paging_result *result, struct paging_group *group, uint32_t *error_code) __attribute__((warn_unused_result));
 
 #endif
