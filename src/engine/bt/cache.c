@@ -1,0 +1,431 @@
+/*
+ * The cache of translations: code pages, blocks, sites and the memory they live in; and stopping the world, which emptying it needs.
+ *
+ * Invariants, while nobody holds the lock: a RAM page has BT_CODE_PRESENT exactly when it is watched in PhysMap and read-only in window W, and every valid block lies in
+ * such a page. A DT slot is the tc_start of the valid block that starts at that byte, or 0. Blocks ascend by tc_start, their sites lie in the same order. Nothing is given back before
+ * a flush: TC, blocks, sites, pages and DT pages only grow, so whoever is inside translated code may go on in a dropped block until it polls.
+ * A page is protected and watched before its bytes are read, so a write to it either is read or drops the translation.
+ * Threading: e->lock, then PhysMap's and e->interp.lock. Without it: cache_enter, cache_leave, and cache_find and cache_site for those inside.
+ */
+#include <assert.h>
+#include <errno.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "engine/bt/bt_priv.h"
+
+#define HASH_BITS 11u
+#define HASH_BUCKETS (1u << HASH_BITS)
+#define TC_ALIGNMENT 16u
+#define THRASH_ONE 0x10u
+
+_Static_assert(BT_TC_BYTES + BT_CODE_PAGES_MAX * (BT_DT_BYTES + sizeof(struct bt_page)) + BT_BLOCKS_MAX * sizeof(struct bt_block) +
+                       BT_SITES_MAX * sizeof(struct bt_site) + HASH_BUCKETS * sizeof(struct bt_page *) <= BT_CACHE_BYTES_MAX,
+               "the cache is larger than promised");
+_Static_assert(BT_CODE_PAGES_MAX < BT_DT_PAGES, "the DT pool is too small");
+
+/* ---- creation ---- */
+
+static void *reserve(uint64_t bytes)
+{
+    void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    return memory == MAP_FAILED ? NULL : memory;
+}
+
+static void release(void *memory, uint64_t bytes)
+{
+    if (memory)
+        munmap(memory, bytes);
+}
+
+static uint32_t first_free_tc(const struct bt_engine *e)
+{
+    return (e->stubs.end + TC_ALIGNMENT - 1) & ~(TC_ALIGNMENT - 1);
+}
+
+int cache_create(struct bt_engine *e, struct error *err)
+{
+    pthread_mutexattr_t recursive;
+    pthread_mutexattr_init(&recursive);
+    pthread_mutexattr_settype(&recursive, PTHREAD_MUTEX_RECURSIVE);
+    pthread_mutex_init(&e->lock, &recursive);
+    pthread_mutexattr_destroy(&recursive);
+    pthread_cond_init(&e->world, NULL);
+    e->tc_used = first_free_tc(e);
+    e->blocks = reserve(BT_BLOCKS_MAX * sizeof(*e->blocks));
+    e->sites = reserve(BT_SITES_MAX * sizeof(*e->sites));
+    e->page_store = reserve(BT_CODE_PAGES_MAX * sizeof(*e->page_store));
+    e->pages = reserve(HASH_BUCKETS * sizeof(*e->pages));
+    e->code_flags = reserve(e->layout.ram_bytes / PAGE_SIZE_BYTES);
+    if (!e->blocks || !e->sites || !e->page_store || !e->pages || !e->code_flags) {
+        cache_destroy(e);
+        return error_set(err, -ENOMEM, "no memory for the table of translations");
+    }
+    physmap_watch_set(e->interp.memory, cache_memory_changed, e);
+    return 0;
+}
+
+static void flags_set_present(struct bt_engine *e, uint64_t ram_offset, bool present)
+{
+    uint8_t *flags = &e->code_flags[ram_offset / PAGE_SIZE_BYTES];
+    uint8_t value = present ? *flags | BT_CODE_PRESENT : *flags & (uint8_t)~BT_CODE_PRESENT;
+    __atomic_store_n(flags, value, __ATOMIC_RELAXED);
+    physmap_watch_page(e->interp.memory, physmap_gpa(e->interp.memory, ram_offset), present);
+}
+
+static bool is_present(const struct bt_engine *e, uint64_t ram_offset)
+{
+    return e->code_flags[ram_offset / PAGE_SIZE_BYTES] & BT_CODE_PRESENT;
+}
+
+/* No page is watched or protected any more. */
+static void pages_release(struct bt_engine *e)
+{
+    for (uint32_t n = 0; n < e->page_count; n++)
+        if (is_present(e, e->page_store[n].offset))
+            flags_set_present(e, e->page_store[n].offset, false);
+    if (e->protected_pages && mprotect(e->layout.window_w, e->layout.ram_bytes, PROT_READ | PROT_WRITE))
+        assert(!"one protection for a whole mapping needs no memory");
+    e->protected_pages = 0;
+}
+
+void cache_destroy(struct bt_engine *e)
+{
+    physmap_watch_set(e->interp.memory, NULL, e);
+    if (e->page_store && e->code_flags)
+        pages_release(e);
+    release(e->blocks, BT_BLOCKS_MAX * sizeof(*e->blocks));
+    release(e->sites, BT_SITES_MAX * sizeof(*e->sites));
+    release(e->page_store, BT_CODE_PAGES_MAX * sizeof(*e->page_store));
+    release(e->pages, HASH_BUCKETS * sizeof(*e->pages));
+    release(e->code_flags, e->layout.ram_bytes / PAGE_SIZE_BYTES);
+    e->blocks = NULL;
+    e->sites = NULL;
+    e->page_store = NULL;
+    e->pages = NULL;
+    e->code_flags = NULL;
+    pthread_cond_destroy(&e->world);
+    pthread_mutex_destroy(&e->lock);
+}
+
+/* ---- pages ---- */
+
+static struct bt_page **bucket_of(const struct bt_engine *e, uint64_t ram_offset)
+{
+    return &e->pages[(uint32_t)(ram_offset / PAGE_SIZE_BYTES * 0x9e3779b97f4a7c15ull >> (64 - HASH_BITS))];
+}
+
+/* The newest of the page's modes; the others follow by same_page. */
+static struct bt_page *newest_of(const struct bt_engine *e, uint64_t ram_offset)
+{
+    struct bt_page *page = *bucket_of(e, ram_offset);
+    while (page && page->offset != ram_offset)
+        page = page->next;
+    return page;
+}
+
+/* Watched first and then protected: from here on every write is noticed. */
+static bool page_protect(struct bt_engine *e, uint64_t ram_offset)
+{
+    if (is_present(e, ram_offset))
+        return true;
+    flags_set_present(e, ram_offset, true);
+    if (mprotect(e->layout.window_w + ram_offset, PAGE_SIZE_BYTES, PROT_READ)) { /* the host's limit of mappings: a flush makes room */
+        flags_set_present(e, ram_offset, false);
+        return false;
+    }
+    e->protected_pages++;
+    return true;
+}
+
+struct bt_page *cache_page(struct bt_engine *e, uint64_t ram_offset, gpa_t gpa, const struct bt_mode *mode)
+{
+    struct bt_page *same_page = newest_of(e, ram_offset), *page = same_page;
+    while (page && memcmp(&page->mode, mode, sizeof(*mode)) != 0)
+        page = page->same_page;
+    if ((!page && e->page_count == BT_CODE_PAGES_MAX) || !page_protect(e, ram_offset))
+        return NULL;
+    if (page)
+        return page;
+
+    struct bt_page **bucket = bucket_of(e, ram_offset);
+    uint32_t n = e->page_count++;
+    page = &e->page_store[n];
+    page->offset = ram_offset;
+    page->gpa = gpa;
+    page->mode = *mode;
+    page->dt = (uint32_t *)(e->layout.dt_pool + (n + 1) * BT_DT_BYTES);
+    page->same_page = same_page;
+    page->next = *bucket;
+    *bucket = page;
+    return page;
+}
+
+/* ---- blocks ---- */
+
+struct bt_block *cache_block(struct bt_page *page, unsigned start)
+{
+    uint32_t tc_start = page->dt[start];
+    struct bt_block *block = tc_start ? page->blocks : NULL;
+    while (block && block->tc_start != tc_start)
+        block = block->next;
+    return block;
+}
+
+bool cache_room(const struct bt_engine *e)
+{
+    return e->layout.tc_bytes - e->tc_used >= BT_BLOCK_TC_MAX && e->block_count < BT_BLOCKS_MAX &&
+           e->site_count + BT_BLOCK_SITES_MAX <= BT_SITES_MAX;
+}
+
+static void dt_set(struct bt_page *page, unsigned start, uint32_t tc_start)
+{
+    __atomic_store_n(&page->dt[start], tc_start, __ATOMIC_RELEASE); /* after the code that it leads to */
+}
+
+static void block_forget(struct bt_block *block)
+{
+    dt_set(block->page, block->start, 0);
+    __atomic_store_n(&block->valid, false, __ATOMIC_RELAXED);
+}
+
+void cache_block_drop(struct bt_engine *e, struct bt_block *block)
+{
+    if (!block->valid)
+        return;
+    struct bt_block **link = &block->page->blocks;
+    while (*link != block)
+        link = &(*link)->next;
+    *link = block->next;
+    block_forget(block);
+}
+
+struct bt_block *cache_publish(struct bt_engine *e, const struct bt_block *block, const struct bt_site *sites)
+{
+    struct bt_page *page = block->page;
+    assert(cache_room(e) && block->site_count <= BT_BLOCK_SITES_MAX && block->start < PAGE_SIZE_BYTES);
+    assert(block->tc_start >= e->tc_used && block->tc_end > block->tc_start && block->tc_end - e->tc_used <= BT_BLOCK_TC_MAX);
+    struct bt_block *before = cache_block(page, block->start);
+    if (before)
+        cache_block_drop(e, before);
+
+    struct bt_block *made = &e->blocks[e->block_count];
+    *made = *block;
+    made->site_first = e->site_count;
+    made->valid = is_present(e, page->offset); /* else the bytes have changed since they were read: good for one run, like any instruction fetched before */
+    memcpy(&e->sites[e->site_count], sites, block->site_count * sizeof(*sites));
+    e->site_count += block->site_count;
+    e->translated_blocks++;
+    e->translated_insns += block->insns;
+    __atomic_store_n(&e->tc_used, (block->tc_end + TC_ALIGNMENT - 1) & ~(TC_ALIGNMENT - 1), __ATOMIC_RELAXED);
+    __atomic_store_n(&e->block_count, e->block_count + 1, __ATOMIC_RELEASE); /* for cache_find, which takes no lock */
+    if (made->valid) {
+        made->next = page->blocks;
+        page->blocks = made;
+        dt_set(page, made->start, made->tc_start);
+    }
+    return made;
+}
+
+struct bt_block *cache_find(struct bt_engine *e, uintptr_t tc_address)
+{
+    uintptr_t offset = tc_address - (uintptr_t)e->layout.tc_exec;
+    uint32_t low = 0, high = __atomic_load_n(&e->block_count, __ATOMIC_ACQUIRE);
+    while (low < high) { /* the first block that starts above */
+        uint32_t middle = low + (high - low) / 2;
+        if (e->blocks[middle].tc_start <= offset)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low && offset < e->blocks[low - 1].tc_end ? &e->blocks[low - 1] : NULL;
+}
+
+const struct bt_site *cache_site(const struct bt_engine *e, const struct bt_block *block, uintptr_t tc_address)
+{
+    const struct bt_site *sites = &e->sites[block->site_first];
+    uintptr_t offset = tc_address - (uintptr_t)e->layout.tc_exec - block->tc_start;
+    unsigned low = 0, high = block->site_count;
+    while (low < high) {
+        unsigned middle = low + (high - low) / 2;
+        if (sites[middle].tc_offset <= offset)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low ? &sites[low - 1] : NULL;
+}
+
+/* ---- dropping ---- */
+
+/* Calls bt_kick for all vCPUs, or those inside translated code only; returns whether one was. */
+static bool kick_all(struct bt_engine *e, bool inside_only)
+{
+    bool any_inside = false;
+    pthread_mutex_lock(&e->interp.lock);
+    for (unsigned n = 0; n < INTERP_VCPUS_MAX; n++) {
+        struct bt_vcpu *b = (struct bt_vcpu *)e->interp.vcpus[n];
+        bool inside = b && atomic_load(&b->inside);
+        if (b && (inside || !inside_only))
+            bt_kick(&b->c.v);
+        any_inside |= inside;
+    }
+    pthread_mutex_unlock(&e->interp.lock);
+    return any_inside;
+}
+
+static bool blocks_drop(struct bt_page *page) /* true: there were any */
+{
+    bool any = page->blocks != NULL;
+    for (struct bt_block *block = page->blocks; block; block = block->next)
+        block_forget(block);
+    page->blocks = NULL;
+    return any;
+}
+
+/* True when a vCPU may be inside a block that was dropped. */
+static bool page_drop(struct bt_engine *e, uint64_t ram_offset)
+{
+    uint8_t *flags = &e->code_flags[ram_offset / PAGE_SIZE_BYTES];
+    bool dropped = false;
+    if (!is_present(e, ram_offset))
+        return false;
+    for (struct bt_page *page = newest_of(e, ram_offset); page; page = page->same_page)
+        dropped |= blocks_drop(page);
+    flags_set_present(e, ram_offset, false);
+    if ((*flags & BT_CODE_THRASH) != BT_CODE_THRASH)
+        __atomic_store_n(flags, *flags + THRASH_ONE, __ATOMIC_RELAXED);
+    e->invalidations++;
+    if (mprotect(e->layout.window_w + ram_offset, PAGE_SIZE_BYTES, PROT_READ | PROT_WRITE) == 0) {
+        e->protected_pages--;
+        return dropped;
+    }
+    /* A hole in a run of protected pages is one mapping more than the host allows: all pages go. */
+    for (uint32_t n = 0; n < e->page_count; n++)
+        dropped |= blocks_drop(&e->page_store[n]);
+    pages_release(e);
+    return dropped;
+}
+
+void cache_page_drop(struct bt_engine *e, uint64_t ram_offset)
+{
+    /* Those outside are kicked, too: one of them may have looked a block up already. */
+    if (page_drop(e, ram_offset & ~PAGE_MASK_BITS))
+        kick_all(e, false);
+}
+
+void cache_memory_changed(void *engine, gpa_t gpa, uint64_t length_bytes)
+{
+    struct bt_engine *e = engine;
+    uint64_t offset;
+    bool dropped = false;
+    if (!length_bytes || !physmap_offset(e->interp.memory, gpa, length_bytes, &offset))
+        return;
+    pthread_mutex_lock(&e->lock);
+    for (uint64_t page = offset & ~PAGE_MASK_BITS; page < offset + length_bytes; page += PAGE_SIZE_BYTES)
+        dropped |= page_drop(e, page);
+    if (dropped)
+        kick_all(e, false);
+    pthread_mutex_unlock(&e->lock);
+}
+
+static void discard(void *memory, uint64_t bytes) /* reads as zero from now on */
+{
+    if (bytes && madvise(memory, (bytes + PAGE_MASK_BITS) & ~PAGE_MASK_BITS, MADV_DONTNEED))
+        memset(memory, 0, bytes);
+}
+
+void cache_flush(struct bt_engine *e)
+{
+    pages_release(e);
+    for (uint64_t n = 0; n < e->layout.ram_bytes / PAGE_SIZE_BYTES; n++)
+        if (e->code_flags[n])
+            __atomic_store_n(&e->code_flags[n], e->code_flags[n] >> 1 & BT_CODE_THRASH, __ATOMIC_RELAXED);
+    discard(e->layout.dt_pool + BT_DT_BYTES, e->page_count * BT_DT_BYTES);
+    discard(e->page_store, e->page_count * sizeof(*e->page_store));
+    discard(e->blocks, e->block_count * sizeof(*e->blocks));
+    discard(e->sites, e->site_count * sizeof(*e->sites));
+    memset(e->pages, 0, HASH_BUCKETS * sizeof(*e->pages));
+    e->page_count = e->site_count = 0;
+    __atomic_store_n(&e->block_count, 0, __ATOMIC_RELEASE);
+    __atomic_store_n(&e->tc_used, first_free_tc(e), __ATOMIC_RELAXED);
+    e->flushes++;
+    __atomic_store_n(&e->epoch, e->epoch + 1, __ATOMIC_RELEASE);
+}
+
+/* ---- stopping the world ---- */
+
+/*
+ * A vCPU says that it is inside and then looks whether the world is wanted; a requester wants it and then looks who is inside: one of them sees the other, and likewise on the
+ * way out. Waiting vCPUs and waiting requesters are all outside, so several requesters get the world one after the other: the lock is what excludes them.
+ */
+
+/* Live guest vector state is put away while libc is called, which may use vector registers. */
+static bool simd_put_away(struct bt_vcpu *b)
+{
+    bool live = b->c.simd_live;
+    simd_save(&b->c);
+    return live;
+}
+
+static void wait_for_world(struct bt_vcpu *b)
+{
+    struct bt_engine *e = b->engine;
+    bool live = simd_put_away(b);
+    pthread_mutex_lock(&e->lock);
+    pthread_cond_broadcast(&e->world); /* somebody may have seen this vCPU inside */
+    while (atomic_load(&e->world_wanted))
+        pthread_cond_wait(&e->world, &e->lock);
+    pthread_mutex_unlock(&e->lock);
+    if (live)
+        simd_load(&b->c);
+}
+
+void cache_enter(struct bt_vcpu *b)
+{
+    for (;;) {
+        atomic_store(&b->inside, true);
+        if (likely(!atomic_load(&b->engine->world_wanted)))
+            return;
+        atomic_store(&b->inside, false);
+        wait_for_world(b);
+    }
+}
+
+static void tell_requesters(struct bt_vcpu *b)
+{
+    struct bt_engine *e = b->engine;
+    bool live = simd_put_away(b);
+    pthread_mutex_lock(&e->lock);
+    pthread_cond_broadcast(&e->world);
+    pthread_mutex_unlock(&e->lock);
+    if (live)
+        simd_load(&b->c);
+}
+
+void cache_leave(struct bt_vcpu *b)
+{
+    atomic_store(&b->inside, false);
+    if (unlikely(atomic_load(&b->engine->world_wanted)))
+        tell_requesters(b);
+}
+
+void cache_exclusive_begin(struct bt_engine *e, struct bt_vcpu *b)
+{
+    if (b) {
+        simd_save(&b->c);
+        atomic_store(&b->inside, false);
+    }
+    pthread_mutex_lock(&e->lock);
+    atomic_fetch_add(&e->world_wanted, 1);
+    pthread_cond_broadcast(&e->world); /* other requesters may have seen b inside */
+    while (kick_all(e, true))
+        pthread_cond_wait(&e->world, &e->lock);
+}
+
+void cache_exclusive_end(struct bt_engine *e, struct bt_vcpu *b)
+{
+    atomic_fetch_sub(&e->world_wanted, 1);
+    pthread_cond_broadcast(&e->world);
+    pthread_mutex_unlock(&e->lock);
+}
