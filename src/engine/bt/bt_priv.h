@@ -226,8 +226,9 @@ struct bt_vcpu {
     void *signal_stack;
     uint64_t retry_rip, retry_count; /* fault.c: the same site again and again goes to the interpreter */
     uint64_t fill_next;       /* linear address whose guest page fault was delivered last, to be filled on the way back; 0: none */
-    uint64_t exits[BT_EXIT_COUNT];
-    uint64_t signals;
+    uint32_t fault_tc;        /* TC offset where the last signal left translated code from */
+    bool fault_crossing;      /* it was the page-crossing check */
+    uint8_t site_counts[256]; /* bt.c: how often sites, hashed by TC offset, needed the interpreter for MMIO or crossing */
 };
 
 _Static_assert(sizeof(struct bt_vcpu) <= BT_CTX_BYTES, "the context does not fit below the tables");
@@ -336,6 +337,7 @@ void fault_engine_remove(struct bt_engine *e);
 /* Signal stack and mask of the calling thread for running translated code; undone by fault_thread_leave. */
 int fault_thread_enter(struct bt_vcpu *b);
 void fault_thread_leave(struct bt_vcpu *b);
+void fault_vcpu_destroy(struct bt_vcpu *b); /* frees its signal stack */
 
 /* ---- bt.c ---- */
 
