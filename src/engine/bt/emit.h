@@ -40,7 +40,7 @@ static inline void emit_address(struct emitter *e, unsigned reg, unsigned base, 
         emit32(e, (uint32_t)disp);
         return;
     }
-    unsigned mod = !disp && (base & 7) != 5 ? 0x00 : short_disp && disp >= -128 && disp <= 127 ? 0x40 : !disp && short_disp ? 0x40 : 0x80;
+    unsigned mod = !disp && (base & 7) != 5 ? 0x00 : short_disp && disp >= -128 && disp <= 127 ? 0x40 : 0x80;
     if (index == EMIT_NONE && (base & 7) != 4) {
         emit8(e, mod | field | (base & 7));
     } else {

@@ -33,7 +33,7 @@ static void op_too_long(struct icpu *c, const struct insn *i)
     raise_gp0(c);
 }
 
-static void decoder_init(ZydisDecoder *decoder, unsigned code_bits)
+void decoder_init(ZydisDecoder *decoder, unsigned code_bits)
 {
     static const struct {
         ZydisMachineMode mode;

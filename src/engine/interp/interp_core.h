@@ -63,6 +63,9 @@ void block_drop(struct icpu *c, struct block *b);
 /* Code bytes within one page for which mem_fetch_host gave NULL. */
 void mem_fetch_mmio(struct icpu *c, gva_t gva, uint8_t *to, unsigned length);
 
+/* decode.c: a decoder of what guests are offered. */
+void decoder_init(ZydisDecoder *decoder, unsigned code_bits);
+
 static inline uint64_t block_load64(const uint8_t *p)
 {
     return *(const volatile uint64_t *)p;

@@ -136,6 +136,10 @@ struct stub_code {
 /* memory: index in d->op of the memory operand, -1: none. False: some operand cannot be handled. */
 bool native_stub_build(const struct decode *d, int memory, struct stub_code *out);
 
+/* native_select.c: for the translator, which copies such instructions with their memory operand rewritten. 0: it may not; otherwise nonzero with the SIMD_* classes in
+ * the low four bits, and the alignment below which the memory operand raises #GP (1: none). x87 is refused, because its pointers would be the translation's. */
+unsigned native_classes(struct icpu *c, const struct decode *d, unsigned *alignment);
+
 /* native_code.c: finds or makes the record. NULL: the arena is full. */
 const struct native_code *native_code_intern(struct icpu *c, const struct native_code *wanted, const struct stub_code *stub);
 int native_code_create(struct native_arena *a);

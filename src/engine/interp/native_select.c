@@ -411,6 +411,22 @@ static bool is_offered(struct icpu *c, const struct decode *d)
     return true;
 }
 
+unsigned native_classes(struct icpu *c, const struct decode *d, unsigned *alignment)
+{
+    int memory;
+    unsigned classes = simd_classes(d);
+    *alignment = 1;
+    if (!(classes & ALLOWED) || is_x87(&d->zi) || is_refused(&d->zi) || !is_offered(c, d) || !operands_allowed(d, &memory))
+        return 0;
+    if (memory >= 0) {
+        const ZydisDecodedOperand *op = &d->op[memory];
+        if (op->encoding == ZYDIS_OPERAND_ENCODING_NONE || op->mem.type != ZYDIS_MEMOP_TYPE_MEM)
+            return 0;
+        *alignment = required_alignment(&d->zi, op->size / 8);
+    }
+    return classes;
+}
+
 bool native_select(struct icpu *c, const struct decode *d, struct insn *i)
 {
     int memory;

@@ -1,0 +1,391 @@
+/*
+ * Decoding of guest instructions for the translator: which registers and memory each names, and which of the few ways of translation is its own.
+ *
+ * This is a safety boundary: an instruction is copied only when its mnemonic or instruction set is on a list, its registers are ordinary ones and its one memory operand is
+ * described by ModRM. Everything else is TI_EXIT, which the interpreter executes.
+ * Threading: pure.
+ */
+#include <string.h>
+
+#include "engine/bt/translate_priv.h"
+#include "engine/interp/native_priv.h"
+
+/* Number of the general register, 0..15, or TI_NONE. *high: AH CH DH BH. */
+static unsigned gpr_number(ZydisRegister reg, bool *high)
+{
+    if (reg >= ZYDIS_REGISTER_AL && reg <= ZYDIS_REGISTER_BL)
+        return reg - ZYDIS_REGISTER_AL;
+    if (reg >= ZYDIS_REGISTER_AH && reg <= ZYDIS_REGISTER_BH) {
+        *high = true;
+        return reg - ZYDIS_REGISTER_AH;
+    }
+    if (reg >= ZYDIS_REGISTER_SPL && reg <= ZYDIS_REGISTER_R15B)
+        return reg - ZYDIS_REGISTER_SPL + GPR_RSP;
+    if (reg >= ZYDIS_REGISTER_AX && reg <= ZYDIS_REGISTER_R15W)
+        return reg - ZYDIS_REGISTER_AX;
+    if (reg >= ZYDIS_REGISTER_EAX && reg <= ZYDIS_REGISTER_R15D)
+        return reg - ZYDIS_REGISTER_EAX;
+    if (reg >= ZYDIS_REGISTER_RAX && reg <= ZYDIS_REGISTER_R15)
+        return reg - ZYDIS_REGISTER_RAX;
+    return TI_NONE;
+}
+
+static uint16_t bit(unsigned reg)
+{
+    return reg == TI_NONE ? 0 : (uint16_t)(1u << reg);
+}
+
+static void note_register(struct tinsn *t, const ZydisDecodedOperand *op)
+{
+    unsigned n = gpr_number(op->reg.value, &t->high_byte);
+    if (n == TI_NONE)
+        return;
+    bool read = op->actions & ZYDIS_OPERAND_ACTION_MASK_READ;
+    bool write = op->actions & ZYDIS_OPERAND_ACTION_MASK_WRITE;
+    bool whole = write && !(op->actions & ZYDIS_OPERAND_ACTION_CONDWRITE) && op->size >= 32;
+    if (write)
+        t->writes |= bit(n);
+    if (read || !whole)
+        t->reads |= bit(n);
+}
+
+/* False: an address that is not computed from general registers. */
+static bool note_memory(struct tinsn *t, const ZydisDecodedInstruction *zi, const ZydisDecodedOperand *op)
+{
+    bool high = false;
+    t->memory = true;
+    t->mem_read = op->actions & ZYDIS_OPERAND_ACTION_MASK_READ;
+    t->mem_write = op->actions & ZYDIS_OPERAND_ACTION_MASK_WRITE;
+    t->mem_size = op->size / 8;
+    t->address32 = zi->address_width == 32;
+    t->scale = op->mem.scale >= 8 ? 3 : op->mem.scale >= 4 ? 2 : op->mem.scale >= 2 ? 1 : 0;
+    t->disp = (int32_t)op->mem.disp.value;
+    t->base = t->index = TI_NONE;
+    if (zi->address_width == 16 || op->mem.disp.value != t->disp)
+        return false;
+    if (op->mem.base == ZYDIS_REGISTER_RIP)
+        t->rip_relative = true;
+    else if (op->mem.base != ZYDIS_REGISTER_NONE)
+        t->base = (uint8_t)gpr_number(op->mem.base, &high);
+    if (op->mem.base != ZYDIS_REGISTER_NONE && !t->rip_relative && t->base == TI_NONE)
+        return false;
+    if (op->mem.index != ZYDIS_REGISTER_NONE) {
+        t->index = (uint8_t)gpr_number(op->mem.index, &high);
+        if (t->index == TI_NONE)
+            return false;
+    }
+    /* Zydis 4.0 invents a base of R13D, see drop_false_base in the interpreter's decode.c. */
+    if (zi->attributes & ZYDIS_ATTRIB_HAS_SIB && zi->raw.modrm.mod == 0 && zi->raw.sib.base == 5)
+        t->base = TI_NONE, t->disp = (int32_t)zi->raw.disp.value;
+    if (op->mem.segment == ZYDIS_REGISTER_FS)
+        t->segment = TI_FS;
+    else if (op->mem.segment == ZYDIS_REGISTER_GS)
+        t->segment = TI_GS;
+    t->reads |= bit(t->base) | bit(t->index);
+    return !(t->rip_relative && t->address32);
+}
+
+static bool operands_note(struct tinsn *t, const struct decode *d, const ZydisDecodedOperand **memory)
+{
+    *memory = NULL;
+    for (unsigned n = 0; n < d->zi.operand_count; n++) {
+        const ZydisDecodedOperand *op = &d->op[n];
+        if (op->type == ZYDIS_OPERAND_TYPE_REGISTER) {
+            note_register(t, op);
+        } else if (op->type == ZYDIS_OPERAND_TYPE_MEMORY && op->encoding == ZYDIS_OPERAND_ENCODING_MODRM_RM &&
+                   (op->mem.type == ZYDIS_MEMOP_TYPE_MEM || op->mem.type == ZYDIS_MEMOP_TYPE_AGEN)) {
+            if (*memory || !note_memory(t, &d->zi, op))
+                return false;
+            *memory = op;
+        }
+    }
+    return true;
+}
+
+static void encoding_note(struct tinsn *t, const struct decode *d)
+{
+    const ZydisDecodedInstruction *zi = &d->zi;
+    t->encoding = (uint8_t)zi->encoding;
+    unsigned at = 0;
+    if (zi->encoding == ZYDIS_INSTRUCTION_ENCODING_LEGACY) {
+        for (;; at++) {
+            uint8_t byte = d->bytes[at];
+            if ((byte & 0xf0) == 0x40 && d->code_bits == 64)
+                t->rex = byte;
+            else if (byte == 0x66 || byte == 0x67 || byte == 0xf0 || byte == 0xf2 || byte == 0xf3 || byte == 0x26 || byte == 0x2e ||
+                     byte == 0x36 || byte == 0x3e || byte == 0x64 || byte == 0x65)
+                t->rex = 0;
+            else
+                break;
+        }
+    } else {
+        at = zi->encoding == ZYDIS_INSTRUCTION_ENCODING_EVEX ? zi->raw.evex.offset : zi->raw.vex.offset;
+    }
+    t->opcode_at = (uint8_t)at;
+    if (zi->attributes & ZYDIS_ATTRIB_HAS_MODRM) {
+        t->modrm_at = zi->raw.modrm.offset;
+        t->tail_at = (uint8_t)(t->modrm_at + 1 + (zi->attributes & ZYDIS_ATTRIB_HAS_SIB ? 1 : 0) + zi->raw.disp.size / 8);
+    }
+}
+
+/* ---- classes ---- */
+
+static bool is_plain(const struct decode *d)
+{
+    switch (d->zi.mnemonic) {
+    case ZYDIS_MNEMONIC_MOV:
+        for (unsigned n = 0; n < 2; n++)
+            if (d->op[n].type == ZYDIS_OPERAND_TYPE_REGISTER) {
+                ZydisRegisterClass class = ZydisRegisterGetClass(d->op[n].reg.value);
+                if (class != ZYDIS_REGCLASS_GPR8 && class != ZYDIS_REGCLASS_GPR16 && class != ZYDIS_REGCLASS_GPR32 && class != ZYDIS_REGCLASS_GPR64)
+                    return false;
+            }
+        return true;
+    case ZYDIS_MNEMONIC_MOVZX: case ZYDIS_MNEMONIC_MOVSX: case ZYDIS_MNEMONIC_MOVSXD:
+    case ZYDIS_MNEMONIC_ADD: case ZYDIS_MNEMONIC_OR: case ZYDIS_MNEMONIC_ADC: case ZYDIS_MNEMONIC_SBB:
+    case ZYDIS_MNEMONIC_AND: case ZYDIS_MNEMONIC_SUB: case ZYDIS_MNEMONIC_XOR: case ZYDIS_MNEMONIC_CMP: case ZYDIS_MNEMONIC_TEST:
+    case ZYDIS_MNEMONIC_INC: case ZYDIS_MNEMONIC_DEC: case ZYDIS_MNEMONIC_NEG: case ZYDIS_MNEMONIC_NOT:
+    case ZYDIS_MNEMONIC_SHL: case ZYDIS_MNEMONIC_SHR: case ZYDIS_MNEMONIC_SAR:
+    case ZYDIS_MNEMONIC_ROL: case ZYDIS_MNEMONIC_ROR: case ZYDIS_MNEMONIC_RCL: case ZYDIS_MNEMONIC_RCR:
+    case ZYDIS_MNEMONIC_SHLD: case ZYDIS_MNEMONIC_SHRD:
+    case ZYDIS_MNEMONIC_IMUL: case ZYDIS_MNEMONIC_MUL: case ZYDIS_MNEMONIC_DIV: case ZYDIS_MNEMONIC_IDIV:
+    case ZYDIS_MNEMONIC_BSF: case ZYDIS_MNEMONIC_BSR: case ZYDIS_MNEMONIC_BSWAP:
+    case ZYDIS_MNEMONIC_XCHG: case ZYDIS_MNEMONIC_XADD:
+    case ZYDIS_MNEMONIC_CMPXCHG: case ZYDIS_MNEMONIC_CMPXCHG8B: case ZYDIS_MNEMONIC_CMPXCHG16B:
+    case ZYDIS_MNEMONIC_CBW: case ZYDIS_MNEMONIC_CWDE: case ZYDIS_MNEMONIC_CDQE:
+    case ZYDIS_MNEMONIC_CWD: case ZYDIS_MNEMONIC_CDQ: case ZYDIS_MNEMONIC_CQO:
+    case ZYDIS_MNEMONIC_CLC: case ZYDIS_MNEMONIC_STC: case ZYDIS_MNEMONIC_CMC:
+    case ZYDIS_MNEMONIC_CLD: case ZYDIS_MNEMONIC_STD: case ZYDIS_MNEMONIC_LAHF: case ZYDIS_MNEMONIC_SAHF:
+    case ZYDIS_MNEMONIC_LEA: case ZYDIS_MNEMONIC_PAUSE:
+        return true;
+    case ZYDIS_MNEMONIC_BT: case ZYDIS_MNEMONIC_BTS: case ZYDIS_MNEMONIC_BTR: case ZYDIS_MNEMONIC_BTC:
+        /* With a bit offset in a register the operand reaches beyond its address. */
+        return d->op[0].type == ZYDIS_OPERAND_TYPE_REGISTER || d->op[1].type == ZYDIS_OPERAND_TYPE_IMMEDIATE;
+    default:
+        return d->zi.meta.category == ZYDIS_CATEGORY_CMOV || d->zi.meta.category == ZYDIS_CATEGORY_SETCC;
+    }
+}
+
+static bool is_skipped(const struct decode *d)
+{
+    switch (d->zi.mnemonic) {
+    case ZYDIS_MNEMONIC_NOP:
+    case ZYDIS_MNEMONIC_PREFETCHNTA:
+    case ZYDIS_MNEMONIC_PREFETCHT0:
+    case ZYDIS_MNEMONIC_PREFETCHT1:
+    case ZYDIS_MNEMONIC_PREFETCHT2:
+    case ZYDIS_MNEMONIC_PREFETCHW:
+        return true;
+    default:
+        return false;
+    }
+}
+
+static void exit_with(struct tinsn *t, enum bt_exit reason)
+{
+    t->kind = TI_EXIT;
+    t->exit = (uint8_t)reason;
+}
+
+static void branch(struct tinsn *t, const struct decode *d, enum tinsn_kind direct, enum tinsn_kind by_register, enum tinsn_kind by_memory)
+{
+    const ZydisDecodedOperand *op = &d->op[0];
+    bool high = false;
+    if (d->zi.meta.branch_type == ZYDIS_BRANCH_TYPE_FAR || d->zi.operand_width == 16 || (d->zi.operand_width != 64 && op->type != ZYDIS_OPERAND_TYPE_IMMEDIATE)) {
+        exit_with(t, BT_EXIT_interp);
+        return;
+    }
+    switch (op->type) {
+    case ZYDIS_OPERAND_TYPE_IMMEDIATE:
+        t->target = t->offset + t->length + (int32_t)op->imm.value.s;
+        t->kind = (uint8_t)direct;
+        return;
+    case ZYDIS_OPERAND_TYPE_REGISTER:
+        t->reg = (uint8_t)gpr_number(op->reg.value, &high);
+        t->kind = (uint8_t)by_register;
+        if (t->reg == GPR_RSP)
+            exit_with(t, BT_EXIT_interp);
+        return;
+    case ZYDIS_OPERAND_TYPE_MEMORY:
+        t->kind = (uint8_t)by_memory;
+        return;
+    default:
+        exit_with(t, BT_EXIT_interp);
+    }
+}
+
+static void push(struct tinsn *t, const struct decode *d)
+{
+    const ZydisDecodedOperand *op = &d->op[0];
+    exit_with(t, BT_EXIT_interp);
+    if (d->zi.operand_width != 64)
+        return;
+    if (op->type == ZYDIS_OPERAND_TYPE_MEMORY) {
+        t->kind = TI_PUSH_MEM;
+    } else if (op->type == ZYDIS_OPERAND_TYPE_IMMEDIATE) {
+        t->imm = (int32_t)op->imm.value.s;
+        t->kind = TI_PUSH_IMM;
+    } else if (op->type == ZYDIS_OPERAND_TYPE_REGISTER && ZydisRegisterGetClass(op->reg.value) == ZYDIS_REGCLASS_GPR64) {
+        t->reg = (uint8_t)ZydisRegisterGetId(op->reg.value);
+        t->kind = TI_PUSH_REG;
+    }
+}
+
+static void pop(struct tinsn *t, const struct decode *d)
+{
+    const ZydisDecodedOperand *op = &d->op[0];
+    exit_with(t, BT_EXIT_interp);
+    if (op->type == ZYDIS_OPERAND_TYPE_REGISTER && ZydisRegisterGetClass(op->reg.value) == ZYDIS_REGCLASS_GPR64) {
+        t->reg = (uint8_t)ZydisRegisterGetId(op->reg.value);
+        t->kind = TI_POP_REG;
+    }
+}
+
+static bool is_jcc(const ZydisDecodedInstruction *zi)
+{
+    if (zi->encoding != ZYDIS_INSTRUCTION_ENCODING_LEGACY || zi->operand_width == 16)
+        return false;
+    return (zi->opcode_map == ZYDIS_OPCODE_MAP_DEFAULT && (zi->opcode & 0xf0) == 0x70) ||
+           (zi->opcode_map == ZYDIS_OPCODE_MAP_0F && (zi->opcode & 0xf0) == 0x80);
+}
+
+/* False: not an instruction with a translation of its own. */
+static bool special(struct tinsn *t, const struct decode *d, bool user)
+{
+    switch (d->zi.mnemonic) {
+    case ZYDIS_MNEMONIC_PUSH:
+        push(t, d);
+        return true;
+    case ZYDIS_MNEMONIC_POP:
+        pop(t, d);
+        return true;
+    case ZYDIS_MNEMONIC_LEAVE:
+        t->kind = TI_LEAVE;
+        if (d->zi.operand_width != 64)
+            exit_with(t, BT_EXIT_interp);
+        return true;
+    case ZYDIS_MNEMONIC_PUSHFQ:
+        t->kind = TI_PUSHF;
+        t->flags_read = RFLAGS_OSZAPC;
+        return true;
+    case ZYDIS_MNEMONIC_CLI:
+    case ZYDIS_MNEMONIC_STI:
+        if (user)
+            return false;
+        t->kind = d->zi.mnemonic == ZYDIS_MNEMONIC_CLI ? TI_CLI : TI_STI;
+        return true;
+    case ZYDIS_MNEMONIC_JMP:
+        branch(t, d, TI_JMP, TI_JMP_REG, TI_JMP_MEM);
+        return true;
+    case ZYDIS_MNEMONIC_CALL:
+        branch(t, d, TI_CALL, TI_CALL_REG, TI_CALL_MEM);
+        return true;
+    case ZYDIS_MNEMONIC_RET:
+        t->kind = TI_RET;
+        t->imm = d->op[0].type == ZYDIS_OPERAND_TYPE_IMMEDIATE ? (int32_t)(d->op[0].imm.value.u & 0xffff) : 0;
+        if (d->zi.meta.branch_type == ZYDIS_BRANCH_TYPE_FAR || d->zi.operand_width != 64 || t->imm > 96)
+            exit_with(t, BT_EXIT_interp);
+        return true;
+    case ZYDIS_MNEMONIC_LOOP:
+    case ZYDIS_MNEMONIC_LOOPE:
+    case ZYDIS_MNEMONIC_LOOPNE:
+    case ZYDIS_MNEMONIC_JRCXZ:
+    case ZYDIS_MNEMONIC_JECXZ:
+        branch(t, d, TI_LOOP, TI_EXIT, TI_EXIT);
+        return true;
+    case ZYDIS_MNEMONIC_SYSCALL:
+        exit_with(t, BT_EXIT_syscall);
+        return true;
+    case ZYDIS_MNEMONIC_SYSRET:
+        exit_with(t, BT_EXIT_sysret);
+        return true;
+    case ZYDIS_MNEMONIC_IRETQ:
+        exit_with(t, BT_EXIT_iret);
+        return true;
+    case ZYDIS_MNEMONIC_HLT:
+        exit_with(t, BT_EXIT_halt);
+        return true;
+    default:
+        if (!is_jcc(&d->zi))
+            return false;
+        branch(t, d, TI_JCC, TI_EXIT, TI_EXIT);
+        t->condition = d->zi.opcode & 15;
+        return true;
+    }
+}
+
+/* Vector and other instructions that the interpreter runs in stubs: the same list decides here. */
+static bool is_native(const struct analyze_context *a, struct tinsn *t, const struct decode *d)
+{
+    unsigned alignment, classes = native_classes(a->c, d, &alignment);
+    if (!classes || (classes & a->mode.simd_blocked))
+        return false;
+    t->aligned = t->memory && alignment >= t->mem_size && alignment > 8;
+    return true;
+}
+
+static void flags_note(struct tinsn *t, const struct decode *d)
+{
+    const ZydisAccessedFlags *flags = d->zi.cpu_flags;
+    if (!flags)
+        return;
+    t->flags_read |= flags->tested & RFLAGS_OSZAPC;
+    t->flags_written = (flags->modified | flags->set_0 | flags->set_1 | flags->undefined) & RFLAGS_OSZAPC;
+}
+
+static void classify(const struct analyze_context *a, struct tinsn *t, const struct decode *d)
+{
+    const ZydisDecodedOperand *memory;
+    exit_with(t, BT_EXIT_interp);
+    if (is_skipped(d)) {
+        t->kind = TI_SKIP;
+        return;
+    }
+    if (d->zi.attributes & (ZYDIS_ATTRIB_HAS_REP | ZYDIS_ATTRIB_HAS_REPE | ZYDIS_ATTRIB_HAS_REPNE))
+        return;
+    if (!operands_note(t, d, &memory))
+        return;
+    encoding_note(t, d);
+    flags_note(t, d);
+    if (special(t, d, a->mode.user)) {
+        return;
+    }
+    if (!is_plain(d) && !is_native(a, t, d))
+        return;
+    if (d->zi.mnemonic == ZYDIS_MNEMONIC_CMPXCHG16B)
+        t->aligned = true;
+    if (d->zi.mnemonic == ZYDIS_MNEMONIC_LEA) {
+        t->kind = t->rip_relative ? TI_LEA_RIP : TI_COPY;
+        t->memory = false;
+        bool high = false;
+        t->reg = (uint8_t)gpr_number(d->op[0].reg.value, &high);
+        if (t->rip_relative && d->zi.operand_width != 64)
+            exit_with(t, BT_EXIT_interp);
+    } else if (t->memory) {
+        t->kind = TI_MEMORY;
+        if (!t->mem_size || t->mem_size > 64)
+            exit_with(t, BT_EXIT_interp);
+    } else if (d->zi.attributes & ZYDIS_ATTRIB_HAS_MODRM && d->zi.raw.modrm.mod != 3) {
+        return; /* a memory operand that was not understood */
+    } else {
+        for (unsigned n = 0; n < d->zi.operand_count; n++)
+            if (d->op[n].type == ZYDIS_OPERAND_TYPE_MEMORY)
+                return;
+        t->kind = TI_COPY;
+    }
+}
+
+void analyze_insn(const struct analyze_context *a, const uint8_t *bytes, unsigned available, unsigned offset, struct tinsn *out)
+{
+    struct decode d;
+    memset(out, 0, sizeof(*out));
+    out->offset = (uint16_t)offset;
+    out->base = out->index = out->reg = TI_NONE;
+    exit_with(out, BT_EXIT_interp);
+    if (!ZYAN_SUCCESS(ZydisDecoderDecodeFull(&a->decoder, bytes, available < 15 ? available : 15, &d.zi, d.op)))
+        return;
+    d.code_bits = a->mode.code_bits;
+    d.bytes = bytes;
+    out->length = d.zi.length;
+    classify(a, out, &d);
+}

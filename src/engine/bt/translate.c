@@ -1,0 +1,752 @@
+/*
+ * Translation of one block: decode up to its end (analyze.c), then emit.
+ *
+ * A block lies in one page and goes on past conditional branches until something else transfers control. Two host registers are scratch at any time (t->s); at entries and exits these are
+ * R10 and R11. An instruction that names one of them gets it back in exchange for another register, the one that is named again last.
+ * Each instruction starts a site: host code that can be started again from there, because no guest state changes before the last access that can fault.
+ * Threading: e->lock held.
+ */
+#include <string.h>
+
+#include "engine/bt/emit.h"
+#include "engine/bt/translate_priv.h"
+
+#define INSNS_MAX 64
+#define DEFERRED_MAX (INSNS_MAX + 2)
+#define SITES_MAX (INSNS_MAX * 3)
+
+#define BIT(r) ((uint16_t)(1u << (r)))
+
+enum deferred_kind { DEFER_BRANCH, DEFER_EXIT };
+
+/* Code that is put after the block's straight line. */
+struct deferred {
+    uint8_t kind;
+    uint8_t s[2];
+    uint16_t clean;
+    uint8_t exit;
+    uint16_t offset; /* of the instruction */
+    int32_t target;
+    uint8_t *patch;  /* the 32-bit displacement that leads here */
+};
+
+struct translation {
+    struct bt_engine *e;
+    struct bt_page *page;
+    struct emitter out;
+    uint8_t *start;
+    uint8_t s[2];   /* the two scratch registers */
+    uint16_t clean; /* registers whose value in cpu.gpr[] is the current one */
+    bool poll_sti;  /* STI was translated: look for interrupts after the next instruction */
+    unsigned count, at; /* instructions; the one being translated */
+    unsigned sites, deferred_count;
+    struct tinsn insn[INSNS_MAX];
+    struct bt_site site[SITES_MAX];
+    struct deferred deferred[DEFERRED_MAX];
+};
+
+/* ---- registers ---- */
+
+static unsigned distance_to_use(const struct translation *t, unsigned reg)
+{
+    for (unsigned n = t->at + 1; n < t->count; n++)
+        if ((t->insn[n].reads | t->insn[n].writes) & BIT(reg))
+            return n;
+    return t->count + (reg == 11 || reg == 10); /* at the end all but these must be back */
+}
+
+static unsigned victim(const struct translation *t, uint16_t named, bool low)
+{
+    unsigned best = TI_NONE, best_distance = 0;
+    for (unsigned r = 0; r < (low ? 8u : 16u); r++) {
+        if (r == GPR_RSP || named & BIT(r) || r == t->s[0] || r == t->s[1])
+            continue;
+        unsigned distance = distance_to_use(t, r) + 1;
+        if (distance > best_distance) {
+            best = r;
+            best_distance = distance;
+        }
+    }
+    return best;
+}
+
+static void exchange(struct translation *t, unsigned k, unsigned taken)
+{
+    unsigned back = t->s[k];
+    if (!(t->clean & BIT(taken)))
+        emit_store_gs(&t->out, taken, BT_CTX_GPR(taken));
+    emit_load_gs(&t->out, back, BT_CTX_GPR(back));
+    t->clean |= BIT(back) | BIT(taken);
+    t->s[k] = (uint8_t)taken;
+}
+
+/* Gives the instruction the registers that it names; with `low`, makes both scratch registers such that need no REX prefix. */
+static void registers_provide(struct translation *t, const struct tinsn *i, bool low)
+{
+    uint16_t named = i->reads | i->writes;
+    for (unsigned k = 0; k < 2; k++)
+        if (named & BIT(t->s[k]) || (low && t->s[k] > 7))
+            exchange(t, k, victim(t, named, low));
+}
+
+/* Emits what makes R10 and R11 the scratch registers, from the state given. */
+static void canonical_emit(struct emitter *out, const uint8_t s[2], uint16_t clean)
+{
+    for (unsigned r = 10; r <= 11; r++)
+        if (s[0] != r && s[1] != r && !(clean & BIT(r)))
+            emit_store_gs(out, r, BT_CTX_GPR(r));
+    for (unsigned k = 0; k < 2; k++)
+        if (s[k] != 10 && s[k] != 11)
+            emit_load_gs(out, s[k], BT_CTX_GPR(s[k]));
+}
+
+static bool is_canonical(const struct translation *t)
+{
+    return t->s[0] + t->s[1] == 21 && (t->s[0] == 10 || t->s[0] == 11);
+}
+
+static void canonicalize(struct translation *t)
+{
+    canonical_emit(&t->out, t->s, t->clean);
+    t->s[0] = 10;
+    t->s[1] = 11;
+}
+
+/* ---- sites ---- */
+
+static struct bt_site *site_add(struct translation *t, enum bt_site_kind kind, unsigned page_offset, const uint8_t s[2])
+{
+    struct bt_site *site = &t->site[t->sites++];
+    *site = (struct bt_site){
+        .tc_offset = (uint16_t)(t->out.at - t->start),
+        .page_offset = (uint16_t)page_offset,
+        .spilled = (uint8_t)(s[0] | s[1] << 4),
+        .kind = (uint8_t)kind,
+    };
+    return site;
+}
+
+static struct bt_site *site_here(struct translation *t, const struct tinsn *i)
+{
+    return site_add(t, SITE_INSN, i->offset, t->s);
+}
+
+/* RSP has been moved by `by` from here on, before the last access that can fault. */
+static void site_rsp_moved(struct translation *t, struct bt_site *site, int by)
+{
+    site->rsp_adjust = (int8_t)by;
+    site->adjusted = (uint8_t)(t->out.at - t->start - site->tc_offset);
+}
+
+/* ---- jumps ---- */
+
+static void emit_rel32(struct emitter *out, const uint8_t *target)
+{
+    emit32(out, (uint32_t)(target - (out->at + 4)));
+}
+
+static const uint8_t *stub_address(const struct translation *t, uint32_t stub)
+{
+    return t->e->layout.tc_write + stub;
+}
+
+/* Leaves for good; R11 has the guest's rip. */
+static void emit_leave(struct translation *t, enum bt_exit reason)
+{
+    emit_mov_imm32(&t->out, 10, reason);
+    emit8(&t->out, 0xe9);
+    emit_rel32(&t->out, stub_address(t, t->e->stubs.leave));
+}
+
+static void emit_rip(struct translation *t, int32_t offset)
+{
+    emit_load_gs(&t->out, 11, BT_CTX(page_va));
+    if (offset)
+        emit_lea(&t->out, 11, 11, EMIT_NONE, 0, offset);
+}
+
+/* `rsp_adjust`: what the branch at `offset` has already added to RSP. */
+static void emit_transfer_from(struct translation *t, unsigned offset, int rsp_adjust)
+{
+    static const uint8_t canonical[2] = {10, 11};
+    struct bt_site *site = site_add(t, SITE_JUMP, offset, canonical);
+    site->rsp_adjust = (int8_t)rsp_adjust;
+    emit_transfer(&t->out, (uint32_t)(uintptr_t)t->e->layout.tc_exec);
+}
+
+/* So that the four bytes after `opcode_bytes` do not cross a cache line: they are patched while others may run them. */
+static void align_displacement(struct emitter *out, unsigned opcode_bytes)
+{
+    while (((uintptr_t)out->at + opcode_bytes) % 64 > 60)
+        emit8(out, 0x90);
+}
+
+static bool in_page(int32_t offset)
+{
+    return offset >= 0 && offset < (int32_t)PAGE_SIZE_BYTES;
+}
+
+/* First execution of a direct jump: `displacement` is patched to the target by the run loop. */
+static void emit_link_exit(struct translation *t, const uint8_t *displacement, int32_t target)
+{
+    emit_rip(t, target);
+    emit_mov_imm32(&t->out, 10, (uint32_t)(displacement - t->e->layout.tc_write));
+    emit_store_gs(&t->out, 10, BT_CTX(link_site));
+    emit_leave(t, BT_EXIT_link);
+}
+
+static void defer(struct translation *t, enum deferred_kind kind, const struct tinsn *i, int32_t target, uint8_t *patch)
+{
+    t->deferred[t->deferred_count++] = (struct deferred){
+        .kind = (uint8_t)kind, .s = {t->s[0], t->s[1]}, .clean = t->clean, .exit = i->exit, .offset = i->offset, .target = target, .patch = patch,
+    };
+}
+
+static void patch_here(const struct translation *t, uint8_t *displacement)
+{
+    *(uint32_t *)displacement = (uint32_t)(t->out.at - (displacement + 4));
+}
+
+static void deferred_emit(struct translation *t, const struct deferred *d)
+{
+    patch_here(t, d->patch);
+    uint8_t *before = t->out.at, *displacement = d->patch;
+    canonical_emit(&t->out, d->s, d->clean);
+    if (d->kind == DEFER_EXIT) {
+        emit_rip(t, d->offset);
+        emit_leave(t, d->exit);
+    } else if (!in_page(d->target)) {
+        emit_rip(t, d->target);
+        emit_transfer_from(t, d->offset, 0);
+    } else {
+        if (t->out.at != before) { /* the jump that will be patched comes after the exchange of registers */
+            align_displacement(&t->out, 1);
+            emit8(&t->out, 0xe9);
+            displacement = t->out.at;
+            emit32(&t->out, 0);
+        }
+        emit_link_exit(t, displacement, d->target);
+    }
+}
+
+/* Back edges look whether the host wants the processor. */
+static void emit_poll(struct translation *t, int32_t field)
+{
+    emit_load_gs(&t->out, t->s[0], field);
+    emit_op_mem(&t->out, false, 0x8b, t->s[0], t->s[0], EMIT_NONE, 0, 0);
+}
+
+/* From canonical state, to any offset. */
+static void emit_goto(struct translation *t, const struct tinsn *i, int32_t target)
+{
+    if (!in_page(target)) {
+        emit_rip(t, target);
+        emit_transfer_from(t, i->offset, 0);
+        return;
+    }
+    align_displacement(&t->out, 1);
+    emit8(&t->out, 0xe9);
+    uint8_t *displacement = t->out.at;
+    emit32(&t->out, 0);
+    defer(t, DEFER_BRANCH, i, target, displacement);
+}
+
+/* ---- memory operands ---- */
+
+struct address {
+    unsigned base, index;
+    int32_t disp;
+};
+
+static void emit_effective_address(struct translation *t, const struct tinsn *i, unsigned to)
+{
+    struct emitter *out = &t->out;
+    if (i->rip_relative) {
+        emit_load_gs(out, to, BT_CTX(page_va));
+        emit_lea(out, to, to, EMIT_NONE, 0, i->disp + i->offset + i->length);
+    } else if (i->base == TI_NONE && i->index == TI_NONE) {
+        if (i->address32)
+            emit_mov_imm32(out, to, (uint32_t)i->disp);
+        else
+            emit_mov_simm32(out, to, i->disp);
+    } else {
+        emit_op_mem(out, !i->address32, 0x8d, to, i->base, i->index, i->scale, i->disp);
+    }
+}
+
+/* V of the page of the address in `from` into `to`, after the crossing check. */
+static void emit_lookup(struct translation *t, unsigned to, unsigned from, unsigned size)
+{
+    if (size > 1) {
+        emit_pext_gs(&t->out, to, from, BT_CTX(mask_low12));
+        emit_check_byte(&t->out, to, to, BT_CHECK + (int32_t)size - 1);
+    }
+    emit_rorx(&t->out, to, from, 12);
+    emit_load_v(&t->out, to, to);
+}
+
+static struct address emit_access(struct translation *t, const struct tinsn *i)
+{
+    unsigned v = t->s[0], ea = t->s[1];
+    bool plain = i->base != TI_NONE && i->index == TI_NONE && !i->address32 && i->segment == TI_FLAT && !i->disp;
+    if (plain) {
+        ea = i->base;
+    } else {
+        emit_effective_address(t, i, ea);
+        if (i->segment != TI_FLAT) {
+            emit_load_gs(&t->out, v, i->segment == TI_FS ? BT_CTX(c.segment_base[SEG_FS]) : BT_CTX(c.segment_base[SEG_GS]));
+            emit_lea(&t->out, ea, ea, v, 0, 0);
+        }
+    }
+    emit_lookup(t, v, ea, i->aligned ? 1 : i->mem_size);
+    return (struct address){ea, v, 0};
+}
+
+static const uint8_t *insn_bytes(const struct translation *t, const struct tinsn *i)
+{
+    return t->e->layout.window_r + t->page->offset + i->offset;
+}
+
+static bool is_segment_prefix(uint8_t byte)
+{
+    return byte == 0x26 || byte == 0x2e || byte == 0x36 || byte == 0x3e || byte == 0x64 || byte == 0x65;
+}
+
+/* VEX, EVEX, XOP: X in bit 6 and B in bit 5 of the first payload byte, inverted. `extension` has them as in REX. */
+static unsigned with_extension(unsigned payload, unsigned extension)
+{
+    return (payload & ~0x60u) | (~extension & 3) << 5;
+}
+
+/* The guest's instruction with its memory operand at `a`. */
+static void emit_rewritten(struct translation *t, const struct tinsn *i, struct address a)
+{
+    const uint8_t *p = insn_bytes(t, i);
+    struct emitter *out = &t->out;
+    unsigned extension = emit_rex_of(false, EMIT_NONE, a.base, a.index), at = i->opcode_at;
+    if (i->encoding == ZYDIS_INSTRUCTION_ENCODING_LEGACY) {
+        for (unsigned n = 0; n < at; n++)
+            if (!is_segment_prefix(p[n]) && p[n] != 0x67 && (p[n] & 0xf0) != 0x40)
+                emit8(out, p[n]);
+        if (i->rex || extension)
+            emit8(out, 0x40 | (i->rex & 0x0c) | extension);
+    } else if (p[at] == 0xc5) { /* two-byte VEX has no X and B: make it three bytes, map 0F, W 0 */
+        emit8(out, 0xc4);
+        emit8(out, with_extension((p[at + 1] & 0x80u) | 1, extension));
+        emit8(out, p[at + 1] & 0x7f);
+        at += 2;
+    } else {
+        emit8(out, p[at]);
+        emit8(out, with_extension(p[at + 1], extension));
+        at += 2;
+    }
+    while (at < i->modrm_at)
+        emit8(out, p[at++]);
+    emit_address(out, p[i->modrm_at] >> 3 & 7, a.base, a.index, 0, a.disp, i->encoding != ZYDIS_INSTRUCTION_ENCODING_EVEX);
+    for (at = i->tail_at; at < i->length; at++)
+        emit8(out, p[at]);
+}
+
+static void emit_copy(struct translation *t, const struct tinsn *i)
+{
+    memcpy(t->out.at, insn_bytes(t, i), i->length);
+    t->out.at += i->length;
+}
+
+/* ---- the stack ---- */
+
+static void emit_rsp_add(struct translation *t, int32_t by)
+{
+    emit_lea(&t->out, GPR_RSP, GPR_RSP, EMIT_NONE, 0, by);
+}
+
+/* RSP -= 8 and the lookup: V of the new top of the stack in s[0]. */
+static void emit_push_lookup(struct translation *t, struct bt_site *site)
+{
+    emit_rsp_add(t, -8);
+    site_rsp_moved(t, site, -8);
+    emit_lookup(t, t->s[0], GPR_RSP, 8);
+}
+
+static void emit_push_reg(struct translation *t, struct bt_site *site, unsigned reg)
+{
+    if (reg == GPR_RSP) {
+        emit_mov(&t->out, t->s[1], GPR_RSP);
+        reg = t->s[1];
+    }
+    emit_push_lookup(t, site);
+    emit_op_mem(&t->out, true, 0x89, reg, GPR_RSP, t->s[0], 0, 0);
+}
+
+static void emit_push_rip(struct translation *t, struct bt_site *site, int32_t offset)
+{
+    emit_push_lookup(t, site);
+    emit_load_gs(&t->out, t->s[1], BT_CTX(page_va));
+    emit_lea(&t->out, t->s[1], t->s[1], EMIT_NONE, 0, offset);
+    emit_op_mem(&t->out, true, 0x89, t->s[1], GPR_RSP, t->s[0], 0, 0);
+}
+
+static void emit_pop_to(struct translation *t, unsigned to)
+{
+    emit_lookup(t, t->s[0], GPR_RSP, 8);
+    emit_op_mem(&t->out, true, 0x8b, to, GPR_RSP, t->s[0], 0, 0);
+}
+
+static void emit_pushf(struct translation *t, struct bt_site *site)
+{
+    struct emitter *out = &t->out;
+    emit_store_gs(out, GPR_RSP, BT_CTX(scratch[0]));
+    emit_load_gs(out, GPR_RSP, BT_CTX(host_rsp));
+    emit8(out, 0x9c); /* pushfq, on the host's stack */
+    emit_rex(out, t->s[1] > 7 ? 1 : 0);
+    emit8(out, 0x58 | (t->s[1] & 7)); /* pop */
+    emit_load_gs(out, GPR_RSP, BT_CTX(scratch[0]));
+    emit_pext_gs(out, t->s[1], t->s[1], BT_CTX(mask_arith));
+    emit_pdep_gs(out, t->s[1], t->s[1], BT_CTX(mask_arith));
+    emit_load_gs(out, t->s[0], BT_CTX(c.v.cpu.rflags));
+    emit_lea(out, t->s[1], t->s[1], t->s[0], 0, 0);
+    emit_push_lookup(t, site);
+    emit_op_mem(out, true, 0x89, t->s[1], GPR_RSP, t->s[0], 0, 0);
+}
+
+/* ---- control transfers ---- */
+
+/* To the address in register `reg` (scratch[0] when EMIT_NONE), which the exchange of registers may have put into cpu.gpr[]. */
+static void emit_transfer_indirect(struct translation *t, const struct tinsn *i, unsigned reg, int rsp_adjust)
+{
+    canonicalize(t);
+    if (reg == EMIT_NONE)
+        emit_load_gs(&t->out, 11, BT_CTX(scratch[0]));
+    else if (reg == 10 || reg == 11)
+        emit_load_gs(&t->out, 11, BT_CTX_GPR(reg));
+    else
+        emit_mov(&t->out, 11, reg);
+    emit_transfer_from(t, i->offset, rsp_adjust);
+}
+
+static void emit_target_load(struct translation *t, const struct tinsn *i)
+{
+    struct address a = emit_access(t, i);
+    emit_op_mem(&t->out, true, 0x8b, t->s[0], a.base, a.index, 0, a.disp);
+    emit_store_gs(&t->out, t->s[0], BT_CTX(scratch[0]));
+}
+
+static void emit_ret(struct translation *t, const struct tinsn *i)
+{
+    int32_t release = 8 + i->imm;
+    emit_pop_to(t, t->s[1]);
+    emit_rsp_add(t, release);
+    if (is_canonical(t)) {
+        if (t->s[1] != 11)
+            emit_mov(&t->out, 11, t->s[1]);
+        emit_transfer_from(t, i->offset, release);
+    } else {
+        emit_store_gs(&t->out, t->s[1], BT_CTX(scratch[0]));
+        emit_transfer_indirect(t, i, EMIT_NONE, release);
+    }
+}
+
+static void emit_call(struct translation *t, const struct tinsn *i, struct bt_site *site)
+{
+    if (i->kind == TI_CALL_MEM)
+        emit_target_load(t, i);
+    emit_push_rip(t, site, i->offset + i->length);
+    if (i->kind == TI_CALL) {
+        canonicalize(t);
+        if (in_page(i->target)) {
+            emit_goto(t, i, i->target);
+        } else {
+            emit_rip(t, i->target);
+            emit_transfer_from(t, i->offset, -8);
+        }
+    } else {
+        emit_transfer_indirect(t, i, i->kind == TI_CALL_REG ? i->reg : EMIT_NONE, -8);
+    }
+}
+
+static void emit_jcc(struct translation *t, const struct tinsn *i)
+{
+    if (i->target <= i->offset && in_page(i->target))
+        emit_poll(t, BT_CTX(poll));
+    align_displacement(&t->out, 2);
+    emit8(&t->out, 0x0f);
+    emit8(&t->out, 0x80 | i->condition);
+    uint8_t *displacement = t->out.at;
+    emit32(&t->out, 0);
+    defer(t, DEFER_BRANCH, i, i->target, displacement);
+}
+
+/* LOOPcc and JRCXZ have 8-bit displacements only: over a long jump. */
+static void emit_loop(struct translation *t, const struct tinsn *i)
+{
+    emit_poll(t, BT_CTX(poll));
+    const uint8_t *p = insn_bytes(t, i);
+    for (unsigned n = 0; n + 1 < i->length; n++)
+        emit8(&t->out, p[n]);
+    emit8(&t->out, 2);
+    emit8(&t->out, 0xeb);
+    uint8_t *over = t->out.at;
+    emit8(&t->out, 0);
+    align_displacement(&t->out, 1);
+    emit8(&t->out, 0xe9);
+    uint8_t *displacement = t->out.at;
+    emit32(&t->out, 0);
+    defer(t, DEFER_BRANCH, i, i->target, displacement);
+    *over = (uint8_t)(t->out.at - (over + 1));
+}
+
+static void emit_jmp(struct translation *t, const struct tinsn *i)
+{
+    if (i->target <= i->offset && in_page(i->target))
+        emit_poll(t, BT_CTX(poll));
+    canonicalize(t);
+    emit_goto(t, i, i->target);
+}
+
+/* ---- instructions ---- */
+
+static void emit_insn(struct translation *t, const struct tinsn *i)
+{
+    registers_provide(t, i, i->high_byte && i->memory);
+    if (t->poll_sti && i->kind != TI_STI) {
+        /* The instruction before this one was the first after STI. */
+        site_here(t, i);
+        emit_poll(t, BT_CTX(poll_sti));
+        t->poll_sti = false;
+    }
+    struct bt_site *site = site_here(t, i);
+    switch (i->kind) {
+    case TI_COPY:
+        emit_copy(t, i);
+        break;
+    case TI_MEMORY:
+        emit_rewritten(t, i, emit_access(t, i));
+        break;
+    case TI_SKIP:
+        break;
+    case TI_LEA_RIP:
+        emit_load_gs(&t->out, i->reg, BT_CTX(page_va));
+        emit_lea(&t->out, i->reg, i->reg, EMIT_NONE, 0, i->disp + i->offset + i->length);
+        break;
+    case TI_PUSH_REG:
+        emit_push_reg(t, site, i->reg);
+        break;
+    case TI_PUSH_IMM:
+        emit_push_lookup(t, site);
+        emit_op_mem(&t->out, true, 0xc7, 0, GPR_RSP, t->s[0], 0, 0);
+        emit32(&t->out, (uint32_t)i->imm);
+        break;
+    case TI_PUSH_MEM: {
+        struct address a = emit_access(t, i);
+        emit_op_mem(&t->out, true, 0x8b, t->s[1], a.base, a.index, 0, a.disp);
+        emit_push_reg(t, site, t->s[1]);
+        break;
+    }
+    case TI_POP_REG:
+        emit_pop_to(t, i->reg);
+        if (i->reg != GPR_RSP)
+            emit_rsp_add(t, 8);
+        break;
+    case TI_LEAVE:
+        emit_lookup(t, t->s[0], GPR_RBP, 8);
+        emit_op_mem(&t->out, true, 0x8b, t->s[1], GPR_RBP, t->s[0], 0, 0);
+        emit_lea(&t->out, GPR_RSP, GPR_RBP, EMIT_NONE, 0, 8);
+        emit_mov(&t->out, GPR_RBP, t->s[1]);
+        break;
+    case TI_PUSHF:
+        emit_pushf(t, site);
+        break;
+    case TI_CLI:
+        emit_mov_gs_imm8(&t->out, BT_CTX(c.v.cpu.rflags) + 1, 0);
+        break;
+    case TI_STI:
+        emit_mov_gs_imm8(&t->out, BT_CTX(c.v.cpu.rflags) + 1, RFLAGS_IF >> 8);
+        break;
+    case TI_JCC:
+        emit_jcc(t, i);
+        break;
+    case TI_LOOP:
+        emit_loop(t, i);
+        break;
+    case TI_JMP:
+        emit_jmp(t, i);
+        break;
+    case TI_JMP_REG:
+        emit_transfer_indirect(t, i, i->reg, 0);
+        break;
+    case TI_JMP_MEM:
+        emit_target_load(t, i);
+        emit_transfer_indirect(t, i, EMIT_NONE, 0);
+        break;
+    case TI_CALL:
+    case TI_CALL_REG:
+    case TI_CALL_MEM:
+        emit_call(t, i, site);
+        break;
+    case TI_RET:
+        emit_ret(t, i);
+        break;
+    case TI_EXIT:
+        canonicalize(t);
+        emit_rip(t, i->offset);
+        emit_leave(t, i->exit);
+        break;
+    default:
+        __builtin_unreachable();
+    }
+    t->clean &= (uint16_t)~i->writes;
+}
+
+/* ---- blocks ---- */
+
+static bool bitmap_has(const uint8_t *map, unsigned n)
+{
+    return map[n / 8] >> (n % 8) & 1;
+}
+
+/* STI is translated when what follows is an ordinary instruction, after which interrupts are looked for; else the interpreter minds the shadow. */
+static void sti_settle(struct translation *t)
+{
+    for (unsigned n = 0; n < t->count; n++) {
+        if (t->insn[n].kind != TI_STI)
+            continue;
+        bool follows = n + 2 < t->count && t->insn[n + 1].kind < TI_STI;
+        if (!follows) {
+            t->insn[n].kind = TI_EXIT;
+            t->insn[n].exit = BT_EXIT_interp;
+            t->count = n + 1;
+        }
+    }
+}
+
+static void decode_block(struct translation *t, unsigned start)
+{
+    struct analyze_context a = {.c = NULL, .mode = t->page->mode};
+    for (unsigned n = 0; !a.c; n++)
+        a.c = t->e->interp.vcpus[n];
+    decoder_init(&a.decoder, a.mode.code_bits);
+    const uint8_t *bytes = t->e->layout.window_r + t->page->offset;
+    unsigned offset = start;
+    while (t->count < INSNS_MAX && offset < PAGE_SIZE_BYTES) {
+        struct tinsn *i = &t->insn[t->count++];
+        analyze_insn(&a, bytes + offset, (unsigned)PAGE_SIZE_BYTES - offset, offset, i);
+        if (bitmap_has(t->page->call_sites, offset)) {
+            i->kind = TI_EXIT;
+            i->exit = BT_EXIT_data;
+        }
+        if (TI_ENDS(i->kind))
+            break;
+        offset += i->length;
+    }
+    sti_settle(t);
+}
+
+static void translation_emit(struct translation *t)
+{
+    bool after_sti = false;
+    for (t->at = 0; t->at < t->count; t->at++) {
+        const struct tinsn *i = &t->insn[t->at];
+        emit_insn(t, i);
+        t->poll_sti = after_sti;
+        after_sti = i->kind == TI_STI;
+    }
+    const struct tinsn *last = &t->insn[t->count - 1];
+    if (!TI_ENDS(last->kind)) {
+        canonicalize(t);
+        emit_goto(t, last, last->offset + last->length);
+    }
+    for (unsigned n = 0; n < t->deferred_count; n++)
+        deferred_emit(t, &t->deferred[n]);
+}
+
+static void emit_entry(struct translation *t, unsigned start)
+{
+    if (start)
+        emit_lea(&t->out, 10, 11, EMIT_NONE, 0, -(int32_t)start);
+    emit_store_gs(&t->out, start ? 10 : 11, BT_CTX(page_va));
+}
+
+struct bt_block *translate_block(struct bt_engine *e, struct bt_page *page, unsigned start)
+{
+    struct translation t;
+    t.e = e;
+    t.page = page;
+    t.s[0] = 10;
+    t.s[1] = 11;
+    t.clean = 0;
+    t.poll_sti = false;
+    t.count = t.at = t.sites = t.deferred_count = 0;
+    while ((uintptr_t)(e->layout.tc_write + e->tc_used) % 16)
+        e->layout.tc_write[e->tc_used++] = 0xcc;
+    t.start = t.out.at = e->layout.tc_write + e->tc_used;
+    decode_block(&t, start);
+    emit_entry(&t, start);
+    struct bt_block block = {
+        .page = page,
+        .tc_start = e->tc_used,
+        .tc_chain = (uint32_t)(t.out.at - e->layout.tc_write),
+        .start = (uint16_t)start,
+        .valid = true,
+    };
+    translation_emit(&t);
+    const struct tinsn *last = &t.insn[t.count - 1];
+    block.tc_end = (uint32_t)(t.out.at - e->layout.tc_write);
+    block.length = (uint16_t)(last->offset + last->length - start);
+    block.insns = (uint16_t)t.count;
+    block.site_count = (uint16_t)t.sites;
+    return cache_publish(e, &block, t.site);
+}
+
+/* ---- for fault handling ---- */
+
+static uint64_t register_value(const struct bt_vcpu *b, unsigned reg)
+{
+    return reg == TI_NONE ? 0 : b->c.v.cpu.gpr[reg];
+}
+
+static gva_t operand_address(const struct bt_vcpu *b, const struct tinsn *i)
+{
+    uint64_t ea = register_value(b, i->base) + (register_value(b, i->index) << i->scale) + (int64_t)i->disp;
+    if (i->rip_relative)
+        ea += b->c.v.cpu.gpr[GPR_RIP] + i->length;
+    if (i->address32)
+        ea = (uint32_t)ea;
+    if (i->segment != TI_FLAT)
+        ea += b->c.segment_base[i->segment == TI_FS ? SEG_FS : SEG_GS];
+    return ea;
+}
+
+int translate_accesses(struct bt_vcpu *b, const uint8_t *bytes, unsigned available, struct bt_access access[4])
+{
+    struct analyze_context a = {.c = &b->c, .mode = b->mode};
+    struct tinsn i;
+    int count = 0;
+    gva_t rsp = b->c.v.cpu.gpr[GPR_RSP];
+    decoder_init(&a.decoder, a.mode.code_bits);
+    analyze_insn(&a, bytes, available, 0, &i);
+    if (i.memory)
+        access[count++] = (struct bt_access){operand_address(b, &i), i.mem_size, i.mem_write};
+    switch (i.kind) {
+    case TI_EXIT:
+        return -1;
+    case TI_PUSH_REG:
+    case TI_PUSH_IMM:
+    case TI_PUSH_MEM:
+    case TI_PUSHF:
+    case TI_CALL:
+    case TI_CALL_REG:
+    case TI_CALL_MEM:
+        access[count++] = (struct bt_access){rsp - 8, 8, true};
+        break;
+    case TI_POP_REG:
+    case TI_RET:
+        access[count++] = (struct bt_access){rsp, 8, false};
+        break;
+    case TI_LEAVE:
+        access[count++] = (struct bt_access){b->c.v.cpu.gpr[GPR_RBP], 8, false};
+        break;
+    default:
+        break;
+    }
+    return count;
+}
