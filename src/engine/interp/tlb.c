@@ -357,9 +357,11 @@ static void breakpoints_match(struct icpu *c, gva_t gva, unsigned length, bool w
     }
 }
 
+/* An address that is not canonical is left to the access: its fault comes first. */
 void mem_check_alignment(struct icpu *c, enum tlb_view view, gva_t gva, unsigned alignment)
 {
-    if (view == VIEW_USER && (c->v.cpu.cr0 & CR0_AM) && (c->v.cpu.rflags & RFLAGS_AC) && (gva & (alignment - 1)))
+    if (view == VIEW_USER && (c->v.cpu.cr0 & CR0_AM) && (c->v.cpu.rflags & RFLAGS_AC) && (gva & (alignment - 1)) && gva_is_canonical(gva) &&
+        gva_is_canonical(gva + alignment - 1))
         raise_error(c, VECTOR_AC, 0);
 }
 
