@@ -272,7 +272,7 @@ int paging_walk_group(struct physmap *memory, const struct cpu_state *cpu, unsig
                       struct paging_result *result, struct paging_group *group, uint32_t *error_code)
 {
     if (group)
-        group->readable = group->writable = 0;
+        group->readable = group->writable = group->all_global = 0;
     if (!(cpu->cr0 & CR0_PG)) {
         identity_result(gva, result);
         return 0;
