@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Runs one conformance program: run.py PROGRAM [--doppel D] [--cpus N] [--engine E] [--seconds S] [--qemu].
+"""Runs one conformance program: run.py PROGRAM [--doppel D] [--cpus N] [--engine E] [--seconds S] [--append LINE] [--qemu].
 
 Exit status 0 when the program reported at least one check, no failure, and DONE. --qemu runs it under QEMU's TCG instead, for cross-checking by hand.
 """
@@ -14,9 +14,9 @@ import tempfile
 def command(args, console):
     if args.qemu:
         return [args.qemu_program, '-accel', 'tcg', '-cpu', args.qemu_cpu, '-machine', 'q35', '-m', '256', '-smp', str(args.cpus), '-display', 'none',
-                '-no-reboot', '-serial', 'file:' + console, '-monitor', 'none', '-kernel', args.program]
+                '-no-reboot', '-serial', 'file:' + console, '-monitor', 'none', '-kernel', args.program, '-append', args.append]
     line = [args.doppel, 'run', '--kernel', args.program, '--memory', '256M', '--cpus', str(args.cpus), '--console', 'file:' + console,
-            '--on-reset', 'exit']
+            '--on-reset', 'exit', '--append', args.append]
     return line + (['--engine', args.engine] if args.engine else [])
 
 
@@ -44,6 +44,7 @@ def main():
     parser.add_argument('--cpus', type=int, default=1)
     parser.add_argument('--engine')
     parser.add_argument('--seconds', type=float, default=60)
+    parser.add_argument('--append', default='', help='for programs with random cases: seed=N')
     parser.add_argument('--qemu', action='store_true')
     parser.add_argument('--qemu-program', default='qemu-system-x86_64')
     parser.add_argument('--qemu-cpu', default='max')
