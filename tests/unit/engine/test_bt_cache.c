@@ -440,7 +440,9 @@ static struct bt_vcpu *vcpu_add(struct rig *r, unsigned index)
     assert_non_null(b);
     memset(b, 0, sizeof(*b));
     b->engine = &r->e;
+    pthread_mutex_lock(&r->e.interp.lock);
     r->e.interp.vcpus[index] = &b->c;
+    pthread_mutex_unlock(&r->e.interp.lock);
     return b;
 }
 

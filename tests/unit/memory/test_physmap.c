@@ -10,6 +10,7 @@
 
 #include <errno.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include "memory/memory.h"
@@ -121,6 +122,89 @@ static void test_dirty(void **state)
     physmap_destroy(map);
 }
 
+static void test_map(void **state)
+{
+    uint64_t offset, ram = PHYSMAP_LOW_LIMIT + 2 * MIB;
+    struct physmap *map = make(4 * MIB);
+    uint8_t *at = mmap(NULL, 8 * MIB, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+    assert_true(at != MAP_FAILED);
+    assert_int_equal(physmap_map(map, at + MIB, PROT_READ), 0);
+    assert_int_equal(physmap_write(map, 0x12345, "abc", 4), 0);
+    assert_true(physmap_offset(map, 0x12345, 4, &offset));
+    assert_string_equal((char *)at + MIB + offset, "abc");
+    assert_false(physmap_offset(map, 4 * MIB - 1, 2, &offset));
+    assert_int_equal(physmap_gpa(map, 4 * MIB - 1), 4 * MIB - 1);
+    assert_int_equal(physmap_map(map, at + 1, PROT_READ), -EINVAL);
+    munmap(at, 8 * MIB);
+    physmap_destroy(map);
+
+    if ((uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE) < ram)
+        return;
+    map = make(ram);
+    assert_int_equal(physmap_gpa(map, PHYSMAP_LOW_LIMIT - 1), PHYSMAP_LOW_LIMIT - 1);
+    assert_int_equal(physmap_gpa(map, PHYSMAP_LOW_LIMIT + 5), PHYSMAP_HIGH_BASE + 5);
+    assert_true(physmap_offset(map, PHYSMAP_HIGH_BASE + 5, 1, &offset));
+    assert_int_equal(offset, PHYSMAP_LOW_LIMIT + 5);
+    assert_false(physmap_offset(map, PHYSMAP_LOW_LIMIT - 1, 2, &offset));
+    physmap_destroy(map);
+}
+
+struct watch {
+    struct physmap *map;
+    unsigned calls;
+    gpa_t gpa;
+    uint64_t length_bytes;
+    char seen[4];
+};
+
+static void changed(void *opaque, gpa_t gpa, uint64_t length_bytes)
+{
+    struct watch *w = opaque;
+
+    w->calls++;
+    w->gpa = gpa;
+    w->length_bytes = length_bytes;
+    assert_int_equal(physmap_read(w->map, 0x5ffe, w->seen, sizeof(w->seen)), 0);
+}
+
+static void test_watch(void **state)
+{
+    struct physmap *map = make(4 * MIB);
+    struct watch w[PHYSMAP_WATCHERS_MAX];
+
+    for (unsigned i = 0; i < PHYSMAP_WATCHERS_MAX; i++) {
+        w[i] = (struct watch){.map = map};
+        physmap_watch_set(map, changed, &w[i]);
+    }
+    physmap_watch_set(map, changed, &w[0]); /* still one */
+    assert_int_equal(physmap_write(map, 0x5ffe, "abcd", 4), 0);
+    assert_int_equal(w[0].calls, 0);
+    physmap_watch_page(map, 0x6000, true);
+    physmap_watch_page(map, 8 * MIB, true); /* not RAM: nothing */
+    assert_int_equal(physmap_write(map, 0x5000, "z", 1), 0);
+    physmap_mark_written(map, 0x6000, 1);
+    assert_int_equal(w[0].calls, 0);
+    assert_int_equal(physmap_write(map, 0x5ffe, "efgh", 4), 0);
+    for (unsigned i = 0; i < PHYSMAP_WATCHERS_MAX; i++) {
+        assert_int_equal(w[i].calls, 1);
+        assert_int_equal(w[i].gpa, 0x5ffe);
+        assert_int_equal(w[i].length_bytes, 4);
+        assert_memory_equal(w[i].seen, "efgh", 4); /* afterwards */
+    }
+    physmap_watch_set(map, NULL, &w[1]);
+    physmap_watch_set(map, NULL, map); /* not there: nothing */
+    physmap_mark_dirty(map, 0, 4 * MIB);
+    assert_int_equal(w[0].calls, 2);
+    assert_int_equal(w[1].calls, 1);
+    physmap_zero(map);
+    assert_int_equal(w[0].calls, 3);
+    physmap_watch_page(map, 0x6fff, false);
+    physmap_mark_dirty(map, 0x6000, 1);
+    assert_int_equal(w[0].calls, 3);
+    physmap_destroy(map);
+}
+
 static void test_refusals(void **state)
 {
     struct physmap *map;
@@ -139,7 +223,8 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_low_only), cmocka_unit_test(test_split),    cmocka_unit_test(test_rom),
-        cmocka_unit_test(test_dirty),    cmocka_unit_test(test_refusals),
+        cmocka_unit_test(test_dirty),    cmocka_unit_test(test_map),      cmocka_unit_test(test_watch),
+        cmocka_unit_test(test_refusals),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);
