@@ -188,7 +188,8 @@ struct bt_engine {
     atomic_uint world_wanted; /* changed with the lock held */
 
     /* Statistics of translation, shown by --stats. */
-    uint64_t translated_insns, translated_blocks, flushes, invalidations, translate_ns;
+    uint64_t translated_insns, translated_blocks, flushes, translate_ns;
+    uint64_t invalidations; /* drops of pages; read without the lock by vCPUs on their way in */
 
     bool avx512, fsgsbase;
 };
@@ -228,6 +229,9 @@ struct bt_vcpu {
     uint64_t fill_next;       /* linear address whose guest page fault was delivered last, to be filled on the way back; 0: none */
     uint32_t fault_tc;        /* TC offset where the last signal left translated code from */
     bool fault_crossing;      /* it was the page-crossing check */
+    uint64_t serialized;      /* the epoch whose code this processor surely sees */
+    unsigned interp_blocks;   /* left for the interpreter before translated code is tried again */
+    uint64_t thrash_visits;   /* to pages that are not translated because they keep changing */
     uint8_t site_counts[256]; /* bt.c: how often sites, hashed by TC offset, needed the interpreter for MMIO or crossing */
 };
 
@@ -280,8 +284,8 @@ bool tables_commit(struct bt_vcpu *b, uintptr_t address, gva_t gva_hint, bool ex
 int cache_create(struct bt_engine *e, struct error *err) __attribute__((warn_unused_result)); /* after layout_create and stubs_create */
 void cache_destroy(struct bt_engine *e); /* before layout_destroy; also after a failed cache_create */
 /*
- * The way into translated code, without the lock: reset exec_mask and the polls; cache_enter; look the block up, or check that e->epoch is still that of
- * the lookup; bt_enter; cache_leave. A kick is for whoever entered after a reset that came before it, so the reset may not come later. After cache_leave nothing known of
+ * The way into translated code, without the lock: reset exec_mask and the polls; cache_enter; look the block up, or check that e->epoch and
+ * e->invalidations are still those of the lookup; bt_enter; cache_leave. A kick is for whoever entered after a reset that came before it, so the reset may not come later. After cache_leave nothing known of
  * the cache (link_site, blocks) holds unless the epoch, compared with the lock held, is the same. A vCPU that is inside may take the lock, but waits for nothing else.
  * Both keep live vector state live. b->engine is set before the interpreter's icpu_create makes *b known to others.
  */
@@ -301,7 +305,7 @@ void cache_page_drop(struct bt_engine *e, uint64_t ram_offset);
 void cache_flush(struct bt_engine *e); /* with the world stopped */
 /* Without the lock: stops all other vCPUs outside translated code, takes the lock. `b` is the caller's, or NULL; it is outside, too, from then on. */
 void cache_exclusive_begin(struct bt_engine *e, struct bt_vcpu *b);
-void cache_exclusive_end(struct bt_engine *e, struct bt_vcpu *b);
+void cache_exclusive_end(struct bt_engine *e, struct bt_vcpu *b); /* whoever locked once more before keeps the lock, without a gap for another's flush */
 /* Block containing the TC address, or NULL. Lock not needed by the vCPU that runs in it. */
 struct bt_block *cache_find(struct bt_engine *e, uintptr_t tc_address);
 const struct bt_site *cache_site(const struct bt_engine *e, const struct bt_block *block, uintptr_t tc_address);

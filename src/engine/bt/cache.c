@@ -295,7 +295,7 @@ static bool page_drop(struct bt_engine *e, uint64_t ram_offset)
     flags_set_present(e, ram_offset, false);
     if ((*flags & BT_CODE_THRASH) != BT_CODE_THRASH)
         __atomic_store_n(flags, *flags + THRASH_ONE, __ATOMIC_RELAXED);
-    e->invalidations++;
+    __atomic_store_n(&e->invalidations, e->invalidations + 1, __ATOMIC_SEQ_CST); /* before the kick: who reads the old number is kicked after its reset */
     if (mprotect(e->layout.window_w + ram_offset, PAGE_SIZE_BYTES, PROT_READ | PROT_WRITE) == 0) {
         e->protected_pages--;
         return dropped;
