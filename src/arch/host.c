@@ -3,9 +3,12 @@
 
 #include <cpuid.h>
 #include <string.h>
+#include <sys/auxv.h>
+#undef PF_W /* of a program header; cpu.h's is of a page fault */
 
 #include "arch/cpu.h"
 
+#define HWCAP2_FSGSBASE_BIT 2ul
 #define FXSAVE_BYTES 512
 #define FXSAVE_MXCSR_MASK 28
 
@@ -29,4 +32,9 @@ uint32_t host_mxcsr_mask(void)
     __asm__ volatile("fxsave %0" : "=m"(image));
     memcpy(&mask, image + FXSAVE_MXCSR_MASK, sizeof(mask));
     return mask ? mask : 0xFFBF; /* SDM vol. 1, 11.6.6 */
+}
+
+bool host_fsgsbase(void)
+{
+    return getauxval(AT_HWCAP2) & HWCAP2_FSGSBASE_BIT;
 }

@@ -10,11 +10,12 @@
 
 const struct engine_ops *const engine_table[] = {
     &interp_engine,
+    &bt_engine_ops,
     NULL,
 };
 
 /* Engines of the design that this version does not contain: asked for by name they deserve a better answer than "unknown". */
-static const char *const engines_absent[] = {"kvm", "bt"};
+static const char *const engines_absent[] = {"kvm"};
 
 const char *const engine_counter_names[COUNTER_COUNT] = {
 #define COUNTER(name, help) [COUNTER_##name] = #name,
@@ -62,6 +63,6 @@ const struct engine_ops *engine_find(const char *name, char reason[160], struct 
             return NULL;
         }
     }
-    error_set(err, -EINVAL, "no engine is called \"%s\"; there are \"auto\" and \"interp\"", name);
+    error_set(err, -EINVAL, "no engine is called \"%s\"; there are \"auto\", \"interp\" and \"bt\"", name);
     return NULL;
 }

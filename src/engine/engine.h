@@ -129,6 +129,7 @@ extern const struct engine_ops *const engine_table[];
 const struct engine_ops *engine_find(const char *name, char reason[160], struct error *err);
 
 extern const struct engine_ops interp_engine;
+extern const struct engine_ops bt_engine_ops;
 
 static inline void vcpu_raise_attention(struct vcpu *vcpu)
 {

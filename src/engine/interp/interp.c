@@ -406,7 +406,7 @@ static enum engine_exit interp_run(struct vcpu *v)
     return interp_execute(v, false);
 }
 
-static enum engine_exit interp_step(struct vcpu *v)
+enum engine_exit interp_step(struct vcpu *v)
 {
     return interp_execute(v, true);
 }

@@ -18,6 +18,7 @@
 #define DOPPEL_ENGINE_INTERP_PRIV_H
 
 #include <setjmp.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -455,6 +456,13 @@ static inline void simd_save(struct icpu *c)
 void simd_load(struct icpu *c);
 /* Process-wide fault handlers for stubs; chain to what was there. Called once by interp's create. */
 int native_install_handlers(void);
+/* Asked first about each SIGSEGV, SIGBUS, SIGFPE and SIGILL; true: it is dealt with. One function for the process. */
+typedef bool native_fault_fn(int sig, siginfo_t *info, void *context);
+void native_fault_first(native_fault_fn *fn);
+/* The processor executes what was written through another address than it is executed at. */
+void native_serialize(void);
+/* x87 instructions are about to run whose pointers nobody notes: they read as zero afterwards. */
+void native_pointers_lost(struct icpu *c);
 
 /* ---- segmentation and control transfers (segment.c) ---- */
 

@@ -76,7 +76,7 @@ void native_code_flush(struct native_arena *a)
 
 /* Code written through another address than it is executed at needs a serialising instruction (SDM vol. 3, 9.1.3); IRET is the one that no hypervisor
  * intercepts. */
-static void serialize(void)
+void native_serialize(void)
 {
     uint64_t scratch;
     __asm__ volatile("mov %%rsp, %0\n\t"
@@ -137,7 +137,7 @@ const struct native_code *native_code_intern(struct icpu *c, const struct native
         memset(a->code_rw + a->code_used + stub->length, 0xcc, code_bytes - stub->length);
         r->code.entry = (native_entry *)(uintptr_t)(a->code_rx + a->code_used);
         if (a->code_reused)
-            serialize();
+            native_serialize();
     }
     *bucket = a->records_used + 1;
     a->records_used += record_bytes;

@@ -24,6 +24,7 @@ static const int signals[] = {SIGFPE, SIGSEGV, SIGILL, SIGBUS};
 #define SIGNALS (sizeof(signals) / sizeof(signals[0]))
 
 static struct sigaction previous[SIGNALS];
+static _Atomic(native_fault_fn *) first;
 
 /* Trap numbers that an instruction's operands and state can cause. A page fault in a stub is not among them: that is the host's trouble. */
 #define TRAPS_EXPECTED                                                                             \
@@ -48,6 +49,11 @@ void native_fault_unregister(const void *start)
             atomic_store(&arenas[n].length, 0);
             atomic_store(&arenas[n].start, 0);
         }
+}
+
+void native_fault_first(native_fault_fn *fn)
+{
+    atomic_store(&first, fn);
 }
 
 static bool in_arena(uintptr_t address)
@@ -85,7 +91,12 @@ static void handler(int sig, siginfo_t *info, void *context)
     int saved_errno = errno;
     greg_t *regs = ((ucontext_t *)context)->uc_mcontext.gregs;
     unsigned trap = (unsigned)regs[REG_TRAPNO];
+    native_fault_fn *ask = atomic_load_explicit(&first, memory_order_relaxed);
 
+    if (ask && ask(sig, info, context)) {
+        errno = saved_errno;
+        return;
+    }
     if (info->si_code > 0 && trap < 32 && TRAPS_EXPECTED >> trap & 1 && in_arena((uintptr_t)regs[REG_RIP])) {
         regs[REG_RIP] = *(const greg_t *)regs[REG_RSP];
         regs[REG_RSP] += 8;

@@ -105,6 +105,15 @@ static void fix_pointers(const struct native_arena *a, uint8_t *image)
         put16(image + XSAVE_FOP, a->fop);
 }
 
+void native_pointers_lost(struct icpu *c)
+{
+    struct native_arena *a = c->native;
+    a->x87_ran = true;
+    a->fip = 0;
+    a->fop = 0;
+    a->fdp_known = false;
+}
+
 void simd_save_slow(struct icpu *c)
 {
     struct native_arena *a = c->native;

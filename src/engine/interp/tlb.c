@@ -305,7 +305,7 @@ static void *translate_miss(struct icpu *c, enum tlb_view view, gva_t gva, unsig
     if (writable) {
         host = physmap_get(c->v.memory, gpa_page, PAGE_SIZE_BYTES, PHYSMAP_WRITE);
         if (host)
-            physmap_mark_dirty(c->v.memory, gpa_page, PAGE_SIZE_BYTES);
+            physmap_mark_written(c->v.memory, gpa_page, PAGE_SIZE_BYTES);
         else if (access & PAGING_WRITE)
             return NULL;
         else

@@ -1,0 +1,508 @@
+/*
+ * The translator's run loop and its face towards the machine (engine_ops).
+ *
+ * The loop is the interpreter's with one more thing to do: while bt_usable, it enters translated code and deals with the reason for which that was left. Between two turns of the
+ * loop all guest state is where the interpreter has it, so whatever translated code does not do is done by it, one instruction at a time. Inside (from flags_in to
+ * flags_out) arithmetic flags and DF are in the host's flags and rflags has them clear.
+ * No function of the interpreter that may raise a fault (longjmp) is called inside, or with e->lock held.
+ * Threading: run and step on the vCPU's thread; bt_kick and invalidate from any.
+ */
+#include <cpuid.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+
+#include "arch/host.h"
+#include "engine/bt/bt_priv.h"
+#include "util/log.h"
+
+#define PROBE_BYTES (1ull << 40)
+#define SITE_PATIENCE 8       /* times that a site may need the interpreter before it is translated in another way */
+#define THRASH_BLOCKS 32      /* interpreted at a stretch on a page that keeps changing */
+#define THRASH_FORGIVEN 256   /* after so many visits such a page gets another chance */
+
+/* ---- may translated code run? ---- */
+
+#define FLAGS_UNUSABLE (RFLAGS_TF | RFLAGS_NT | RFLAGS_VM | RFLAGS_RF | RFLAGS_VIF | RFLAGS_VIP | RFLAGS_IOPL)
+
+static bool segment_is_flat(const struct segment *s, bool code)
+{
+    unsigned wanted = SEG_ATTR_P | SEG_ATTR_S | SEG_ATTR_RW | (code ? SEG_ATTR_CODE : 0);
+    unsigned mask = SEG_ATTR_P | SEG_ATTR_S | SEG_ATTR_RW | SEG_ATTR_CODE | (code ? 0 : SEG_ATTR_DC);
+    return !s->unusable && s->base == 0 && s->limit == UINT32_MAX && (s->attributes & mask) == wanted;
+}
+
+static uint8_t flat_segments(const struct cpu_state *cpu)
+{
+    unsigned flat = 0;
+    for (unsigned n = 0; n < SEG_COUNT; n++)
+        if (segment_is_flat(&cpu->seg[n], n == SEG_CS))
+            flat |= 1u << n;
+    return (uint8_t)flat;
+}
+
+static struct bt_mode mode_of(const struct icpu *c)
+{
+    return (struct bt_mode){
+        .code_bits = (uint8_t)c->code_bits,
+        .user = c->cpl == 3,
+        .simd_blocked = (uint8_t)c->simd_blocked,
+        .flat = c->code_bits == 64 ? 0 : flat_segments(&c->v.cpu),
+    };
+}
+
+bool bt_usable(const struct bt_vcpu *b)
+{
+    static const unsigned needed = 1u << SEG_CS | 1u << SEG_DS | 1u << SEG_ES | 1u << SEG_SS;
+    const struct icpu *c = &b->c;
+    const struct cpu_state *cpu = &c->v.cpu;
+    if (c->slow || c->careful || c->v.trace_blocks || !(cpu->cr0 & CR0_PE) || (cpu->rflags & FLAGS_UNUSABLE))
+        return false;
+    if (c->cpl != 0 && (c->cpl != 3 || (cpu->rflags & RFLAGS_AC)))
+        return false;
+    if (c->code_bits == 64)
+        return true;
+    return c->code_bits == 32 && c->stack_mask == UINT32_MAX && (flat_segments(cpu) & needed) == needed;
+}
+
+/* ---- on the way in and out ---- */
+
+static void flags_in(struct bt_vcpu *b)
+{
+    struct cpu_state *cpu = &b->c.v.cpu;
+    b->host_flags = flags_arithmetic(&b->c) | (cpu->rflags & RFLAGS_DF) | RFLAGS_IF | RFLAGS_FIXED;
+    cpu->rflags &= ~(RFLAGS_OSZAPC | RFLAGS_DF);
+}
+
+static void flags_out(struct bt_vcpu *b)
+{
+    flags_set_arithmetic(&b->c, b->host_flags);
+    b->c.v.cpu.rflags |= b->host_flags & RFLAGS_DF;
+}
+
+void bt_kick(struct vcpu *v)
+{
+    struct bt_vcpu *b = (struct bt_vcpu *)v;
+    atomic_store(&b->exec_mask, 0);
+    atomic_store(&b->poll, b->engine->layout.poison);
+    atomic_store(&b->poll_sti, b->engine->layout.poison);
+}
+
+static void polls_reset(struct bt_vcpu *b)
+{
+    uintptr_t quiet = (uintptr_t)&b->poll_word;
+    atomic_store(&b->exec_mask, BT_EXEC_MASK);
+    atomic_store(&b->poll, quiet);
+    atomic_store(&b->poll_sti, b->c.interrupt_waiting ? b->engine->layout.poison : quiet);
+}
+
+/* A block to be entered, while the cache is still that of `epoch`; tc_start 0: whatever the tables lead to. */
+struct entry {
+    uint32_t tc_start;
+    uint64_t epoch;
+};
+
+/* Runs translated code from the current rip. *entry tells the epoch afterwards: what was left belongs to it. */
+static enum bt_exit enter(struct bt_vcpu *b, struct entry *entry)
+{
+    struct bt_engine *e = b->engine;
+    enum bt_exit why = BT_EXIT_attention;
+    simd_load(&b->c);
+    native_pointers_lost(&b->c);
+    flags_in(b);
+    polls_reset(b);
+    cache_enter(b);
+    uint64_t epoch = __atomic_load_n(&e->epoch, __ATOMIC_ACQUIRE);
+    if (unlikely(b->serialized != epoch)) {
+        native_serialize();
+        b->serialized = epoch;
+    }
+    tables_select(b);
+    if (b->fill_next) {
+        (void)tables_fill(b, b->fill_next, 1, false);
+        b->fill_next = 0;
+    }
+    if (likely(!atomic_load(&b->c.v.attention))) {
+        uint32_t start = entry->tc_start && entry->epoch == epoch ? entry->tc_start : e->stubs.lookup;
+        b->enter_target = (uintptr_t)e->layout.tc_exec + start;
+        why = bt_enter(b);
+    }
+    entry->epoch = epoch;
+    entry->tc_start = 0;
+    cache_leave(b);
+    flags_out(b);
+    vcpu_count(&b->c.v, COUNTER_exit_miss + why);
+    return why;
+}
+
+/* ---- finding and making blocks ---- */
+
+static struct bt_block *translate(struct bt_vcpu *b, struct bt_page *page, unsigned start)
+{
+    struct bt_engine *e = b->engine;
+    uint64_t *counters = b->c.v.counters;
+    struct timespec before, after;
+    clock_gettime(CLOCK_MONOTONIC, &before);
+    struct bt_block *block = translate_block(e, page, start);
+    clock_gettime(CLOCK_MONOTONIC, &after);
+    int64_t ns = (after.tv_sec - before.tv_sec) * 1000000000ll + (after.tv_nsec - before.tv_nsec);
+    e->translate_ns += (uint64_t)ns;
+    counters[COUNTER_translation_us] += (uint64_t)ns / 1000;
+    if (block) {
+        counters[COUNTER_translated_blocks]++;
+        counters[COUNTER_translated_insns] += block->insns;
+        counters[COUNTER_translated_bytes] += block->tc_end - block->tc_start;
+    }
+    return block;
+}
+
+/* Pages that change all the time are interpreted; now and then they are given the benefit of the doubt. */
+static bool page_thrashes(struct bt_vcpu *b, uint64_t ram_offset)
+{
+    uint8_t *flags = &b->engine->code_flags[ram_offset / PAGE_SIZE_BYTES];
+    if ((*flags & BT_CODE_THRASH) != BT_CODE_THRASH)
+        return false;
+    if (++b->thrash_visits % THRASH_FORGIVEN == 0)
+        *flags = (uint8_t)((*flags >> 1 & BT_CODE_THRASH) | (*flags & ~BT_CODE_THRASH));
+    b->interp_blocks = THRASH_BLOCKS;
+    return true;
+}
+
+/* NULL with *full: the cache has to be flushed first. */
+static struct bt_block *block_in_page(struct bt_vcpu *b, gva_t gva, uint64_t ram_offset, bool *full)
+{
+    struct bt_engine *e = b->engine;
+    unsigned start = (unsigned)(gva & PAGE_MASK_BITS);
+    *full = false;
+    if (page_thrashes(b, ram_offset))
+        return NULL;
+    struct bt_page *page = cache_page(e, ram_offset, physmap_gpa(b->c.v.memory, ram_offset), &b->mode);
+    struct bt_block *block = page ? cache_block(page, start) : NULL;
+    if (!block && page && cache_room(e))
+        block = translate(b, page, start);
+    else if (!block)
+        *full = true;
+    if (block)
+        tables_exec_set(b, gva, page->dt);
+    return block;
+}
+
+/* The block at the current rip, found or made, with e->lock held; NULL without it: the interpreter goes on. */
+static struct bt_block *block_lock(struct bt_vcpu *b)
+{
+    struct bt_engine *e = b->engine;
+    gva_t gva = b->c.v.cpu.gpr[GPR_RIP];
+    uint64_t ram_offset;
+    bool full;
+    simd_save(&b->c);
+    if (tables_fetch(b, gva, &ram_offset))
+        return NULL;
+    ram_offset &= ~PAGE_MASK_BITS;
+    pthread_mutex_lock(&e->lock);
+    struct bt_block *block = block_in_page(b, gva, ram_offset, &full);
+    if (full) {
+        pthread_mutex_unlock(&e->lock);
+        cache_exclusive_begin(e, b);
+        cache_flush(e);
+        vcpu_count(&b->c.v, COUNTER_translation_flushes);
+        block = block_in_page(b, gva, ram_offset, &full);
+        pthread_mutex_lock(&e->lock); /* once more: nobody else flushes between the end of this and the use of the block */
+        cache_exclusive_end(e, b);
+    }
+    if (!block)
+        pthread_mutex_unlock(&e->lock);
+    return block;
+}
+
+/* ---- why translated code was left ---- */
+
+/* True: enter again, in the same mode. */
+typedef bool exit_fn(struct bt_vcpu *b, struct entry *entry);
+
+static bool exit_run_one(struct bt_vcpu *b, struct entry *entry)
+{
+    interp_run_one(&b->c);
+    return false;
+}
+
+static bool exit_miss(struct bt_vcpu *b, struct entry *entry)
+{
+    struct bt_block *block = block_lock(b);
+    if (!block) {
+        interp_run_next(&b->c);
+        return false;
+    }
+    *entry = (struct entry){block->tc_start, b->engine->epoch};
+    pthread_mutex_unlock(&b->engine->lock);
+    return true;
+}
+
+/* A page of the same physical address only: other mappings of the source's page share its code. */
+static void link_patch(struct bt_engine *e, uint32_t site, const struct bt_block *target)
+{
+    const struct bt_block *source = cache_find(e, (uintptr_t)e->layout.tc_exec + site);
+    if (source && source->page == target->page)
+        __atomic_store_n((uint32_t *)(e->layout.tc_write + site), target->tc_chain - (site + 4), __ATOMIC_RELEASE);
+}
+
+static bool exit_link(struct bt_vcpu *b, struct entry *entry)
+{
+    struct bt_engine *e = b->engine;
+    uint64_t epoch = entry->epoch;
+    uint32_t site = (uint32_t)b->link_site;
+    struct bt_block *block = block_lock(b);
+    if (!block) {
+        interp_run_next(&b->c);
+        return false;
+    }
+    if (block->valid && e->epoch == epoch)
+        link_patch(e, site, block);
+    *entry = (struct entry){block->tc_start, e->epoch};
+    pthread_mutex_unlock(&e->lock);
+    return true;
+}
+
+/* Attention is raised already, unless IF was set just now with an interrupt waiting, or the cache wants everybody outside. */
+static bool exit_attention(struct bt_vcpu *b, struct entry *entry)
+{
+    if (b->c.interrupt_waiting && (b->c.v.cpu.rflags & RFLAGS_IF))
+        vcpu_raise_attention(&b->c.v);
+    return false;
+}
+
+/* A site that keeps needing the interpreter is translated in another way. When its block has been dropped before, jumps inside the page still lead there: all of them go. */
+static void site_note(struct bt_vcpu *b, uint32_t tc, uint64_t epoch, bool crossing)
+{
+    struct bt_engine *e = b->engine;
+    uint8_t *count = &b->site_counts[(tc * 0x9e3779b9u) >> 24];
+    if (++*count < SITE_PATIENCE)
+        return;
+    *count = 0;
+    uintptr_t address = (uintptr_t)e->layout.tc_exec + tc;
+    simd_save(&b->c);
+    pthread_mutex_lock(&e->lock);
+    struct bt_block *block = e->epoch == epoch ? cache_find(e, address) : NULL;
+    const struct bt_site *site = block ? cache_site(e, block, address) : NULL;
+    if (site) {
+        uint8_t *map = crossing ? block->page->odd_sites : block->page->call_sites;
+        map[site->page_offset / 8] |= (uint8_t)(1u << site->page_offset % 8);
+        if (block->valid)
+            cache_block_drop(e, block);
+        else
+            cache_page_drop(e, block->page->offset);
+    }
+    pthread_mutex_unlock(&e->lock);
+}
+
+static bool exit_data(struct bt_vcpu *b, struct entry *entry)
+{
+    const uint64_t *counters = b->c.v.counters;
+    uint64_t mmio = counters[COUNTER_mmio_reads] + counters[COUNTER_mmio_writes];
+    bool crossing = b->fault_crossing;
+    uint32_t tc = b->fault_tc;
+    uint64_t epoch = entry->epoch;
+    interp_run_one(&b->c);
+    if (crossing || counters[COUNTER_mmio_reads] + counters[COUNTER_mmio_writes] != mmio)
+        site_note(b, tc, epoch, crossing);
+    return false;
+}
+
+/* The way back from a page fault: what was missing then is asked for next. */
+static bool exit_iret(struct bt_vcpu *b, struct entry *entry)
+{
+    struct fault *fault = &b->c.fault;
+    interp_run_one(&b->c);
+    if (fault->vector == VECTOR_PF && !(fault->error & PF_I))
+        b->fill_next = fault->address;
+    fault->vector = 0;
+    return false;
+}
+
+static exit_fn *const exit_handlers[BT_EXIT_COUNT] = {
+    [BT_EXIT_miss] = exit_miss,
+    [BT_EXIT_link] = exit_link,
+    [BT_EXIT_interp] = exit_run_one,
+    [BT_EXIT_attention] = exit_attention,
+    [BT_EXIT_data] = exit_data,
+    [BT_EXIT_crossing] = exit_run_one,
+    [BT_EXIT_code_write] = exit_run_one,
+    [BT_EXIT_trap] = exit_run_one,
+    [BT_EXIT_syscall] = exit_run_one,
+    [BT_EXIT_sysret] = exit_run_one,
+    [BT_EXIT_iret] = exit_iret,
+    [BT_EXIT_halt] = exit_run_one,
+};
+
+/* ---- the loop ---- */
+
+static void run_translated(struct bt_vcpu *b)
+{
+    struct entry entry = {0};
+    enum bt_exit why;
+    b->mode = mode_of(&b->c);
+    do
+        why = enter(b, &entry);
+    while (exit_handlers[why](b, &entry));
+}
+
+static __attribute__((noinline)) enum engine_exit run_loop(struct bt_vcpu *b)
+{
+    struct icpu *c = &b->c;
+    enum engine_exit exit;
+    for (;;) {
+        if (unlikely(atomic_load_explicit(&c->v.attention, memory_order_relaxed)) && interp_attend(c) == ATTEND_EXIT)
+            return ENGINE_EXIT_ATTENTION;
+        if (unlikely(c->v.cpu.activity != CPU_RUNNING)) {
+            if (interp_stopped(c, &exit))
+                return exit;
+        } else if (c->slow) {
+            interp_run_one(c);
+        } else if (b->interp_blocks) {
+            b->interp_blocks--;
+            interp_run_next(c);
+        } else if (!bt_usable(b)) {
+            interp_run_next(c);
+        } else {
+            run_translated(b);
+        }
+    }
+}
+
+static enum engine_exit bt_run(struct vcpu *v)
+{
+    struct bt_vcpu *b = (struct bt_vcpu *)v;
+    struct icpu *c = &b->c;
+    enum engine_exit exit = ENGINE_EXIT_SHUTDOWN;
+    int rc = fault_thread_enter(b);
+    if (rc) {
+        log_error("processor %u cannot have a signal stack: %s", v->index, strerror(-rc));
+        return ENGINE_EXIT_ERROR;
+    }
+    int why = setjmp(c->escape);
+    if (!why)
+        interp_enter(c);
+    else
+        interp_recover(c, why);
+    if (v->cpu.activity != CPU_SHUTDOWN)
+        exit = run_loop(b);
+    interp_leave(c);
+    fault_thread_leave(b);
+    return exit;
+}
+
+/* ---- engine and vCPUs ---- */
+
+static int bt_probe(struct error *err)
+{
+    unsigned eax, ebx, ecx, edx;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(ebx & bit_BMI2))
+        return error_set(err, -ENOTSUP, "engine \"bt\" needs a processor with BMI2 (RORX, PEXT)");
+    if (!host_fsgsbase()) /* which also says that SS_AUTODISARM is there */
+        return error_set(err, -ENOTSUP, "engine \"bt\" needs WRGSBASE in user mode: a processor with FSGSBASE and Linux 5.9 or later");
+    void *space = mmap(NULL, PROBE_BYTES, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (space == MAP_FAILED)
+        return error_set(err, -ENOMEM, "engine \"bt\" cannot reserve address space: %s; check its limit (ulimit -v)", strerror(errno));
+    munmap(space, PROBE_BYTES);
+    return 0;
+}
+
+static void bt_destroy(struct engine *engine)
+{
+    struct bt_engine *e = (struct bt_engine *)engine;
+    fault_engine_remove(e);
+    cache_destroy(e);
+    layout_destroy(&e->layout);
+    interp_engine_fini(&e->interp);
+    free(e);
+}
+
+static int bt_create(struct engine **out, struct physmap *memory, struct error *err)
+{
+    struct bt_engine *e = calloc(1, sizeof(*e));
+    if (!e)
+        return error_set(err, -ENOMEM, "no memory for the translator");
+    interp_engine_init(&e->interp, memory);
+    e->fsgsbase = true;
+    e->avx512 = (host_xcr0() & XCR0_AVX512) == XCR0_AVX512;
+    int rc = fault_install(err);
+    if (rc)
+        goto fail;
+    rc = layout_create(&e->layout, memory, BT_TC_BYTES, err);
+    if (rc)
+        goto fail;
+    stubs_create(e);
+    rc = cache_create(e, err);
+    if (rc)
+        goto fail_layout;
+    rc = fault_engine_add(e);
+    if (rc) {
+        rc = error_set(err, rc, "too many translators in one process");
+        goto fail_cache;
+    }
+    *out = &e->interp;
+    return 0;
+
+fail_cache:
+    cache_destroy(e);
+fail_layout:
+    layout_destroy(&e->layout);
+fail:
+    interp_engine_fini(&e->interp);
+    free(e);
+    return rc;
+}
+
+static void bt_vcpu_destroy(struct vcpu *v)
+{
+    struct bt_vcpu *b = (struct bt_vcpu *)v;
+    icpu_destroy(&b->c);
+    fault_vcpu_destroy(b);
+    tables_destroy(b);
+}
+
+static int bt_vcpu_create(struct engine *engine, const struct vcpu_config *config, struct vcpu **out, struct error *err)
+{
+    static const struct tlb_listener listener = {tables_flush_all, tables_flush_non_global, tables_load_cr3, tables_flush_page};
+    static const struct icpu_sizes sizes = {.blocks_bytes = 2u << 20, .stubs_bytes = 2u << 20};
+    struct bt_engine *e = (struct bt_engine *)engine;
+    struct bt_vcpu *b;
+    int rc = tables_create(e, &b, err);
+    if (rc)
+        return rc;
+    b->engine = e;
+    b->c.tlb_listener = &listener;
+    b->c.memory_shift = e->layout.window_w - (uint8_t *)physmap_get(config->memory, 0, PAGE_SIZE_BYTES, PHYSMAP_READ);
+    b->mask_low12 = PAGE_MASK_BITS;
+    b->mask_arith = RFLAGS_OSZAPC | RFLAGS_DF;
+    polls_reset(b);
+    rc = icpu_create(&b->c, &e->interp, &bt_engine_ops, config, &sizes);
+    if (rc) {
+        bt_vcpu_destroy(&b->c.v);
+        return error_set(err, rc, "cannot create vCPU %u: %s", config->index, strerror(-rc));
+    }
+    *out = &b->c.v;
+    return 0;
+}
+
+static void bt_invalidate(struct engine *engine, gpa_t gpa, uint64_t length_bytes)
+{
+    interp_invalidate(engine, gpa, length_bytes);
+    cache_memory_changed(engine, gpa, length_bytes);
+}
+
+const struct engine_ops bt_engine_ops = {
+    .name = "bt",
+    .help = "binary translator: guest code runs as translations of itself",
+    .probe = bt_probe,
+    .create = bt_create,
+    .destroy = bt_destroy,
+    .vcpu_create = bt_vcpu_create,
+    .vcpu_destroy = bt_vcpu_destroy,
+    .run = bt_run,
+    .step = interp_step,
+    .kick = bt_kick,
+    .state_changed = interp_state_changed,
+    .invalidate = bt_invalidate,
+};
