@@ -207,6 +207,16 @@ static struct chunk *chunk_commit(struct bt_vcpu *b, struct bt_view *view, struc
     return c;
 }
 
+/* Poison of an exec chunk that leads nowhere yet, under the tag that is about to be used: targets without translations then miss without faulting. */
+static void chunk_tag(const struct bt_layout *l, const struct table *table, const struct chunk *c, gva_t gva)
+{
+    size_t bytes;
+    uint64_t *start = chunk_start(table, c->number, &bytes), first = (uint64_t)(start - table->entry);
+    if (start[0] != exec_poison(l, gva, first))
+        for (uint64_t n = 0; n < bytes / 8; n++)
+            start[n] = exec_poison(l, gva, first + n);
+}
+
 static struct chunk *chunk_get(struct bt_vcpu *b, struct bt_view *view, struct table *table, gva_t gva)
 {
     uint64_t entry = entry_number(table, gva);
@@ -425,6 +435,8 @@ void tables_exec_set(struct bt_vcpu *b, gva_t gva, const uint32_t *dt)
     struct chunk *c = chunk_get(b, view, &view->exec, gva);
     if (!c)
         return;
+    if (!(c->filled[0] | c->filled[1]))
+        chunk_tag(&b->engine->layout, &view->exec, c, gva);
     view->exec.entry[entry] = (uintptr_t)dt - page * 4;
     chunk_note(t, &view->exec, c, entry, 1, t->fetch_global, t->fetch_page_bytes);
 }
