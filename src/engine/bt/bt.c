@@ -27,44 +27,24 @@
 
 #define FLAGS_UNUSABLE (RFLAGS_TF | RFLAGS_NT | RFLAGS_VM | RFLAGS_RF | RFLAGS_VIF | RFLAGS_VIP | RFLAGS_IOPL)
 
-static bool segment_is_flat(const struct segment *s, bool code)
-{
-    unsigned wanted = SEG_ATTR_P | SEG_ATTR_S | SEG_ATTR_RW | (code ? SEG_ATTR_CODE : 0);
-    unsigned mask = SEG_ATTR_P | SEG_ATTR_S | SEG_ATTR_RW | SEG_ATTR_CODE | (code ? 0 : SEG_ATTR_DC);
-    return !s->unusable && s->base == 0 && s->limit == UINT32_MAX && (s->attributes & mask) == wanted;
-}
-
-static uint8_t flat_segments(const struct cpu_state *cpu)
-{
-    unsigned flat = 0;
-    for (unsigned n = 0; n < SEG_COUNT; n++)
-        if (segment_is_flat(&cpu->seg[n], n == SEG_CS))
-            flat |= 1u << n;
-    return (uint8_t)flat;
-}
-
 static struct bt_mode mode_of(const struct icpu *c)
 {
     return (struct bt_mode){
         .code_bits = (uint8_t)c->code_bits,
         .user = c->cpl == 3,
         .simd_blocked = (uint8_t)c->simd_blocked,
-        .flat = c->code_bits == 64 ? 0 : flat_segments(&c->v.cpu),
     };
 }
 
 bool bt_usable(const struct bt_vcpu *b)
 {
-    static const unsigned needed = 1u << SEG_CS | 1u << SEG_DS | 1u << SEG_ES | 1u << SEG_SS;
     const struct icpu *c = &b->c;
     const struct cpu_state *cpu = &c->v.cpu;
     if (c->slow || c->careful || c->v.trace_blocks || !(cpu->cr0 & CR0_PE) || (cpu->rflags & FLAGS_UNUSABLE))
         return false;
     if (c->cpl != 0 && (c->cpl != 3 || (cpu->rflags & RFLAGS_AC)))
         return false;
-    if (c->code_bits == 64)
-        return true;
-    return c->code_bits == 32 && c->stack_mask == UINT32_MAX && (flat_segments(cpu) & needed) == needed;
+    return c->code_bits == 64;
 }
 
 /* ---- on the way in and out ---- */
