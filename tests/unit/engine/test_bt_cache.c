@@ -556,12 +556,45 @@ static void test_exclusive(void **state)
     rig_close(&r);
 }
 
+static void *visit_main(void *opaque)
+{
+    struct bt_vcpu *b = opaque;
+    cache_enter(b);
+    while (atomic_load(&b->poll) != POISON)
+        sched_yield();
+    cache_leave(b);
+    return NULL;
+}
+
+/* Nobody but the vCPU that leaves wakes the one who waits for it. */
+static void test_leave_wakes(void **state)
+{
+    struct rig r;
+    rig_open(&r, 1);
+    struct bt_vcpu *b = vcpu_add(&r, 0);
+    for (unsigned n = 0; n < 20; n++) {
+        pthread_t thread;
+        atomic_store(&b->poll, 0);
+        pthread_create(&thread, NULL, visit_main, b);
+        while (!atomic_load(&b->inside))
+            sched_yield();
+        cache_exclusive_begin(&r.e, NULL);
+        assert_false(atomic_load(&b->inside));
+        pthread_mutex_lock(&r.e.lock); /* keeps it */
+        cache_exclusive_end(&r.e, NULL);
+        assert_int_equal(pthread_mutex_unlock(&r.e.lock), 0);
+        pthread_join(thread, NULL);
+    }
+    free(b);
+    rig_close(&r);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_random),        cmocka_unit_test(test_pages_full), cmocka_unit_test(test_tc_full), cmocka_unit_test(test_late_publish),
         cmocka_unit_test(test_mappings_full), cmocka_unit_test(test_writer),     cmocka_unit_test(test_drop_kicks),
-        cmocka_unit_test(test_exclusive),
+        cmocka_unit_test(test_exclusive),     cmocka_unit_test(test_leave_wakes),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
