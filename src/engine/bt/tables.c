@@ -347,6 +347,7 @@ static void group_fill(struct bt_vcpu *b, struct table *table, struct chunk *c, 
 /* The 2 MiB around gva inside a larger page, when all of them are plain RAM. */
 static bool large_fill(struct bt_vcpu *b, struct table *table, struct chunk *c, gva_t gva, const struct paging_result *page, bool writable)
 {
+    const struct bt_layout *l = &b->engine->layout;
     struct physmap *memory = b->c.v.memory;
     gva_t first = gva & ~(LARGE_BYTES - 1);
     gpa_t gpa = page->gpa & ~(LARGE_BYTES - 1);
@@ -356,8 +357,12 @@ static bool large_fill(struct bt_vcpu *b, struct table *table, struct chunk *c, 
     if (writable)
         physmap_mark_written(memory, gpa, LARGE_BYTES);
     uint64_t entry = entry_number(table, first);
+    uint64_t value = (uintptr_t)(writable ? l->window_w : l->window_r) + offset - first; /* the same all along */
     for (unsigned n = 0; n < LARGE_PAGES; n++)
-        table->entry[entry + n] = entry_value(b->engine, offset + n * PAGE_SIZE_BYTES, writable, first + n * PAGE_SIZE_BYTES);
+        table->entry[entry + n] = value;
+    for (unsigned n = 0; writable && n < LARGE_PAGES; n++)
+        if (unlikely(page_is_code(b->engine, offset + n * PAGE_SIZE_BYTES)))
+            table->entry[entry + n] += (uint64_t)(l->window_r - l->window_w);
     chunk_note(b->tables, table, c, entry, LARGE_PAGES, page->global, page->page_bytes);
     return true;
 }
@@ -575,7 +580,7 @@ void tables_flush_page(struct icpu *c, gva_t gva)
     struct bt_vcpu *b = (struct bt_vcpu *)c;
     for (unsigned n = 0; n < VIEWS; n++) {
         struct bt_view *view = &b->tables->view[n];
-        if (view->drop_all)
+        if (!view->used || view->drop_all)
             continue;
         table_drop_page(b->tables, &b->engine->layout, &view->data, gva);
         table_drop_page(b->tables, &b->engine->layout, &view->exec, gva);
