@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 import time
 
-DONE = re.compile(rb"@done (\d+) (\d+) (\d+) ([0-9a-f]{16}) ?([^\r\n]*)\r?\n")
+DONE = re.compile(rb"@done (\d+) (\d+) (\d+) (\d+) ([0-9a-f]{16}) ?([^\r\n]*)\r?\n")
 APPEND = "console=ttyS0 quiet"
 MEMORY = "512"
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -47,12 +47,20 @@ class Machine:
             return 0.0
         return (int(fields[11]) + int(fields[12])) / TICKS
 
-    def resident_mib(self):
+    def memory_mib(self):
+        """Memory in use by the file it maps or "anonymous"; memory mapped several times counts once (Pss)."""
+        kinds, name = {}, ""
         try:
-            with open(f"/proc/{self.process.pid}/status") as status:
-                return int(re.search(r"VmRSS:\s*(\d+)", status.read())[1]) / 1024
-        except (OSError, TypeError):
-            return 0.0
+            with open(f"/proc/{self.process.pid}/smaps") as maps:
+                for line in maps:
+                    words = line.split(None, 5)
+                    if "-" in words[0]:
+                        name = words[5].split("/")[-1].replace("(deleted)", "").strip() if len(words) > 5 else "anonymous"
+                    elif words[0] == "Pss:":
+                        kinds[name] = kinds.get(name, 0) + int(words[1]) / 1024
+        except OSError:
+            pass
+        return kinds
 
     def errors(self):
         self.log.seek(0)
@@ -79,16 +87,17 @@ class Machine:
             raise Failed(f"{self.name}: {trouble}; {self.errors()[-700:]!r}") from trouble
 
     def run(self, words, copies=1, limit_s=120):
-        """One sample. `wall_ns` is the host's opinion of `ns`, with the console in it."""
+        """One sample. `wall_ns` is the host's opinion of `total_ns`, with the console in it."""
         self.wake()
         began = time.monotonic_ns()
         self.send("run\t%d\t%s\n" % (copies, "\t".join(words)))
         match = self.wait_for(DONE, limit_s)
         wall = time.monotonic_ns() - began
         self.rest()
-        sample = {"ns": int(match[1]), "wall_ns": wall, "status": int(match[2]), "bytes": int(match[3]), "hash": match[4].decode()}
+        sample = {"ns": int(match[1]), "total_ns": int(match[2]), "wall_ns": wall, "status": int(match[3]), "bytes": int(match[4]),
+                  "hash": match[5].decode()}
         if sample["status"]:
-            sample["text"] = match[5].decode(errors="replace")
+            sample["text"] = match[6].decode(errors="replace")
         return sample
 
     def stop(self):

@@ -40,6 +40,8 @@ def mean_row(name, rows, goal):
 def number(value):
     if value is None:
         return ""
+    if isinstance(value, int):
+        return "%d" % value
     return "%.0f" % value if value >= 100 else "%.1f" % value if value >= 10 else "%.2f" % value
 
 
@@ -104,7 +106,7 @@ def plot(groups, title, note):
     if not values:
         return None
     low, high = min(values + [0.8]) * 0.9, max(values + [4]) * 1.15
-    left, right, top, step, width = 190, 70, 84, 22, 860
+    left, right, top, step, width = 260, 70, 84, 22, 900
     height = top + step * sum(len(rows) + 1.6 for _, rows in groups) + 40
 
     def x(value):

@@ -16,7 +16,7 @@ PROGRAMS = {
     "awk": ["usr/bin/mawk", "-f", "work.awk", "%text"],
     "sort": ["usr/bin/sort", "--parallel=1", "-S", "64M", "-k2n", "-k1", ("%text", 3)],
     "grep": ["usr/bin/grep", "-E", "-c", "(qu[a-z]*k|cl.ck).*[0-9]5 .*(y|q[^ ]*) ", ("%text", 20)],
-    "shell": ["usr/bin/dash", "work.sh", 150000],
+    "shell": ["usr/bin/dash", "work.sh", 50000],
     "python3": ["usr/bin/python3.11", "-S", "-s", "work.py", 200000],
     "perl": ["usr/bin/perl", "work.pl", 300000],
     "lua": ["usr/bin/lua5.4", "work.lua", 1500000],
@@ -27,11 +27,11 @@ PROGRAMS = {
 }
 
 KERNELS = {name: ["./kernels", name, count] for name, count in {
-    "list": 3000, "matrix": 4000, "state": 20000, "crc": 10000, "matmul": 60, "hash": 6000000, "chase": 4000000, "qsort": 20, "sum": 3000}.items()}
+    "list": 3000, "matrix": 4000, "state": 20000, "crc": 10000, "matmul": 40, "hash": 6000000, "chase": 4000000, "qsort": 20, "sum": 3000}.items()}
 
 MICRO = {name: ["./micro", service, count] for name, service, count in (
-    ("fork+exec+exit", "forkexec", 300), ("fork+exit", "fork", 1500), ("pipe-ping-pong", "pipe", 10000), ("context-switch", "switch", 10000),
-    ("1-byte-io", "io", 100000), ("page-fault", "fault", 60000), ("mmap+munmap", "mmap", 50000), ("getppid", "getppid", 500000),
+    ("fork+exec+exit", "forkexec", 300), ("fork+exit", "fork", 1500), ("pipe-ping-pong", "pipe", 8000), ("context-switch", "switch", 8000),
+    ("1-byte-io", "io", 100000), ("page-fault", "fault", 60000), ("mmap+munmap", "mmap", 10000), ("getppid", "getppid", 500000),
     ("signal", "signal", 100000))}
 
 # On two processors: one copy, then two at once.
