@@ -301,6 +301,8 @@ void mem_read_bytes(struct icpu *c, enum tlb_view view, gva_t gva, void *data, u
 void mem_write_bytes(struct icpu *c, enum tlb_view view, gva_t gva, const void *data, unsigned length);
 /* Raises the fault that a write of [gva, +length) would raise; changes nothing but accessed and dirty bits. */
 void mem_probe_write(struct icpu *c, enum tlb_view view, gva_t gva, unsigned length);
+/* The same for reading one byte, which nobody gets: no device is asked. */
+void mem_probe_read(struct icpu *c, enum tlb_view view, gva_t gva);
 /* #AC when alignment is checked now: for what mem_read_bytes and mem_write_bytes move, which check none (SDM vol. 3, table 6-7). */
 void mem_check_alignment(struct icpu *c, enum tlb_view view, gva_t gva, unsigned alignment);
 /* Host address for direct access to all of [gva, +size) (filling the TLB, raising faults); NULL when it is MMIO, ROM for writes, or crosses a page. */

@@ -298,7 +298,7 @@ static void fence(struct icpu *c, const struct insn *i)
 /* CLFLUSH and the like: the address is checked as a byte load's; caches are coherent without help. */
 static void cache_line(struct icpu *c, const struct insn *i)
 {
-    mem_host(c, c->view, ea_linear(c, i, 1, false), 1, false);
+    mem_probe_read(c, c->view, ea_linear(c, i, 1, false));
 }
 
 /* ---- selection ---- */

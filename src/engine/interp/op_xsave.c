@@ -255,6 +255,7 @@ static void xsave_standard(struct icpu *c, const struct insn *i, bool optimized)
     gva_t gva = xsave_address(c, i, true);
     uint64_t wanted = requested(c), old;
     simd_save(c);
+    mem_probe_write(c, c->view, gva + XSAVE_BV, sizeof(old)); /* its faults are a write's */
     mem_read_bytes(c, c->view, gva + XSAVE_BV, &old, sizeof(old));
     uint64_t used = in_use(c); /* before materialize makes everything look used */
     uint64_t header[2] = {(old & ~wanted) | (wanted & used), 0};

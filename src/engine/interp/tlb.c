@@ -560,6 +560,12 @@ void mem_probe_write(struct icpu *c, enum tlb_view view, gva_t gva, unsigned len
         translate(c, view, next_page(c, gva), PAGING_WRITE, &gpa);
 }
 
+void mem_probe_read(struct icpu *c, enum tlb_view view, gva_t gva)
+{
+    gpa_t gpa;
+    translate(c, view, linear_check(c, gva, 1), PAGING_READ, &gpa);
+}
+
 void *mem_host(struct icpu *c, enum tlb_view view, gva_t gva, unsigned size, bool write)
 {
     if (unlikely(c->careful))
