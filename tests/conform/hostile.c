@@ -205,7 +205,7 @@ static void check_value(const struct form *f, uint64_t va, unsigned reg, const s
 
 static void scalar(void)
 {
-    const struct form *f = &forms[random_below(FORMS - (read_cr0() & CR0_AM ? 1 : 0))]; /* the last one is not alignment's business */
+    const struct form *f = &forms[random_below(FORMS)];
     struct operand o;
     begin();
     bool write = f->kind == K_STORE || f->kind == K_UPDATE || f->kind == K_XCHG;

@@ -88,7 +88,7 @@ void probe_random(struct probe *probe);
 bool simd_enable(void); /* XCR0 as wide as offered; false: no XSAVE */
 uint64_t simd_features(void); /* XCR0 */
 void simd_random(void); /* fills simd_before */
-bool simd_same(void);   /* simd_after is simd_before */
+bool simd_same(const uint8_t *a, const uint8_t *b); /* but for the x87 registers */
 uint8_t *simd_part(uint8_t *area, unsigned number, unsigned part); /* 16 bytes of vector register `number` */
 uint64_t *simd_mask(uint8_t *area, unsigned number); /* opmask register */
 
