@@ -11,14 +11,12 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <time.h>
 
 #include "arch/host.h"
 #include "engine/bt/bt_priv.h"
 #include "util/log.h"
 
-#define PROBE_BYTES (1ull << 40)
 #define SITE_PATIENCE 8       /* times that a site may need the interpreter before it is translated in another way */
 #define THRASH_BLOCKS 32      /* interpreted at a stretch on a page that keeps changing */
 #define THRASH_FORGIVEN 256   /* after so many visits such a page gets another chance */
@@ -381,11 +379,7 @@ static int bt_probe(struct error *err)
         return error_set(err, -ENOTSUP, "engine \"bt\" needs a processor with BMI2 (RORX, PEXT)");
     if (!host_fsgsbase()) /* which also says that SS_AUTODISARM is there */
         return error_set(err, -ENOTSUP, "engine \"bt\" needs WRGSBASE in user mode: a processor with FSGSBASE and Linux 5.9 or later");
-    void *space = mmap(NULL, PROBE_BYTES, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (space == MAP_FAILED)
-        return error_set(err, -ENOMEM, "engine \"bt\" cannot reserve address space: %s; check its limit (ulimit -v)", strerror(errno));
-    munmap(space, PROBE_BYTES);
-    return 0;
+    return layout_probe(err);
 }
 
 static void bt_destroy(struct engine *engine)

@@ -58,6 +58,8 @@ struct bt_layout {
     uint64_t tc_bytes;
 };
 
+/* Does this host grant what layout_create needs (for a small guest)? 0 or -errno and what to do about it. Leaves nothing behind. */
+int layout_probe(struct error *err) __attribute__((warn_unused_result));
 int layout_create(struct bt_layout *layout, struct physmap *memory, uint64_t tc_bytes, struct error *err) __attribute__((warn_unused_result));
 void layout_destroy(struct bt_layout *layout);
 

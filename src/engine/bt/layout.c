@@ -343,6 +343,16 @@ static int tc_create(struct bt_layout *layout, struct error *err)
     return rc ? execute_error(err, rc) : 0;
 }
 
+int layout_probe(struct error *err)
+{
+    struct bt_layout layout = {.length_bytes = plan_make(0).end, .tc_bytes = ALIGNMENT};
+    int rc = aliases_create(&layout, err);
+    if (!rc)
+        rc = tc_create(&layout, err);
+    layout_destroy(&layout);
+    return rc;
+}
+
 int layout_create(struct bt_layout *layout, struct physmap *memory, uint64_t tc_bytes, struct error *err)
 {
     *layout = (struct bt_layout){.ram_bytes = physmap_ram_bytes(memory), .tc_bytes = tc_bytes};
