@@ -81,7 +81,7 @@ static bool note_memory(struct tinsn *t, const ZydisDecodedInstruction *zi, cons
         t->segment = TI_FS;
     else if (op->mem.segment == ZYDIS_REGISTER_GS)
         t->segment = TI_GS;
-    t->reads |= bit(t->base) | bit(t->index);
+    t->reads |= (uint16_t)(bit(t->base) | bit(t->index));
     return !(t->rip_relative && t->address32);
 }
 
@@ -333,6 +333,37 @@ static void flags_note(struct tinsn *t, const struct decode *d)
     t->flags_written = (flags->modified | flags->set_0 | flags->set_1 | flags->undefined) & RFLAGS_OSZAPC;
 }
 
+/* Instructions that move a pointer by a constant: what was known about the page it points into stays known. */
+static void adjustment_note(struct tinsn *t, const struct decode *d)
+{
+    bool high = false;
+    if (d->op[0].type != ZYDIS_OPERAND_TYPE_REGISTER || d->op[0].size != 64)
+        return;
+    unsigned reg = gpr_number(d->op[0].reg.value, &high);
+    switch (d->zi.mnemonic) {
+    case ZYDIS_MNEMONIC_ADD:
+    case ZYDIS_MNEMONIC_SUB:
+        if (d->op[1].type != ZYDIS_OPERAND_TYPE_IMMEDIATE)
+            return;
+        t->adjust = (int32_t)d->op[1].imm.value.s;
+        if (d->zi.mnemonic == ZYDIS_MNEMONIC_SUB)
+            t->adjust = -t->adjust;
+        break;
+    case ZYDIS_MNEMONIC_INC:
+    case ZYDIS_MNEMONIC_DEC:
+        t->adjust = d->zi.mnemonic == ZYDIS_MNEMONIC_INC ? 1 : -1;
+        break;
+    case ZYDIS_MNEMONIC_LEA:
+        if (t->base != reg || t->index != TI_NONE || t->address32)
+            return;
+        t->adjust = t->disp;
+        break;
+    default:
+        return;
+    }
+    t->adjusts = (uint8_t)reg;
+}
+
 static void classify(const struct analyze_context *a, struct tinsn *t, const struct decode *d)
 {
     const ZydisDecodedOperand *memory;
@@ -347,6 +378,7 @@ static void classify(const struct analyze_context *a, struct tinsn *t, const str
         return;
     encoding_note(t, d);
     flags_note(t, d);
+    adjustment_note(t, d);
     if (special(t, d, a->mode.user)) {
         return;
     }
@@ -380,7 +412,7 @@ void analyze_insn(const struct analyze_context *a, const uint8_t *bytes, unsigne
     struct decode d;
     memset(out, 0, sizeof(*out));
     out->offset = (uint16_t)offset;
-    out->base = out->index = out->reg = TI_NONE;
+    out->base = out->index = out->reg = out->adjusts = TI_NONE;
     exit_with(out, BT_EXIT_interp);
     if (!ZYAN_SUCCESS(ZydisDecoderDecodeFull(&a->decoder, bytes, available < 15 ? available : 15, &d.zi, d.op)))
         return;

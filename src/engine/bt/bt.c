@@ -449,6 +449,7 @@ static int bt_vcpu_create(struct engine *engine, const struct vcpu_config *confi
     b->c.tlb_listener = &listener;
     b->c.memory_shift = e->layout.window_w - (uint8_t *)physmap_get(config->memory, 0, PAGE_SIZE_BYTES, PHYSMAP_READ);
     b->mask_low12 = PAGE_MASK_BITS;
+    b->mask_bit12 = PAGE_SIZE_BYTES;
     b->mask_arith = RFLAGS_OSZAPC | RFLAGS_DF;
     polls_reset(b);
     rc = icpu_create(&b->c, &e->interp, &bt_engine_ops, config, &sizes);

@@ -132,17 +132,21 @@ enum bt_site_kind {
 struct bt_site {
     uint16_t tc_offset; /* from the block's tc_start; also where the instruction can be started again with the same `spilled` */
     uint16_t page_offset;
-    uint8_t spilled;    /* two host registers (low and high nibble) whose guest values are in cpu.gpr[] */
-    int8_t rsp_adjust;  /* what the host's RSP may exceed the guest's by when this faults: guest RSP = host RSP - rsp_adjust once past `adjusted` */
+    uint16_t spilled;   /* host registers, bit per number, whose guest values are in cpu.gpr[] */
+    int8_t rsp_adjust;  /* SITE_JUMP: what the branch has added to RSP already */
     uint8_t kind;
-    uint8_t adjusted;   /* bytes from tc_offset after which rsp_adjust applies */
+    /* Registers that hold V, looked up by an earlier instruction, for this one's memory operand and stack access; BT_NO_REGISTER: none. Whoever changes the table
+     * entry changes them before the instruction starts again. */
+    uint8_t v_memory, v_stack;
 };
+
+#define BT_NO_REGISTER 0xffu
 
 /* What one engine's cache may grow to; a full cache is flushed. Together below BT_CACHE_BYTES_MAX, whatever the guest does (cache.c checks). */
 #define BT_TC_BYTES (48u << 20)
 #define BT_CODE_PAGES_MAX 2048u /* one DT page of 16 KiB each: 32 MiB; the pool's page 0 stays zero for ever */
 #define BT_BLOCKS_MAX 200000u
-#define BT_SITES_MAX 1500000u
+#define BT_SITES_MAX 1300000u
 #define BT_CACHE_BYTES_MAX (108u << 20)
 #define BT_BLOCK_TC_MAX 32768u
 #define BT_BLOCK_SITES_MAX 4096u
@@ -216,6 +220,7 @@ struct bt_vcpu {
     uint64_t link_site;    /* BT_EXIT_link: TC offset of the 32-bit displacement to patch */
     uint64_t scratch[8];   /* spills inside one instruction's translation */
     uint64_t mask_low12;   /* constants for PEXT/PDEP: 0xfff */
+    uint64_t mask_bit12;   /* 0x1000 */
     uint64_t mask_arith;   /* OSZAPC and DF */
 
     /* Not seen by translated code. */
@@ -277,6 +282,11 @@ void tables_load_cr3(struct icpu *c, bool keep);
 void tables_flush_page(struct icpu *c, gva_t gva);
 /* The pages of guest RAM at [ram_offset, +length): entries of this vCPU that allow writing must go. For dirty tracking. */
 uint64_t tables_bytes(const struct bt_vcpu *b); /* memory committed */
+/* V of gva as the current view has it now; its chunk is committed (after tables_fill said so). */
+static inline uint64_t tables_v(const struct bt_vcpu *b, gva_t gva)
+{
+    return *(const uint64_t *)(b->table + (gva >> 12 & ((1u << 29) - 1)) * 8);
+}
 /* True when `address` lies in one of this vCPU's tables (uncommitted chunk); commits the chunk that translated code touched. False elsewhere and in the exec table's first
  * page: the lookup was kicked, or its target lies in the first 2 MiB of 512 GiB, whose pages are not cached (BT_EXIT_miss serves both). */
 bool tables_commit(struct bt_vcpu *b, uintptr_t address, gva_t gva_hint, bool exec);
@@ -325,6 +335,7 @@ struct bt_access {
     gva_t gva;
     uint16_t size;
     bool write;
+    bool stack; /* implied by the instruction: its V is v_stack */
 };
 int translate_accesses(struct bt_vcpu *b, const uint8_t *bytes, unsigned available, struct bt_access access[4]);
 

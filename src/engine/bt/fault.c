@@ -57,7 +57,7 @@ struct bt_fault {
 };
 
 /* The lookup stub faults like any dynamic transfer. */
-static const struct bt_site stub_site = {.spilled = GPR_R11 << 4 | GPR_R10, .kind = SITE_JUMP};
+static const struct bt_site stub_site = {.spilled = 1u << GPR_R10 | 1u << GPR_R11, .kind = SITE_JUMP};
 
 static bool locate(struct bt_fault *f)
 {
@@ -71,14 +71,6 @@ static bool locate(struct bt_fault *f)
     return f->site != NULL;
 }
 
-static bool rsp_adjusted(const struct bt_fault *f)
-{
-    if (!f->block)
-        return false;
-    uintptr_t start = (uintptr_t)f->b->engine->layout.tc_exec + f->block->tc_start + f->site->tc_offset;
-    return f->site->rsp_adjust && f->rip - start >= f->site->adjusted;
-}
-
 static uint64_t address_of_mode(const struct bt_vcpu *b, uint64_t rip)
 {
     return b->mode.code_bits == 64 ? rip : (uint32_t)rip;
@@ -88,9 +80,8 @@ static uint64_t address_of_mode(const struct bt_vcpu *b, uint64_t rip)
 static void registers_save(const struct bt_fault *f)
 {
     uint64_t *gpr = f->b->c.v.cpu.gpr;
-    unsigned a = f->site->spilled & 15, b = f->site->spilled >> 4;
     for (unsigned n = 0; n < 16; n++)
-        if (n != a && n != b)
+        if (!(f->site->spilled >> n & 1))
             gpr[n] = (uint64_t)f->regs[greg_of[n]];
 }
 
@@ -98,8 +89,7 @@ static void insn_save(const struct bt_fault *f)
 {
     uint64_t *gpr = f->b->c.v.cpu.gpr;
     registers_save(f);
-    if (rsp_adjusted(f))
-        gpr[GPR_RSP] -= (uint64_t)(int64_t)f->site->rsp_adjust;
+    gpr[GPR_RSP] -= (uint64_t)(int64_t)f->site->rsp_adjust;
     gpr[GPR_RIP] = address_of_mode(f->b, f->b->page_va + f->site->page_offset);
 }
 
@@ -139,8 +129,6 @@ static bool leave_jump(struct bt_fault *f)
 
 static bool start_again(struct bt_fault *f)
 {
-    if (rsp_adjusted(f))
-        f->regs[REG_RSP] -= f->site->rsp_adjust;
     f->regs[REG_RIP] = (greg_t)((uintptr_t)f->b->engine->layout.tc_exec + f->block->tc_start + f->site->tc_offset);
     return true;
 }
@@ -205,6 +193,11 @@ static bool fill(struct bt_fault *f)
     for (int n = 0; n < count; n++)
         if (tables_fill(b, access[n].gva, access[n].size, access[n].write) != BT_FILL_DONE)
             return leave(f, BT_EXIT_data);
+    for (int n = 0; n < count; n++) {
+        unsigned v = access[n].stack ? f->site->v_stack : f->site->v_memory;
+        if (v != BT_NO_REGISTER)
+            f->regs[greg_of[v]] = (greg_t)tables_v(b, access[n].gva);
+    }
     return start_again(f);
 }
 

@@ -1,8 +1,9 @@
 /*
  * Translation of one block: decode up to its end (analyze.c), then emit.
  *
- * A block lies in one page and goes on past conditional branches until something else transfers control. Two host registers are scratch at any time (t->s); at entries and exits these are
- * R10 and R11. An instruction that names one of them gets it back in exchange for another register, the one that is named again last.
+ * A block lies in one page and goes on past conditional branches until something else transfers control. Some host registers are scratch at any time (t->free), at entries and exits
+ * exactly R10 and R11. An instruction that names one of them gets it back, and another, the one that is named again last, takes its place.
+ * Accesses off one base register form a group when they follow each other: one lookup, checked for the range of all of them, whose V stays in a scratch register.
  * Each instruction starts a site: host code that can be started again from there, because no guest state changes before the last access that can fault.
  * Threading: e->lock held.
  */
@@ -15,6 +16,10 @@
 #define DEFERRED_MAX (INSNS_MAX + 2)
 #define SITES_MAX (INSNS_MAX * 3)
 
+#define GROUPS 2
+#define GROUP_SPAN_MAX 1024 /* bytes; larger ones cross pages too often */
+#define CANONICAL (BIT(GPR_R10) | BIT(GPR_R11))
+
 #define BIT(r) ((uint16_t)(1u << (r)))
 
 enum deferred_kind { DEFER_BRANCH, DEFER_EXIT };
@@ -22,12 +27,18 @@ enum deferred_kind { DEFER_BRANCH, DEFER_EXIT };
 /* Code that is put after the block's straight line. */
 struct deferred {
     uint8_t kind;
-    uint8_t s[2];
-    uint16_t clean;
+    uint16_t free, clean;
     uint8_t exit;
     uint16_t offset; /* of the instruction */
     int32_t target;
     uint8_t *patch;  /* the 32-bit displacement that leads here */
+};
+
+/* Accesses at [base + low, base + high) lie in one page, whose V is in `v` from the first of them on. */
+struct group {
+    uint8_t base, v; /* v TI_NONE: not in use */
+    bool fresh;      /* not looked up yet */
+    int32_t low, high;
 };
 
 struct translation {
@@ -35,8 +46,10 @@ struct translation {
     struct bt_page *page;
     struct emitter out;
     uint8_t *start;
-    uint8_t s[2];   /* the two scratch registers */
+    uint8_t s[2];   /* two scratch registers for the instruction being translated */
+    uint16_t free;  /* scratch registers: their guest values are in cpu.gpr[] */
     uint16_t clean; /* registers whose value in cpu.gpr[] is the current one */
+    struct group group[GROUPS];
     bool poll_sti;  /* STI was translated: look for interrupts after the next instruction */
     unsigned count, at; /* instructions; the one being translated */
     unsigned sites, deferred_count;
@@ -44,6 +57,11 @@ struct translation {
     struct bt_site site[SITES_MAX];
     struct deferred deferred[DEFERRED_MAX];
 };
+
+static bool bitmap_has(const uint8_t *map, unsigned n)
+{
+    return map[n / 8] >> (n % 8) & 1;
+}
 
 /* ---- registers ---- */
 
@@ -55,87 +73,251 @@ static unsigned distance_to_use(const struct translation *t, unsigned reg)
     return t->count + (reg == 11 || reg == 10); /* at the end all but these must be back */
 }
 
-static unsigned victim(const struct translation *t, uint16_t named, bool low)
+static uint16_t pinned(const struct translation *t)
+{
+    uint16_t mask = 0;
+    for (unsigned n = 0; n < GROUPS; n++)
+        if (t->group[n].v != TI_NONE)
+            mask |= BIT(t->group[n].v);
+    return mask;
+}
+
+/* Makes one more register scratch: of those not in `kept` the one that is named again last. */
+static unsigned register_spill(struct translation *t, uint16_t kept, bool low)
 {
     unsigned best = TI_NONE, best_distance = 0;
+    kept |= t->free | BIT(GPR_RSP);
     for (unsigned r = 0; r < (low ? 8u : 16u); r++) {
-        if (r == GPR_RSP || named & BIT(r) || r == t->s[0] || r == t->s[1])
-            continue;
         unsigned distance = distance_to_use(t, r) + 1;
-        if (distance > best_distance) {
+        if (!(kept & BIT(r)) && distance > best_distance) {
             best = r;
             best_distance = distance;
         }
     }
+    if (!(t->clean & BIT(best)))
+        emit_store_gs(&t->out, best, BT_CTX_GPR(best));
+    t->clean |= BIT(best);
+    t->free |= BIT(best);
     return best;
 }
 
-static void exchange(struct translation *t, unsigned k, unsigned taken)
+/* A scratch register that is not in `taken`. */
+static unsigned register_scratch(struct translation *t, uint16_t named, uint16_t taken, bool low)
 {
-    unsigned back = t->s[k];
-    if (!(t->clean & BIT(taken)))
-        emit_store_gs(&t->out, taken, BT_CTX_GPR(taken));
-    emit_load_gs(&t->out, back, BT_CTX_GPR(back));
-    t->clean |= BIT(back) | BIT(taken);
-    t->s[k] = (uint8_t)taken;
+    uint16_t usable = t->free & ~taken & (low ? 0xff : 0xffff);
+    if (usable & CANONICAL)
+        usable &= CANONICAL;
+    return usable ? (unsigned)__builtin_ctz(usable) : register_spill(t, named | taken, low);
 }
 
-/* Gives the instruction the registers that it names; with `low`, makes both scratch registers such that need no REX prefix. */
-static void registers_provide(struct translation *t, const struct tinsn *i, bool low)
+/* Gives the instruction the registers that it names. */
+static void registers_return(struct translation *t, uint16_t named)
 {
-    uint16_t named = i->reads | i->writes;
-    for (unsigned k = 0; k < 2; k++)
-        if (named & BIT(t->s[k]) || (low && t->s[k] > 7))
-            exchange(t, k, victim(t, named, low));
+    for (unsigned n = 0; n < GROUPS; n++)
+        if (t->group[n].v != TI_NONE && named & BIT(t->group[n].v))
+            t->group[n].v = TI_NONE;
+    for (unsigned r = 0; r < 16; r++)
+        if (named & t->free & BIT(r)) {
+            emit_load_gs(&t->out, r, BT_CTX_GPR(r));
+            t->free &= (uint16_t)~BIT(r);
+            t->clean |= BIT(r);
+        }
 }
 
 /* Emits what makes R10 and R11 the scratch registers, from the state given. */
-static void canonical_emit(struct emitter *out, const uint8_t s[2], uint16_t clean)
+static void canonical_emit(struct emitter *out, uint16_t free, uint16_t clean)
 {
-    for (unsigned r = 10; r <= 11; r++)
-        if (s[0] != r && s[1] != r && !(clean & BIT(r)))
-            emit_store_gs(out, r, BT_CTX_GPR(r));
-    for (unsigned k = 0; k < 2; k++)
-        if (s[k] != 10 && s[k] != 11)
-            emit_load_gs(out, s[k], BT_CTX_GPR(s[k]));
-}
-
-static bool is_canonical(const struct translation *t)
-{
-    return t->s[0] + t->s[1] == 21 && (t->s[0] == 10 || t->s[0] == 11);
+    for (unsigned r = 0; r < 16; r++) {
+        if (CANONICAL & BIT(r)) {
+            if (!((free | clean) & BIT(r)))
+                emit_store_gs(out, r, BT_CTX_GPR(r));
+        } else if (free & BIT(r)) {
+            emit_load_gs(out, r, BT_CTX_GPR(r));
+        }
+    }
 }
 
 static void canonicalize(struct translation *t)
 {
-    canonical_emit(&t->out, t->s, t->clean);
-    t->s[0] = 10;
-    t->s[1] = 11;
+    canonical_emit(&t->out, t->free, t->clean);
+    t->free = CANONICAL;
+    t->s[0] = GPR_R10;
+    t->s[1] = GPR_R11;
+    for (unsigned n = 0; n < GROUPS; n++)
+        t->group[n].v = TI_NONE;
+}
+
+/* ---- groups of accesses ---- */
+
+static bool has_plain_base(const struct tinsn *i)
+{
+    return i->memory && i->base != TI_NONE && i->index == TI_NONE && !i->address32 && i->segment == TI_FLAT && !i->rip_relative;
+}
+
+/* The access that the instruction implies: its base register, or TI_NONE, and its displacement; all are 8 bytes. */
+static unsigned implied_base(const struct tinsn *i, int32_t *disp)
+{
+    *disp = 0;
+    switch (i->kind) {
+    case TI_PUSH_REG:
+    case TI_PUSH_IMM:
+    case TI_PUSH_MEM:
+    case TI_PUSHF:
+    case TI_CALL:
+    case TI_CALL_REG:
+    case TI_CALL_MEM:
+        *disp = -8;
+        return GPR_RSP;
+    case TI_POP_REG:
+    case TI_RET:
+        return GPR_RSP;
+    case TI_LEAVE:
+        return GPR_RBP;
+    default:
+        return TI_NONE;
+    }
+}
+
+/* What the instruction does to the register: true: adds *by; false: anything. */
+static bool register_moves(const struct tinsn *i, unsigned reg, int32_t *by)
+{
+    *by = 0;
+    if (!(i->writes & BIT(reg)))
+        return true;
+    int32_t disp;
+    if (reg == GPR_RSP && i->kind != TI_LEAVE && implied_base(i, &disp) == GPR_RSP) {
+        *by = disp ? disp : 8;
+        return !(i->kind == TI_POP_REG && i->reg == GPR_RSP);
+    }
+    *by = i->adjust;
+    return i->adjusts == reg && i->adjust > -(1 << 20) && i->adjust < 1 << 20;
+}
+
+static void range_add(struct group *g, int32_t low, unsigned size)
+{
+    if (low < g->low)
+        g->low = low;
+    if (low + (int32_t)size > g->high)
+        g->high = low + (int32_t)size;
+}
+
+/* The range of accesses off `base` from the current instruction on. Returns their number. */
+static unsigned group_look_ahead(const struct translation *t, unsigned base, struct group *g)
+{
+    int32_t moved = 0, by, disp;
+    unsigned uses = 0;
+    *g = (struct group){.base = (uint8_t)base, .low = INT32_MAX, .high = INT32_MIN};
+    for (unsigned n = t->at; n < t->count; n++) {
+        const struct tinsn *i = &t->insn[n];
+        struct group wider = *g;
+        unsigned more = 0;
+        if (has_plain_base(i) && i->base == base && i->disp > -(1 << 24) && i->disp < 1 << 24) {
+            range_add(&wider, moved + i->disp, i->mem_size);
+            more++;
+        }
+        if (implied_base(i, &disp) == base) {
+            range_add(&wider, moved + disp, 8);
+            more++;
+        }
+        if (more && wider.high - wider.low > GROUP_SPAN_MAX)
+            break;
+        if (more)
+            *g = wider;
+        uses += more;
+        if (!register_moves(i, base, &by))
+            break;
+        moved += by;
+        if (moved < -GROUP_SPAN_MAX * 4 || moved > GROUP_SPAN_MAX * 4)
+            break;
+    }
+    return uses;
+}
+
+static struct group *group_find(struct translation *t, unsigned base, int32_t disp, unsigned size)
+{
+    for (unsigned n = 0; n < GROUPS; n++) {
+        struct group *g = &t->group[n];
+        if (g->v != TI_NONE && g->base == base && disp >= g->low && disp + (int32_t)size <= g->high)
+            return g;
+    }
+    return NULL;
+}
+
+/* A group for an access of the current instruction, if there is one or one is worth while. Before the instruction's site begins, because it may spill a register. */
+static void group_provide(struct translation *t, const struct tinsn *i, unsigned base, int32_t disp, unsigned size)
+{
+    struct group ahead;
+    if (group_find(t, base, disp, size) || i->kind == TI_EXIT || bitmap_has(t->page->odd_sites, i->offset))
+        return;
+    if (group_look_ahead(t, base, &ahead) < 2 || disp < ahead.low || disp + (int32_t)size > ahead.high)
+        return;
+    struct group *g = NULL;
+    for (unsigned n = 0; n < GROUPS; n++)
+        if (t->group[n].v != TI_NONE && t->group[n].base == base)
+            t->group[n].v = TI_NONE;
+    for (unsigned n = 0; n < GROUPS && !g; n++)
+        if (t->group[n].v == TI_NONE)
+            g = &t->group[n];
+    if (!g || g->fresh) {
+        if (t->group[0].v != TI_NONE && t->group[0].fresh)
+            return;
+        g = &t->group[0];
+    }
+    g->v = TI_NONE;
+    uint16_t named = i->reads | i->writes;
+    ahead.v = (uint8_t)register_scratch(t, named, named | pinned(t), false);
+    ahead.fresh = true;
+    *g = ahead;
+}
+
+static void groups_provide(struct translation *t, const struct tinsn *i)
+{
+    int32_t disp;
+    if (i->kind == TI_EXIT || i->high_byte)
+        return;
+    if (has_plain_base(i))
+        group_provide(t, i, i->base, i->disp, i->mem_size);
+    unsigned base = implied_base(i, &disp);
+    if (base != TI_NONE)
+        group_provide(t, i, base, disp, 8);
+}
+
+/* After the instruction: the ranges follow their base registers. */
+static void groups_move(struct translation *t, const struct tinsn *i)
+{
+    int32_t by;
+    for (unsigned n = 0; n < GROUPS; n++) {
+        struct group *g = &t->group[n];
+        if (g->v == TI_NONE)
+            continue;
+        if (g->fresh || !register_moves(i, g->base, &by)) {
+            g->v = TI_NONE;
+            continue;
+        }
+        g->low -= by;
+        g->high -= by;
+    }
 }
 
 /* ---- sites ---- */
 
-static struct bt_site *site_add(struct translation *t, enum bt_site_kind kind, unsigned page_offset, const uint8_t s[2])
+static struct bt_site *site_add(struct translation *t, enum bt_site_kind kind, unsigned page_offset, uint16_t free)
 {
     struct bt_site *site = &t->site[t->sites++];
     *site = (struct bt_site){
         .tc_offset = (uint16_t)(t->out.at - t->start),
         .page_offset = (uint16_t)page_offset,
-        .spilled = (uint8_t)(s[0] | s[1] << 4),
+        .spilled = free,
         .kind = (uint8_t)kind,
+        .v_memory = TI_NONE,
+        .v_stack = TI_NONE,
     };
     return site;
 }
 
 static struct bt_site *site_here(struct translation *t, const struct tinsn *i)
 {
-    return site_add(t, SITE_INSN, i->offset, t->s);
-}
-
-/* RSP has been moved by `by` from here on, before the last access that can fault. */
-static void site_rsp_moved(struct translation *t, struct bt_site *site, int by)
-{
-    site->rsp_adjust = (int8_t)by;
-    site->adjusted = (uint8_t)(t->out.at - t->start - site->tc_offset);
+    return site_add(t, SITE_INSN, i->offset, t->free);
 }
 
 /* ---- jumps ---- */
@@ -168,8 +350,7 @@ static void emit_rip(struct translation *t, int32_t offset)
 /* `rsp_adjust`: what the branch at `offset` has already added to RSP. */
 static void emit_transfer_from(struct translation *t, unsigned offset, int rsp_adjust)
 {
-    static const uint8_t canonical[2] = {10, 11};
-    struct bt_site *site = site_add(t, SITE_JUMP, offset, canonical);
+    struct bt_site *site = site_add(t, SITE_JUMP, offset, CANONICAL);
     site->rsp_adjust = (int8_t)rsp_adjust;
     emit_transfer(&t->out, (uint32_t)(uintptr_t)t->e->layout.tc_exec);
 }
@@ -198,7 +379,7 @@ static void emit_link_exit(struct translation *t, const uint8_t *displacement, i
 static void defer(struct translation *t, enum deferred_kind kind, const struct tinsn *i, int32_t target, uint8_t *patch)
 {
     t->deferred[t->deferred_count++] = (struct deferred){
-        .kind = (uint8_t)kind, .s = {t->s[0], t->s[1]}, .clean = t->clean, .exit = i->exit, .offset = i->offset, .target = target, .patch = patch,
+        .kind = (uint8_t)kind, .free = t->free, .clean = t->clean, .exit = i->exit, .offset = i->offset, .target = target, .patch = patch,
     };
 }
 
@@ -211,7 +392,7 @@ static void deferred_emit(struct translation *t, const struct deferred *d)
 {
     patch_here(t, d->patch);
     uint8_t *before = t->out.at, *displacement = d->patch;
-    canonical_emit(&t->out, d->s, d->clean);
+    canonical_emit(&t->out, d->free, d->clean);
     if (d->kind == DEFER_EXIT) {
         emit_rip(t, d->offset);
         emit_leave(t, d->exit);
@@ -274,7 +455,7 @@ static void emit_effective_address(struct translation *t, const struct tinsn *i,
     }
 }
 
-/* V of the page of the address in `from` into `to`, after the crossing check. */
+/* V of the page of the address in `from` into `to`, after checking that `size` bytes do not cross into another. */
 static void emit_lookup(struct translation *t, unsigned to, unsigned from, unsigned size)
 {
     if (size > 1) {
@@ -285,11 +466,53 @@ static void emit_lookup(struct translation *t, unsigned to, unsigned from, unsig
     emit_load_v(&t->out, to, to);
 }
 
-static struct address emit_access(struct translation *t, const struct tinsn *i)
+/* The check for instructions that do cross now and then: a branch to the interpreter, with JRCXZ because flags are the guest's. `ea` is in s[1], s[0] is used. */
+static void emit_crossing_branch(struct translation *t, const struct tinsn *i, unsigned ea, unsigned size)
 {
-    unsigned v = t->s[0], ea = t->s[1];
-    bool plain = i->base != TI_NONE && i->index == TI_NONE && !i->address32 && i->segment == TI_FLAT && !i->disp;
-    if (plain) {
+    struct emitter *out = &t->out;
+    emit_pext_gs(out, t->s[0], ea, BT_CTX(mask_low12));
+    emit_lea(out, t->s[0], t->s[0], EMIT_NONE, 0, (int32_t)size - 1);
+    emit_pext_gs(out, t->s[0], t->s[0], BT_CTX(mask_bit12));
+    emit_store_gs(out, GPR_RCX, BT_CTX(scratch[1]));
+    emit_mov(out, GPR_RCX, t->s[0]);
+    emit8(out, 0xe3); /* jrcxz, over the load and the jump below */
+    uint8_t *over = out->at;
+    emit8(out, 0);
+    emit_load_gs(out, GPR_RCX, BT_CTX(scratch[1]));
+    emit8(out, 0xe9);
+    uint8_t *displacement = out->at;
+    emit32(out, 0);
+    defer(t, DEFER_EXIT, i, 0, displacement);
+    t->deferred[t->deferred_count - 1].exit = BT_EXIT_crossing;
+    *over = (uint8_t)(out->at - (over + 1));
+    emit_load_gs(out, GPR_RCX, BT_CTX(scratch[1]));
+}
+
+/* Where [base + disp] of the group is; the first use looks V up. */
+static struct address emit_group_access(struct translation *t, struct group *g, int32_t disp, uint8_t *v_register)
+{
+    if (g->fresh) {
+        unsigned from = g->base;
+        if (g->low) {
+            from = t->s[1];
+            emit_lea(&t->out, from, g->base, EMIT_NONE, 0, g->low);
+        }
+        emit_lookup(t, g->v, from, (unsigned)(g->high - g->low));
+        g->fresh = false;
+    } else {
+        *v_register = g->v;
+    }
+    return (struct address){g->base, g->v, disp};
+}
+
+/* The operand, addressable until s[0] or s[1] is used again. */
+static struct address emit_access(struct translation *t, const struct tinsn *i, struct bt_site *site)
+{
+    struct group *g = has_plain_base(i) ? group_find(t, i->base, i->disp, i->mem_size) : NULL;
+    if (g)
+        return emit_group_access(t, g, i->disp, &site->v_memory);
+    unsigned v = t->s[0], ea = t->s[1], size = i->aligned ? 1 : i->mem_size;
+    if (has_plain_base(i) && !i->disp) {
         ea = i->base;
     } else {
         emit_effective_address(t, i, ea);
@@ -298,7 +521,11 @@ static struct address emit_access(struct translation *t, const struct tinsn *i)
             emit_lea(&t->out, ea, ea, v, 0, 0);
         }
     }
-    emit_lookup(t, v, ea, i->aligned ? 1 : i->mem_size);
+    if (size > 1 && bitmap_has(t->page->odd_sites, i->offset) && v != GPR_RCX) {
+        emit_crossing_branch(t, i, ea, size);
+        size = 1;
+    }
+    emit_lookup(t, v, ea, size);
     return (struct address){ea, v, 0};
 }
 
@@ -360,36 +587,44 @@ static void emit_rsp_add(struct translation *t, int32_t by)
     emit_lea(&t->out, GPR_RSP, GPR_RSP, EMIT_NONE, 0, by);
 }
 
-/* RSP -= 8 and the lookup: V of the new top of the stack in s[0]. */
-static void emit_push_lookup(struct translation *t, struct bt_site *site)
+/* The 8 bytes at [base + disp] that the instruction implies; uses s[0], and s[1] when `disp` is not zero. */
+static struct address emit_stack_access(struct translation *t, struct bt_site *site, unsigned base, int32_t disp)
 {
-    emit_rsp_add(t, -8);
-    site_rsp_moved(t, site, -8);
-    emit_lookup(t, t->s[0], GPR_RSP, 8);
+    struct group *g = group_find(t, base, disp, 8);
+    if (g)
+        return emit_group_access(t, g, disp, &site->v_stack);
+    unsigned from = base;
+    if (disp) {
+        from = t->s[1];
+        emit_lea(&t->out, from, base, EMIT_NONE, 0, disp);
+    }
+    emit_lookup(t, t->s[0], from, 8);
+    return (struct address){base, t->s[0], disp};
+}
+
+static void emit_at(struct translation *t, unsigned opcode, unsigned reg, struct address a)
+{
+    emit_op_mem(&t->out, true, opcode, reg, a.base, a.index, 0, a.disp);
 }
 
 static void emit_push_reg(struct translation *t, struct bt_site *site, unsigned reg)
 {
-    if (reg == GPR_RSP) {
-        emit_mov(&t->out, t->s[1], GPR_RSP);
-        reg = t->s[1];
-    }
-    emit_push_lookup(t, site);
-    emit_op_mem(&t->out, true, 0x89, reg, GPR_RSP, t->s[0], 0, 0);
+    emit_at(t, 0x89, reg, emit_stack_access(t, site, GPR_RSP, -8));
+    emit_rsp_add(t, -8);
 }
 
 static void emit_push_rip(struct translation *t, struct bt_site *site, int32_t offset)
 {
-    emit_push_lookup(t, site);
+    struct address a = emit_stack_access(t, site, GPR_RSP, -8);
     emit_load_gs(&t->out, t->s[1], BT_CTX(page_va));
     emit_lea(&t->out, t->s[1], t->s[1], EMIT_NONE, 0, offset);
-    emit_op_mem(&t->out, true, 0x89, t->s[1], GPR_RSP, t->s[0], 0, 0);
+    emit_at(t, 0x89, t->s[1], a);
+    emit_rsp_add(t, -8);
 }
 
-static void emit_pop_to(struct translation *t, unsigned to)
+static void emit_pop_to(struct translation *t, struct bt_site *site, unsigned to)
 {
-    emit_lookup(t, t->s[0], GPR_RSP, 8);
-    emit_op_mem(&t->out, true, 0x8b, to, GPR_RSP, t->s[0], 0, 0);
+    emit_at(t, 0x8b, to, emit_stack_access(t, site, GPR_RSP, 0));
 }
 
 static void emit_pushf(struct translation *t, struct bt_site *site)
@@ -405,8 +640,11 @@ static void emit_pushf(struct translation *t, struct bt_site *site)
     emit_pdep_gs(out, t->s[1], t->s[1], BT_CTX(mask_arith));
     emit_load_gs(out, t->s[0], BT_CTX(c.v.cpu.rflags));
     emit_lea(out, t->s[1], t->s[1], t->s[0], 0, 0);
-    emit_push_lookup(t, site);
-    emit_op_mem(out, true, 0x89, t->s[1], GPR_RSP, t->s[0], 0, 0);
+    emit_store_gs(out, t->s[1], BT_CTX(scratch[0]));
+    struct address a = emit_stack_access(t, site, GPR_RSP, -8);
+    emit_load_gs(out, t->s[1], BT_CTX(scratch[0]));
+    emit_at(t, 0x89, t->s[1], a);
+    emit_rsp_add(t, -8);
 }
 
 /* ---- control transfers ---- */
@@ -424,23 +662,22 @@ static void emit_transfer_indirect(struct translation *t, const struct tinsn *i,
     emit_transfer_from(t, i->offset, rsp_adjust);
 }
 
-static void emit_target_load(struct translation *t, const struct tinsn *i)
+static void emit_target_load(struct translation *t, const struct tinsn *i, struct bt_site *site)
 {
-    struct address a = emit_access(t, i);
-    emit_op_mem(&t->out, true, 0x8b, t->s[0], a.base, a.index, 0, a.disp);
+    emit_at(t, 0x8b, t->s[0], emit_access(t, i, site));
     emit_store_gs(&t->out, t->s[0], BT_CTX(scratch[0]));
 }
 
-static void emit_ret(struct translation *t, const struct tinsn *i)
+static void emit_ret(struct translation *t, const struct tinsn *i, struct bt_site *site)
 {
     int32_t release = 8 + i->imm;
-    emit_pop_to(t, t->s[1]);
-    emit_rsp_add(t, release);
-    if (is_canonical(t)) {
-        if (t->s[1] != 11)
-            emit_mov(&t->out, 11, t->s[1]);
+    if (t->free == CANONICAL) { /* V is in one of the two, and the other is R11 or will be overwritten by V's last use */
+        emit_pop_to(t, site, GPR_R11);
+        emit_rsp_add(t, release);
         emit_transfer_from(t, i->offset, release);
     } else {
+        emit_pop_to(t, site, t->s[1]);
+        emit_rsp_add(t, release);
         emit_store_gs(&t->out, t->s[1], BT_CTX(scratch[0]));
         emit_transfer_indirect(t, i, EMIT_NONE, release);
     }
@@ -449,7 +686,7 @@ static void emit_ret(struct translation *t, const struct tinsn *i)
 static void emit_call(struct translation *t, const struct tinsn *i, struct bt_site *site)
 {
     if (i->kind == TI_CALL_MEM)
-        emit_target_load(t, i);
+        emit_target_load(t, i, site);
     emit_push_rip(t, site, i->offset + i->length);
     if (i->kind == TI_CALL) {
         canonicalize(t);
@@ -505,9 +742,23 @@ static void emit_jmp(struct translation *t, const struct tinsn *i)
 
 /* ---- instructions ---- */
 
+static void registers_provide(struct translation *t, const struct tinsn *i)
+{
+    uint16_t named = i->reads | i->writes;
+    bool low = i->high_byte && i->memory; /* no REX prefix */
+    registers_return(t, named);
+    groups_provide(t, i);
+    if (low)
+        for (unsigned n = 0; n < GROUPS; n++)
+            if (t->group[n].v != TI_NONE && t->group[n].v > 7)
+                t->group[n].v = TI_NONE;
+    t->s[0] = (uint8_t)register_scratch(t, named, named | pinned(t), low);
+    t->s[1] = (uint8_t)register_scratch(t, named, named | pinned(t) | BIT(t->s[0]), low);
+}
+
 static void emit_insn(struct translation *t, const struct tinsn *i)
 {
-    registers_provide(t, i, i->high_byte && i->memory);
+    registers_provide(t, i);
     if (t->poll_sti && i->kind != TI_STI) {
         /* The instruction before this one was the first after STI. */
         site_here(t, i);
@@ -520,7 +771,7 @@ static void emit_insn(struct translation *t, const struct tinsn *i)
         emit_copy(t, i);
         break;
     case TI_MEMORY:
-        emit_rewritten(t, i, emit_access(t, i));
+        emit_rewritten(t, i, emit_access(t, i, site));
         break;
     case TI_SKIP:
         break;
@@ -532,24 +783,26 @@ static void emit_insn(struct translation *t, const struct tinsn *i)
         emit_push_reg(t, site, i->reg);
         break;
     case TI_PUSH_IMM:
-        emit_push_lookup(t, site);
-        emit_op_mem(&t->out, true, 0xc7, 0, GPR_RSP, t->s[0], 0, 0);
+        emit_at(t, 0xc7, 0, emit_stack_access(t, site, GPR_RSP, -8));
         emit32(&t->out, (uint32_t)i->imm);
+        emit_rsp_add(t, -8);
         break;
     case TI_PUSH_MEM: {
-        struct address a = emit_access(t, i);
-        emit_op_mem(&t->out, true, 0x8b, t->s[1], a.base, a.index, 0, a.disp);
-        emit_push_reg(t, site, t->s[1]);
+        emit_at(t, 0x8b, t->s[1], emit_access(t, i, site));
+        emit_store_gs(&t->out, t->s[1], BT_CTX(scratch[0]));
+        struct address a = emit_stack_access(t, site, GPR_RSP, -8);
+        emit_load_gs(&t->out, t->s[1], BT_CTX(scratch[0]));
+        emit_at(t, 0x89, t->s[1], a);
+        emit_rsp_add(t, -8);
         break;
     }
     case TI_POP_REG:
-        emit_pop_to(t, i->reg);
+        emit_pop_to(t, site, i->reg);
         if (i->reg != GPR_RSP)
             emit_rsp_add(t, 8);
         break;
     case TI_LEAVE:
-        emit_lookup(t, t->s[0], GPR_RBP, 8);
-        emit_op_mem(&t->out, true, 0x8b, t->s[1], GPR_RBP, t->s[0], 0, 0);
+        emit_at(t, 0x8b, t->s[1], emit_stack_access(t, site, GPR_RBP, 0));
         emit_lea(&t->out, GPR_RSP, GPR_RBP, EMIT_NONE, 0, 8);
         emit_mov(&t->out, GPR_RBP, t->s[1]);
         break;
@@ -575,7 +828,7 @@ static void emit_insn(struct translation *t, const struct tinsn *i)
         emit_transfer_indirect(t, i, i->reg, 0);
         break;
     case TI_JMP_MEM:
-        emit_target_load(t, i);
+        emit_target_load(t, i, site);
         emit_transfer_indirect(t, i, EMIT_NONE, 0);
         break;
     case TI_CALL:
@@ -584,7 +837,7 @@ static void emit_insn(struct translation *t, const struct tinsn *i)
         emit_call(t, i, site);
         break;
     case TI_RET:
-        emit_ret(t, i);
+        emit_ret(t, i, site);
         break;
     case TI_EXIT:
         canonicalize(t);
@@ -595,14 +848,10 @@ static void emit_insn(struct translation *t, const struct tinsn *i)
         __builtin_unreachable();
     }
     t->clean &= (uint16_t)~i->writes;
+    groups_move(t, i);
 }
 
 /* ---- blocks ---- */
-
-static bool bitmap_has(const uint8_t *map, unsigned n)
-{
-    return map[n / 8] >> (n % 8) & 1;
-}
 
 /* STI is translated when what follows is an ordinary instruction, after which interrupts are looked for; else the interpreter minds the shadow. */
 static void sti_settle(struct translation *t)
@@ -671,9 +920,10 @@ struct bt_block *translate_block(struct bt_engine *e, struct bt_page *page, unsi
     struct translation t;
     t.e = e;
     t.page = page;
-    t.s[0] = 10;
-    t.s[1] = 11;
+    t.free = CANONICAL;
     t.clean = 0;
+    for (unsigned n = 0; n < GROUPS; n++)
+        t.group[n].v = TI_NONE;
     t.poll_sti = false;
     t.count = t.at = t.sites = t.deferred_count = 0;
     while ((uintptr_t)(e->layout.tc_write + e->tc_used) % 16)
@@ -725,7 +975,7 @@ int translate_accesses(struct bt_vcpu *b, const uint8_t *bytes, unsigned availab
     decoder_init(&a.decoder, a.mode.code_bits);
     analyze_insn(&a, bytes, available, 0, &i);
     if (i.memory)
-        access[count++] = (struct bt_access){operand_address(b, &i), i.mem_size, i.mem_write};
+        access[count++] = (struct bt_access){operand_address(b, &i), i.mem_size, i.mem_write, false};
     switch (i.kind) {
     case TI_EXIT:
         return -1;
@@ -736,14 +986,14 @@ int translate_accesses(struct bt_vcpu *b, const uint8_t *bytes, unsigned availab
     case TI_CALL:
     case TI_CALL_REG:
     case TI_CALL_MEM:
-        access[count++] = (struct bt_access){rsp - 8, 8, true};
+        access[count++] = (struct bt_access){rsp - 8, 8, true, true};
         break;
     case TI_POP_REG:
     case TI_RET:
-        access[count++] = (struct bt_access){rsp, 8, false};
+        access[count++] = (struct bt_access){rsp, 8, false, true};
         break;
     case TI_LEAVE:
-        access[count++] = (struct bt_access){b->c.v.cpu.gpr[GPR_RBP], 8, false};
+        access[count++] = (struct bt_access){b->c.v.cpu.gpr[GPR_RBP], 8, false, true};
         break;
     default:
         break;

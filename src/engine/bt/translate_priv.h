@@ -8,7 +8,7 @@
 
 #include "engine/bt/bt_priv.h"
 
-#define TI_NONE 0xffu /* no register */
+#define TI_NONE BT_NO_REGISTER
 
 enum tinsn_kind {
     TI_COPY,   /* runs as it is: no memory operand */
@@ -60,6 +60,8 @@ struct tinsn {
     uint8_t condition;
     uint8_t exit; /* enum bt_exit */
     int32_t imm;
+    uint8_t adjusts; /* register to which it just adds the constant `adjust`: TI_NONE, none */
+    int32_t adjust;
     int32_t target; /* offset from the start of the page; outside 0..4095: another page */
     uint32_t flags_read, flags_written; /* arithmetic, as in RFLAGS; written: surely and completely defined or left undefined by it */
 };
