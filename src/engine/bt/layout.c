@@ -285,6 +285,7 @@ static int windows_map(struct bt_layout *layout, struct physmap *memory, const s
         rc = physmap_map(memory, layout->window_r, PROT_READ);
     if (rc)
         return error_set(err, rc, "cannot map the guest's memory for the translator: %s", strerror(-rc));
+    madvise(layout->window_w, plan->dt_pool - plan->window_w - BT_GUARD_BYTES, MADV_DONTDUMP); /* PhysMap's own mapping is dumped */
     void *pool = mmap(layout->dt_pool, BT_DT_POOL_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
     if (pool == MAP_FAILED)
         return reserve_error(err, -errno, BT_DT_POOL_BYTES);

@@ -11,6 +11,7 @@
 #include <time.h>
 
 #include "arch/host.h"
+#include "arch/paging.h"
 #include "engine/bt/bt_priv.h"
 #include "probe.h"
 
@@ -49,10 +50,10 @@ static int setup(void **state)
 {
     struct fixture *f = test_calloc(1, sizeof(*f));
     assert_int_equal(physmap_create(&f->memory, RAM_BYTES, NULL), 0);
+    uint8_t *ram = physmap_get(f->memory, ROM, RAM_BYTES - ROM, PHYSMAP_WRITE);
+    for (uint64_t n = 0; n < RAM_BYTES - ROM; n++)
+        ram[n] = pattern(ROM + n);
     assert_int_equal(physmap_set_rom(f->memory, ROM, 0x4000), 0);
-    uint8_t *ram = physmap_get(f->memory, DATA, RAM_BYTES - DATA, PHYSMAP_WRITE);
-    for (uint64_t n = 0; n < RAM_BYTES - DATA; n++)
-        ram[n] = pattern(DATA + n);
     f->engine.interp.memory = f->memory;
     f->engine.code_flags = test_calloc(RAM_BYTES / PAGE_SIZE_BYTES, 1);
     f->next_table = TABLES;
@@ -287,7 +288,7 @@ static void rom_and_code_pages(void **state)
     assert_int_equal(tables_fill(f->b, KERNEL, 1, true), BT_FILL_SLOW);
     assert_int_equal(tables_fill(f->b, KERNEL + 0x1000, 1, true), BT_FILL_SLOW);
     assert_int_equal(tables_fill(f->b, KERNEL, 1, false), BT_FILL_DONE);
-    assert_int_equal(read_at(f, KERNEL), 0);
+    assert_int_equal(read_at(f, KERNEL), pattern(ROM));
     assert_int_equal(read_at(f, KERNEL + 0x1000), pattern(DATA)); /* its neighbour */
     assert_false(write_at(f, KERNEL, 1));
     assert_false(write_at(f, KERNEL + 0x1000, 1));
@@ -619,6 +620,142 @@ static void memory_is_bounded(void **state)
     assert_int_equal(read_at(f, KERNEL), pattern(DATA));
 }
 
+/* ---- everything at random ---- */
+
+struct storm {
+    struct fixture *f;
+    uint64_t x;
+    gva_t gva[48];
+};
+
+enum { STORM_PAGES = 48, STORM_CODE = 3 };
+
+static uint64_t pick(struct storm *s, uint64_t limit)
+{
+    s->x = s->x * 6364136223846793005ull + 1442695040888963407ull;
+    return (s->x >> 24) % limit;
+}
+
+/* Neighbours in a group, in a chunk, under the same index, and in other tables. */
+static void storm_places(struct storm *s)
+{
+    static const gva_t regions[] = {KERNEL, USER, USER & 0x1ffffe00000, 0xffffffff81000000, 0x400000, KERNEL + (1ull << BT_ALIAS_BITS)};
+    for (unsigned n = 0; n < STORM_PAGES; n++)
+        s->gva[n] = regions[n % 6] + pick(s, n < 24 ? 20 : 2500) * PAGE_SIZE_BYTES;
+}
+
+/* The guest changes an entry and invalidates what it must: the page, or all that is not global in each address space, or everything. */
+static void storm_remap(struct storm *s)
+{
+    struct fixture *f = s->f;
+    struct icpu *c = &f->b->c;
+    gva_t gva = s->gva[pick(s, STORM_PAGES)];
+    uint64_t *large = leaf_of(f, ROOT, gva, 2), rights = P | pick(s, 2) * RW | pick(s, 2) * US | pick(s, 2) * A | pick(s, 2) * D;
+    bool was_large = *large & PS, was_global = (was_large ? *large : *leaf_of(f, ROOT, gva, 1)) & G;
+    if (was_large || !pick(s, 16)) {
+        tables_flush_all(c); /* a change of the page's size */
+        *large = was_large ? 0 : (pick(s, 2) ? DATA : ROM & ~0x1fffffull) | rights | PS | pick(s, 2) * G;
+        return;
+    }
+    gpa_t gpa = pick(s, 4) ? DATA + pick(s, 64) * PAGE_SIZE_BYTES : pick(s, 2) ? ROM + pick(s, 4) * PAGE_SIZE_BYTES : MMIO;
+    *leaf_of(f, ROOT, gva, 1) = pick(s, 4) ? gpa | rights | pick(s, 2) * G : 0;
+    switch (was_global ? pick(s, 2) : pick(s, 3)) {
+    case 0:
+        tables_flush_page(c, gva + pick(s, PAGE_SIZE_BYTES));
+        break;
+    case 1:
+        tables_flush_all(c);
+        break;
+    default:
+        for (unsigned asid = 0; asid < 4; asid++)
+            tables_flush_non_global(c, asid);
+    }
+}
+
+static void storm_switch(struct storm *s)
+{
+    struct icpu *c = &s->f->b->c;
+    static const enum tlb_view views[] = {VIEW_USER, VIEW_SUPERVISOR, VIEW_SUPERVISOR_AC};
+    c->v.cpu.cr3 = ROOT | pick(s, 4);
+    tables_load_cr3(c, pick(s, 4));
+    if (!pick(s, 8))
+        s->f->b->mode.simd_blocked ^= 1;
+    if (!pick(s, 8))
+        s->f->engine.epoch++;
+    as(s->f, views[pick(s, 3)]);
+}
+
+static bool storm_allows(struct storm *s, gva_t gva, unsigned access, struct paging_result *page)
+{
+    static const uint8_t by_view[] = {[VIEW_USER] = PAGING_USER, [VIEW_SUPERVISOR_AC] = PAGING_AC};
+    struct icpu *c = &s->f->b->c;
+    uint32_t error;
+    return !paging_walk(s->f->memory, &c->v.cpu, c->max_phys_bits, gva, access | by_view[c->view] | PAGING_NO_UPDATE, page, &error);
+}
+
+/* What is in the tables is what the guest's tables allow now. */
+static void storm_check(struct storm *s, gva_t gva)
+{
+    struct fixture *f = s->f;
+    struct paging_result page;
+    gva += pick(s, PAGE_SIZE_BYTES);
+    int byte = read_at(f, gva);
+    if (byte >= 0) {
+        assert_true(storm_allows(s, gva, PAGING_READ, &page));
+        assert_int_equal(byte, pattern(page.gpa));
+        if (write_at(f, gva, (uint8_t)byte)) {
+            assert_true(storm_allows(s, gva, PAGING_WRITE, &page) && page.dirty);
+            assert_false(physmap_is_rom(f->memory, page.gpa));
+            assert_false(f->engine.code_flags[page.gpa >> 12]);
+        }
+    }
+    int64_t slot = jump_to(f, gva);
+    if (slot > 0) {
+        assert_true(storm_allows(s, gva, PAGING_FETCH, &page));
+        assert_int_equal(slot, (page.gpa >> 12) + 1);
+    }
+}
+
+static void storm_use(struct storm *s, gva_t gva)
+{
+    struct fixture *f = s->f;
+    bool write = pick(s, 2);
+    uint64_t offset;
+    tables_select(f->b);
+    if (pick(s, 3)) {
+        if (tables_fill(f->b, gva, 8, write) == BT_FILL_DONE)
+            assert_true(write ? write_at(f, gva, (uint8_t)read_at(f, gva)) : read_at(f, gva) >= 0);
+    } else if (!tables_fetch(f->b, gva, &offset)) {
+        tables_exec_set(f->b, gva, dt_at(f, 1 + (unsigned)(offset >> 12)));
+    }
+}
+
+static void a_storm(void **state)
+{
+    struct storm s = {.f = *state, .x = 20250101};
+    struct fixture *f = s.f;
+    f->b->c.v.cpu.cr4 |= CR4_PCIDE;
+    storm_places(&s);
+    for (unsigned n = 0; n < RAM_BYTES >> 12; n++)
+        for (unsigned byte = 0; byte < PAGE_SIZE_BYTES; byte++)
+            dt_at(f, 1 + n)[byte] = n + 1;
+    for (unsigned n = 0; n < STORM_CODE; n++)
+        f->engine.code_flags[(DATA >> 12) + 7 * n] = BT_CODE_PRESENT;
+    for (unsigned round = 0; round < 12000; round++) {
+        unsigned what = (unsigned)pick(&s, 16);
+        gva_t gva = s.gva[pick(&s, STORM_PAGES)];
+        if (what == 0)
+            storm_remap(&s);
+        else if (what < 3)
+            storm_switch(&s);
+        else
+            storm_use(&s, gva);
+        tables_select(f->b);
+        for (unsigned n = 0; n < 2; n++)
+            storm_check(&s, s.gva[pick(&s, STORM_PAGES)]);
+    }
+}
+
 /* ---- cost, printed only ---- */
 
 static double now_ns(void)
@@ -688,6 +825,7 @@ int main(void)
         TEST(flushes_keep_what_they_may),
         TEST(address_spaces_are_kept_apart),
         TEST(memory_is_bounded),
+        TEST(a_storm),
         TEST(cost),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
