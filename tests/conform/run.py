@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Runs one conformance program: run.py PROGRAM [--doppel D] [--cpus N] [--engine E] [--seconds S] [--append LINE] [--qemu].
 
-Exit status 0 when the program reported at least one check, no failure, and DONE. --qemu runs it under QEMU's TCG instead, for cross-checking by hand.
+Exit status 0 when the program reported at least one check, no failure, and DONE; 77 (skipped) when the host cannot run the engine. --qemu runs it under QEMU's TCG instead, for cross-checking by hand.
 """
 import argparse
 import os
@@ -23,18 +23,19 @@ def command(args, console):
 def run(args):
     with tempfile.TemporaryDirectory() as folder:
         console = os.path.join(folder, 'console')
-        process = subprocess.Popen(command(args, console), stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(command(args, console), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         try:
-            status = process.wait(args.seconds)
+            said = process.communicate(timeout=args.seconds)[1]
+            status = process.returncode
         except subprocess.TimeoutExpired:
             process.kill()
-            process.wait()
+            said = process.communicate()[1]
             status = f'killed after {args.seconds} s'
         try:
             with open(console, encoding='utf-8', errors='replace') as file:
-                return status, file.read()
+                return status, said, file.read()
         except FileNotFoundError:
-            return status, ''
+            return status, said, ''
 
 
 def main():
@@ -51,7 +52,10 @@ def main():
     parser.add_argument('--verbose', action='store_true')
     args = parser.parse_args()
 
-    status, output = run(args)
+    status, said, output = run(args)
+    sys.stderr.write(said)
+    if args.engine and f'engine "{args.engine}" needs' in said:
+        return 77
     lines = output.replace('\r', '').splitlines()
     bad = [line for line in lines if line.startswith('not ok')]
     good = [line for line in lines if line.startswith('ok')]
