@@ -42,7 +42,7 @@ def number(value):
         return ""
     if isinstance(value, int):
         return "%d" % value
-    return "%.0f" % value if value >= 100 else "%.1f" % value if value >= 10 else "%.2f" % value
+    return "%.0f" % value if value >= 99.95 else "%.1f" % value if value >= 9.995 else "%.2f" % value
 
 
 def verdict(row):
