@@ -45,6 +45,12 @@ bool bt_usable(const struct bt_vcpu *b)
     return c->code_bits == 64;
 }
 
+/* The exec table's first page is never readable, and a signal for each jump is slower than the interpreter. */
+static bool is_dispatched(gva_t rip)
+{
+    return (rip >> 12 & BT_EXEC_INDEX_MASK) >= PAGE_SIZE_BYTES / 8;
+}
+
 /* ---- on the way in and out ---- */
 
 static void flags_in(struct bt_vcpu *b)
@@ -340,7 +346,7 @@ static __attribute__((noinline)) enum engine_exit run_loop(struct bt_vcpu *b)
         } else if (b->interp_blocks) {
             b->interp_blocks--;
             interp_run_next(c);
-        } else if (!bt_usable(b)) {
+        } else if (!bt_usable(b) || !is_dispatched(c->v.cpu.gpr[GPR_RIP])) {
             interp_run_next(c);
         } else {
             run_translated(b);
