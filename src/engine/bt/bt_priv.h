@@ -273,7 +273,7 @@ void tables_select(struct bt_vcpu *b);
 enum bt_fill tables_fill(struct bt_vcpu *b, gva_t gva, unsigned size, bool write);
 /* Walks for instruction fetch. 0 and the RAM offset of gva's page, or -EFAULT (fault, MMIO: the interpreter raises or does it). */
 int tables_fetch(struct bt_vcpu *b, gva_t gva, uint64_t *ram_offset);
-/* Sets the exec entry of gva's page in the current view. */
+/* Sets the exec entry of gva's page in the current view, and those of neighbours that have translations. e->lock held. */
 void tables_exec_set(struct bt_vcpu *b, gva_t gva, const uint32_t *dt);
 /* Called by the interpreter's TLB maintenance (struct tlb_listener). */
 void tables_flush_all(struct icpu *c);
@@ -305,6 +305,7 @@ void cache_enter(struct bt_vcpu *b); /* waits while somebody has stopped the wor
 void cache_leave(struct bt_vcpu *b);
 /* All below: e->lock held. */
 struct bt_page *cache_page(struct bt_engine *e, uint64_t ram_offset, gpa_t gpa, const struct bt_mode *mode); /* found or made, write-protected; NULL: full, flush */
+const uint32_t *cache_dt(const struct bt_engine *e, uint64_t ram_offset, const struct bt_mode *mode); /* of the page's translations in that mode; NULL: none */
 struct bt_block *cache_block(struct bt_page *page, unsigned start);  /* valid block starting there, or NULL */
 /* Room for one block: BT_BLOCK_TC_MAX and BT_BLOCK_SITES_MAX. False: the caller flushes. */
 bool cache_room(const struct bt_engine *e);

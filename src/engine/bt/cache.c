@@ -138,6 +138,14 @@ static bool page_protect(struct bt_engine *e, uint64_t ram_offset)
     return true;
 }
 
+const uint32_t *cache_dt(const struct bt_engine *e, uint64_t ram_offset, const struct bt_mode *mode)
+{
+    const struct bt_page *page = is_present(e, ram_offset) ? newest_of(e, ram_offset) : NULL;
+    while (page && memcmp(&page->mode, mode, sizeof(*mode)) != 0)
+        page = page->same_page;
+    return page ? page->dt : NULL;
+}
+
 struct bt_page *cache_page(struct bt_engine *e, uint64_t ram_offset, gpa_t gpa, const struct bt_mode *mode)
 {
     struct bt_page *same_page = newest_of(e, ram_offset), *page = same_page;

@@ -76,10 +76,10 @@ struct bt_tables {
     struct chunk *chunk; /* chunk_limit + 1 of them; number 0 is never used */
     unsigned chunk_limit, chunk_count, chunk_touched;
     uint16_t chunk_free;
-    /* The last page that tables_fetch found, for tables_exec_set. */
+    /* The last page that tables_fetch found, and its neighbours, for tables_exec_set. */
     gva_t fetch_page;
-    uint64_t fetch_page_bytes;
-    bool fetch_global;
+    struct paging_result fetch;
+    struct paging_group fetch_group;
 };
 
 static uint64_t entry_number(const struct table *table, gva_t gva)
@@ -414,17 +414,35 @@ int tables_fetch(struct bt_vcpu *b, gva_t gva, uint64_t *ram_offset)
 {
     const struct cpu_state *cpu = &b->c.v.cpu;
     struct bt_tables *t = b->tables;
-    struct paging_result page;
     uint32_t error;
     unsigned access = PAGING_FETCH | (b->c.view == VIEW_USER ? PAGING_USER : 0);
-    if (!linear_is_possible(cpu, gva) || paging_walk(b->c.v.memory, cpu, b->c.max_phys_bits, gva, access, &page, &error))
+    t->fetch_page = ~0ull;
+    if (!linear_is_possible(cpu, gva) ||
+        paging_walk_group(b->c.v.memory, cpu, b->c.max_phys_bits, gva, access, &t->fetch, &t->fetch_group, &error))
         return -EFAULT;
-    if (!physmap_offset(b->c.v.memory, page.gpa & ~PAGE_MASK_BITS, PAGE_SIZE_BYTES, ram_offset))
+    if (!physmap_offset(b->c.v.memory, t->fetch.gpa & ~PAGE_MASK_BITS, PAGE_SIZE_BYTES, ram_offset))
         return -EFAULT;
     t->fetch_page = gva & ~PAGE_MASK_BITS;
-    t->fetch_page_bytes = page.page_bytes;
-    t->fetch_global = page.global;
     return 0;
+}
+
+/* After an address space was dropped, its translations come back a group at a time. */
+static void exec_set_neighbours(struct bt_vcpu *b, struct table *table, gva_t page)
+{
+    struct bt_tables *t = b->tables;
+    gva_t first = page & ~(PAGING_GROUP * PAGE_SIZE_BYTES - 1);
+    for (unsigned left = t->fetch_group.readable; left; left &= left - 1) {
+        unsigned n = (unsigned)__builtin_ctz(left);
+        gva_t gva = first + n * PAGE_SIZE_BYTES;
+        uint64_t entry = entry_number(table, gva), offset;
+        if (table->entry[entry] != exec_poison(&b->engine->layout, gva, entry))
+            continue;
+        if (!physmap_offset(b->c.v.memory, t->fetch_group.gpa[n], PAGE_SIZE_BYTES, &offset))
+            continue;
+        const uint32_t *dt = cache_dt(b->engine, offset, &b->mode);
+        if (dt)
+            table->entry[entry] = (uintptr_t)dt - gva * 4;
+    }
 }
 
 void tables_exec_set(struct bt_vcpu *b, gva_t gva, const uint32_t *dt)
@@ -443,7 +461,10 @@ void tables_exec_set(struct bt_vcpu *b, gva_t gva, const uint32_t *dt)
     if (!(c->filled[0] | c->filled[1]))
         chunk_tag(&b->engine->layout, &view->exec, c, gva);
     view->exec.entry[entry] = (uintptr_t)dt - page * 4;
-    chunk_note(t, &view->exec, c, entry, 1, t->fetch_global, t->fetch_page_bytes);
+    exec_set_neighbours(b, &view->exec, page);
+    bool global = t->fetch.global && (!t->fetch_group.readable || t->fetch_group.all_global);
+    chunk_note(t, &view->exec, c, entry, 1, global, t->fetch.page_bytes);
+    t->fetch_page = ~0ull; /* the guest may change it from here on */
 }
 
 bool tables_commit(struct bt_vcpu *b, uintptr_t address, gva_t gva_hint, bool exec)

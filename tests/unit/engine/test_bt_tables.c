@@ -41,6 +41,17 @@ struct fixture {
     gpa_t next_table;
 };
 
+static uint32_t *dt_at(const struct bt_engine *e, uint64_t n)
+{
+    return (uint32_t *)(e->layout.dt_pool + n * BT_DT_BYTES);
+}
+
+/* For the cache: it has translations of all code pages, in any mode, in the dispatch table after the page's number. */
+const uint32_t *cache_dt(const struct bt_engine *e, uint64_t ram_offset, const struct bt_mode *mode)
+{
+    return e->code_flags[ram_offset >> 12] ? dt_at(e, 1 + (ram_offset >> 12)) : NULL;
+}
+
 static uint8_t pattern(gpa_t gpa)
 {
     return (uint8_t)(gpa * 0x9e3779b97f4a7c15ull >> 56);
@@ -190,11 +201,6 @@ static int64_t jump_to(struct fixture *f, gva_t gva) /* the dispatch slot or -1 
 {
     struct access a = {.gva = gva};
     return try(f, jump_code, &a, true) ? (int64_t)a.value : -1;
-}
-
-static uint32_t *dt_at(struct fixture *f, unsigned n)
-{
-    return (uint32_t *)(f->engine.layout.dt_pool + n * BT_DT_BYTES);
 }
 
 /* ---- data ---- */
@@ -430,8 +436,8 @@ static void jumps_find_their_slot(void **state)
     assert_int_equal(tables_fetch(f->b, gva + 0x123, &offset), 0);
     assert_int_equal(offset & ~PAGE_MASK_BITS, DATA + 0x9000);
     assert_int_equal(tables_fetch(f->b, gva + 0x1000, &offset), -EFAULT);
-    dt_at(f, 3)[0x123] = 0x4567;
-    tables_exec_set(f->b, gva + 0x123, dt_at(f, 3));
+    dt_at(&f->engine, 3)[0x123] = 0x4567;
+    tables_exec_set(f->b, gva + 0x123, dt_at(&f->engine, 3));
     assert_int_equal(jump_to(f, gva + 0x123), 0x4567);
     assert_int_equal(jump_to(f, gva + 0x124), 0);
     assert_int_equal(jump_to(f, gva + 0x1123), 0); /* poison under the same tag: a miss without a fault */
@@ -444,19 +450,42 @@ static void jumps_find_their_slot(void **state)
     assert_int_equal(tables_fetch(f->b, gva, &offset), -EFAULT);
 }
 
+static void jumps_to_neighbours(void **state)
+{
+    struct fixture *f = *state;
+    gva_t gva = KERNEL + 0x40000000;
+    for (unsigned n = 0; n < 32; n++) {
+        map(f, gva + n * PAGE_SIZE_BYTES, (DATA + n * PAGE_SIZE_BYTES) | P | (n % 5 ? A : 0) | G);
+        f->engine.code_flags[(DATA >> 12) + n] = n % 3 ? BT_CODE_PRESENT : 0;
+        dt_at(&f->engine, 1 + (DATA >> 12) + n)[n] = 100 + n;
+    }
+    tables_exec_set(f->b, gva + PAGE_SIZE_BYTES, dt_at(&f->engine, 1 + (DATA >> 12) + 1));
+    for (unsigned n = 0; n < 32; n++)
+        assert_int_equal(jump_to(f, gva + n * PAGE_SIZE_BYTES + n), n < 16 && n % 5 && n % 3 ? 100 + n : 0);
+    tables_flush_non_global(&f->b->c, 0);
+    tables_select(f->b);
+    assert_int_equal(jump_to(f, gva + 2 * PAGE_SIZE_BYTES + 2), 102);
+    *leaf_of(f, ROOT, gva + 7 * PAGE_SIZE_BYTES, 1) &= ~G;
+    tables_flush_page(&f->b->c, gva + 7 * PAGE_SIZE_BYTES);
+    tables_exec_set(f->b, gva + PAGE_SIZE_BYTES, dt_at(&f->engine, 1 + (DATA >> 12) + 1));
+    tables_flush_non_global(&f->b->c, 0);
+    tables_select(f->b);
+    assert_int_equal(jump_to(f, gva + 7 * PAGE_SIZE_BYTES + 7), 0);
+}
+
 static void a_kicked_jump_faults(void **state)
 {
     struct fixture *f = *state;
     static const gva_t pages[] = {0, 0x1ff000, 1ull << 39, 0xffffff8000000000ull};
     for (unsigned n = 0; n < sizeof(pages) / sizeof(pages[0]); n++) {
         map(f, pages[n], DATA | USED);
-        tables_exec_set(f->b, pages[n], dt_at(f, 1));
+        tables_exec_set(f->b, pages[n], dt_at(&f->engine, 1));
         assert_int_equal(jump_to(f, pages[n]), -1);
     }
     gva_t gva = KERNEL + 0x200000;
     map(f, gva, DATA | USED);
-    dt_at(f, 1)[0] = 77;
-    tables_exec_set(f->b, gva, dt_at(f, 1));
+    dt_at(&f->engine, 1)[0] = 77;
+    tables_exec_set(f->b, gva, dt_at(&f->engine, 1));
     assert_int_equal(jump_to(f, gva), 77);
     f->b->exec_mask = 0;
     static const gva_t targets[] = {KERNEL + 0x200000, 0, ~0ull, USER};
@@ -474,15 +503,15 @@ static void another_mode_or_epoch_drops_code_only(void **state)
     struct fixture *f = *state;
     gva_t gva = KERNEL + 0x800000;
     map(f, gva, DATA | USED | G);
-    dt_at(f, 1)[0] = 77;
-    tables_exec_set(f->b, gva, dt_at(f, 1));
+    dt_at(&f->engine, 1)[0] = 77;
+    tables_exec_set(f->b, gva, dt_at(&f->engine, 1));
     assert_int_equal(tables_fill(f->b, gva, 1, false), BT_FILL_DONE);
     tables_select(f->b);
     assert_int_equal(jump_to(f, gva), 77);
     f->b->mode.simd_blocked = 1;
     tables_select(f->b);
     assert_int_equal(jump_to(f, gva), 0);
-    tables_exec_set(f->b, gva, dt_at(f, 1));
+    tables_exec_set(f->b, gva, dt_at(&f->engine, 1));
     f->engine.epoch++;
     tables_select(f->b);
     assert_int_equal(jump_to(f, gva), 0);
@@ -534,14 +563,14 @@ static void flushes_keep_what_they_may(void **state)
     map(f, KERNEL, DATA | USED | G);
     map(f, KERNEL + 0x100000, (DATA + 0x1000) | USED);
     map(f, USER, (DATA + 0x2000) | USED | US);
-    dt_at(f, 1)[0] = 77;
+    dt_at(&f->engine, 1)[0] = 77;
     for (unsigned round = 0; round < 3; round++) {
         as(f, VIEW_SUPERVISOR);
         assert_int_equal(tables_fill(f->b, KERNEL, 1, false), BT_FILL_DONE);
         assert_int_equal(tables_fill(f->b, KERNEL + 0x100000, 1, false), BT_FILL_DONE);
         as(f, VIEW_USER);
         assert_int_equal(tables_fill(f->b, USER, 1, false), BT_FILL_DONE);
-        tables_exec_set(f->b, USER, dt_at(f, 1));
+        tables_exec_set(f->b, USER, dt_at(&f->engine, 1));
         if (round == 0)
             tables_flush_all(c);
         else if (round == 1)
@@ -726,7 +755,7 @@ static void storm_use(struct storm *s, gva_t gva)
         if (tables_fill(f->b, gva, 8, write) == BT_FILL_DONE)
             assert_true(write ? write_at(f, gva, (uint8_t)read_at(f, gva)) : read_at(f, gva) >= 0);
     } else if (!tables_fetch(f->b, gva, &offset)) {
-        tables_exec_set(f->b, gva, dt_at(f, 1 + (unsigned)(offset >> 12)));
+        tables_exec_set(f->b, gva, dt_at(&f->engine, 1 + (unsigned)(offset >> 12)));
     }
 }
 
@@ -738,7 +767,7 @@ static void a_storm(void **state)
     storm_places(&s);
     for (unsigned n = 0; n < RAM_BYTES >> 12; n++)
         for (unsigned byte = 0; byte < PAGE_SIZE_BYTES; byte++)
-            dt_at(f, 1 + n)[byte] = n + 1;
+            dt_at(&f->engine, 1 + n)[byte] = n + 1;
     for (unsigned n = 0; n < STORM_CODE; n++)
         f->engine.code_flags[(DATA >> 12) + 7 * n] = BT_CODE_PRESENT;
     for (unsigned round = 0; round < 12000; round++) {
@@ -819,6 +848,7 @@ int main(void)
         TEST(wild_addresses),
         TEST(the_check_page),
         TEST(jumps_find_their_slot),
+        TEST(jumps_to_neighbours),
         TEST(a_kicked_jump_faults),
         TEST(another_mode_or_epoch_drops_code_only),
         TEST(privileges_do_not_mix),
