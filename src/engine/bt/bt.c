@@ -111,6 +111,7 @@ static enum bt_exit enter(struct bt_vcpu *b, struct entry *entry)
     if (likely(!atomic_load(&b->c.v.attention))) {
         uint32_t start = entry->tc_start && entry->epoch == epoch ? entry->tc_start : e->stubs.lookup;
         b->enter_target = (uintptr_t)e->layout.tc_exec + start;
+        b->fault_tc = 0;
         why = bt_enter(b);
     }
     entry->epoch = epoch;
@@ -288,6 +289,8 @@ static bool exit_data(struct bt_vcpu *b, struct entry *entry)
     uint32_t tc = b->fault_tc;
     uint64_t epoch = entry->epoch;
     interp_run_one(&b->c);
+    if (!tc) /* left without a signal: translated in the other way already */
+        return false;
     if (crossing || counters[COUNTER_mmio_reads] + counters[COUNTER_mmio_writes] != mmio)
         site_note(b, tc, epoch, crossing);
     return false;

@@ -234,7 +234,7 @@ struct bt_vcpu {
     void *signal_stack;
     uint64_t retry_rip, retry_count; /* fault.c: the same site again and again goes to the interpreter */
     uint64_t fill_next;       /* linear address whose guest page fault was delivered last, to be filled on the way back; 0: none */
-    uint32_t fault_tc;        /* TC offset where the last signal left translated code from */
+    uint32_t fault_tc;        /* TC offset where a signal left translated code from; 0: no signal did */
     bool fault_crossing;      /* it was the page-crossing check */
     uint64_t serialized;      /* the epoch whose code this processor surely sees */
     unsigned interp_blocks;   /* left for the interpreter before translated code is tried again */
