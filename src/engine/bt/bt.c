@@ -165,7 +165,7 @@ static struct bt_block *block_in_page(struct bt_vcpu *b, gva_t gva, uint64_t ram
         return NULL;
     struct bt_page *page = cache_page(e, ram_offset, physmap_gpa(b->c.v.memory, ram_offset), &b->mode);
     struct bt_block *block = page ? cache_block(page, start) : NULL;
-    if (!block && page && cache_room(e))
+    if (!block && page && cache_room(e) && e->tc_used <= e->debug.tc_bytes)
         block = translate(b, page, start);
     else if (!block)
         *full = true;
@@ -324,14 +324,22 @@ static exit_fn *const exit_handlers[BT_EXIT_COUNT] = {
 
 /* ---- the loop ---- */
 
+static void debug_turn(struct bt_vcpu *b)
+{
+    simd_save(&b->c);
+    b->engine->debug.turn(b, b->engine->debug.opaque);
+}
+
 static void run_translated(struct bt_vcpu *b)
 {
     struct entry entry = {0};
     enum bt_exit why;
     b->mode = mode_of(&b->c);
-    do
+    do {
+        if (unlikely(b->engine->debug.turn != NULL))
+            debug_turn(b);
         why = enter(b, &entry);
-    while (exit_handlers[why](b, &entry));
+    } while (exit_handlers[why](b, &entry));
 }
 
 static __attribute__((noinline)) enum engine_exit run_loop(struct bt_vcpu *b)
@@ -391,6 +399,11 @@ static int bt_probe(struct error *err)
     return layout_probe(err);
 }
 
+void bt_debug_set(struct engine *engine, const struct bt_debug *debug)
+{
+    ((struct bt_engine *)engine)->debug = *debug;
+}
+
 static void bt_destroy(struct engine *engine)
 {
     struct bt_engine *e = (struct bt_engine *)engine;
@@ -407,6 +420,7 @@ static int bt_create(struct engine **out, struct physmap *memory, struct error *
     if (!e)
         return error_set(err, -ENOMEM, "no memory for the translator");
     interp_engine_init(&e->interp, memory);
+    e->debug = (struct bt_debug){.block_insns = BT_BLOCK_INSNS_MAX, .group_span = BT_GROUP_SPAN_MAX, .tc_bytes = BT_TC_BYTES};
     e->fsgsbase = true;
     e->avx512 = (host_xcr0() & XCR0_AVX512) == XCR0_AVX512;
     int rc = fault_install(err);

@@ -172,8 +172,20 @@ struct bt_stubs { /* TC offsets; stubs.c. They survive flushes. */
     uint32_t end;    /* first byte after the stubs */
 };
 
+/* What tests vary between what guests need and the smallest that works, and a place where they can meddle. bt_debug_set. */
+#define BT_BLOCK_INSNS_MAX 64u
+#define BT_GROUP_SPAN_MAX 1024u /* larger groups cross pages too often */
+struct bt_debug {
+    uint16_t block_insns; /* in one block: 1..BT_BLOCK_INSNS_MAX */
+    uint16_t group_span;  /* bytes that accesses with one lookup may span, up to BT_GROUP_SPAN_MAX; 0: no groups */
+    uint32_t tc_bytes;    /* translations are flushed when they fill more */
+    void (*turn)(struct bt_vcpu *b, void *opaque); /* on each way into translated code, on the vCPU's thread, without locks; NULL: none */
+    void *opaque;
+};
+
 struct bt_engine {
     struct engine interp; /* first */
+    struct bt_debug debug;
     struct bt_layout layout;
     struct bt_stubs stubs;
 
@@ -359,6 +371,8 @@ void fault_vcpu_destroy(struct bt_vcpu *b); /* frees its signal stack */
 
 /* ---- bt.c ---- */
 
+/* For tests, while no vCPU runs. What is translated already stays as it is. */
+void bt_debug_set(struct engine *engine, const struct bt_debug *debug);
 void bt_kick(struct vcpu *v);
 /* Are the conditions met under which translated code may run now (mode, flags, segments)? */
 bool bt_usable(const struct bt_vcpu *b);

@@ -12,12 +12,12 @@
 #include "engine/bt/emit.h"
 #include "engine/bt/translate_priv.h"
 
-#define INSNS_MAX 64
+#define INSNS_MAX BT_BLOCK_INSNS_MAX
 #define DEFERRED_MAX (INSNS_MAX + 2)
 #define SITES_MAX (INSNS_MAX * 3)
 
 #define GROUPS 2
-#define GROUP_SPAN_MAX 1024 /* bytes; larger ones cross pages too often */
+#define MOVED_MAX (4 * (int32_t)BT_GROUP_SPAN_MAX)
 #define CANONICAL (BIT(GPR_R10) | BIT(GPR_R11))
 
 #define BIT(r) ((uint16_t)(1u << (r)))
@@ -219,7 +219,7 @@ static unsigned group_look_ahead(const struct translation *t, unsigned base, str
             range_add(&wider, moved + disp, 8);
             more++;
         }
-        if (more && wider.high - wider.low > GROUP_SPAN_MAX)
+        if (more && wider.high - wider.low > t->e->debug.group_span)
             break;
         if (more)
             *g = wider;
@@ -227,7 +227,7 @@ static unsigned group_look_ahead(const struct translation *t, unsigned base, str
         if (!register_moves(i, base, &by))
             break;
         moved += by;
-        if (moved < -GROUP_SPAN_MAX * 4 || moved > GROUP_SPAN_MAX * 4)
+        if (moved < -MOVED_MAX || moved > MOVED_MAX)
             break;
     }
     return uses;
@@ -876,7 +876,7 @@ static void decode_block(struct translation *t, unsigned start)
     decoder_init(&a.decoder, a.mode.code_bits);
     const uint8_t *bytes = t->e->layout.window_r + t->page->offset;
     unsigned offset = start;
-    while (t->count < INSNS_MAX && offset < PAGE_SIZE_BYTES) {
+    while (t->count < t->e->debug.block_insns && offset < PAGE_SIZE_BYTES) {
         struct tinsn *i = &t->insn[t->count++];
         analyze_insn(&a, bytes + offset, (unsigned)PAGE_SIZE_BYTES - offset, offset, i);
         if (bitmap_has(t->page->call_sites, offset)) {
