@@ -121,6 +121,8 @@ struct engine_ops {
     void (*state_changed)(struct vcpu *vcpu);
     /* Bytes [gpa, +length) changed underneath: drop cached translations. From any thread with vCPUs paused. */
     void (*invalidate)(struct engine *engine, gpa_t gpa, uint64_t length_bytes);
+    /* For people, beyond the counters: a few lines on what it does with its memory and time. From any thread, while vCPUs run. May be NULL. */
+    void (*report)(struct engine *engine, FILE *out);
 };
 
 /* All engines built in, best first, NULL-terminated. */

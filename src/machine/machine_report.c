@@ -42,6 +42,12 @@ static void print_missing(const struct machine *machine, FILE *out)
     }
 }
 
+static void print_engine(const struct machine *machine, FILE *out)
+{
+    if (machine->engine_ops->report)
+        machine->engine_ops->report(machine->engine, out);
+}
+
 void machine_dump_locked(struct machine *machine, FILE *out)
 {
     fprintf(out, "engine %s, %u processor%s, %" PRIu64 " MiB\n", machine->engine_ops->name, machine->cpu_count,
@@ -59,6 +65,7 @@ void machine_dump_locked(struct machine *machine, FILE *out)
             fprintf(out, "%s %" PRIu64 "%s", engine_counter_names[i], counter_sum(machine, i), i % 4 == 3 ? "\n" : "  ");
     fprintf(out, "unclaimed %" PRIu64 "\n", bus_unclaimed(machine->bus));
     print_missing(machine, out);
+    print_engine(machine, out);
 }
 
 void machine_dump(struct machine *machine, FILE *out)
@@ -83,4 +90,5 @@ void machine_stats(struct machine *machine, FILE *out)
     }
     fprintf(out, "%-22s %15" PRIu64 "  %s\n", "bus_unclaimed", bus_unclaimed(machine->bus), "accesses to ports and addresses where nothing is");
     print_missing(machine, out);
+    print_engine(machine, out);
 }

@@ -339,6 +339,7 @@ static void run_translated(struct bt_vcpu *b)
         if (unlikely(b->engine->debug.turn != NULL))
             debug_turn(b);
         why = enter(b, &entry);
+        b->c.tally = b->interpreted[why];
     } while (exit_handlers[why](b, &entry));
 }
 
@@ -353,11 +354,14 @@ static __attribute__((noinline)) enum engine_exit run_loop(struct bt_vcpu *b)
             if (interp_stopped(c, &exit))
                 return exit;
         } else if (c->slow) {
+            c->tally = b->interpreted[BT_TALLY_SLOW];
             interp_run_one(c);
         } else if (b->interp_blocks) {
             b->interp_blocks--;
+            c->tally = b->interpreted[BT_TALLY_THRASH];
             interp_run_next(c);
         } else if (!bt_usable(b) || !is_dispatched(c->v.cpu.gpr[GPR_RIP])) {
+            c->tally = b->interpreted[BT_TALLY_MODE];
             interp_run_next(c);
         } else {
             run_translated(b);
@@ -456,6 +460,7 @@ static void bt_vcpu_destroy(struct vcpu *v)
     struct bt_vcpu *b = (struct bt_vcpu *)v;
     icpu_destroy(&b->c);
     fault_vcpu_destroy(b);
+    report_vcpu_destroy(b);
     tables_destroy(b);
 }
 
@@ -468,6 +473,11 @@ static int bt_vcpu_create(struct engine *engine, const struct vcpu_config *confi
     int rc = tables_create(e, &b, err);
     if (rc)
         return rc;
+    rc = report_vcpu_create(b);
+    if (rc) {
+        tables_destroy(b);
+        return error_set(err, rc, "no memory for vCPU %u", config->index);
+    }
     b->engine = e;
     b->c.tlb_listener = &listener;
     b->c.memory_shift = e->layout.window_w - (uint8_t *)physmap_get(config->memory, 0, PAGE_SIZE_BYTES, PHYSMAP_READ);
@@ -503,4 +513,5 @@ const struct engine_ops bt_engine_ops = {
     .kick = bt_kick,
     .state_changed = interp_state_changed,
     .invalidate = bt_invalidate,
+    .report = report_print,
 };

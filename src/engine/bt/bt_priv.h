@@ -161,6 +161,15 @@ enum bt_exit {
     BT_EXIT_COUNT
 };
 
+/* Why the interpreter was called: left translated code, or was not there. */
+enum bt_tally {
+    BT_TALLY_SLOW = BT_EXIT_COUNT, /* debug traps, interrupt shadows: one instruction at a time */
+    BT_TALLY_THRASH,               /* the page keeps changing */
+    BT_TALLY_MODE,                 /* bt_usable says no */
+    BT_TALLY_COUNT
+};
+#define BT_MNEMONICS (ZYDIS_MNEMONIC_MAX_VALUE + 1)
+
 /* ---- engine and vCPU ---- */
 
 struct bt_stubs { /* TC offsets; stubs.c. They survive flushes. */
@@ -251,6 +260,7 @@ struct bt_vcpu {
     uint64_t serialized;      /* the epoch whose code this processor surely sees */
     unsigned interp_blocks;   /* left for the interpreter before translated code is tried again */
     uint64_t thrash_visits;   /* to pages that are not translated because they keep changing */
+    uint64_t (*interpreted)[BT_MNEMONICS]; /* what the interpreter was called for, by enum bt_tally */
     uint8_t site_counts[256]; /* bt.c: how often sites, hashed by TC offset, needed the interpreter for MMIO or crossing */
 };
 
@@ -368,6 +378,12 @@ void fault_engine_remove(struct bt_engine *e);
 int fault_thread_enter(struct bt_vcpu *b);
 void fault_thread_leave(struct bt_vcpu *b);
 void fault_vcpu_destroy(struct bt_vcpu *b); /* frees its signal stack */
+
+/* ---- report.c ---- */
+
+int report_vcpu_create(struct bt_vcpu *b); /* 0 or -ENOMEM */
+void report_vcpu_destroy(struct bt_vcpu *b);
+void report_print(struct engine *engine, FILE *out); /* engine_ops.report */
 
 /* ---- bt.c ---- */
 

@@ -208,6 +208,12 @@ static void resume_flag_done(struct icpu *c, unsigned mnemonic, uint64_t start)
         c->v.cpu.rflags &= ~RFLAGS_RF;
 }
 
+static inline void tally(struct icpu *c, const struct insn *i)
+{
+    if (c->tally)
+        c->tally[i->mnemonic]++;
+}
+
 /* Ends with the traps that follow the instruction. */
 void interp_run_one(struct icpu *c)
 {
@@ -224,6 +230,7 @@ void interp_run_one(struct icpu *c)
     c->block = b;
     c->block_guard_span = 0;
     c->current = i;
+    tally(c, i);
     cpu->gpr[GPR_RIP] += i->length;
     i->fn(c, i);
     c->current = NULL;
@@ -302,7 +309,9 @@ void interp_run_next(struct icpu *c)
 {
     if (unlikely(c->v.trace != NULL))
         trace_block(c);
-    run_block(c, successor(c));
+    struct block *b = successor(c);
+    tally(c, b->insn);
+    run_block(c, b);
 }
 
 /* Not running. True: leave with *exit. */

@@ -204,6 +204,7 @@ struct icpu {
     struct tlb_asid *asids;              /* tlb.c: PCID -> generation */
     const struct tlb_listener *tlb_listener; /* NULL: none */
     ptrdiff_t memory_shift; /* from PhysMap's own mapping of RAM to the one that accesses go to */
+    uint64_t *tally; /* NULL: off. By mnemonic, what interp_run_one and interp_run_next were called for (of a block its first instruction) */
 
     _Atomic uint32_t shootdown; /* another thread asks for a full TLB and block flush (engine invalidate) */
     struct engine *engine;

@@ -1,0 +1,107 @@
+/*
+ * What the translator tells about itself: what the interpreter had to do for it, and where its memory and time went.
+ *
+ * Threading: counts are written by vCPU threads and read as they fly by; sizes are read with e->lock held.
+ */
+#include <errno.h>
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "engine/bt/bt_priv.h"
+
+#define SHOWN 20u
+
+static const char *const tally_names[BT_TALLY_COUNT] = {
+#define EXIT(name, help) [BT_EXIT_##name] = #name,
+#include "engine/bt/exits.def"
+#undef EXIT
+    [BT_TALLY_SLOW] = "debugging or an interrupt shadow",
+    [BT_TALLY_THRASH] = "blocks, code that keeps changing",
+    [BT_TALLY_MODE] = "blocks, mode that is not translated",
+};
+
+int report_vcpu_create(struct bt_vcpu *b)
+{
+    b->interpreted = calloc(BT_TALLY_COUNT, sizeof(*b->interpreted));
+    return b->interpreted ? 0 : -ENOMEM;
+}
+
+void report_vcpu_destroy(struct bt_vcpu *b)
+{
+    free(b->interpreted);
+}
+
+/* ---- what was interpreted ---- */
+
+struct tally {
+    unsigned mnemonic;
+    uint64_t count;
+};
+
+/* Keeps the SHOWN largest, largest first; returns their new number. */
+static unsigned tally_insert(struct tally *top, unsigned count, struct tally new)
+{
+    if (count == SHOWN && top[count - 1].count >= new.count)
+        return count;
+    unsigned n = count < SHOWN ? count : SHOWN - 1;
+    for (; n && top[n - 1].count < new.count; n--)
+        top[n] = top[n - 1];
+    top[n] = new;
+    return count < SHOWN ? count + 1 : SHOWN;
+}
+
+static void print_tally(const struct engine *e, enum bt_tally why, FILE *out)
+{
+    struct tally top[SHOWN];
+    unsigned count = 0;
+    uint64_t total = 0;
+    for (unsigned mnemonic = 0; mnemonic < BT_MNEMONICS; mnemonic++) {
+        struct tally sum = {mnemonic, 0};
+        for (unsigned n = 0; n < INTERP_VCPUS_MAX; n++)
+            if (e->vcpus[n])
+                sum.count += ((const struct bt_vcpu *)e->vcpus[n])->interpreted[why][mnemonic];
+        total += sum.count;
+        if (sum.count)
+            count = tally_insert(top, count, sum);
+    }
+    if (!total)
+        return;
+    fprintf(out, "interpreted (%s) %" PRIu64 ":", tally_names[why], total);
+    for (unsigned n = 0; n < count; n++)
+        fprintf(out, " %s %" PRIu64, ZydisMnemonicGetString((ZydisMnemonic)top[n].mnemonic), top[n].count);
+    fputc('\n', out);
+}
+
+/* ---- memory and time ---- */
+
+static void print_cache(struct bt_engine *e, FILE *out)
+{
+    uint64_t insns = e->translated_insns, ns = insns ? e->translate_ns / insns : 0;
+    fprintf(out, "cache: %u KiB of %" PRIu64 " KiB code, %u blocks, %u sites, %u code pages (DT %u KiB), %u write-protected\n", e->tc_used >> 10,
+            e->layout.tc_bytes >> 10, e->block_count, e->site_count, e->page_count, (unsigned)(e->page_count * BT_DT_BYTES >> 10), e->protected_pages);
+    fprintf(out, "translated: %" PRIu64 " blocks, %" PRIu64 " instructions, %" PRIu64 " ns each; %" PRIu64 " flushes, %" PRIu64 " pages dropped\n",
+            e->translated_blocks, insns, ns, e->flushes, e->invalidations);
+}
+
+static void print_tables(const struct engine *e, FILE *out)
+{
+    fprintf(out, "tables:");
+    for (unsigned n = 0; n < INTERP_VCPUS_MAX; n++)
+        if (e->vcpus[n])
+            fprintf(out, " cpu %u %" PRIu64 " KiB", e->vcpus[n]->v.index, tables_bytes((const struct bt_vcpu *)e->vcpus[n]) >> 10);
+    fputc('\n', out);
+}
+
+void report_print(struct engine *engine, FILE *out)
+{
+    struct bt_engine *e = (struct bt_engine *)engine;
+    pthread_mutex_lock(&e->lock);
+    print_cache(e, out);
+    pthread_mutex_lock(&engine->lock);
+    print_tables(engine, out);
+    for (unsigned why = 0; why < BT_TALLY_COUNT; why++)
+        print_tally(engine, (enum bt_tally)why, out);
+    pthread_mutex_unlock(&engine->lock);
+    pthread_mutex_unlock(&e->lock);
+}
