@@ -19,10 +19,6 @@
 
 #include "engine/bt/bt_priv.h"
 
-#ifndef MFD_EXEC
-#define MFD_EXEC 0x0010u /* Linux 6.3 */
-#endif
-
 #define BT_ALIASES 64u
 #define ALIGNMENT (2ull << 20) /* so that the windows can have huge pages */
 #define DISTANCE (1ull << 30)  /* to foreign mappings, which may grow: heap, stacks */
@@ -234,7 +230,7 @@ static int execute_error(struct error *err, int rc)
 {
     if (rc == -EPERM || rc == -EACCES)
         return error_set(err, rc, "the host forbids executable shared memory (%s), which holds translated code: allow it (SELinux: execmem and "
-                         "execmod; sysctl vm.memfd_noexec=0; no noexec on /dev/shm), or use engine interp", strerror(-rc));
+                         "execmod), or use engine interp", strerror(-rc));
     return error_set(err, rc, "cannot make memory for translated code: %s; use engine interp", strerror(-rc));
 }
 
@@ -294,28 +290,13 @@ static int windows_map(struct bt_layout *layout, struct physmap *memory, const s
     return 0;
 }
 
-static int tc_memfd(uint64_t tc_bytes)
-{
-    int fd = memfd_create("doppel-tc", MFD_CLOEXEC | MFD_EXEC);
-    if (fd < 0 && errno == EINVAL)
-        fd = memfd_create("doppel-tc", MFD_CLOEXEC);
-    if (fd < 0)
-        return -errno;
-    if (ftruncate(fd, (off_t)tc_bytes)) {
-        int rc = -errno;
-        close(fd);
-        return rc;
-    }
-    return fd;
-}
-
 /* Below 2 GiB, so that addresses in it are 32-bit displacements; any free place from a random one on. */
-static int tc_map_low(struct bt_layout *layout, int fd)
+static int tc_map_low(struct bt_layout *layout)
 {
     uint64_t places = (TC_LIMIT - TC_LOWEST - layout->tc_bytes) / ALIGNMENT + 1, first = random_below(places);
     for (uint64_t n = 0; n < places; n++) {
         uint8_t *at = (uint8_t *)(TC_LOWEST + (first + n) % places * ALIGNMENT);
-        int rc = map_exactly(at, layout->tc_bytes, PROT_READ | PROT_EXEC, MAP_SHARED, fd);
+        int rc = map_exactly(at, layout->tc_bytes, PROT_READ | PROT_EXEC, MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1);
         if (!rc)
             layout->tc_exec = at;
         if (rc != -EEXIST)
@@ -324,20 +305,17 @@ static int tc_map_low(struct bt_layout *layout, int fd)
     return -ENOSPC;
 }
 
+/* Not a memfd: perf looks for names of code only in memory that has no file (--perf-map). */
 static int tc_create(struct bt_layout *layout, struct error *err)
 {
-    int fd = tc_memfd(layout->tc_bytes);
-    if (fd < 0)
-        return execute_error(err, fd);
-    int rc = tc_map_low(layout, fd);
+    int rc = tc_map_low(layout);
     if (!rc) {
-        void *rw = mmap(NULL, layout->tc_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-        if (rw == MAP_FAILED)
-            rc = -errno;
-        else
+        void *rw = mremap(layout->tc_exec, 0, layout->tc_bytes, MREMAP_MAYMOVE); /* old size 0: the same memory once more */
+        if (rw != MAP_FAILED)
             layout->tc_write = rw;
+        if (rw == MAP_FAILED || mprotect(rw, layout->tc_bytes, PROT_READ | PROT_WRITE))
+            rc = -errno;
     }
-    close(fd);
     unsigned long long limit;
     if (rc == -ENOMEM && address_space_limited(&limit))
         return reserve_error(err, rc, layout->tc_bytes);
