@@ -146,8 +146,8 @@ uint8_t *code_bytes(void)
 
 uint64_t code_va(bool user, unsigned view)
 {
-    static const uint64_t bases[2][CODE_VIEWS] = {{0x0000000050000000, 0xffffffff90000000, 0x0000600000000000},
-                                                  {0x0000000058000000, 0xffffffff98000000, 0x00007f1234560000}};
+    static const uint64_t bases[2][CODE_VIEWS] = {{0x0000000050000000, 0xffffffff90000000, 0x0000600000000000, 0xffff888012340000},
+                                                  {0x0000000058000000, 0xffffffff98000000, 0x00007f1234560000, 0x0000561200000000}};
     if (!code) {
         code = pages_allocate(CODE_BYTES / PAGE);
         for (unsigned u = 0; u < 2; u++)

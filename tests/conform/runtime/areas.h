@@ -24,7 +24,7 @@ uint64_t wild_address(unsigned size);
 
 /* Code pages, each mapped for ring 3 and for ring 0, low and high: `offset` in them, below CODE_BYTES. */
 #define CODE_BYTES 16384u
-#define CODE_VIEWS 3u
+#define CODE_VIEWS 4u
 uint8_t *code_bytes(void);
 uint64_t code_va(bool user, unsigned view);
 
