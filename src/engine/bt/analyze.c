@@ -1,14 +1,19 @@
 /*
  * Decoding of guest instructions for the translator: which registers and memory each names, and which of the few ways of translation is its own.
  *
+ * Zydis takes most of a translation's time, so what it said is remembered by form: the bytes up to ModRM and SIB, which determine all but the values of displacement and immediate.
  * This is a safety boundary: an instruction is copied only when its mnemonic or instruction set is on a list, its registers are ordinary ones and its one memory operand is
  * described by ModRM. Everything else is TI_EXIT, which the interpreter executes.
  * Threading: pure.
  */
+#include <stdlib.h>
 #include <string.h>
 
 #include "engine/bt/translate_priv.h"
 #include "engine/interp/native_priv.h"
+
+#define RET_RELEASE_MAX 96
+#define NEAR_OVERFLOW (INT32_MAX - 8192) /* displacements beyond may leave 32 bits when offsets in the page are added */
 
 /* Number of the general register, 0..15, or TI_NONE. *high: AH CH DH BH. */
 static unsigned gpr_number(ZydisRegister reg, bool *high)
@@ -197,7 +202,8 @@ static void branch(struct tinsn *t, const struct decode *d, enum tinsn_kind dire
     }
     switch (op->type) {
     case ZYDIS_OPERAND_TYPE_IMMEDIATE:
-        t->target = t->offset + t->length + (int32_t)op->imm.value.s;
+        t->imm = (int32_t)op->imm.value.s;
+        t->target = t->offset + t->length + t->imm;
         t->kind = (uint8_t)direct;
         return;
     case ZYDIS_OPERAND_TYPE_REGISTER:
@@ -283,7 +289,7 @@ static bool special(struct tinsn *t, const struct decode *d, bool user)
     case ZYDIS_MNEMONIC_RET:
         t->kind = TI_RET;
         t->imm = d->op[0].type == ZYDIS_OPERAND_TYPE_IMMEDIATE ? (int32_t)(d->op[0].imm.value.u & 0xffff) : 0;
-        if (d->zi.meta.branch_type == ZYDIS_BRANCH_TYPE_FAR || d->zi.operand_width != 64 || t->imm > 96)
+        if (d->zi.meta.branch_type == ZYDIS_BRANCH_TYPE_FAR || d->zi.operand_width != 64)
             exit_with(t, BT_EXIT_interp);
         return true;
     case ZYDIS_MNEMONIC_LOOP:
@@ -346,8 +352,8 @@ static void adjustment_note(struct tinsn *t, const struct decode *d)
         if (d->op[1].type != ZYDIS_OPERAND_TYPE_IMMEDIATE)
             return;
         t->adjust = (int32_t)d->op[1].imm.value.s;
-        if (d->zi.mnemonic == ZYDIS_MNEMONIC_SUB)
-            t->adjust = -t->adjust;
+        t->adjust_sign = d->zi.mnemonic == ZYDIS_MNEMONIC_SUB ? -1 : 1;
+        t->adjust *= t->adjust_sign;
         break;
     case ZYDIS_MNEMONIC_INC:
     case ZYDIS_MNEMONIC_DEC:
@@ -407,9 +413,111 @@ static void classify(const struct analyze_context *a, struct tinsn *t, const str
     }
 }
 
+/* ---- forms ---- */
+
+#define FORMS 8192u
+#define FORM_BYTES_MAX 12u
+
+struct form {
+    uint8_t bytes[FORM_BYTES_MAX];
+    uint8_t length; /* of the form; 0: empty */
+    struct bt_mode mode;
+    struct tinsn insn;
+};
+
+struct bt_forms {
+    uint16_t lengths; /* bit n: there are forms of n bytes */
+    struct form form[FORMS];
+};
+
+struct bt_forms *forms_create(void)
+{
+    return calloc(1, sizeof(struct bt_forms));
+}
+
+void forms_destroy(struct bt_forms *forms)
+{
+    free(forms);
+}
+
+static struct form *form_slot(const struct analyze_context *a, const uint8_t *bytes, unsigned length)
+{
+    uint64_t hash = length | (uint64_t)a->mode.user << 4 | (uint64_t)a->mode.simd_blocked << 5;
+    for (unsigned n = 0; n < length; n++)
+        hash = (hash ^ bytes[n]) * 0x9e3779b97f4a7c15ull;
+    return &a->forms->form[hash >> 40 & (FORMS - 1)];
+}
+
+/* Where the first value begins is where the form ends: nothing after ModRM and SIB but values, except the opcode that 3DNow! has last. */
+static void form_store(const struct analyze_context *a, const uint8_t *bytes, const struct tinsn *t)
+{
+    unsigned length = t->disp_bytes ? t->disp_at : t->imm_bytes ? t->imm_at : t->length;
+    bool scaled = t->encoding == ZYDIS_INSTRUCTION_ENCODING_EVEX && t->disp_bytes == 1;
+    if (length > FORM_BYTES_MAX || scaled || t->encoding == ZYDIS_INSTRUCTION_ENCODING_3DNOW)
+        return;
+    struct form *form = form_slot(a, bytes, length);
+    memcpy(form->bytes, bytes, length);
+    form->length = (uint8_t)length;
+    form->mode = a->mode;
+    form->insn = *t;
+    a->forms->lengths |= (uint16_t)(1u << length);
+}
+
+static int32_t value_at(const uint8_t *p, unsigned bytes)
+{
+    return bytes == 1 ? *(const int8_t *)p : bytes == 2 ? *(const int16_t *)p : bytes == 4 ? *(const int32_t *)p : 0;
+}
+
+static void values_set(struct tinsn *t, const uint8_t *bytes)
+{
+    if (t->disp_bytes) {
+        t->disp = value_at(bytes + t->disp_at, t->disp_bytes);
+        if (t->adjusts != TI_NONE && t->disp_bytes && !t->imm_bytes && t->kind == TI_COPY)
+            t->adjust = t->disp;
+    }
+    if (!t->imm_bytes)
+        return;
+    int32_t value = value_at(bytes + t->imm_at, t->imm_bytes);
+    t->imm = t->kind == TI_RET ? (uint16_t)value : value;
+    t->target = t->offset + t->length + value;
+    if (t->adjust_sign)
+        t->adjust = t->adjust_sign * value;
+}
+
+/* No form's bytes begin with those of another, so whatever matches first is right. */
+static bool form_find(const struct analyze_context *a, const uint8_t *bytes, unsigned available, unsigned offset, struct tinsn *out)
+{
+    for (unsigned length = 1; length <= FORM_BYTES_MAX && length <= available; length++) {
+        if (!(a->forms->lengths >> length & 1))
+            continue;
+        const struct form *form = form_slot(a, bytes, length);
+        if (form->length != length || memcmp(form->bytes, bytes, length) || memcmp(&form->mode, &a->mode, sizeof(a->mode)))
+            continue;
+        if (form->insn.length > available)
+            return false;
+        *out = form->insn;
+        out->offset = (uint16_t)offset;
+        values_set(out, bytes);
+        return true;
+    }
+    return false;
+}
+
+/* What depends on the values. */
+static void values_check(struct tinsn *t)
+{
+    bool far = (t->rip_relative && t->disp > NEAR_OVERFLOW) || (t->imm_bytes == 4 && t->imm > NEAR_OVERFLOW && t->kind >= TI_JCC);
+    if (far || (t->kind == TI_RET && t->imm > RET_RELEASE_MAX))
+        exit_with(t, BT_EXIT_interp);
+}
+
 void analyze_insn(const struct analyze_context *a, const uint8_t *bytes, unsigned available, unsigned offset, struct tinsn *out)
 {
     struct decode d;
+    if (a->forms && form_find(a, bytes, available, offset, out)) {
+        values_check(out);
+        return;
+    }
     memset(out, 0, sizeof(*out));
     out->offset = (uint16_t)offset;
     out->base = out->index = out->reg = out->adjusts = TI_NONE;
@@ -419,5 +527,12 @@ void analyze_insn(const struct analyze_context *a, const uint8_t *bytes, unsigne
     d.code_bits = a->mode.code_bits;
     d.bytes = bytes;
     out->length = d.zi.length;
+    out->disp_at = d.zi.raw.disp.offset;
+    out->disp_bytes = d.zi.raw.disp.size / 8;
+    out->imm_at = d.zi.raw.imm[0].offset;
+    out->imm_bytes = d.zi.raw.imm[0].size / 8;
     classify(a, out, &d);
+    if (a->forms)
+        form_store(a, bytes, out);
+    values_check(out);
 }

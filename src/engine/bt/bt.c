@@ -413,6 +413,7 @@ static void bt_destroy(struct engine *engine)
     struct bt_engine *e = (struct bt_engine *)engine;
     fault_engine_remove(e);
     cache_destroy(e);
+    forms_destroy(e->forms);
     layout_destroy(&e->layout);
     interp_engine_fini(&e->interp);
     free(e);
@@ -437,6 +438,7 @@ static int bt_create(struct engine **out, struct physmap *memory, struct error *
     rc = cache_create(e, err);
     if (rc)
         goto fail_layout;
+    e->forms = forms_create(); /* without, decoding is slower */
     rc = fault_engine_add(e);
     if (rc) {
         rc = error_set(err, rc, "too many translators in one process");
@@ -446,6 +448,7 @@ static int bt_create(struct engine **out, struct physmap *memory, struct error *
     return 0;
 
 fail_cache:
+    forms_destroy(e->forms);
     cache_destroy(e);
 fail_layout:
     layout_destroy(&e->layout);

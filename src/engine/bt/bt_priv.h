@@ -205,6 +205,7 @@ struct bt_engine {
     uint32_t block_count;
     struct bt_site *sites;
     uint32_t site_count;
+    struct bt_forms *forms;
     struct bt_page **pages; /* hash table */
     struct bt_page *page_store; /* page n has DT page n + 1 */
     uint32_t page_count, protected_pages;
@@ -346,6 +347,13 @@ struct bt_block *cache_find(struct bt_engine *e, uintptr_t tc_address);
 const struct bt_site *cache_site(const struct bt_engine *e, const struct bt_block *block, uintptr_t tc_address);
 /* PhysMap says that bytes changed under translations (device DMA, loaders). Any thread. */
 void cache_memory_changed(void *engine, gpa_t gpa, uint64_t length_bytes);
+
+/* ---- analyze.c ---- */
+
+/* What decoding has found out about forms of instructions: everything but the values of displacement and immediate. Lock: e->lock. */
+struct bt_forms;
+struct bt_forms *forms_create(void); /* NULL: no memory */
+void forms_destroy(struct bt_forms *forms);
 
 /* ---- translate.c ---- */
 

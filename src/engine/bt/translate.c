@@ -870,7 +870,7 @@ static void sti_settle(struct translation *t)
 
 static void decode_block(struct translation *t, unsigned start)
 {
-    struct analyze_context a = {.c = NULL, .mode = t->page->mode};
+    struct analyze_context a = {.c = NULL, .mode = t->page->mode, .forms = t->e->forms};
     for (unsigned n = 0; !a.c; n++)
         a.c = t->e->interp.vcpus[n];
     decoder_init(&a.decoder, a.mode.code_bits);

@@ -61,7 +61,9 @@ struct tinsn {
     uint8_t exit; /* enum bt_exit */
     int32_t imm;
     uint8_t adjusts; /* register to which it just adds the constant `adjust`: TI_NONE, none */
+    int8_t adjust_sign; /* 1, -1: `adjust` is so many times the immediate; 0: the displacement, or fixed */
     int32_t adjust;
+    uint8_t disp_at, disp_bytes, imm_at, imm_bytes; /* where the displacement and the first immediate are; bytes 0: none */
     int32_t target; /* offset from the start of the page; outside 0..4095: another page */
     uint32_t flags_read, flags_written; /* arithmetic, as in RFLAGS; written: surely and completely defined or left undefined by it */
 };
@@ -69,7 +71,8 @@ struct tinsn {
 struct analyze_context {
     struct icpu *c; /* any vCPU of the machine: for what CPUID offers */
     struct bt_mode mode;
-    ZydisDecoder decoder; /* decoder_init */
+    ZydisDecoder decoder;   /* decoder_init */
+    struct bt_forms *forms; /* may be NULL */
 };
 
 /* Decodes the instruction at `bytes`; `offset` is its place in the page. Never fails: what is not known, and what needs more bytes than available, is TI_EXIT (length 0 then). */
