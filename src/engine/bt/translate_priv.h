@@ -1,12 +1,13 @@
 /*
- * What the two halves of the translator share: analyze.c decodes guest instructions into `struct tinsn`, translate.c emits them.
+ * What the translator's files share: analyze.c decodes guest instructions into `struct tinsn`; translate.c makes blocks of them, with registers.c (who is in which register), access.c
+ * (memory operands), transfer.c (jumps and leaving) and system.c (flags and the like).
  *
  * Threading: pure functions of their arguments.
  */
 #ifndef DOPPEL_ENGINE_BT_TRANSLATE_PRIV_H
 #define DOPPEL_ENGINE_BT_TRANSLATE_PRIV_H
 
-#include "engine/bt/bt_priv.h"
+#include "engine/bt/emit.h"
 
 #define TI_NONE BT_NO_REGISTER
 
@@ -77,5 +78,105 @@ struct analyze_context {
 
 /* Decodes the instruction at `bytes`; `offset` is its place in the page. Never fails: what is not known, and what needs more bytes than available, is TI_EXIT (length 0 then). */
 void analyze_insn(const struct analyze_context *a, const uint8_t *bytes, unsigned available, unsigned offset, struct tinsn *out);
+
+/* ---- a translation under way ---- */
+
+#define INSNS_MAX BT_BLOCK_INSNS_MAX
+#define DEFERRED_MAX (INSNS_MAX + 2)
+#define SITES_MAX (INSNS_MAX * 3)
+
+#define GROUPS 2
+#define MOVED_MAX (4 * (int32_t)BT_GROUP_SPAN_MAX)
+#define CANONICAL (BIT(GPR_R10) | BIT(GPR_R11))
+
+#define BIT(r) ((uint16_t)(1u << (r)))
+
+enum deferred_kind { DEFER_BRANCH, DEFER_EXIT };
+
+/* Code that is put after the block's straight line. */
+struct deferred {
+    uint8_t kind;
+    uint16_t free, clean;
+    uint8_t exit;
+    uint16_t offset; /* of the instruction */
+    int32_t target;
+    uint8_t *patch;  /* the 32-bit displacement that leads here */
+};
+
+/* Accesses at [base + low, base + high) lie in one page, whose V is in `v` from the first of them on. */
+struct group {
+    uint8_t base, v; /* v TI_NONE: not in use */
+    bool fresh;      /* not looked up yet */
+    int32_t low, high;
+};
+
+struct translation {
+    struct bt_engine *e;
+    struct bt_page *page;
+    struct emitter out;
+    uint8_t *start;
+    uint8_t s[2];   /* two scratch registers for the instruction being translated */
+    uint16_t free;  /* scratch registers: their guest values are in cpu.gpr[] */
+    uint16_t clean; /* registers whose value in cpu.gpr[] is the current one */
+    struct group group[GROUPS];
+    bool poll_sti;  /* STI was translated: look for interrupts after the next instruction */
+    unsigned count, at; /* instructions; the one being translated */
+    unsigned sites, deferred_count;
+    struct tinsn insn[INSNS_MAX];
+    struct bt_site site[SITES_MAX];
+    struct deferred deferred[DEFERRED_MAX];
+};
+
+static inline bool bitmap_has(const uint8_t *map, unsigned n)
+{
+    return map[n / 8] >> (n % 8) & 1;
+}
+
+struct address {
+    unsigned base, index;
+    int32_t disp;
+};
+
+/* registers.c */
+uint16_t pinned(const struct translation *t);
+unsigned register_scratch(struct translation *t, uint16_t named, uint16_t taken, bool low);
+void registers_return(struct translation *t, uint16_t named);
+void canonical_emit(struct emitter *out, uint16_t free, uint16_t clean);
+void canonicalize(struct translation *t);
+bool has_plain_base(const struct tinsn *i);
+struct group *group_find(struct translation *t, unsigned base, int32_t disp, unsigned size);
+void groups_provide(struct translation *t, const struct tinsn *i);
+void groups_move(struct translation *t, const struct tinsn *i);
+
+/* access.c */
+struct address emit_access(struct translation *t, const struct tinsn *i, struct bt_site *site);
+const uint8_t *insn_bytes(const struct translation *t, const struct tinsn *i);
+void emit_rewritten(struct translation *t, const struct tinsn *i, struct address a);
+void emit_copy(struct translation *t, const struct tinsn *i);
+void emit_rsp_add(struct translation *t, int32_t by);
+struct address emit_stack_access(struct translation *t, struct bt_site *site, unsigned base, int32_t disp);
+void emit_at(struct translation *t, unsigned opcode, unsigned reg, struct address a);
+void emit_push_reg(struct translation *t, struct bt_site *site, unsigned reg);
+void emit_push_rip(struct translation *t, struct bt_site *site, int32_t offset);
+void emit_pop_to(struct translation *t, struct bt_site *site, unsigned to);
+
+/* transfer.c */
+struct bt_site *site_here(struct translation *t, const struct tinsn *i);
+void emit_leave(struct translation *t, enum bt_exit reason);
+void emit_rip(struct translation *t, int32_t offset);
+void defer(struct translation *t, enum deferred_kind kind, const struct tinsn *i, int32_t target, uint8_t *patch);
+void deferred_emit(struct translation *t, const struct deferred *d);
+void emit_poll(struct translation *t, int32_t field);
+void emit_goto(struct translation *t, const struct tinsn *i, int32_t target);
+void emit_transfer_indirect(struct translation *t, const struct tinsn *i, unsigned reg, int rsp_adjust);
+void emit_target_load(struct translation *t, const struct tinsn *i, struct bt_site *site);
+void emit_ret(struct translation *t, const struct tinsn *i, struct bt_site *site);
+void emit_call(struct translation *t, const struct tinsn *i, struct bt_site *site);
+void emit_jcc(struct translation *t, const struct tinsn *i);
+void emit_loop(struct translation *t, const struct tinsn *i);
+void emit_jmp(struct translation *t, const struct tinsn *i);
+
+/* system.c */
+void emit_pushf(struct translation *t, struct bt_site *site);
 
 #endif

@@ -1,0 +1,199 @@
+/*
+ * Memory operands: the host address of each access, and the guest's instruction rewritten to use it.
+ *
+ * Nothing here touches flags, and nothing of the guest changes before the access itself, so an instruction that faults can start again.
+ * Threading: e->lock held, like all of a translation.
+ */
+#include <string.h>
+
+#include "engine/bt/translate_priv.h"
+
+/* ---- memory operands ---- */
+
+static void emit_effective_address(struct translation *t, const struct tinsn *i, unsigned to)
+{
+    struct emitter *out = &t->out;
+    if (i->rip_relative) {
+        emit_load_gs(out, to, BT_CTX(page_va));
+        emit_lea(out, to, to, EMIT_NONE, 0, i->disp + i->offset + i->length);
+    } else if (i->base == TI_NONE && i->index == TI_NONE) {
+        if (i->address32)
+            emit_mov_imm32(out, to, (uint32_t)i->disp);
+        else
+            emit_mov_simm32(out, to, i->disp);
+    } else {
+        emit_op_mem(out, !i->address32, 0x8d, to, i->base, i->index, i->scale, i->disp);
+    }
+}
+
+/* V of the page of the address in `from` into `to`, after checking that `size` bytes do not cross into another. */
+static void emit_lookup(struct translation *t, unsigned to, unsigned from, unsigned size)
+{
+    if (size > 1) {
+        emit_pext_gs(&t->out, to, from, BT_CTX(mask_low12));
+        emit_check_byte(&t->out, to, to, BT_CHECK + (int32_t)size - 1);
+    }
+    emit_rorx(&t->out, to, from, 12);
+    emit_load_v(&t->out, to, to);
+}
+
+/* The check for instructions that do cross now and then: a branch to the interpreter, with JRCXZ because flags are the guest's. `ea` is in s[1], s[0] is used. */
+static void emit_crossing_branch(struct translation *t, const struct tinsn *i, unsigned ea, unsigned size)
+{
+    struct emitter *out = &t->out;
+    emit_pext_gs(out, t->s[0], ea, BT_CTX(mask_low12));
+    emit_lea(out, t->s[0], t->s[0], EMIT_NONE, 0, (int32_t)size - 1);
+    emit_pext_gs(out, t->s[0], t->s[0], BT_CTX(mask_bit12));
+    emit_store_gs(out, GPR_RCX, BT_CTX(scratch[1]));
+    emit_mov(out, GPR_RCX, t->s[0]);
+    emit8(out, 0xe3); /* jrcxz, over the load and the jump below */
+    uint8_t *over = out->at;
+    emit8(out, 0);
+    emit_load_gs(out, GPR_RCX, BT_CTX(scratch[1]));
+    emit8(out, 0xe9);
+    uint8_t *displacement = out->at;
+    emit32(out, 0);
+    defer(t, DEFER_EXIT, i, 0, displacement);
+    t->deferred[t->deferred_count - 1].exit = BT_EXIT_crossing;
+    *over = (uint8_t)(out->at - (over + 1));
+    emit_load_gs(out, GPR_RCX, BT_CTX(scratch[1]));
+}
+
+/* Where [base + disp] of the group is; the first use looks V up. */
+static struct address emit_group_access(struct translation *t, struct group *g, int32_t disp, uint8_t *v_register)
+{
+    if (g->fresh) {
+        unsigned from = g->base;
+        if (g->low) {
+            from = t->s[1];
+            emit_lea(&t->out, from, g->base, EMIT_NONE, 0, g->low);
+        }
+        emit_lookup(t, g->v, from, (unsigned)(g->high - g->low));
+        g->fresh = false;
+    } else {
+        *v_register = g->v;
+    }
+    return (struct address){g->base, g->v, disp};
+}
+
+/* The operand, addressable until s[0] or s[1] is used again. */
+struct address emit_access(struct translation *t, const struct tinsn *i, struct bt_site *site)
+{
+    struct group *g = has_plain_base(i) ? group_find(t, i->base, i->disp, i->mem_size) : NULL;
+    if (g)
+        return emit_group_access(t, g, i->disp, &site->v_memory);
+    unsigned v = t->s[0], ea = t->s[1], size = i->aligned ? 1 : i->mem_size;
+    if (has_plain_base(i) && !i->disp) {
+        ea = i->base;
+    } else {
+        emit_effective_address(t, i, ea);
+        if (i->segment != TI_FLAT) {
+            emit_load_gs(&t->out, v, i->segment == TI_FS ? BT_CTX(c.segment_base[SEG_FS]) : BT_CTX(c.segment_base[SEG_GS]));
+            emit_lea(&t->out, ea, ea, v, 0, 0);
+        }
+    }
+    if (size > 1 && bitmap_has(t->page->odd_sites, i->offset) && v != GPR_RCX) {
+        emit_crossing_branch(t, i, ea, size);
+        size = 1;
+    }
+    emit_lookup(t, v, ea, size);
+    return (struct address){ea, v, 0};
+}
+
+const uint8_t *insn_bytes(const struct translation *t, const struct tinsn *i)
+{
+    return t->e->layout.window_r + t->page->offset + i->offset;
+}
+
+static bool is_segment_prefix(uint8_t byte)
+{
+    return byte == 0x26 || byte == 0x2e || byte == 0x36 || byte == 0x3e || byte == 0x64 || byte == 0x65;
+}
+
+/* VEX, EVEX, XOP: X in bit 6 and B in bit 5 of the first payload byte, inverted. `extension` has them as in REX. */
+static unsigned with_extension(unsigned payload, unsigned extension)
+{
+    return (payload & ~0x60u) | (~extension & 3) << 5;
+}
+
+/* The guest's instruction with its memory operand at `a`. */
+void emit_rewritten(struct translation *t, const struct tinsn *i, struct address a)
+{
+    const uint8_t *p = insn_bytes(t, i);
+    struct emitter *out = &t->out;
+    unsigned extension = emit_rex_of(false, EMIT_NONE, a.base, a.index), at = i->opcode_at;
+    if (i->encoding == ZYDIS_INSTRUCTION_ENCODING_LEGACY) {
+        for (unsigned n = 0; n < at; n++)
+            if (!is_segment_prefix(p[n]) && p[n] != 0x67 && (p[n] & 0xf0) != 0x40)
+                emit8(out, p[n]);
+        if (i->rex || extension)
+            emit8(out, 0x40 | (i->rex & 0x0c) | extension);
+    } else if (p[at] == 0xc5) { /* two-byte VEX has no X and B: make it three bytes, map 0F, W 0 */
+        emit8(out, 0xc4);
+        emit8(out, with_extension((p[at + 1] & 0x80u) | 1, extension));
+        emit8(out, p[at + 1] & 0x7f);
+        at += 2;
+    } else {
+        emit8(out, p[at]);
+        emit8(out, with_extension(p[at + 1], extension));
+        at += 2;
+    }
+    while (at < i->modrm_at)
+        emit8(out, p[at++]);
+    emit_address(out, p[i->modrm_at] >> 3 & 7, a.base, a.index, 0, a.disp, i->encoding != ZYDIS_INSTRUCTION_ENCODING_EVEX);
+    for (at = i->tail_at; at < i->length; at++)
+        emit8(out, p[at]);
+}
+
+void emit_copy(struct translation *t, const struct tinsn *i)
+{
+    memcpy(t->out.at, insn_bytes(t, i), i->length);
+    t->out.at += i->length;
+}
+
+/* ---- the stack ---- */
+
+void emit_rsp_add(struct translation *t, int32_t by)
+{
+    emit_lea(&t->out, GPR_RSP, GPR_RSP, EMIT_NONE, 0, by);
+}
+
+/* The 8 bytes at [base + disp] that the instruction implies; uses s[0], and s[1] when `disp` is not zero. */
+struct address emit_stack_access(struct translation *t, struct bt_site *site, unsigned base, int32_t disp)
+{
+    struct group *g = group_find(t, base, disp, 8);
+    if (g)
+        return emit_group_access(t, g, disp, &site->v_stack);
+    unsigned from = base;
+    if (disp) {
+        from = t->s[1];
+        emit_lea(&t->out, from, base, EMIT_NONE, 0, disp);
+    }
+    emit_lookup(t, t->s[0], from, 8);
+    return (struct address){base, t->s[0], disp};
+}
+
+void emit_at(struct translation *t, unsigned opcode, unsigned reg, struct address a)
+{
+    emit_op_mem(&t->out, true, opcode, reg, a.base, a.index, 0, a.disp);
+}
+
+void emit_push_reg(struct translation *t, struct bt_site *site, unsigned reg)
+{
+    emit_at(t, 0x89, reg, emit_stack_access(t, site, GPR_RSP, -8));
+    emit_rsp_add(t, -8);
+}
+
+void emit_push_rip(struct translation *t, struct bt_site *site, int32_t offset)
+{
+    struct address a = emit_stack_access(t, site, GPR_RSP, -8);
+    emit_load_gs(&t->out, t->s[1], BT_CTX(page_va));
+    emit_lea(&t->out, t->s[1], t->s[1], EMIT_NONE, 0, offset);
+    emit_at(t, 0x89, t->s[1], a);
+    emit_rsp_add(t, -8);
+}
+
+void emit_pop_to(struct translation *t, struct bt_site *site, unsigned to)
+{
+    emit_at(t, 0x8b, to, emit_stack_access(t, site, GPR_RSP, 0));
+}

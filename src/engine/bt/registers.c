@@ -1,0 +1,244 @@
+/*
+ * Which guest registers are in host registers, and which pages of memory are known (groups).
+ *
+ * t->free are scratch registers, whose guest values are in cpu.gpr[]; t->clean are those whose values there are current all the same. A group keeps V of one page in a scratch
+ * register for accesses off one base register that follow each other; its range moves with the base register when that is moved by a constant.
+ * Threading: e->lock held, like all of a translation.
+ */
+#include "engine/bt/translate_priv.h"
+
+/* ---- registers ---- */
+
+static unsigned distance_to_use(const struct translation *t, unsigned reg)
+{
+    for (unsigned n = t->at + 1; n < t->count; n++)
+        if ((t->insn[n].reads | t->insn[n].writes) & BIT(reg))
+            return n;
+    return t->count + (reg == 11 || reg == 10); /* at the end all but these must be back */
+}
+
+uint16_t pinned(const struct translation *t)
+{
+    uint16_t mask = 0;
+    for (unsigned n = 0; n < GROUPS; n++)
+        if (t->group[n].v != TI_NONE)
+            mask |= BIT(t->group[n].v);
+    return mask;
+}
+
+/* Makes one more register scratch: of those not in `kept` the one that is named again last. */
+static unsigned register_spill(struct translation *t, uint16_t kept, bool low)
+{
+    unsigned best = TI_NONE, best_distance = 0;
+    kept |= t->free | BIT(GPR_RSP);
+    for (unsigned r = 0; r < (low ? 8u : 16u); r++) {
+        unsigned distance = distance_to_use(t, r) + 1;
+        if (!(kept & BIT(r)) && distance > best_distance) {
+            best = r;
+            best_distance = distance;
+        }
+    }
+    if (!(t->clean & BIT(best)))
+        emit_store_gs(&t->out, best, BT_CTX_GPR(best));
+    t->clean |= BIT(best);
+    t->free |= BIT(best);
+    return best;
+}
+
+/* A scratch register that is not in `taken`. */
+unsigned register_scratch(struct translation *t, uint16_t named, uint16_t taken, bool low)
+{
+    uint16_t usable = t->free & ~taken & (low ? 0xff : 0xffff);
+    if (usable & CANONICAL)
+        usable &= CANONICAL;
+    return usable ? (unsigned)__builtin_ctz(usable) : register_spill(t, named | taken, low);
+}
+
+/* Gives the instruction the registers that it names. */
+void registers_return(struct translation *t, uint16_t named)
+{
+    for (unsigned n = 0; n < GROUPS; n++)
+        if (t->group[n].v != TI_NONE && named & BIT(t->group[n].v))
+            t->group[n].v = TI_NONE;
+    for (unsigned r = 0; r < 16; r++)
+        if (named & t->free & BIT(r)) {
+            emit_load_gs(&t->out, r, BT_CTX_GPR(r));
+            t->free &= (uint16_t)~BIT(r);
+            t->clean |= BIT(r);
+        }
+}
+
+/* Emits what makes R10 and R11 the scratch registers, from the state given. */
+void canonical_emit(struct emitter *out, uint16_t free, uint16_t clean)
+{
+    for (unsigned r = 0; r < 16; r++) {
+        if (CANONICAL & BIT(r)) {
+            if (!((free | clean) & BIT(r)))
+                emit_store_gs(out, r, BT_CTX_GPR(r));
+        } else if (free & BIT(r)) {
+            emit_load_gs(out, r, BT_CTX_GPR(r));
+        }
+    }
+}
+
+void canonicalize(struct translation *t)
+{
+    canonical_emit(&t->out, t->free, t->clean);
+    t->free = CANONICAL;
+    t->s[0] = GPR_R10;
+    t->s[1] = GPR_R11;
+    for (unsigned n = 0; n < GROUPS; n++)
+        t->group[n].v = TI_NONE;
+}
+
+/* ---- groups of accesses ---- */
+
+bool has_plain_base(const struct tinsn *i)
+{
+    return i->memory && i->base != TI_NONE && i->index == TI_NONE && !i->address32 && i->segment == TI_FLAT && !i->rip_relative;
+}
+
+/* The access that the instruction implies: its base register, or TI_NONE, and its displacement; all are 8 bytes. */
+static unsigned implied_base(const struct tinsn *i, int32_t *disp)
+{
+    *disp = 0;
+    switch (i->kind) {
+    case TI_PUSH_REG:
+    case TI_PUSH_IMM:
+    case TI_PUSH_MEM:
+    case TI_PUSHF:
+    case TI_CALL:
+    case TI_CALL_REG:
+    case TI_CALL_MEM:
+        *disp = -8;
+        return GPR_RSP;
+    case TI_POP_REG:
+    case TI_RET:
+        return GPR_RSP;
+    case TI_LEAVE:
+        return GPR_RBP;
+    default:
+        return TI_NONE;
+    }
+}
+
+/* What the instruction does to the register: true: adds *by; false: anything. */
+static bool register_moves(const struct tinsn *i, unsigned reg, int32_t *by)
+{
+    *by = 0;
+    if (!(i->writes & BIT(reg)))
+        return true;
+    int32_t disp;
+    if (reg == GPR_RSP && i->kind != TI_LEAVE && implied_base(i, &disp) == GPR_RSP) {
+        *by = disp ? disp : 8;
+        return !(i->kind == TI_POP_REG && i->reg == GPR_RSP);
+    }
+    *by = i->adjust;
+    return i->adjusts == reg && i->adjust > -(1 << 20) && i->adjust < 1 << 20;
+}
+
+static void range_add(struct group *g, int32_t low, unsigned size)
+{
+    if (low < g->low)
+        g->low = low;
+    if (low + (int32_t)size > g->high)
+        g->high = low + (int32_t)size;
+}
+
+/* The range of accesses off `base` from the current instruction on. Returns their number. */
+static unsigned group_look_ahead(const struct translation *t, unsigned base, struct group *g)
+{
+    int32_t moved = 0, by, disp;
+    unsigned uses = 0;
+    *g = (struct group){.base = (uint8_t)base, .low = INT32_MAX, .high = INT32_MIN};
+    for (unsigned n = t->at; n < t->count; n++) {
+        const struct tinsn *i = &t->insn[n];
+        struct group wider = *g;
+        unsigned more = 0;
+        if (has_plain_base(i) && i->base == base && i->disp > -(1 << 24) && i->disp < 1 << 24) {
+            range_add(&wider, moved + i->disp, i->mem_size);
+            more++;
+        }
+        if (implied_base(i, &disp) == base) {
+            range_add(&wider, moved + disp, 8);
+            more++;
+        }
+        if (more && wider.high - wider.low > t->e->debug.group_span)
+            break;
+        if (more)
+            *g = wider;
+        uses += more;
+        if (!register_moves(i, base, &by))
+            break;
+        moved += by;
+        if (moved < -MOVED_MAX || moved > MOVED_MAX)
+            break;
+    }
+    return uses;
+}
+
+struct group *group_find(struct translation *t, unsigned base, int32_t disp, unsigned size)
+{
+    for (unsigned n = 0; n < GROUPS; n++) {
+        struct group *g = &t->group[n];
+        if (g->v != TI_NONE && g->base == base && disp >= g->low && disp + (int32_t)size <= g->high)
+            return g;
+    }
+    return NULL;
+}
+
+/* A group for an access of the current instruction, if there is one or one is worth while. Before the instruction's site begins, because it may spill a register. */
+static void group_provide(struct translation *t, const struct tinsn *i, unsigned base, int32_t disp, unsigned size)
+{
+    struct group ahead;
+    if (group_find(t, base, disp, size) || i->kind == TI_EXIT || bitmap_has(t->page->odd_sites, i->offset))
+        return;
+    if (group_look_ahead(t, base, &ahead) < 2 || disp < ahead.low || disp + (int32_t)size > ahead.high)
+        return;
+    struct group *g = NULL;
+    for (unsigned n = 0; n < GROUPS; n++)
+        if (t->group[n].v != TI_NONE && t->group[n].base == base)
+            t->group[n].v = TI_NONE;
+    for (unsigned n = 0; n < GROUPS && !g; n++)
+        if (t->group[n].v == TI_NONE)
+            g = &t->group[n];
+    if (!g || g->fresh) {
+        if (t->group[0].v != TI_NONE && t->group[0].fresh)
+            return;
+        g = &t->group[0];
+    }
+    g->v = TI_NONE;
+    uint16_t named = i->reads | i->writes;
+    ahead.v = (uint8_t)register_scratch(t, named, named | pinned(t), false);
+    ahead.fresh = true;
+    *g = ahead;
+}
+
+void groups_provide(struct translation *t, const struct tinsn *i)
+{
+    int32_t disp;
+    if (i->kind == TI_EXIT || i->high_byte)
+        return;
+    if (has_plain_base(i))
+        group_provide(t, i, i->base, i->disp, i->mem_size);
+    unsigned base = implied_base(i, &disp);
+    if (base != TI_NONE)
+        group_provide(t, i, base, disp, 8);
+}
+
+/* After the instruction: the ranges follow their base registers. */
+void groups_move(struct translation *t, const struct tinsn *i)
+{
+    int32_t by;
+    for (unsigned n = 0; n < GROUPS; n++) {
+        struct group *g = &t->group[n];
+        if (g->v == TI_NONE)
+            continue;
+        if (g->fresh || !register_moves(i, g->base, &by)) {
+            g->v = TI_NONE;
+            continue;
+        }
+        g->low -= by;
+        g->high -= by;
+    }
+}

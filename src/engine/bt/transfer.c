@@ -1,0 +1,233 @@
+/*
+ * Jumps, calls, returns, and the code by which blocks are left.
+ *
+ * Inside the page direct jumps go to other blocks' chain entries once linked; everything else goes through R11 and the exec table.
+ * Threading: e->lock held, like all of a translation.
+ */
+#include "engine/bt/translate_priv.h"
+
+/* ---- sites ---- */
+
+static struct bt_site *site_add(struct translation *t, enum bt_site_kind kind, unsigned page_offset, uint16_t free)
+{
+    struct bt_site *site = &t->site[t->sites++];
+    *site = (struct bt_site){
+        .tc_offset = (uint16_t)(t->out.at - t->start),
+        .page_offset = (uint16_t)page_offset,
+        .spilled = free,
+        .kind = (uint8_t)kind,
+        .v_memory = TI_NONE,
+        .v_stack = TI_NONE,
+    };
+    return site;
+}
+
+struct bt_site *site_here(struct translation *t, const struct tinsn *i)
+{
+    return site_add(t, SITE_INSN, i->offset, t->free);
+}
+
+/* ---- jumps ---- */
+
+static void emit_rel32(struct emitter *out, const uint8_t *target)
+{
+    emit32(out, (uint32_t)(target - (out->at + 4)));
+}
+
+static const uint8_t *stub_address(const struct translation *t, uint32_t stub)
+{
+    return t->e->layout.tc_write + stub;
+}
+
+/* Leaves for good; R11 has the guest's rip. */
+void emit_leave(struct translation *t, enum bt_exit reason)
+{
+    emit_mov_imm32(&t->out, 10, reason);
+    emit8(&t->out, 0xe9);
+    emit_rel32(&t->out, stub_address(t, t->e->stubs.leave));
+}
+
+void emit_rip(struct translation *t, int32_t offset)
+{
+    emit_load_gs(&t->out, 11, BT_CTX(page_va));
+    if (offset)
+        emit_lea(&t->out, 11, 11, EMIT_NONE, 0, offset);
+}
+
+/* `rsp_adjust`: what the branch at `offset` has already added to RSP. */
+static void emit_transfer_from(struct translation *t, unsigned offset, int rsp_adjust)
+{
+    struct bt_site *site = site_add(t, SITE_JUMP, offset, CANONICAL);
+    site->rsp_adjust = (int8_t)rsp_adjust;
+    emit_transfer(&t->out, (uint32_t)(uintptr_t)t->e->layout.tc_exec);
+}
+
+/* So that the four bytes after `opcode_bytes` do not cross a cache line: they are patched while others may run them. */
+static void align_displacement(struct emitter *out, unsigned opcode_bytes)
+{
+    while (((uintptr_t)out->at + opcode_bytes) % 64 > 60)
+        emit8(out, 0x90);
+}
+
+static bool in_page(int32_t offset)
+{
+    return offset >= 0 && offset < (int32_t)PAGE_SIZE_BYTES;
+}
+
+/* First execution of a direct jump: `displacement` is patched to the target by the run loop. */
+static void emit_link_exit(struct translation *t, const uint8_t *displacement, int32_t target)
+{
+    emit_rip(t, target);
+    emit_mov_imm32(&t->out, 10, (uint32_t)(displacement - t->e->layout.tc_write));
+    emit_store_gs(&t->out, 10, BT_CTX(link_site));
+    emit_leave(t, BT_EXIT_link);
+}
+
+void defer(struct translation *t, enum deferred_kind kind, const struct tinsn *i, int32_t target, uint8_t *patch)
+{
+    t->deferred[t->deferred_count++] = (struct deferred){
+        .kind = (uint8_t)kind, .free = t->free, .clean = t->clean, .exit = i->exit, .offset = i->offset, .target = target, .patch = patch,
+    };
+}
+
+static void patch_here(const struct translation *t, uint8_t *displacement)
+{
+    *(uint32_t *)displacement = (uint32_t)(t->out.at - (displacement + 4));
+}
+
+void deferred_emit(struct translation *t, const struct deferred *d)
+{
+    patch_here(t, d->patch);
+    uint8_t *before = t->out.at, *displacement = d->patch;
+    canonical_emit(&t->out, d->free, d->clean);
+    if (d->kind == DEFER_EXIT) {
+        emit_rip(t, d->offset);
+        emit_leave(t, d->exit);
+    } else if (!in_page(d->target)) {
+        emit_rip(t, d->target);
+        emit_transfer_from(t, d->offset, 0);
+    } else {
+        if (t->out.at != before) { /* the jump that will be patched comes after the exchange of registers */
+            align_displacement(&t->out, 1);
+            emit8(&t->out, 0xe9);
+            displacement = t->out.at;
+            emit32(&t->out, 0);
+        }
+        emit_link_exit(t, displacement, d->target);
+    }
+}
+
+/* Back edges look whether the host wants the processor. */
+void emit_poll(struct translation *t, int32_t field)
+{
+    emit_load_gs(&t->out, t->s[0], field);
+    emit_op_mem(&t->out, false, 0x8b, t->s[0], t->s[0], EMIT_NONE, 0, 0);
+}
+
+/* From canonical state, to any offset. */
+void emit_goto(struct translation *t, const struct tinsn *i, int32_t target)
+{
+    if (!in_page(target)) {
+        emit_rip(t, target);
+        emit_transfer_from(t, i->offset, 0);
+        return;
+    }
+    align_displacement(&t->out, 1);
+    emit8(&t->out, 0xe9);
+    uint8_t *displacement = t->out.at;
+    emit32(&t->out, 0);
+    defer(t, DEFER_BRANCH, i, target, displacement);
+}
+
+/* ---- control transfers ---- */
+
+/* To the address in register `reg` (scratch[0] when EMIT_NONE), which the exchange of registers may have put into cpu.gpr[]. */
+void emit_transfer_indirect(struct translation *t, const struct tinsn *i, unsigned reg, int rsp_adjust)
+{
+    canonicalize(t);
+    if (reg == EMIT_NONE)
+        emit_load_gs(&t->out, 11, BT_CTX(scratch[0]));
+    else if (reg == 10 || reg == 11)
+        emit_load_gs(&t->out, 11, BT_CTX_GPR(reg));
+    else
+        emit_mov(&t->out, 11, reg);
+    emit_transfer_from(t, i->offset, rsp_adjust);
+}
+
+void emit_target_load(struct translation *t, const struct tinsn *i, struct bt_site *site)
+{
+    emit_at(t, 0x8b, t->s[0], emit_access(t, i, site));
+    emit_store_gs(&t->out, t->s[0], BT_CTX(scratch[0]));
+}
+
+void emit_ret(struct translation *t, const struct tinsn *i, struct bt_site *site)
+{
+    int32_t release = 8 + i->imm;
+    if (t->free == CANONICAL) { /* V is in one of the two, and the other is R11 or will be overwritten by V's last use */
+        emit_pop_to(t, site, GPR_R11);
+        emit_rsp_add(t, release);
+        emit_transfer_from(t, i->offset, release);
+    } else {
+        emit_pop_to(t, site, t->s[1]);
+        emit_rsp_add(t, release);
+        emit_store_gs(&t->out, t->s[1], BT_CTX(scratch[0]));
+        emit_transfer_indirect(t, i, EMIT_NONE, release);
+    }
+}
+
+void emit_call(struct translation *t, const struct tinsn *i, struct bt_site *site)
+{
+    if (i->kind == TI_CALL_MEM)
+        emit_target_load(t, i, site);
+    emit_push_rip(t, site, i->offset + i->length);
+    if (i->kind == TI_CALL) {
+        canonicalize(t);
+        if (in_page(i->target)) {
+            emit_goto(t, i, i->target);
+        } else {
+            emit_rip(t, i->target);
+            emit_transfer_from(t, i->offset, -8);
+        }
+    } else {
+        emit_transfer_indirect(t, i, i->kind == TI_CALL_REG ? i->reg : EMIT_NONE, -8);
+    }
+}
+
+void emit_jcc(struct translation *t, const struct tinsn *i)
+{
+    if (i->target <= i->offset && in_page(i->target))
+        emit_poll(t, BT_CTX(poll));
+    align_displacement(&t->out, 2);
+    emit8(&t->out, 0x0f);
+    emit8(&t->out, 0x80 | i->condition);
+    uint8_t *displacement = t->out.at;
+    emit32(&t->out, 0);
+    defer(t, DEFER_BRANCH, i, i->target, displacement);
+}
+
+/* LOOPcc and JRCXZ have 8-bit displacements only: over a long jump. */
+void emit_loop(struct translation *t, const struct tinsn *i)
+{
+    emit_poll(t, BT_CTX(poll));
+    const uint8_t *p = insn_bytes(t, i);
+    for (unsigned n = 0; n + 1 < i->length; n++)
+        emit8(&t->out, p[n]);
+    emit8(&t->out, 2);
+    emit8(&t->out, 0xeb);
+    uint8_t *over = t->out.at;
+    emit8(&t->out, 0);
+    align_displacement(&t->out, 1);
+    emit8(&t->out, 0xe9);
+    uint8_t *displacement = t->out.at;
+    emit32(&t->out, 0);
+    defer(t, DEFER_BRANCH, i, i->target, displacement);
+    *over = (uint8_t)(t->out.at - (over + 1));
+}
+
+void emit_jmp(struct translation *t, const struct tinsn *i)
+{
+    if (i->target <= i->offset && in_page(i->target))
+        emit_poll(t, BT_CTX(poll));
+    canonicalize(t);
+    emit_goto(t, i, i->target);
+}
