@@ -17,7 +17,9 @@
 #include "engine/bt/bt_priv.h"
 #include "util/log.h"
 
-#define SITE_PATIENCE 8       /* times that a site may need the interpreter before it is translated in another way */
+#define CROSSING_PATIENCE 2   /* times that a site may cross pages by a signal before it is translated in another way */
+#define MMIO_PATIENCE 6       /* the same for MMIO */
+#define JUMP_BYTES 5u
 #define THRASH_BLOCKS 32      /* interpreted at a stretch on a page that keeps changing */
 #define THRASH_FORGIVEN 256   /* after so many visits such a page gets another chance */
 
@@ -74,12 +76,13 @@ void bt_kick(struct vcpu *v)
     atomic_store(&b->poll_sti, b->engine->layout.poison);
 }
 
+/* Before cache_enter, whose store is a barrier: a kick that is lost here finds its reason, attention or the wish to stop the world, looked at afterwards. */
 static void polls_reset(struct bt_vcpu *b)
 {
     uintptr_t quiet = (uintptr_t)&b->poll_word;
-    atomic_store(&b->exec_mask, BT_EXEC_MASK);
-    atomic_store(&b->poll, quiet);
-    atomic_store(&b->poll_sti, b->c.interrupt_waiting ? b->engine->layout.poison : quiet);
+    atomic_store_explicit(&b->exec_mask, BT_EXEC_MASK, memory_order_relaxed);
+    atomic_store_explicit(&b->poll, quiet, memory_order_relaxed);
+    atomic_store_explicit(&b->poll_sti, b->c.interrupt_waiting ? b->engine->layout.poison : quiet, memory_order_relaxed);
 }
 
 /* A block to be entered, while the cache is still that of `epoch`; tc_start 0: whatever the tables lead to. */
@@ -98,10 +101,10 @@ static enum bt_exit enter(struct bt_vcpu *b, struct entry *entry)
     flags_in(b);
     polls_reset(b);
     cache_enter(b);
-    uint64_t epoch = __atomic_load_n(&e->epoch, __ATOMIC_ACQUIRE);
-    if (unlikely(b->serialized != epoch)) {
+    uint64_t epoch = __atomic_load_n(&e->epoch, __ATOMIC_ACQUIRE), generation = epoch + __atomic_load_n(&e->rewrites, __ATOMIC_ACQUIRE);
+    if (unlikely(b->serialized != generation)) {
         native_serialize();
-        b->serialized = epoch;
+        b->serialized = generation;
     }
     tables_select(b);
     if (b->fill_next) {
@@ -257,28 +260,40 @@ static bool exit_attention(struct bt_vcpu *b, struct entry *entry)
     return false;
 }
 
-/* A site that keeps needing the interpreter is translated in another way. When its block has been dropped before, jumps inside the page still lead there: all of them go. */
+/* Makes the old block's chain entry a jump to the new one's: jumps inside the page lead there. The world is stopped, so nobody is in between. */
+static void block_redirect(struct bt_engine *e, const struct bt_block *old, const struct bt_block *new)
+{
+    uint8_t *at = e->layout.tc_write + old->tc_chain;
+    if (old->tc_end - old->tc_chain < JUMP_BYTES)
+        return;
+    at[0] = 0xe9; /* JMP rel32 */
+    *(uint32_t *)(at + 1) = new->tc_chain - (old->tc_chain + JUMP_BYTES);
+    __atomic_store_n(&e->rewrites, e->rewrites + 1, __ATOMIC_RELEASE);
+}
+
+/* A site that keeps needing the interpreter is translated in another way. */
 static void site_note(struct bt_vcpu *b, uint32_t tc, uint64_t epoch, bool crossing)
 {
     struct bt_engine *e = b->engine;
     uint8_t *count = &b->site_counts[(tc * 0x9e3779b9u) >> 24];
-    if (++*count < SITE_PATIENCE)
+    if (++*count < (crossing ? CROSSING_PATIENCE : MMIO_PATIENCE))
         return;
     *count = 0;
     uintptr_t address = (uintptr_t)e->layout.tc_exec + tc;
-    simd_save(&b->c);
-    pthread_mutex_lock(&e->lock);
+    cache_exclusive_begin(e, b);
     struct bt_block *block = e->epoch == epoch ? cache_find(e, address) : NULL;
     const struct bt_site *site = block ? cache_site(e, block, address) : NULL;
     if (site) {
         uint8_t *map = crossing ? block->page->odd_sites : block->page->call_sites;
         map[site->page_offset / 8] |= (uint8_t)(1u << site->page_offset % 8);
-        if (block->valid)
-            cache_block_drop(e, block);
-        else
-            cache_page_drop(e, block->page->offset);
     }
-    pthread_mutex_unlock(&e->lock);
+    if (site && block->valid) {
+        cache_block_drop(e, block);
+        struct bt_block *new = cache_room(e) ? translate(b, block->page, block->start) : NULL;
+        if (new)
+            block_redirect(e, block, new);
+    }
+    cache_exclusive_end(e, b);
 }
 
 static bool exit_data(struct bt_vcpu *b, struct entry *entry)

@@ -75,6 +75,7 @@ void layout_destroy(struct bt_layout *layout);
 #define BT_EXEC_MASK (BT_EXEC_INDEX_MASK << 12)
 #define BT_USER_VIEWS 8u
 
+struct bt_vcpu;
 struct bt_view; /* opaque outside tables.c but for its base */
 
 enum bt_fill {
@@ -201,6 +202,7 @@ struct bt_engine {
     pthread_mutex_t lock;   /* guards everything below; recursive: walks of guest page tables mark memory, which may call cache_memory_changed */
     uint32_t tc_used;
     uint64_t epoch;         /* counts flushes; read without the lock by vCPUs on their way in */
+    uint64_t rewrites;      /* counts blocks made into jumps to others: whoever enters afterwards serializes first */
     struct bt_block *blocks;
     uint32_t block_count;
     struct bt_site *sites;
@@ -258,7 +260,7 @@ struct bt_vcpu {
     uint64_t fill_next;       /* linear address whose guest page fault was delivered last, to be filled on the way back; 0: none */
     uint32_t fault_tc;        /* TC offset where a signal left translated code from; 0: no signal did */
     bool fault_crossing;      /* it was the page-crossing check */
-    uint64_t serialized;      /* the epoch whose code this processor surely sees */
+    uint64_t serialized;      /* epoch + rewrites of the code that this processor surely sees */
     unsigned interp_blocks;   /* left for the interpreter before translated code is tried again */
     uint64_t thrash_visits;   /* to pages that are not translated because they keep changing */
     uint64_t (*interpreted)[BT_MNEMONICS]; /* what the interpreter was called for, by enum bt_tally */
