@@ -102,6 +102,19 @@ struct vcpu_config {
 
 struct engine;
 
+/* An address in guest code, linear or physical. */
+struct code_address {
+    uint64_t address;
+    bool physical;
+};
+
+/* Aids for whoever works on an engine. All zero: none. */
+struct engine_options {
+    bool perf_map;                        /* tell Linux perf the names of translated code */
+    const struct code_address *dump_code; /* report shows the blocks that contain these */
+    unsigned dump_code_count;
+};
+
 struct engine_ops {
     const char *name; /* "interp" */
     const char *help;
@@ -109,6 +122,8 @@ struct engine_ops {
     int (*probe)(struct error *err);
     int (*create)(struct engine **engine, struct physmap *memory, struct error *err);
     void (*destroy)(struct engine *engine); /* after its vCPUs */
+    /* Once, before the first vCPU. *options may go afterwards. NULL: an engine without. */
+    int (*set_options)(struct engine *engine, const struct engine_options *options, struct error *err);
     int (*vcpu_create)(struct engine *engine, const struct vcpu_config *config, struct vcpu **vcpu, struct error *err);
     void (*vcpu_destroy)(struct vcpu *vcpu);
     /* Runs until an exit. cpu.activity must be CPU_RUNNING or CPU_HALTED (then it wakes only if an interrupt is deliverable). */

@@ -261,13 +261,41 @@ static int set_on_panic(struct machine_config *config, const char *key, const ch
     return r;
 }
 
-static int set_stats(struct machine_config *config, const char *key, const char *value, struct error *err)
+static int set_flag(bool *field, const char *key, const char *value, struct error *err)
 {
     static const char *const words[] = {"false", "true", NULL};
     unsigned choice = 1;
     int r = value ? choose(key, value, words, &choice, err) : 0;
-    config->stats = choice == 1;
+    if (r == 0)
+        *field = choice == 1;
     return r;
+}
+
+static int set_stats(struct machine_config *config, const char *key, const char *value, struct error *err)
+{
+    return set_flag(&config->stats, key, value, err);
+}
+
+static int set_perf_map(struct machine_config *config, const char *key, const char *value, struct error *err)
+{
+    return set_flag(&config->perf_map, key, value, err);
+}
+
+/* [phys:]ADDRESS, hexadecimal. */
+static int set_dump_code(struct machine_config *config, const char *key, const char *value, struct error *err)
+{
+    struct code_address address = {.physical = strncmp(value, "phys:", 5) == 0};
+    const char *digits = value + (address.physical ? 5 : 0);
+    char *end;
+    errno = 0;
+    address.address = strtoull(digits, &end, 16);
+    if (!isxdigit((unsigned char)*digits) || *end || errno)
+        return error_set(err, -EINVAL, "--dump-code: \"%s\" is not a hexadecimal address such as ffffffff81001230 or phys:1001230", value);
+    if (config->dump_code_count == CONFIG_DUMPS_MAX)
+        return error_set(err, -E2BIG, "--dump-code: more than %d addresses", CONFIG_DUMPS_MAX);
+    config->dump_code[config->dump_code_count++] = address;
+    config->stats = true;
+    return 0;
 }
 
 static int set_config(struct machine_config *config, const char *key, const char *value, struct error *err)
@@ -291,6 +319,8 @@ static const struct {
     {"on-reset", set_on_reset},
     {"on-panic", set_on_panic},
     {"stats", set_stats},
+    {"perf-map", set_perf_map},
+    {"dump-code", set_dump_code},
     {"config", set_config},
 };
 

@@ -7,11 +7,13 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "engine/engine.h"
 #include "util/error.h"
 
 #define CONFIG_DISKS_MAX 16
 #define CONFIG_NETS_MAX 8
 #define CONFIG_CPUS_MAX 64
+#define CONFIG_DUMPS_MAX 16
 #define CONFIG_MEMORY_MIN_BYTES (1ull << 20)
 #define CONFIG_MEMORY_MAX_BYTES (240ull << 30) /* the 64-bit PCI window starts at 256 GiB */
 
@@ -36,7 +38,9 @@ struct machine_config {
     enum on_reset on_reset;
     enum on_panic on_panic;
     char *trace, *pid_file;
-    bool stats;
+    bool stats, perf_map;
+    struct code_address dump_code[CONFIG_DUMPS_MAX];
+    unsigned dump_code_count;
     int input_fd, output_fd; /* for "stdio" */
 };
 

@@ -412,6 +412,18 @@ int machine_power_on(struct machine *machine, struct error *err)
 
 /* ---- creation ---- */
 
+static int set_engine_options(struct machine *machine, struct error *err)
+{
+    const struct machine_config *config = machine->config;
+    const struct engine_options options = {
+        .perf_map = config->perf_map, .dump_code = config->dump_code, .dump_code_count = config->dump_code_count};
+    if (machine->engine_ops->set_options)
+        return machine->engine_ops->set_options(machine->engine, &options, err);
+    if (config->perf_map || config->dump_code_count)
+        log_info("engine %s translates nothing: --perf-map and --dump-code have no effect", machine->engine_ops->name);
+    return 0;
+}
+
 static int create_engine(struct machine *machine, struct error *err)
 {
     const char *name = machine->config->engine ? machine->config->engine : "auto";
@@ -424,6 +436,8 @@ static int create_engine(struct machine *machine, struct error *err)
     if (!machine->cpuid)
         return error_set(err, -ENOMEM, "out of memory");
     int r = machine->engine_ops->create(&machine->engine, machine->memory, err);
+    if (r == 0)
+        r = set_engine_options(machine, err);
     return r ? r : vcpu_threads_create(machine, err);
 }
 

@@ -133,6 +133,7 @@ static struct bt_block *translate(struct bt_vcpu *b, struct bt_page *page, unsig
     uint64_t *counters = b->c.v.counters;
     struct timespec before, after;
     clock_gettime(CLOCK_MONOTONIC, &before);
+    uint32_t published = e->block_count;
     struct bt_block *block = translate_block(e, page, start);
     clock_gettime(CLOCK_MONOTONIC, &after);
     int64_t ns = (after.tv_sec - before.tv_sec) * 1000000000ll + (after.tv_nsec - before.tv_nsec);
@@ -143,6 +144,7 @@ static struct bt_block *translate(struct bt_vcpu *b, struct bt_page *page, unsig
         counters[COUNTER_translated_insns] += block->insns;
         counters[COUNTER_translated_bytes] += block->tc_end - block->tc_start;
     }
+    report_published(e, published);
     return block;
 }
 
@@ -168,6 +170,8 @@ static struct bt_block *block_in_page(struct bt_vcpu *b, gva_t gva, uint64_t ram
         return NULL;
     struct bt_page *page = cache_page(e, ram_offset, physmap_gpa(b->c.v.memory, ram_offset), &b->mode);
     struct bt_block *block = page ? cache_block(page, start) : NULL;
+    if (page)
+        page->gva = gva & ~PAGE_MASK_BITS;
     if (!block && page && cache_room(e) && e->tc_used <= e->debug.tc_bytes)
         block = translate(b, page, start);
     else if (!block)
@@ -427,6 +431,7 @@ static void bt_destroy(struct engine *engine)
 {
     struct bt_engine *e = (struct bt_engine *)engine;
     fault_engine_remove(e);
+    report_options_clear(e);
     cache_destroy(e);
     forms_destroy(e->forms);
     layout_destroy(&e->layout);
@@ -524,6 +529,7 @@ const struct engine_ops bt_engine_ops = {
     .probe = bt_probe,
     .create = bt_create,
     .destroy = bt_destroy,
+    .set_options = report_options_set,
     .vcpu_create = bt_vcpu_create,
     .vcpu_destroy = bt_vcpu_destroy,
     .run = bt_run,

@@ -76,6 +76,7 @@ void layout_destroy(struct bt_layout *layout);
 #define BT_USER_VIEWS 8u
 
 struct bt_vcpu;
+struct bt_vcpu;
 struct bt_view; /* opaque outside tables.c but for its base */
 
 enum bt_fill {
@@ -99,6 +100,7 @@ struct bt_block;
 struct bt_page {
     uint64_t offset; /* of the page in guest RAM (physmap_offset) */
     gpa_t gpa;
+    gva_t gva;       /* where it was when a block was last looked for, for people */
     struct bt_mode mode;
     uint32_t *dt;              /* 4096 slots: TC offset of the dynamic entry of the block that starts at this byte, 0: none */
     struct bt_block *blocks;   /* newest first, valid ones only */
@@ -222,6 +224,9 @@ struct bt_engine {
     uint64_t invalidations; /* drops of pages; read without the lock by vCPUs on their way in */
 
     bool avx512, fsgsbase;
+
+    struct perf_map *perf_map;   /* NULL: off */
+    struct dump_code *dump_code;
 };
 
 #define BT_CODE_PRESENT 1u   /* window W's page is read-only: translations exist */
@@ -394,6 +399,22 @@ void fault_vcpu_destroy(struct bt_vcpu *b); /* frees its signal stack */
 int report_vcpu_create(struct bt_vcpu *b); /* 0 or -ENOMEM */
 void report_vcpu_destroy(struct bt_vcpu *b);
 void report_print(struct engine *engine, FILE *out); /* engine_ops.report */
+int report_options_set(struct engine *engine, const struct engine_options *options, struct error *err) __attribute__((warn_unused_result));
+void report_options_clear(struct bt_engine *e);
+void report_published(struct bt_engine *e, uint32_t first); /* blocks from this one on are new. e->lock held */
+
+/* ---- perf_map.c ---- */
+
+int perf_map_create(struct bt_engine *e, struct error *err) __attribute__((warn_unused_result));
+void perf_map_destroy(struct bt_engine *e);
+void perf_map_add(struct bt_engine *e, const struct bt_block *block); /* e->lock held */
+
+/* ---- dump_code.c ---- */
+
+int dump_code_create(struct bt_engine *e, const struct code_address *address, unsigned count, struct error *err) __attribute__((warn_unused_result));
+void dump_code_destroy(struct bt_engine *e);
+void dump_code_add(struct bt_engine *e, const struct bt_block *block); /* e->lock held */
+void dump_code_print(struct bt_engine *e, FILE *out);                  /* e->lock held */
 
 /* ---- bt.c ---- */
 

@@ -32,6 +32,33 @@ void report_vcpu_destroy(struct bt_vcpu *b)
     free(b->interpreted);
 }
 
+/* ---- what was asked for ---- */
+
+int report_options_set(struct engine *engine, const struct engine_options *options, struct error *err)
+{
+    struct bt_engine *e = (struct bt_engine *)engine;
+    int rc = options->perf_map ? perf_map_create(e, err) : 0;
+    if (!rc && options->dump_code_count)
+        rc = dump_code_create(e, options->dump_code, options->dump_code_count, err);
+    return rc;
+}
+
+void report_options_clear(struct bt_engine *e)
+{
+    perf_map_destroy(e);
+    dump_code_destroy(e);
+}
+
+void report_published(struct bt_engine *e, uint32_t first)
+{
+    for (uint32_t n = first; n < e->block_count; n++) {
+        if (e->perf_map)
+            perf_map_add(e, &e->blocks[n]);
+        if (e->dump_code)
+            dump_code_add(e, &e->blocks[n]);
+    }
+}
+
 /* ---- what was interpreted ---- */
 
 struct tally {
@@ -103,5 +130,7 @@ void report_print(struct engine *engine, FILE *out)
     for (unsigned why = 0; why < BT_TALLY_COUNT; why++)
         print_tally(engine, (enum bt_tally)why, out);
     pthread_mutex_unlock(&engine->lock);
+    if (e->dump_code)
+        dump_code_print(e, out);
     pthread_mutex_unlock(&e->lock);
 }
