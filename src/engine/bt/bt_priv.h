@@ -76,7 +76,6 @@ void layout_destroy(struct bt_layout *layout);
 #define BT_USER_VIEWS 8u
 
 struct bt_vcpu;
-struct bt_vcpu;
 struct bt_view; /* opaque outside tables.c but for its base */
 
 enum bt_fill {
