@@ -186,6 +186,7 @@ struct bt_stubs { /* TC offsets; stubs.c. They survive flushes. */
 /* What tests vary between what guests need and the smallest that works, and a place where they can meddle. bt_debug_set. */
 #define BT_BLOCK_INSNS_MAX 64u
 #define BT_GROUP_SPAN_MAX 1024u /* larger groups cross pages too often */
+struct bt_vcpu;
 struct bt_debug {
     uint16_t block_insns; /* in one block: 1..BT_BLOCK_INSNS_MAX */
     uint16_t group_span;  /* bytes that accesses with one lookup may span, up to BT_GROUP_SPAN_MAX; 0: no groups */
