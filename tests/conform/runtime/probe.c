@@ -199,7 +199,7 @@ static void on_probe(struct frame *frame)
 void probe_begin(void)
 {
     tss.ist[0] = (reg_t)(probe_stack + sizeof probe_stack);
-    for (unsigned n = 0; n < 256; n++) {
+    for (unsigned n = 0; n < 0xf0; n++) { /* above: what wakes processors that have no TSS */
         idt[n].ist = 1;
         if (n < 32 || n == USER_DONE)
             trap_handlers[n] = on_probe;

@@ -8,6 +8,9 @@
 #define APIC_ICR 0x300
 #define APIC_ICR_HIGH 0x310
 #define TRAMPOLINE 0x8000u
+#define APIC_EOI 0xb0
+#define WAKE 0xf0
+#define SPINS 200u
 #define OTHER_STACK_BYTES 16384u
 
 extern uint8_t other_start[], other_start_end[];
@@ -38,10 +41,13 @@ void other_main(unsigned number)
     apic_ids[number] = (uint8_t)(lapic_read(APIC_ID) >> 24);
     asm_volatile("lock incl %0" : "+m"(others_ready)::"memory");
     for (unsigned done = 0;;) {
-        sti();
-        while (work_number[number] == done)
-            cpu_pause();
-        cli();
+        for (unsigned n = 0; work_number[number] == done; n++) {
+            if (n < SPINS)
+                cpu_pause();
+            else
+                halt();
+            cli();
+        }
         done = work_number[number];
         work[number](number);
         work_done[number] = done;
@@ -68,8 +74,14 @@ void processor_send(unsigned number, uint32_t command)
     send(number ? apic_ids[number] : 0, command);
 }
 
+static void on_wake(struct frame *frame)
+{
+    lapic_write(APIC_EOI, 0);
+}
+
 unsigned processors_start(unsigned wanted)
 {
+    trap_handlers[WAKE] = on_wake;
     memcpy((void *)(uintptr_t)TRAMPOLINE, other_start, (size_t)(other_start_end - other_start));
     lapic_write(APIC_SVR, 0x1ff);
     for (unsigned id = 1; id < wanted && id < PROCESSORS_MAX; id++) {
@@ -86,6 +98,7 @@ void processor_begin(unsigned number, void (*fn)(unsigned number))
 {
     work[number] = fn;
     work_number[number]++;
+    processor_send(number, 0x4000 | WAKE);
 }
 
 bool processor_wait(unsigned number, unsigned ms)
@@ -106,12 +119,16 @@ bool processors_run(void (*fn)(unsigned number), unsigned count, unsigned ms)
 
 void processors_meet(unsigned count)
 {
-    static volatile unsigned arrived;
-    unsigned mine = 1;
-    asm_volatile("lock xaddl %0, %1" : "+r"(mine), "+m"(arrived)::"memory");
-    unsigned all = mine / count * count + count;
-    while ((int)(arrived - all) < 0)
-        cpu_pause();
+    static volatile unsigned arrived, meeting;
+    unsigned now = meeting, before = 1;
+    asm_volatile("lock xaddl %0, %1" : "+r"(before), "+m"(arrived)::"memory");
+    if (before + 1 == count) {
+        arrived = 0;
+        meeting++;
+    } else {
+        while (meeting == now)
+            cpu_pause();
+    }
 }
 
 #endif

@@ -1,6 +1,6 @@
 /*
- * More than one processor: starts the others, lends them functions, sends IPIs. Number 0 is the one that the program starts on; the others wait in
- * ring 0, 64-bit mode, with interrupts on, on stacks of their own, without a TSS: no ring 3 and no interrupt stack table there.
+ * More than one processor: starts the others, lends them functions, sends IPIs. Number 0 is the one that the program starts on; the others wait halted in
+ * ring 0, 64-bit mode, open to interrupts, on stacks of their own, without a TSS: no ring 3 and no interrupt stack table there.
  */
 #ifndef DOPPEL_PROCESSORS_H
 #define DOPPEL_PROCESSORS_H
