@@ -45,7 +45,10 @@ refuse "too small" run --kernel x --memory 4K
 refuse "host" run --kernel x --memory 900T
 refuse "cpus" run --kernel x --cpus 0
 refuse "warp" run --kernel x --engine warp
-refuse "bt" run --kernel "$work/noise" --engine bt
+refuse "zz" run --kernel x --dump-code zz
+refuse "phys:" run --kernel x --dump-code phys:
+refuse "11223344556677889" run --kernel x --dump-code 11223344556677889
+refuse "perf-map" run --kernel x --perf-map=maybe
 refuse "colour" run --config "$work/bad.json"
 refuse "$work/none.json" run --config "$work/none.json"
 refuse "is a directory" run --config "$work"

@@ -41,7 +41,9 @@ static void refusals(void **state)
         {"console", "file:", "stdio"},     {"disk", "", "file name"},    {"disk", "a,sector=1", "sector=1"},
         {"disk", "a,format=qcow2", "raw"}, {"disk", "a,serial=123456789012345678901", "20"},
         {"colour", "red", "colour"},       {"kernel", NULL, "needs a value"}, {"boot", "slow", "fast"},
-        {"net", "carrier-pigeon", "carrier-pigeon"},
+        {"net", "carrier-pigeon", "carrier-pigeon"}, {"perf-map", "2", "true"}, {"dump-code", "xyz", "xyz"},
+        {"dump-code", "", "address"},      {"dump-code", "phys:", "phys:"}, {"dump-code", "12 34", "12 34"}, {"dump-code", "-1", "-1"},
+        {"dump-code", "12345678123456781", "hexadecimal"},
     };
     struct machine_config config;
     machine_config_init(&config);
@@ -67,6 +69,27 @@ static void disks(void **state)
         assert_int_equal(machine_config_set(&config, "disk", "x", NULL), 0);
     assert_true(machine_config_set(&config, "disk", "x", NULL) < 0);
     machine_config_clear(&config);
+}
+
+static void debugging(void **state)
+{
+    struct machine_config config;
+    machine_config_init(&config);
+    assert_int_equal(machine_config_set(&config, "perf-map", NULL, NULL), 0);
+    assert_true(config.perf_map && !config.stats);
+    assert_int_equal(machine_config_set(&config, "dump-code", "ffffffff81001230", NULL), 0);
+    assert_int_equal(machine_config_set(&config, "dump-code", "phys:0x1000", NULL), 0);
+    assert_int_equal(config.dump_code_count, 2);
+    assert_int_equal(config.dump_code[0].address, 0xffffffff81001230);
+    assert_false(config.dump_code[0].physical);
+    assert_int_equal(config.dump_code[1].address, 0x1000);
+    assert_true(config.dump_code[1].physical);
+    assert_true(config.stats);
+    for (unsigned i = 2; i < CONFIG_DUMPS_MAX; i++)
+        assert_int_equal(machine_config_set(&config, "dump-code", "1", NULL), 0);
+    assert_true(machine_config_set(&config, "dump-code", "1", NULL) < 0);
+    machine_config_clear(&config);
+    assert_int_equal(config.dump_code_count, 0);
 }
 
 static int load(struct machine_config *config, const char *json, struct error *err)
@@ -124,7 +147,7 @@ static void whole(void **state)
 
 int main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(sizes), cmocka_unit_test(refusals), cmocka_unit_test(disks), cmocka_unit_test(json),
-                                       cmocka_unit_test(whole)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(sizes), cmocka_unit_test(refusals), cmocka_unit_test(disks), cmocka_unit_test(debugging),
+                                       cmocka_unit_test(json), cmocka_unit_test(whole)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
