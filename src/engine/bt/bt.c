@@ -20,6 +20,7 @@
 #define CROSSING_PATIENCE 2   /* times that a site may cross pages by a signal before it is translated in another way */
 #define MMIO_PATIENCE 6       /* the same for MMIO */
 #define JUMP_BYTES 5u
+#define DR7_ENABLES 0xffull
 #define THRASH_BLOCKS 32      /* interpreted at a stretch on a page that keeps changing */
 #define THRASH_FORGIVEN 256   /* after so many visits such a page gets another chance */
 
@@ -343,6 +344,20 @@ static exit_fn *const exit_handlers[BT_EXIT_COUNT] = {
 
 /* ---- the loop ---- */
 
+/*
+ * RF keeps code breakpoints from the next instruction and is cleared by it (SDM vol. 3, 17.3.1.1). Without breakpoints nothing but an interrupt that comes before that instruction
+ * could tell that it is cleared earlier; every return from a page fault would be interpreted otherwise, and all rounds of a REP one by one.
+ */
+static bool resume_flag_dropped(struct icpu *c)
+{
+    struct cpu_state *cpu = &c->v.cpu;
+    if (!(cpu->rflags & RFLAGS_RF) || (cpu->rflags & RFLAGS_TF) || (cpu->dr[7] & DR7_ENABLES) || cpu->interrupt_shadow)
+        return false;
+    cpu->rflags &= ~RFLAGS_RF;
+    interp_mode_changed(c);
+    return true;
+}
+
 static void debug_turn(struct bt_vcpu *b)
 {
     simd_save(&b->c);
@@ -372,7 +387,7 @@ static __attribute__((noinline)) enum engine_exit run_loop(struct bt_vcpu *b)
         if (unlikely(c->v.cpu.activity != CPU_RUNNING)) {
             if (interp_stopped(c, &exit))
                 return exit;
-        } else if (c->slow) {
+        } else if (c->slow && !resume_flag_dropped(c)) {
             c->tally = b->interpreted[BT_TALLY_SLOW];
             interp_run_one(c);
         } else if (b->interp_blocks) {
