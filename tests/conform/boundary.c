@@ -126,7 +126,7 @@ static void storm(unsigned number)
 {
     while (!storm_stop) {
         processor_send(0, 0x4000 | IPI);
-        for (unsigned n = 0; n < 20; n++)
+        for (unsigned n = 0; n < 100; n++)
             cpu_pause();
     }
 }
@@ -159,7 +159,7 @@ static void interrupted_runs(const struct fragment *f, bool user, const char *wh
             registers += outcome.gpr[n] != reference.gpr[n];
         wrong += outcome.vector != USER_DONE || outcome.ip != reference.ip || (outcome.flags ^ reference.flags) & ~(reg_t)FLAG_IF;
         rest &= equal(memory, memory_reference, 2 * PAGE) && simd_same(simd_after, simd_reference);
-    } while (++runs < 30 && interrupts < 100 && !registers && !wrong);
+    } while (++runs < 8 && interrupts < 50 && !registers && !wrong);
     check(!wrong && !registers && rest && interrupts && !off_boundary && !while_closed && !while_disabled,
           "%s, %s, %s: as if nobody had interrupted (%u interrupts; %u wrong, registers %u, flags %lx for %lx, %s; off boundary %u, closed %u, disabled %u, at %lx)",
           f->name, user ? "ring 3" : "ring 0", what, interrupts, wrong, registers, outcome.flags, reference.flags,

@@ -564,6 +564,67 @@ static void jumps(const char *name)
     verdict(name);
 }
 
+/* IRET and far RET to the same privilege, their frames in a test page. */
+static void far_returns(void)
+{
+    uint64_t cell = area_bases[2] + 2 * PAGE + 2048;
+    uint8_t keep[40];
+    memcpy(keep, (void *)page_physical(cell), sizeof keep);
+    for (unsigned n = 0; n < JUMPS / 4; n++) {
+        begin();
+        probe.flags &= ~(reg_t)FLAG_AC;
+        bool iret = n & 1;
+        uint64_t target = jump_target(), sp = random64(), frame[5] = {target, probe.user ? UCODE : KCODE, probe.flags, sp, probe.user ? UDATA : KDATA};
+        struct access fetch = {.va = target, .size = 1, .fetch = true, .user = probe.user};
+        struct expectation want = access_expect(&fetch);
+        if (want.vector == NO_TRAP)
+            continue;
+        static const uint8_t codes[2][2] = {{0x48, 0xcb}, {0x48, 0xcf}};
+        memcpy((void *)page_physical(cell), frame, sizeof frame);
+        memcpy(area_shadow(cell), frame, sizeof frame);
+        memcpy(next_code(), codes[iret], 2);
+        probe.gpr[RSP] = cell;
+        uint64_t ip = probe.ip;
+        probe_run(&probe, &outcome);
+        if (want.vector == PF)
+            probe.gpr[RSP] = iret ? sp : cell + 16;
+        judge(iret ? "iretq" : "lretq", target, &want, want.vector == PF ? target : ip, 0, 0);
+        if (!areas_intact_near(cell, 40))
+            mistake("far return", target, "memory", 1, 0);
+    }
+    memcpy((void *)page_physical(cell), keep, sizeof keep);
+    memcpy(area_shadow(cell), keep, sizeof keep);
+    verdict("IRET and far RET to wild addresses");
+}
+
+/* Every canonical address that agrees with a test page, or with code, in the bits below 41, and below 39. */
+static void multiples(void)
+{
+    static const struct form load = {"mov r64, [rbx]", LEGACY, 0, 0, 0x8b, RAX, 1, 0, 0, 8, 0, 0}, save = {"mov [rbx], r64", LEGACY, 0, 0, 0x89, RAX, 1, 0, 0, 8, 0, 0};
+    static const struct operand operand = {.base = RBX, .index = NONE};
+    for (unsigned n = 0; n < 3 * 512; n++) {
+        unsigned shift = n % 3 == 0 ? 39 : 41, k = n / 3 & ((1u << (48 - shift)) - 1);
+        bool jump = n % 3 == 0;
+        begin();
+        uint64_t page = jump ? code_va(probe.user, n / 7 % CODE_VIEWS) : area_bases[n / 5 % AREAS] + 2 * PAGE + random_below(PAGE);
+        uint64_t va = (page & ((1ull << shift) - 1)) | (uint64_t)k << shift;
+        va = (uint64_t)((int64_t)(va << 16) >> 16);
+        struct access access = {.va = va, .size = jump ? 1 : 8, .fetch = jump, .write = n % 3 == 1, .user = probe.user};
+        struct expectation want = access_expect(&access);
+        if (want.vector == NO_TRAP)
+            continue;
+        uint8_t *code = next_code();
+        probe.gpr[RBX] = va;
+        if (jump)
+            code[0] = 0xff, code[1] = 0xe3;
+        else
+            emit(code, n % 3 == 1 ? &save : &load, &operand, RAX, 0, 0, false);
+        probe_run(&probe, &outcome);
+        judge(jump ? "jmp rbx" : "mov", va, &want, jump && want.vector == PF ? va : probe.ip, 0, 0);
+    }
+    verdict("all addresses that agree with a page in their lower bits");
+}
+
 /* An instruction whose bytes go on in a page that may not be executed. */
 static void fetches(void)
 {
@@ -682,6 +743,8 @@ void test_main(void)
     stacks();
     stack_memory();
     jumps("wild jumps");
+    far_returns();
+    multiples();
     fetches();
     code_at_the_edge();
     reg_t cr4 = read_cr4();
