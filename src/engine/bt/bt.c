@@ -244,13 +244,16 @@ static bool exit_link(struct bt_vcpu *b, struct entry *entry)
 {
     struct bt_engine *e = b->engine;
     uint64_t epoch = entry->epoch;
-    uint32_t site = (uint32_t)b->link_site;
+    uint32_t site = (uint32_t)b->link_site & ~BT_LINK_FAR;
+    bool far = b->link_site & BT_LINK_FAR;
     struct bt_block *block = block_lock(b);
     if (!block) {
         interp_run_next(&b->c);
         return false;
     }
-    if (block->valid && e->epoch == epoch)
+    if (block->valid && e->epoch == epoch && far)
+        cache_link_far(e, site, block);
+    else if (block->valid && e->epoch == epoch)
         link_patch(e, site, block);
     *entry = (struct entry){block->tc_start, e->epoch};
     pthread_mutex_unlock(&e->lock);

@@ -36,7 +36,7 @@
 #define BT_ALIAS_BITS 41u /* V is found by gva bits below this; host addresses that agree in them are reserved in all of user space */
 #define BT_ALIAS_BYTES (1ull << BT_ALIAS_BITS)
 #define BT_EXEC_BITS 39u /* E is found by gva bits below this; 39 + 2 = 41 */
-#define BT_DT_POOL_BYTES (1ull << 30)
+#define BT_DT_POOL_BYTES (1ull << 26)
 #define BT_DT_BYTES (PAGE_SIZE_BYTES * 4)
 #define BT_DT_PAGES (BT_DT_POOL_BYTES / BT_DT_BYTES)
 #define BT_GUARD_BYTES (1ull << 16)
@@ -52,6 +52,7 @@ struct bt_layout {
     uintptr_t poison;      /* a page in the poison area, guards of BT_GUARD_BYTES on both sides */
     uint8_t *window_w, *window_r;
     uint8_t *dt_pool;
+    uint8_t *witness;      /* one readable page, nothing mapped for twice the DT pool's size before and after it: see struct bt_link */
     uint64_t ram_bytes;
     uint8_t *tc_exec;      /* below 2 GiB; read and execute */
     uint8_t *tc_write;     /* the same memory, read and write */
@@ -103,6 +104,7 @@ struct bt_page {
     struct bt_mode mode;
     uint32_t *dt;              /* 4096 slots: TC offset of the dynamic entry of the block that starts at this byte, 0: none */
     struct bt_block *blocks;   /* newest first, valid ones only */
+    uint32_t links;            /* index + 1 of the first link into this page */
     struct bt_page *next;      /* in its hash bucket */
     struct bt_page *same_page; /* other modes of the same physical page */
     uint8_t odd_sites[512];    /* bit per byte offset: the instruction there crosses pages now and then: its check branches instead of faulting */
@@ -123,6 +125,17 @@ struct bt_block {
     uint16_t insns;
     bool valid;            /* false: dropped; vCPUs may still be inside */
 };
+
+/*
+ * A linked direct jump to another page. It reads the DT slot of its target like any dynamic transfer, but with `witness - expected slot` added to the address: that is the witness page when the
+ * target's linear address still leads to the page that the jump was linked to, and faults otherwise. The branch itself is direct.
+ */
+struct bt_link {
+    uint32_t at;   /* TC offset of the branch's 32-bit displacement; the one of the slot's read lies 5 bytes before it */
+    uint32_t stub; /* where the branch goes while not linked */
+    uint32_t next; /* index + 1 of the next link into the same page */
+};
+#define BT_LINK_FAR 0x80000000u /* in link_site: to another page */
 
 enum bt_site_kind {
     SITE_INSN, /* guest rip = page_va + page_offset: the instruction has had no effect yet */
@@ -148,7 +161,8 @@ struct bt_site {
 #define BT_TC_BYTES (48u << 20)
 #define BT_CODE_PAGES_MAX 2048u /* one DT page of 16 KiB each: 32 MiB; the pool's page 0 stays zero for ever */
 #define BT_BLOCKS_MAX 200000u
-#define BT_SITES_MAX 1300000u
+#define BT_SITES_MAX 1100000u
+#define BT_LINKS_MAX 200000u
 #define BT_CACHE_BYTES_MAX (108u << 20)
 #define BT_BLOCK_TC_MAX 32768u
 #define BT_BLOCK_SITES_MAX 4096u
@@ -179,6 +193,9 @@ struct bt_stubs { /* TC offsets; stubs.c. They survive flushes. */
     uint32_t enter;  /* C: unsigned enter(struct bt_vcpu *b), see bt_enter */
     uint32_t lookup; /* dynamic transfer to R11 */
     uint32_t leave;  /* R11: guest rip, R10D: enum bt_exit; registers in canonical state */
+    uint32_t leave_in_page; /* the same with R11: offset from page_va */
+    uint32_t link;     /* R11: offset of the target from page_va, R10D: link_site */
+    uint32_t link_far; /* R11: guest rip, R10D: link_site without BT_LINK_FAR */
     uint32_t leave_saved; /* from a signal handler: all guest state already saved in the context, EAX: enum bt_exit, RSP: host_rsp */
     uint32_t end;    /* first byte after the stubs */
 };
@@ -209,6 +226,8 @@ struct bt_engine {
     uint32_t block_count;
     struct bt_site *sites;
     uint32_t site_count;
+    struct bt_link *links;
+    uint32_t link_count;
     struct bt_forms *forms;
     struct bt_page **pages; /* hash table */
     struct bt_page *page_store; /* page n has DT page n + 1 */
@@ -345,6 +364,8 @@ struct bt_block *cache_publish(struct bt_engine *e, const struct bt_block *block
 void cache_block_drop(struct bt_engine *e, struct bt_block *block);
 /* Drops all translations of the RAM page and makes window W writable there again. */
 void cache_page_drop(struct bt_engine *e, uint64_t ram_offset);
+/* Links the jump to another page whose displacement is at TC offset `at` to the block. */
+void cache_link_far(struct bt_engine *e, uint32_t at, const struct bt_block *target);
 void cache_flush(struct bt_engine *e); /* with the world stopped */
 /* Without the lock: stops all other vCPUs outside translated code, takes the lock. `b` is the caller's, or NULL; it is outside, too, from then on. */
 void cache_exclusive_begin(struct bt_engine *e, struct bt_vcpu *b);

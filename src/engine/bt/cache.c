@@ -20,7 +20,7 @@
 #define THRASH_ONE 0x10u
 
 _Static_assert(BT_TC_BYTES + BT_CODE_PAGES_MAX * (BT_DT_BYTES + sizeof(struct bt_page)) + BT_BLOCKS_MAX * sizeof(struct bt_block) +
-                       BT_SITES_MAX * sizeof(struct bt_site) + HASH_BUCKETS * sizeof(struct bt_page *) <= BT_CACHE_BYTES_MAX,
+                       BT_SITES_MAX * sizeof(struct bt_site) + BT_LINKS_MAX * sizeof(struct bt_link) + HASH_BUCKETS * sizeof(struct bt_page *) <= BT_CACHE_BYTES_MAX,
                "the cache is larger than promised");
 _Static_assert(BT_CODE_PAGES_MAX < BT_DT_PAGES, "the DT pool is too small");
 
@@ -54,10 +54,11 @@ int cache_create(struct bt_engine *e, struct error *err)
     e->tc_used = first_free_tc(e);
     e->blocks = reserve(BT_BLOCKS_MAX * sizeof(*e->blocks));
     e->sites = reserve(BT_SITES_MAX * sizeof(*e->sites));
+    e->links = reserve(BT_LINKS_MAX * sizeof(*e->links));
     e->page_store = reserve(BT_CODE_PAGES_MAX * sizeof(*e->page_store));
     e->pages = reserve(HASH_BUCKETS * sizeof(*e->pages));
     e->code_flags = reserve(e->layout.ram_bytes / PAGE_SIZE_BYTES);
-    if (!e->blocks || !e->sites || !e->page_store || !e->pages || !e->code_flags) {
+    if (!e->blocks || !e->sites || !e->links || !e->page_store || !e->pages || !e->code_flags) {
         cache_destroy(e);
         return error_set(err, -ENOMEM, "no memory for the table of translations");
     }
@@ -96,11 +97,13 @@ void cache_destroy(struct bt_engine *e)
         pages_release(e);
     release(e->blocks, BT_BLOCKS_MAX * sizeof(*e->blocks));
     release(e->sites, BT_SITES_MAX * sizeof(*e->sites));
+    release(e->links, BT_LINKS_MAX * sizeof(*e->links));
     release(e->page_store, BT_CODE_PAGES_MAX * sizeof(*e->page_store));
     release(e->pages, HASH_BUCKETS * sizeof(*e->pages));
     release(e->code_flags, e->layout.ram_bytes / PAGE_SIZE_BYTES);
     e->blocks = NULL;
     e->sites = NULL;
+    e->links = NULL;
     e->page_store = NULL;
     e->pages = NULL;
     e->code_flags = NULL;
@@ -282,9 +285,34 @@ static bool kick_all(struct bt_engine *e, bool inside_only)
     return any_inside;
 }
 
-static bool blocks_drop(struct bt_page *page) /* true: there were any */
+static void displacement_set(struct bt_engine *e, uint32_t at, uint32_t value)
+{
+    __atomic_store_n((uint32_t *)(e->layout.tc_write + at), value, __ATOMIC_RELEASE);
+}
+
+void cache_link_far(struct bt_engine *e, uint32_t at, const struct bt_block *target)
+{
+    struct bt_page *page = target->page;
+    if (e->link_count == BT_LINKS_MAX || !target->valid)
+        return;
+    uint32_t stub = at + 4 + *(const uint32_t *)(e->layout.tc_write + at);
+    e->links[e->link_count++] = (struct bt_link){at, stub, page->links};
+    page->links = e->link_count;
+    displacement_set(e, at - 5, (uint32_t)(e->layout.witness - (const uint8_t *)&page->dt[target->start]));
+    displacement_set(e, at, target->tc_start - (at + 4));
+}
+
+static void links_undo(struct bt_engine *e, struct bt_page *page)
+{
+    for (uint32_t n = page->links; n; n = e->links[n - 1].next)
+        displacement_set(e, e->links[n - 1].at, e->links[n - 1].stub - (e->links[n - 1].at + 4));
+    page->links = 0;
+}
+
+static bool blocks_drop(struct bt_engine *e, struct bt_page *page) /* true: there were any */
 {
     bool any = page->blocks != NULL;
+    links_undo(e, page);
     for (struct bt_block *block = page->blocks; block; block = block->next)
         block_forget(block);
     page->blocks = NULL;
@@ -299,7 +327,7 @@ static bool page_drop(struct bt_engine *e, uint64_t ram_offset)
     if (!is_present(e, ram_offset))
         return false;
     for (struct bt_page *page = newest_of(e, ram_offset); page; page = page->same_page)
-        dropped |= blocks_drop(page);
+        dropped |= blocks_drop(e, page);
     flags_set_present(e, ram_offset, false);
     if ((*flags & BT_CODE_THRASH) != BT_CODE_THRASH)
         __atomic_store_n(flags, *flags + THRASH_ONE, __ATOMIC_RELAXED);
@@ -310,7 +338,7 @@ static bool page_drop(struct bt_engine *e, uint64_t ram_offset)
     }
     /* A hole in a run of protected pages is one mapping more than the host allows: all pages go. */
     for (uint32_t n = 0; n < e->page_count; n++)
-        dropped |= blocks_drop(&e->page_store[n]);
+        dropped |= blocks_drop(e, &e->page_store[n]);
     pages_release(e);
     return dropped;
 }
@@ -353,6 +381,8 @@ void cache_flush(struct bt_engine *e)
     discard(e->page_store, e->page_count * sizeof(*e->page_store));
     discard(e->blocks, e->block_count * sizeof(*e->blocks));
     discard(e->sites, e->site_count * sizeof(*e->sites));
+    discard(e->links, e->link_count * sizeof(*e->links));
+    e->link_count = 0;
     memset(e->pages, 0, HASH_BUCKETS * sizeof(*e->pages));
     e->page_count = e->site_count = 0;
     __atomic_store_n(&e->block_count, 0, __ATOMIC_RELEASE);

@@ -178,12 +178,18 @@ static inline void emit_check_byte(struct emitter *e, unsigned to, unsigned inde
     emit_address(e, to, index, EMIT_NONE, 0, disp, false);
 }
 
-/* Dynamic transfer to the linear address in R11, through the exec table and the page's DT. */
-static inline void emit_transfer(struct emitter *e, uint32_t tc_base)
+/* E of the linear address in R11 into R10: the DT slot is at R10 + R11 * 4. */
+static inline void emit_load_e(struct emitter *e)
 {
     emit_pext_gs(e, 10, 11, BT_CTX(exec_mask));
     emit8(e, 0x65);
     emit_op_mem(e, true, 0x8b, 10, EMIT_NONE, 10, 3, (int32_t)BT_EXEC_TABLE_OFFSET);
+}
+
+/* Dynamic transfer to the linear address in R11, through the exec table and the page's DT. */
+static inline void emit_transfer(struct emitter *e, uint32_t tc_base)
+{
+    emit_load_e(e);
     emit_op_mem(e, false, 0x8b, 10, 10, 11, 2, 0);
     emit_op_mem(e, true, 0x8d, 10, 10, EMIT_NONE, 0, (int32_t)tc_base);
     emit8(e, 0x41), emit8(e, 0xff), emit8(e, 0xe2); /* jmp r10 */

@@ -256,7 +256,7 @@ static int aliases_create(struct bt_layout *layout, struct error *err)
 
 /* Poison, W, R and the pool lie in this order; places are computed before the range is reserved, as offsets in it. */
 struct plan {
-    uint64_t poison, window_w, window_r, dt_pool, end;
+    uint64_t poison, window_w, window_r, dt_pool, witness, end;
 };
 
 static struct plan plan_make(uint64_t ram_bytes)
@@ -266,7 +266,8 @@ static struct plan plan_make(uint64_t ram_bytes)
     p.window_w = round_up(p.poison + PAGE_SIZE_BYTES + BT_GUARD_BYTES, ALIGNMENT);
     p.window_r = round_up(p.window_w + ram_bytes + BT_GUARD_BYTES, ALIGNMENT);
     p.dt_pool = round_up(p.window_r + ram_bytes + BT_GUARD_BYTES, ALIGNMENT);
-    p.end = round_up(p.dt_pool + BT_DT_POOL_BYTES + BT_GUARD_BYTES, ALIGNMENT);
+    p.witness = p.dt_pool + BT_DT_POOL_BYTES * 3;
+    p.end = round_up(p.witness + PAGE_SIZE_BYTES + BT_DT_POOL_BYTES * 2, ALIGNMENT);
     return p;
 }
 
@@ -276,6 +277,7 @@ static int windows_map(struct bt_layout *layout, struct physmap *memory, const s
     layout->window_w = layout->reserved_low + plan->window_w;
     layout->window_r = layout->reserved_low + plan->window_r;
     layout->dt_pool = layout->reserved_low + plan->dt_pool;
+    layout->witness = layout->reserved_low + plan->witness;
     int rc = physmap_map(memory, layout->window_w, PROT_READ | PROT_WRITE);
     if (!rc)
         rc = physmap_map(memory, layout->window_r, PROT_READ);
@@ -283,7 +285,7 @@ static int windows_map(struct bt_layout *layout, struct physmap *memory, const s
         return error_set(err, rc, "cannot map the guest's memory for the translator: %s", strerror(-rc));
     madvise(layout->window_w, plan->dt_pool - plan->window_w - BT_GUARD_BYTES, MADV_DONTDUMP); /* PhysMap's own mapping is dumped */
     void *pool = mmap(layout->dt_pool, BT_DT_POOL_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
-    if (pool == MAP_FAILED)
+    if (pool == MAP_FAILED || mprotect(layout->witness, PAGE_SIZE_BYTES, PROT_READ))
         return reserve_error(err, -errno, BT_DT_POOL_BYTES);
     madvise(pool, BT_DT_POOL_BYTES, MADV_NOHUGEPAGE); /* sparse, and most of it only ever read */
     madvise(pool, BT_DT_POOL_BYTES, MADV_DONTDUMP);

@@ -50,6 +50,22 @@ static void enter_emit(struct emitter *e)
 
 static void leave_emit(struct bt_engine *b, struct emitter *e)
 {
+    b->stubs.link_far = here(b, e);
+    emit_lea(e, GPR_R10, GPR_R10, EMIT_NONE, 0, (int32_t)BT_LINK_FAR); /* sign-extended; the low half is what counts */
+    emit_store_gs(e, GPR_R10, BT_CTX(link_site));
+    emit_mov_imm32(e, GPR_R10, BT_EXIT_link);
+    emit8(e, 0xeb); /* to leave: over the next one */
+    uint8_t *over = e->at;
+    emit8(e, 0);
+    b->stubs.link = here(b, e);
+    emit_store_gs(e, GPR_R10, BT_CTX(link_site));
+    emit_mov_imm32(e, GPR_R10, BT_EXIT_link);
+    b->stubs.leave_in_page = here(b, e);
+    emit_store_gs(e, GPR_R10, BT_CTX(scratch[0]));
+    emit_load_gs(e, GPR_R10, BT_CTX(page_va));
+    emit_lea(e, GPR_R11, GPR_R11, GPR_R10, 0, 0);
+    emit_load_gs(e, GPR_R10, BT_CTX(scratch[0]));
+    *over = (uint8_t)(e->at - (over + 1));
     b->stubs.leave = here(b, e);
     for (unsigned r = GPR_RAX; r <= GPR_R15; r++)
         if (!is_scratch(r))
@@ -72,7 +88,11 @@ void stubs_create(struct bt_engine *b)
     struct emitter e = {b->layout.tc_write};
     b->stubs.miss = 0;
     emit_mov_imm32(&e, GPR_R10, BT_EXIT_miss);
+    emit8(&e, 0xe9); /* to leave */
+    uint8_t *displacement = e.at;
+    emit32(&e, 0);
     leave_emit(b, &e);
+    *(uint32_t *)displacement = (uint32_t)(b->layout.tc_write + b->stubs.leave - (displacement + 4));
     b->stubs.lookup = here(b, &e);
     emit_transfer(&e, (uint32_t)(uintptr_t)b->layout.tc_exec);
     b->stubs.enter = here(b, &e);

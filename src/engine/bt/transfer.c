@@ -4,6 +4,8 @@
  * Inside the page direct jumps go to other blocks' chain entries once linked; everything else goes through R11 and the exec table.
  * Threading: e->lock held, like all of a translation.
  */
+#include <string.h>
+
 #include "engine/bt/translate_priv.h"
 
 /* ---- sites ---- */
@@ -39,15 +41,7 @@ static const uint8_t *stub_address(const struct translation *t, uint32_t stub)
     return t->e->layout.tc_write + stub;
 }
 
-/* Leaves for good; R11 has the guest's rip. */
-void emit_leave(struct translation *t, enum bt_exit reason)
-{
-    emit_mov_imm32(&t->out, 10, reason);
-    emit8(&t->out, 0xe9);
-    emit_rel32(&t->out, stub_address(t, t->e->stubs.leave));
-}
-
-void emit_rip(struct translation *t, int32_t offset)
+static void emit_rip(struct translation *t, int32_t offset)
 {
     emit_load_gs(&t->out, 11, BT_CTX(page_va));
     if (offset)
@@ -74,13 +68,44 @@ static bool in_page(int32_t offset)
     return offset >= 0 && offset < (int32_t)PAGE_SIZE_BYTES;
 }
 
-/* First execution of a direct jump: `displacement` is patched to the target by the run loop. */
+static void emit_jump_stub(struct translation *t, uint32_t stub)
+{
+    emit8(&t->out, 0xe9);
+    emit_rel32(&t->out, stub_address(t, stub));
+}
+
+/* Leaves for good, from canonical state, at the instruction at `offset`. */
+void emit_leave_in_page(struct translation *t, unsigned offset, enum bt_exit reason)
+{
+    emit_mov_imm32(&t->out, 11, offset);
+    emit_mov_imm32(&t->out, 10, reason);
+    emit_jump_stub(t, t->e->stubs.leave_in_page);
+}
+
+/* First execution of a direct jump inside the page: `displacement` is patched to the target by the run loop. */
 static void emit_link_exit(struct translation *t, const uint8_t *displacement, int32_t target)
 {
-    emit_rip(t, target);
+    emit_mov_imm32(&t->out, 11, (uint32_t)target);
     emit_mov_imm32(&t->out, 10, (uint32_t)(displacement - t->e->layout.tc_write));
-    emit_store_gs(&t->out, 10, BT_CTX(link_site));
-    emit_leave(t, BT_EXIT_link);
+    emit_jump_stub(t, t->e->stubs.link);
+}
+
+/* Direct jump to the linear address in R11, in another page, from canonical state: struct bt_link. */
+static void emit_transfer_far(struct translation *t, const struct tinsn *i, int rsp_adjust)
+{
+    struct bt_site *site = site_add(t, SITE_JUMP, i->offset, CANONICAL);
+    site->rsp_adjust = (int8_t)rsp_adjust;
+    emit_load_e(&t->out);
+    while (((uintptr_t)t->out.at + 4) % 64 > 60 || ((uintptr_t)t->out.at + 9) % 64 > 60) /* as align_displacement */
+        emit8(&t->out, 0x90);
+    static const uint8_t slot_read[] = {0x47, 0x8b, 0x94, 0x9a}; /* mov r10d, [r10 + r11 * 4 + disp32] */
+    memcpy(t->out.at, slot_read, sizeof(slot_read));
+    t->out.at += sizeof(slot_read);
+    emit32(&t->out, 0);
+    emit8(&t->out, 0xe9);
+    uint8_t *displacement = t->out.at;
+    emit32(&t->out, 0);
+    defer(t, DEFER_FAR, i, 0, displacement);
 }
 
 void defer(struct translation *t, enum deferred_kind kind, const struct tinsn *i, int32_t target, uint8_t *patch)
@@ -99,13 +124,18 @@ void deferred_emit(struct translation *t, const struct deferred *d)
 {
     patch_here(t, d->patch);
     uint8_t *before = t->out.at, *displacement = d->patch;
+    if (d->kind == DEFER_FAR) {
+        emit_mov_imm32(&t->out, 10, (uint32_t)(displacement - t->e->layout.tc_write));
+        emit_jump_stub(t, t->e->stubs.link_far);
+        return;
+    }
     canonical_emit(&t->out, d->free, d->clean);
     if (d->kind == DEFER_EXIT) {
-        emit_rip(t, d->offset);
-        emit_leave(t, d->exit);
+        emit_leave_in_page(t, d->offset, d->exit);
     } else if (!in_page(d->target)) {
+        const struct tinsn from = {.offset = d->offset};
         emit_rip(t, d->target);
-        emit_transfer_from(t, d->offset, 0);
+        emit_transfer_far(t, &from, 0);
     } else {
         if (t->out.at != before) { /* the jump that will be patched comes after the exchange of registers */
             align_displacement(&t->out, 1);
@@ -129,7 +159,7 @@ void emit_goto(struct translation *t, const struct tinsn *i, int32_t target)
 {
     if (!in_page(target)) {
         emit_rip(t, target);
-        emit_transfer_from(t, i->offset, 0);
+        emit_transfer_far(t, i, 0);
         return;
     }
     align_displacement(&t->out, 1);
@@ -186,7 +216,7 @@ void emit_call(struct translation *t, const struct tinsn *i, struct bt_site *sit
             emit_goto(t, i, i->target);
         } else {
             emit_rip(t, i->target);
-            emit_transfer_from(t, i->offset, -8);
+            emit_transfer_far(t, i, -8);
         }
     } else {
         emit_transfer_indirect(t, i, i->kind == TI_CALL_REG ? i->reg : EMIT_NONE, -8);

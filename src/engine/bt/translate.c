@@ -111,8 +111,7 @@ static void emit_insn(struct translation *t, const struct tinsn *i)
         break;
     case TI_EXIT:
         canonicalize(t);
-        emit_rip(t, i->offset);
-        emit_leave(t, i->exit);
+        emit_leave_in_page(t, i->offset, i->exit);
         break;
     default:
         __builtin_unreachable();

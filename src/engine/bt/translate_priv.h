@@ -82,7 +82,7 @@ void analyze_insn(const struct analyze_context *a, const uint8_t *bytes, unsigne
 /* ---- a translation under way ---- */
 
 #define INSNS_MAX BT_BLOCK_INSNS_MAX
-#define DEFERRED_MAX (INSNS_MAX + 2)
+#define DEFERRED_MAX (2 * INSNS_MAX + 2)
 #define SITES_MAX (INSNS_MAX * 3)
 
 #define GROUPS 2
@@ -91,7 +91,7 @@ void analyze_insn(const struct analyze_context *a, const uint8_t *bytes, unsigne
 
 #define BIT(r) ((uint16_t)(1u << (r)))
 
-enum deferred_kind { DEFER_BRANCH, DEFER_EXIT };
+enum deferred_kind { DEFER_BRANCH, DEFER_EXIT, DEFER_FAR };
 
 /* Code that is put after the block's straight line. */
 struct deferred {
@@ -162,8 +162,7 @@ void emit_pop_to(struct translation *t, struct bt_site *site, unsigned to);
 
 /* transfer.c */
 struct bt_site *site_here(struct translation *t, const struct tinsn *i);
-void emit_leave(struct translation *t, enum bt_exit reason);
-void emit_rip(struct translation *t, int32_t offset);
+void emit_leave_in_page(struct translation *t, unsigned offset, enum bt_exit reason);
 void defer(struct translation *t, enum deferred_kind kind, const struct tinsn *i, int32_t target, uint8_t *patch);
 void deferred_emit(struct translation *t, const struct deferred *d);
 void emit_poll(struct translation *t, int32_t field);
