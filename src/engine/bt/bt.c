@@ -86,10 +86,10 @@ static void polls_reset(struct bt_vcpu *b)
     atomic_store_explicit(&b->poll_sti, b->c.interrupt_waiting ? b->engine->layout.poison : quiet, memory_order_relaxed);
 }
 
-/* A block to be entered, while the cache is still that of `epoch`; tc_start 0: whatever the tables lead to. */
+/* A block to be entered, while the cache is still that of `epoch` and nothing was dropped since; tc_start 0: whatever the tables lead to. */
 struct entry {
     uint32_t tc_start;
-    uint64_t epoch;
+    uint64_t epoch, invalidations;
 };
 
 /* Runs translated code from the current rip. *entry tells the epoch afterwards: what was left belongs to it. */
@@ -113,7 +113,8 @@ static enum bt_exit enter(struct bt_vcpu *b, struct entry *entry)
         b->fill_next = 0;
     }
     if (likely(!atomic_load(&b->c.v.attention))) {
-        uint32_t start = entry->tc_start && entry->epoch == epoch ? entry->tc_start : e->stubs.lookup;
+        bool same = entry->epoch == epoch && entry->invalidations == __atomic_load_n(&e->invalidations, __ATOMIC_ACQUIRE);
+        uint32_t start = entry->tc_start && same ? entry->tc_start : e->stubs.lookup;
         b->enter_target = (uintptr_t)e->layout.tc_exec + start;
         b->fault_tc = 0;
         why = bt_enter(b);
@@ -227,7 +228,7 @@ static bool exit_miss(struct bt_vcpu *b, struct entry *entry)
         interp_run_next(&b->c);
         return false;
     }
-    *entry = (struct entry){block->tc_start, b->engine->epoch};
+    *entry = (struct entry){block->tc_start, b->engine->epoch, b->engine->invalidations};
     pthread_mutex_unlock(&b->engine->lock);
     return true;
 }
@@ -255,7 +256,7 @@ static bool exit_link(struct bt_vcpu *b, struct entry *entry)
         cache_link_far(e, site, block);
     else if (block->valid && e->epoch == epoch)
         link_patch(e, site, block);
-    *entry = (struct entry){block->tc_start, e->epoch};
+    *entry = (struct entry){block->tc_start, e->epoch, e->invalidations};
     pthread_mutex_unlock(&e->lock);
     return true;
 }
