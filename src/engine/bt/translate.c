@@ -245,6 +245,8 @@ int translate_accesses(struct bt_vcpu *b, const uint8_t *bytes, unsigned availab
     analyze_insn(&a, bytes, available, 0, &i);
     if (i.memory)
         access[count++] = (struct bt_access){operand_address(b, &i), i.mem_size, i.mem_write, false};
+    if (i.aligned && (access[0].gva & (i.mem_size - 1u)))
+        return -1; /* raises #GP, and the page is neither accessed nor dirty */
     switch (i.kind) {
     case TI_EXIT:
         return -1;
