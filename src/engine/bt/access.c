@@ -102,6 +102,8 @@ struct address emit_access(struct translation *t, const struct tinsn *i, struct 
 
 const uint8_t *insn_bytes(const struct translation *t, const struct tinsn *i)
 {
+    if (i->offset + i->length > PAGE_SIZE_BYTES)
+        return t->crossing;
     return t->e->layout.window_r + t->page->offset + i->offset;
 }
 

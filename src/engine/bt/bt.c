@@ -129,14 +129,26 @@ static enum bt_exit enter(struct bt_vcpu *b, struct entry *entry)
 
 /* ---- finding and making blocks ---- */
 
-static struct bt_block *translate(struct bt_vcpu *b, struct bt_page *page, unsigned start)
+#define REACHES_END (PAGE_SIZE_BYTES - BT_BLOCK_INSNS_MAX * 15)
+
+/* RAM offset of the page that follows the current instruction's, ~0: cannot be fetched from. Looked up only when a block at `start` may get there. */
+static uint64_t next_page(struct bt_vcpu *b, unsigned start)
+{
+    uint64_t ram_offset;
+    gva_t next = (b->c.v.cpu.gpr[GPR_RIP] | PAGE_MASK_BITS) + 1;
+    if (start < REACHES_END || tables_fetch(b, next, &ram_offset))
+        return ~0ull;
+    return ram_offset & ~PAGE_MASK_BITS;
+}
+
+static struct bt_block *translate(struct bt_vcpu *b, struct bt_page *page, unsigned start, uint64_t next)
 {
     struct bt_engine *e = b->engine;
     uint64_t *counters = b->c.v.counters;
     struct timespec before, after;
     clock_gettime(CLOCK_MONOTONIC, &before);
     uint32_t published = e->block_count;
-    struct bt_block *block = translate_block(e, page, start);
+    struct bt_block *block = translate_block(e, page, start, next);
     clock_gettime(CLOCK_MONOTONIC, &after);
     int64_t ns = (after.tv_sec - before.tv_sec) * 1000000000ll + (after.tv_nsec - before.tv_nsec);
     e->translate_ns += (uint64_t)ns;
@@ -175,7 +187,7 @@ static struct bt_block *block_in_page(struct bt_vcpu *b, gva_t gva, uint64_t ram
     if (page)
         page->gva = gva & ~PAGE_MASK_BITS;
     if (!block && page && cache_room(e) && e->tc_used <= e->debug.tc_bytes)
-        block = translate(b, page, start);
+        block = translate(b, page, start, next_page(b, start));
     else if (!block)
         *full = true;
     if (block)
@@ -298,7 +310,7 @@ static void site_note(struct bt_vcpu *b, uint32_t tc, uint64_t epoch, bool cross
     }
     if (site && block->valid) {
         cache_block_drop(e, block);
-        struct bt_block *new = cache_room(e) ? translate(b, block->page, block->start) : NULL;
+        struct bt_block *new = cache_room(e) ? translate(b, block->page, block->start, block->page->crosses ? block->page->crosses->offset : ~0ull) : NULL;
         if (new)
             block_redirect(e, block, new);
     }

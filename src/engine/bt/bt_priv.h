@@ -105,6 +105,7 @@ struct bt_page {
     uint32_t *dt;              /* 4096 slots: TC offset of the dynamic entry of the block that starts at this byte, 0: none */
     struct bt_block *blocks;   /* newest first, valid ones only */
     uint32_t links;            /* index + 1 of the first link into this page */
+    const struct bt_page *crosses; /* the page that the last instruction of this one goes on in, when it has been translated; NULL: none */
     struct bt_page *next;      /* in its hash bucket */
     struct bt_page *same_page; /* other modes of the same physical page */
     uint8_t odd_sites[512];    /* bit per byte offset: the instruction there crosses pages now and then: its check branches instead of faulting */
@@ -139,6 +140,7 @@ struct bt_link {
 
 enum bt_site_kind {
     SITE_INSN, /* guest rip = page_va + page_offset: the instruction has had no effect yet */
+    SITE_NEXT_PAGE, /* like SITE_INSN: checks that the page in which the instruction ends is the one that it was translated with; R10 and R11 are scratch */
     SITE_JUMP, /* all before is done; guest rip is in R11 and R10 is scratch (dynamic transfer). When R11 is not canonical, the branch itself raises #GP: then the state
                 * before it is rip = page_va + page_offset with rsp_adjust undone (BT_EXIT_interp executes the branch again) */
 };
@@ -249,6 +251,7 @@ struct bt_engine {
 };
 
 #define BT_CODE_PRESENT 1u   /* window W's page is read-only: translations exist */
+#define BT_CODE_CROSSED 2u   /* an instruction of another page, translated there, ends in this one */
 #define BT_CODE_THRASH 0xf0u /* counts drops of the page, saturating; decays at flushes */
 
 #define BT_POLL_OK 0
@@ -364,6 +367,8 @@ struct bt_block *cache_publish(struct bt_engine *e, const struct bt_block *block
 void cache_block_drop(struct bt_engine *e, struct bt_block *block);
 /* Drops all translations of the RAM page and makes window W writable there again. */
 void cache_page_drop(struct bt_engine *e, uint64_t ram_offset);
+/* An instruction of `page` that ends in `next` is being translated: when `next` is dropped, so is `page`. */
+void cache_page_cross(struct bt_engine *e, struct bt_page *page, const struct bt_page *next);
 /* Links the jump to another page whose displacement is at TC offset `at` to the block. */
 void cache_link_far(struct bt_engine *e, uint32_t at, const struct bt_block *target);
 void cache_flush(struct bt_engine *e); /* with the world stopped */
@@ -385,9 +390,9 @@ void forms_destroy(struct bt_forms *forms);
 
 /* ---- translate.c ---- */
 
-/* Translates the block at page->offset + start. lock held, cache_room true. NULL: not translatable here (crosses the page's end, first instruction not
- * understood): the interpreter executes one instruction instead. */
-struct bt_block *translate_block(struct bt_engine *e, struct bt_page *page, unsigned start);
+/* Translates the block at page->offset + start; always makes one. lock held, cache_room true. next_ram_offset: the page that follows in linear address space, ~0 when it is not
+ * known: then an instruction that goes on there is the interpreter's. */
+struct bt_block *translate_block(struct bt_engine *e, struct bt_page *page, unsigned start, uint64_t next_ram_offset);
 /* Memory operands of the instruction at `bytes`, evaluated with the guest's registers in b->c.v.cpu: for filling after a fault. Returns their number (0..4), or -1 when it
  * cannot tell (then the interpreter does the instruction). */
 struct bt_access {

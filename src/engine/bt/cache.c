@@ -319,6 +319,27 @@ static bool blocks_drop(struct bt_engine *e, struct bt_page *page) /* true: ther
     return any;
 }
 
+void cache_page_cross(struct bt_engine *e, struct bt_page *page, const struct bt_page *next)
+{
+    page->crosses = next;
+    __atomic_or_fetch(&e->code_flags[next->offset / PAGE_SIZE_BYTES], BT_CODE_CROSSED, __ATOMIC_RELAXED);
+}
+
+/* Pages with an instruction that ends in the page at `ram_offset`. */
+static bool crossers_drop(struct bt_engine *e, uint64_t ram_offset)
+{
+    bool dropped = false;
+    for (uint32_t n = 0; n < e->page_count; n++) {
+        struct bt_page *page = &e->page_store[n];
+        if (page->crosses && page->crosses->offset == ram_offset) {
+            dropped |= blocks_drop(e, page);
+            page->crosses = NULL;
+        }
+    }
+    __atomic_and_fetch(&e->code_flags[ram_offset / PAGE_SIZE_BYTES], (uint8_t)~BT_CODE_CROSSED, __ATOMIC_RELAXED);
+    return dropped;
+}
+
 /* True when a vCPU may be inside a block that was dropped. */
 static bool page_drop(struct bt_engine *e, uint64_t ram_offset)
 {
@@ -328,6 +349,8 @@ static bool page_drop(struct bt_engine *e, uint64_t ram_offset)
         return false;
     for (struct bt_page *page = newest_of(e, ram_offset); page; page = page->same_page)
         dropped |= blocks_drop(e, page);
+    if (*flags & BT_CODE_CROSSED)
+        dropped |= crossers_drop(e, ram_offset);
     flags_set_present(e, ram_offset, false);
     if ((*flags & BT_CODE_THRASH) != BT_CODE_THRASH)
         __atomic_store_n(flags, *flags + THRASH_ONE, __ATOMIC_RELAXED);

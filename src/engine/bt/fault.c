@@ -25,6 +25,7 @@
 #endif
 #define ENGINES_MAX 64
 #define STACK_BYTES (128u << 10)
+#define INSN_BYTES_MAX 15u
 #define RETRIES_MAX 4
 #define ERROR_WRITE 2u /* of a host page fault */
 #define FLAGS_GUEST (RFLAGS_OSZAPC | RFLAGS_DF)
@@ -180,14 +181,28 @@ static bool retries_exhausted(struct bt_fault *f, const struct bt_access *access
     return true;
 }
 
+/* The bytes of the instruction, up to 15, also those in the next page when it was translated with that. */
+static unsigned insn_fetch(const struct bt_engine *e, const struct bt_page *page, unsigned offset, uint8_t bytes[INSN_BYTES_MAX])
+{
+    unsigned here = (unsigned)PAGE_SIZE_BYTES - offset;
+    if (here > INSN_BYTES_MAX)
+        here = INSN_BYTES_MAX;
+    memcpy(bytes, e->layout.window_r + page->offset + offset, here);
+    if (here == INSN_BYTES_MAX || !page->crosses)
+        return here;
+    memcpy(bytes + here, e->layout.window_r + page->crosses->offset, INSN_BYTES_MAX - here);
+    return INSN_BYTES_MAX;
+}
+
 static bool fill(struct bt_fault *f)
 {
     struct bt_vcpu *b = f->b;
     struct bt_access access[4];
     unsigned offset = f->site->page_offset;
     insn_save(f);
-    const uint8_t *bytes = b->engine->layout.window_r + f->block->page->offset + offset;
-    int count = translate_accesses(b, bytes, (unsigned)PAGE_SIZE_BYTES - offset, access);
+    uint8_t bytes[INSN_BYTES_MAX];
+    unsigned available = insn_fetch(b->engine, f->block->page, offset, bytes);
+    int count = translate_accesses(b, bytes, available, access);
     if (count <= 0 || retries_exhausted(f, access, count))
         return leave(f, BT_EXIT_data);
     for (int n = 0; n < count; n++)
@@ -204,12 +219,14 @@ static bool fill(struct bt_fault *f)
 static bool memory_fault(struct bt_fault *f)
 {
     struct bt_vcpu *b = f->b;
-    bool jump = f->site->kind == SITE_JUMP;
-    bool committed = f->memory && tables_commit(b, f->address, 0, jump);
+    bool jump = f->site->kind == SITE_JUMP, next_page = f->site->kind == SITE_NEXT_PAGE;
+    bool committed = f->memory && tables_commit(b, f->address, 0, jump || next_page);
     if (jump)
         return leave_jump(f);
     if (committed)
         return start_again(f);
+    if (next_page)
+        return leave_insn(f, atomic_load(&b->exec_mask) ? BT_EXIT_interp : BT_EXIT_attention);
     if (f->memory && crossing_check(f)) {
         b->fault_crossing = true;
         return leave_insn(f, BT_EXIT_data);

@@ -90,6 +90,14 @@ static void emit_link_exit(struct translation *t, const uint8_t *displacement, i
     emit_jump_stub(t, t->e->stubs.link);
 }
 
+void emit_next_page_check(struct translation *t, const struct tinsn *i)
+{
+    site_add(t, SITE_NEXT_PAGE, i->offset, CANONICAL);
+    emit_rip(t, (int32_t)PAGE_SIZE_BYTES);
+    emit_load_e(&t->out);
+    emit_op_mem(&t->out, false, 0x8b, 10, 10, 11, 2, (int32_t)(t->e->layout.witness - (const uint8_t *)t->next->dt));
+}
+
 /* Direct jump to the linear address in R11, in another page, from canonical state: struct bt_link. */
 static void emit_transfer_far(struct translation *t, const struct tinsn *i, int rsp_adjust)
 {

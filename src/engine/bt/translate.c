@@ -137,6 +137,24 @@ static void sti_settle(struct translation *t)
     }
 }
 
+/* The last instruction of a page, of which `here` bytes are in it, is decoded with those in the next page. */
+static void decode_crossing(struct translation *t, const struct analyze_context *a, struct tinsn *i, unsigned here)
+{
+    struct bt_engine *e = t->e;
+    if (t->next_ram_offset == ~0ull || here >= INSN_BYTES_MAX)
+        return;
+    const struct bt_page *next = cache_page(e, t->next_ram_offset, physmap_gpa(e->interp.memory, t->next_ram_offset), &t->page->mode);
+    if (!next || (t->page->crosses && t->page->crosses != next))
+        return;
+    memcpy(t->crossing, e->layout.window_r + t->page->offset + i->offset, here);
+    memcpy(t->crossing + here, e->layout.window_r + next->offset, INSN_BYTES_MAX);
+    analyze_insn(a, t->crossing, INSN_BYTES_MAX, i->offset, i);
+    if (i->kind == TI_EXIT)
+        return;
+    cache_page_cross(e, t->page, next);
+    t->next = next;
+}
+
 static void decode_block(struct translation *t, unsigned start)
 {
     struct analyze_context a = {.c = NULL, .mode = t->page->mode, .forms = t->e->forms};
@@ -148,6 +166,8 @@ static void decode_block(struct translation *t, unsigned start)
     while (t->count < t->e->debug.block_insns && offset < PAGE_SIZE_BYTES) {
         struct tinsn *i = &t->insn[t->count++];
         analyze_insn(&a, bytes + offset, (unsigned)PAGE_SIZE_BYTES - offset, offset, i);
+        if (!i->length)
+            decode_crossing(t, &a, i, (unsigned)PAGE_SIZE_BYTES - offset);
         if (bitmap_has(t->page->call_sites, offset)) {
             i->kind = TI_EXIT;
             i->exit = BT_EXIT_data;
@@ -164,6 +184,10 @@ static void translation_emit(struct translation *t)
     bool after_sti = false;
     for (t->at = 0; t->at < t->count; t->at++) {
         const struct tinsn *i = &t->insn[t->at];
+        if (t->next && t->at == t->count - 1) {
+            canonicalize(t);
+            emit_next_page_check(t, i);
+        }
         emit_insn(t, i);
         t->poll_sti = after_sti;
         after_sti = i->kind == TI_STI;
@@ -184,11 +208,13 @@ static void emit_entry(struct translation *t, unsigned start)
     emit_store_gs(&t->out, start ? 10 : 11, BT_CTX(page_va));
 }
 
-struct bt_block *translate_block(struct bt_engine *e, struct bt_page *page, unsigned start)
+struct bt_block *translate_block(struct bt_engine *e, struct bt_page *page, unsigned start, uint64_t next_ram_offset)
 {
     struct translation t;
     t.e = e;
     t.page = page;
+    t.next_ram_offset = next_ram_offset;
+    t.next = NULL;
     t.free = CANONICAL;
     t.clean = 0;
     for (unsigned n = 0; n < GROUPS; n++)
@@ -210,7 +236,8 @@ struct bt_block *translate_block(struct bt_engine *e, struct bt_page *page, unsi
     translation_emit(&t);
     const struct tinsn *last = &t.insn[t.count - 1];
     block.tc_end = (uint32_t)(t.out.at - e->layout.tc_write);
-    block.length = (uint16_t)(last->offset + last->length - start);
+    unsigned end = last->offset + last->length;
+    block.length = (uint16_t)((end < PAGE_SIZE_BYTES ? end : PAGE_SIZE_BYTES) - start);
     block.insns = (uint16_t)t.count;
     block.site_count = (uint16_t)t.sites;
     return cache_publish(e, &block, t.site);

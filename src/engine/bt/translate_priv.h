@@ -81,6 +81,7 @@ void analyze_insn(const struct analyze_context *a, const uint8_t *bytes, unsigne
 
 /* ---- a translation under way ---- */
 
+#define INSN_BYTES_MAX 15u
 #define INSNS_MAX BT_BLOCK_INSNS_MAX
 #define DEFERRED_MAX (2 * INSNS_MAX + 2)
 #define SITES_MAX (INSNS_MAX * 3)
@@ -113,6 +114,9 @@ struct group {
 struct translation {
     struct bt_engine *e;
     struct bt_page *page;
+    uint64_t next_ram_offset;   /* of the page that follows in linear address space; ~0: unknown */
+    const struct bt_page *next; /* the same, when the block's last instruction ends in it */
+    uint8_t crossing[2 * INSN_BYTES_MAX]; /* that instruction's bytes */
     struct emitter out;
     uint8_t *start;
     uint8_t s[2];   /* two scratch registers for the instruction being translated */
@@ -162,6 +166,8 @@ void emit_pop_to(struct translation *t, struct bt_site *site, unsigned to);
 
 /* transfer.c */
 struct bt_site *site_here(struct translation *t, const struct tinsn *i);
+/* Faults unless the next page's linear address leads to t->next. From canonical state, which it keeps. */
+void emit_next_page_check(struct translation *t, const struct tinsn *i);
 void emit_leave_in_page(struct translation *t, unsigned offset, enum bt_exit reason);
 void defer(struct translation *t, enum deferred_kind kind, const struct tinsn *i, int32_t target, uint8_t *patch);
 void deferred_emit(struct translation *t, const struct deferred *d);
