@@ -41,6 +41,11 @@ uint64_t inputs_tsc(void)
     return __rdtsc();
 }
 
+bool inputs_tsc_is_host(void)
+{
+    return true;
+}
+
 /* CPUID leaf 15H, SDM vol. 2, CPUID: crystal frequency (ECX) times EBX / EAX. 0 when not given. */
 static uint64_t tsc_khz_leaf_15(void)
 {

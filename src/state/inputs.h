@@ -5,6 +5,7 @@
 #ifndef DOPPEL_STATE_INPUTS_H
 #define DOPPEL_STATE_INPUTS_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -14,6 +15,8 @@ uint64_t inputs_now_ns(void);
 uint64_t inputs_wall_ns(void);
 /* Host time stamp counter; a vCPU adds its own offset. */
 uint64_t inputs_tsc(void);
+/* True: inputs_tsc() is the host's RDTSC and nobody wants to know of each call, so engines may let guests execute RDTSC itself. Never changes while processors run. */
+bool inputs_tsc_is_host(void);
 /* Frequency of inputs_tsc in kHz; measured or read from CPUID once, then cached. */
 uint64_t inputs_tsc_khz(void);
 /* Fills from getrandom(2). Returns 0 or -errno. */

@@ -26,6 +26,11 @@ static void emit_effective_address(struct translation *t, const struct tinsn *i,
     }
 }
 
+static int32_t segment_base_field(const struct tinsn *i)
+{
+    return i->segment == TI_FS ? BT_CTX(c.segment_base[SEG_FS]) : BT_CTX(c.segment_base[SEG_GS]);
+}
+
 /* V of the page of the address in `from` into `to`, after checking that `size` bytes do not cross into another. */
 static void emit_lookup(struct translation *t, unsigned to, unsigned from, unsigned size)
 {
@@ -88,7 +93,7 @@ struct address emit_access(struct translation *t, const struct tinsn *i, struct 
     } else {
         emit_effective_address(t, i, ea);
         if (i->segment != TI_FLAT) {
-            emit_load_gs(&t->out, v, i->segment == TI_FS ? BT_CTX(c.segment_base[SEG_FS]) : BT_CTX(c.segment_base[SEG_GS]));
+            emit_load_gs(&t->out, v, segment_base_field(i));
             emit_lea(&t->out, ea, ea, v, 0, 0);
         }
     }
@@ -97,6 +102,42 @@ struct address emit_access(struct translation *t, const struct tinsn *i, struct 
         size = 1;
     }
     emit_lookup(t, v, ea, size);
+    return (struct address){ea, v, 0};
+}
+
+/* Where BT and its like find their bit: the offset in a register reaches beyond the operand in units of its size, both ways (SDM vol. 2, BT). The host's instruction adds the
+ * distance itself, so only V is looked up at the unit. */
+struct address emit_bit_string_access(struct translation *t, const struct tinsn *i)
+{
+    struct emitter *out = &t->out;
+    unsigned v = t->s[0], ea = t->s[1], size = i->mem_size, shift = (unsigned)__builtin_ctz(size);
+    if (size == 8)
+        emit_mov(out, v, i->reg);
+    else if (size == 4)
+        emit_op_reg(out, true, 0x63, v, i->reg); /* MOVSXD */
+    else
+        emit_movsx16(out, v, i->reg);
+    emit_mov_imm32(out, ea, shift + 3);
+    emit_sarx(out, v, v, ea);
+    emit_effective_address(t, i, ea);
+    emit_lea(out, ea, ea, v, shift, 0);
+    if (i->segment != TI_FLAT) {
+        emit_load_gs(out, v, segment_base_field(i));
+        emit_lea(out, ea, ea, v, 0, 0);
+    }
+    if (bitmap_has(t->page->odd_sites, i->offset) && v != GPR_RCX) {
+        emit_crossing_branch(t, i, ea, size);
+        size = 1;
+    }
+    emit_lookup(t, v, ea, size);
+    if (i->segment == TI_FLAT) {
+        emit_effective_address(t, i, ea);
+    } else { /* three summands, and one register to add them in */
+        emit_load_gs(out, ea, segment_base_field(i));
+        emit_lea(out, ea, ea, i->index, i->scale, i->disp);
+        if (i->base != TI_NONE)
+            emit_lea(out, ea, ea, i->base, 0, 0);
+    }
     return (struct address){ea, v, 0};
 }
 

@@ -11,6 +11,7 @@
 
 #include "engine/bt/translate_priv.h"
 #include "engine/interp/native_priv.h"
+#include "state/inputs.h"
 
 #define RET_RELEASE_MAX 96
 #define NEAR_OVERFLOW (INT32_MAX - 8192) /* displacements beyond may leave 32 bits when offsets in the page are added */
@@ -255,8 +256,106 @@ static bool is_jcc(const ZydisDecodedInstruction *zi)
            (zi->opcode_map == ZYDIS_OPCODE_MAP_0F && (zi->opcode & 0xf0) == 0x80);
 }
 
+/* What of the processor's state MOV, RDFSBASE and RDGSBASE read: its place in the context, 0: not translated. */
+static int32_t state_field(ZydisRegister reg, enum tinsn_kind *kind)
+{
+    static const struct {
+        uint16_t reg;
+        uint8_t kind;
+        int32_t field;
+    } fields[] = {
+        {ZYDIS_REGISTER_ES, TI_LOAD_SELECTOR, BT_CTX(c.v.cpu.seg[SEG_ES].selector)}, {ZYDIS_REGISTER_CS, TI_LOAD_SELECTOR, BT_CTX(c.v.cpu.seg[SEG_CS].selector)},
+        {ZYDIS_REGISTER_SS, TI_LOAD_SELECTOR, BT_CTX(c.v.cpu.seg[SEG_SS].selector)}, {ZYDIS_REGISTER_DS, TI_LOAD_SELECTOR, BT_CTX(c.v.cpu.seg[SEG_DS].selector)},
+        {ZYDIS_REGISTER_FS, TI_LOAD_SELECTOR, BT_CTX(c.v.cpu.seg[SEG_FS].selector)}, {ZYDIS_REGISTER_GS, TI_LOAD_SELECTOR, BT_CTX(c.v.cpu.seg[SEG_GS].selector)},
+        {ZYDIS_REGISTER_CR0, TI_LOAD_STATE, BT_CTX(c.v.cpu.cr0)},                    {ZYDIS_REGISTER_CR2, TI_LOAD_STATE, BT_CTX(c.v.cpu.cr2)},
+        {ZYDIS_REGISTER_CR3, TI_LOAD_STATE, BT_CTX(c.v.cpu.cr3)},                    {ZYDIS_REGISTER_CR4, TI_LOAD_STATE, BT_CTX(c.v.cpu.cr4)},
+    };
+    for (unsigned n = 0; n < sizeof(fields) / sizeof(fields[0]); n++)
+        if (fields[n].reg == reg) {
+            *kind = (enum tinsn_kind)fields[n].kind;
+            return fields[n].field;
+        }
+    return 0;
+}
+
+/* MOV from segment and control registers. */
+static bool state_move(struct tinsn *t, const struct decode *d, bool user)
+{
+    enum tinsn_kind kind = TI_EXIT;
+    if (d->op[0].type != ZYDIS_OPERAND_TYPE_REGISTER || d->op[1].type != ZYDIS_OPERAND_TYPE_REGISTER)
+        return false;
+    int32_t field = state_field(d->op[1].reg.value, &kind);
+    if (!field || d->op[0].size < 32 || (user && kind != TI_LOAD_SELECTOR))
+        return false;
+    bool high = false;
+    t->reg = (uint8_t)gpr_number(d->op[0].reg.value, &high);
+    t->imm = field;
+    t->kind = (uint8_t)kind;
+    return true;
+}
+
+static bool base_move(struct tinsn *t, const struct decode *d, bool exists)
+{
+    bool high = false, write = d->zi.mnemonic == ZYDIS_MNEMONIC_WRFSBASE || d->zi.mnemonic == ZYDIS_MNEMONIC_WRGSBASE;
+    bool fs = d->zi.mnemonic == ZYDIS_MNEMONIC_RDFSBASE || d->zi.mnemonic == ZYDIS_MNEMONIC_WRFSBASE;
+    if (!exists)
+        return false;
+    t->reg = (uint8_t)gpr_number(d->op[0].reg.value, &high);
+    t->mem_size = d->op[0].size / 8;
+    if (write) {
+        t->kind = TI_WRITE_BASE;
+        t->imm = fs ? SEG_FS : SEG_GS;
+    } else {
+        t->kind = t->mem_size == 4 ? TI_LOAD_STATE32 : TI_LOAD_STATE;
+        t->imm = fs ? BT_CTX(c.v.cpu.seg[SEG_FS].base) : BT_CTX(c.v.cpu.seg[SEG_GS].base);
+    }
+    return true;
+}
+
+static bool bit_string(struct tinsn *t, const struct decode *d)
+{
+    bool high = false;
+    if (!t->memory || t->address32 || d->op[0].type != ZYDIS_OPERAND_TYPE_MEMORY || d->op[1].type != ZYDIS_OPERAND_TYPE_REGISTER)
+        return false;
+    t->reg = (uint8_t)gpr_number(d->op[1].reg.value, &high);
+    t->kind = TI_BIT_STRING;
+    return t->mem_size == 2 || t->mem_size == 4 || t->mem_size == 8;
+}
+
+/* Instructions about the processor's own state. */
+static bool system_state(struct tinsn *t, const struct decode *d, const struct bt_mode *mode)
+{
+    switch (d->zi.mnemonic) {
+    case ZYDIS_MNEMONIC_CLI:
+    case ZYDIS_MNEMONIC_STI:
+        t->kind = d->zi.mnemonic == ZYDIS_MNEMONIC_CLI ? TI_CLI : TI_STI;
+        return !mode->user;
+    case ZYDIS_MNEMONIC_SWAPGS:
+        t->kind = TI_SWAPGS;
+        return !mode->user;
+    case ZYDIS_MNEMONIC_RDTSC:
+    case ZYDIS_MNEMONIC_RDTSCP:
+        t->kind = d->zi.mnemonic == ZYDIS_MNEMONIC_RDTSC ? TI_RDTSC : TI_RDTSCP;
+        return !(mode->cr4 & BT_MODE_TSD) && inputs_tsc_is_host();
+    case ZYDIS_MNEMONIC_RDFSBASE:
+    case ZYDIS_MNEMONIC_RDGSBASE:
+    case ZYDIS_MNEMONIC_WRFSBASE:
+    case ZYDIS_MNEMONIC_WRGSBASE:
+        return base_move(t, d, mode->cr4 & BT_MODE_FSGSBASE);
+    case ZYDIS_MNEMONIC_MOV:
+        return state_move(t, d, mode->user);
+    case ZYDIS_MNEMONIC_BT:
+    case ZYDIS_MNEMONIC_BTS:
+    case ZYDIS_MNEMONIC_BTR:
+    case ZYDIS_MNEMONIC_BTC:
+        return bit_string(t, d);
+    default:
+        return false;
+    }
+}
+
 /* False: not an instruction with a translation of its own. */
-static bool special(struct tinsn *t, const struct decode *d, bool user)
+static bool special(struct tinsn *t, const struct decode *d)
 {
     switch (d->zi.mnemonic) {
     case ZYDIS_MNEMONIC_PUSH:
@@ -273,12 +372,6 @@ static bool special(struct tinsn *t, const struct decode *d, bool user)
     case ZYDIS_MNEMONIC_PUSHFQ:
         t->kind = TI_PUSHF;
         t->flags_read = RFLAGS_OSZAPC;
-        return true;
-    case ZYDIS_MNEMONIC_CLI:
-    case ZYDIS_MNEMONIC_STI:
-        if (user)
-            return false;
-        t->kind = d->zi.mnemonic == ZYDIS_MNEMONIC_CLI ? TI_CLI : TI_STI;
         return true;
     case ZYDIS_MNEMONIC_JMP:
         branch(t, d, TI_JMP, TI_JMP_REG, TI_JMP_MEM);
@@ -385,9 +478,9 @@ static void classify(const struct analyze_context *a, struct tinsn *t, const str
     encoding_note(t, d);
     flags_note(t, d);
     adjustment_note(t, d);
-    if (special(t, d, a->mode.user)) {
+    if (special(t, d) || system_state(t, d, &a->mode))
         return;
-    }
+    exit_with(t, BT_EXIT_interp);
     if (!is_plain(d) && !is_native(a, t, d))
         return;
     if (d->zi.mnemonic == ZYDIS_MNEMONIC_CMPXCHG16B)
@@ -442,7 +535,7 @@ void forms_destroy(struct bt_forms *forms)
 
 static struct form *form_slot(const struct analyze_context *a, const uint8_t *bytes, unsigned length)
 {
-    uint64_t hash = length | (uint64_t)a->mode.user << 4 | (uint64_t)a->mode.simd_blocked << 5;
+    uint64_t hash = length | (uint64_t)a->mode.user << 4 | (uint64_t)a->mode.cr4 << 16 | (uint64_t)a->mode.simd_blocked << 5;
     for (unsigned n = 0; n < length; n++)
         hash = (hash ^ bytes[n]) * 0x9e3779b97f4a7c15ull;
     return &a->forms->form[hash >> 40 & (FORMS - 1)];

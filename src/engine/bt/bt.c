@@ -30,10 +30,12 @@
 
 static struct bt_mode mode_of(const struct icpu *c)
 {
+    uint64_t cr4 = c->v.cpu.cr4;
     return (struct bt_mode){
         .code_bits = (uint8_t)c->code_bits,
         .user = c->cpl == 3,
         .simd_blocked = (uint8_t)c->simd_blocked,
+        .cr4 = (uint8_t)((c->cpl && cr4 & CR4_TSD ? BT_MODE_TSD : 0) | (cr4 & CR4_FSGSBASE ? BT_MODE_FSGSBASE : 0)),
     };
 }
 

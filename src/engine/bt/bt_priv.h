@@ -91,8 +91,12 @@ struct bt_mode {
     uint8_t code_bits; /* 32 or 64 */
     uint8_t user;      /* CPL 3 */
     uint8_t simd_blocked; /* icpu.simd_blocked */
+    uint8_t cr4;       /* BT_MODE_* */
     uint8_t flat;      /* 32-bit: bit n set: segment n has base 0 and limit 4 GiB; 64-bit: 0 */
 };
+
+#define BT_MODE_TSD 1u      /* RDTSC is not for this CPL */
+#define BT_MODE_FSGSBASE 2u /* RDFSBASE and the like exist */
 
 struct bt_block;
 

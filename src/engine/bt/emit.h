@@ -138,6 +138,35 @@ static inline void emit_rorx(struct emitter *e, unsigned to, unsigned from, unsi
     emit8(e, count);
 }
 
+/* MOVSX to64, from16 */
+static inline void emit_movsx16(struct emitter *e, unsigned to, unsigned from)
+{
+    emit_rex(e, emit_rex_of(true, to, from, EMIT_NONE));
+    emit8(e, 0x0f);
+    emit8(e, 0xbf);
+    emit8(e, 0xc0 | (to & 7) << 3 | (from & 7));
+}
+
+/* MOVZX to32, word gs:[...] */
+static inline void emit_movzx16_gs(struct emitter *e, unsigned to, int32_t gs)
+{
+    emit8(e, 0x65);
+    emit_rex(e, emit_rex_of(false, to, EMIT_NONE, EMIT_NONE));
+    emit8(e, 0x0f);
+    emit8(e, 0xb7);
+    emit_address(e, to, EMIT_NONE, EMIT_NONE, 0, gs, false);
+}
+
+/* SARX to, from, count */
+static inline void emit_sarx(struct emitter *e, unsigned to, unsigned from, unsigned count)
+{
+    emit8(e, 0xc4);
+    emit8(e, (~to >> 3 & 1) << 7 | 0x40 | (~from >> 3 & 1) << 5 | 2);
+    emit8(e, 0x80 | (~count & 15) << 3 | 2);
+    emit8(e, 0xf7);
+    emit8(e, 0xc0 | (to & 7) << 3 | (from & 7));
+}
+
 /* PEXT to, from, gs:[mask] */
 static inline void emit_pext_gs(struct emitter *e, unsigned to, unsigned from, int32_t mask)
 {

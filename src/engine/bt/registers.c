@@ -95,7 +95,7 @@ void canonicalize(struct translation *t)
 
 bool has_plain_base(const struct tinsn *i)
 {
-    return i->memory && i->base != TI_NONE && i->index == TI_NONE && !i->address32 && i->segment == TI_FLAT && !i->rip_relative;
+    return i->memory && i->kind != TI_BIT_STRING && i->base != TI_NONE && i->index == TI_NONE && !i->address32 && i->segment == TI_FLAT && !i->rip_relative;
 }
 
 /* The access that the instruction implies: its base register, or TI_NONE, and its displacement; all are 8 bytes. */

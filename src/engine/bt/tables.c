@@ -558,7 +558,7 @@ static struct bt_view *view_current(struct bt_vcpu *b)
 
 static bool mode_equal(const struct bt_mode *x, const struct bt_mode *y)
 {
-    return x->code_bits == y->code_bits && x->user == y->user && x->simd_blocked == y->simd_blocked && x->flat == y->flat;
+    return x->code_bits == y->code_bits && x->user == y->user && x->simd_blocked == y->simd_blocked && x->cr4 == y->cr4 && x->flat == y->flat;
 }
 
 void tables_select(struct bt_vcpu *b)

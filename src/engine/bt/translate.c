@@ -29,12 +29,6 @@ static void registers_provide(struct translation *t, const struct tinsn *i)
 static void emit_insn(struct translation *t, const struct tinsn *i)
 {
     registers_provide(t, i);
-    if (t->poll_sti && i->kind != TI_STI) {
-        /* The instruction before this one was the first after STI. */
-        site_here(t, i);
-        emit_poll(t, BT_CTX(poll_sti));
-        t->poll_sti = false;
-    }
     struct bt_site *site = site_here(t, i);
     switch (i->kind) {
     case TI_COPY:
@@ -76,15 +70,6 @@ static void emit_insn(struct translation *t, const struct tinsn *i)
         emit_lea(&t->out, GPR_RSP, GPR_RBP, EMIT_NONE, 0, 8);
         emit_mov(&t->out, GPR_RBP, t->s[1]);
         break;
-    case TI_PUSHF:
-        emit_pushf(t, site);
-        break;
-    case TI_CLI:
-        emit_mov_gs_imm8(&t->out, BT_CTX(c.v.cpu.rflags) + 1, 0);
-        break;
-    case TI_STI:
-        emit_mov_gs_imm8(&t->out, BT_CTX(c.v.cpu.rflags) + 1, RFLAGS_IF >> 8);
-        break;
     case TI_JCC:
         emit_jcc(t, i);
         break;
@@ -114,28 +99,14 @@ static void emit_insn(struct translation *t, const struct tinsn *i)
         emit_leave_in_page(t, i->offset, i->exit);
         break;
     default:
-        __builtin_unreachable();
+        emit_system(t, i, site);
+        break;
     }
     t->clean &= (uint16_t)~i->writes;
     groups_move(t, i);
 }
 
 /* ---- blocks ---- */
-
-/* STI is translated when what follows is an ordinary instruction, after which interrupts are looked for; else the interpreter minds the shadow. */
-static void sti_settle(struct translation *t)
-{
-    for (unsigned n = 0; n < t->count; n++) {
-        if (t->insn[n].kind != TI_STI)
-            continue;
-        bool follows = n + 2 < t->count && t->insn[n + 1].kind < TI_STI;
-        if (!follows) {
-            t->insn[n].kind = TI_EXIT;
-            t->insn[n].exit = BT_EXIT_interp;
-            t->count = n + 1;
-        }
-    }
-}
 
 /* The last instruction of a page, of which `here` bytes are in it, is decoded with those in the next page. */
 static void decode_crossing(struct translation *t, const struct analyze_context *a, struct tinsn *i, unsigned here)
@@ -176,12 +147,10 @@ static void decode_block(struct translation *t, unsigned start)
             break;
         offset += i->length;
     }
-    sti_settle(t);
 }
 
 static void translation_emit(struct translation *t)
 {
-    bool after_sti = false;
     for (t->at = 0; t->at < t->count; t->at++) {
         const struct tinsn *i = &t->insn[t->at];
         if (t->next && t->at == t->count - 1) {
@@ -189,8 +158,6 @@ static void translation_emit(struct translation *t)
             emit_next_page_check(t, i);
         }
         emit_insn(t, i);
-        t->poll_sti = after_sti;
-        after_sti = i->kind == TI_STI;
     }
     const struct tinsn *last = &t->insn[t->count - 1];
     if (!TI_ENDS(last->kind)) {
@@ -219,7 +186,6 @@ struct bt_block *translate_block(struct bt_engine *e, struct bt_page *page, unsi
     t.clean = 0;
     for (unsigned n = 0; n < GROUPS; n++)
         t.group[n].v = TI_NONE;
-    t.poll_sti = false;
     t.count = t.at = t.sites = t.deferred_count = 0;
     while ((uintptr_t)(e->layout.tc_write + e->tc_used) % 16)
         e->layout.tc_write[e->tc_used++] = 0xcc;
@@ -274,6 +240,8 @@ int translate_accesses(struct bt_vcpu *b, const uint8_t *bytes, unsigned availab
         access[count++] = (struct bt_access){operand_address(b, &i), i.mem_size, i.mem_write, false};
     if (i.aligned && (access[0].gva & (i.mem_size - 1u)))
         return -1; /* raises #GP, and the page is neither accessed nor dirty */
+    if (i.kind == TI_BIT_STRING)
+        access[0].gva += (uint64_t)bit_string_distance(b, &i);
     switch (i.kind) {
     case TI_EXIT:
         return -1;

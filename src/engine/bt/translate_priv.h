@@ -24,6 +24,14 @@ enum tinsn_kind {
     TI_PUSHF,
     TI_CLI,
     TI_STI,
+    TI_BIT_STRING, /* BT BTS BTR BTC of memory with the bit offset in `reg` */
+    TI_RDTSC,
+    TI_RDTSCP,
+    TI_SWAPGS,
+    TI_LOAD_SELECTOR, /* `reg` gets the 16 bits at gs:[imm] */
+    TI_LOAD_STATE,    /* `reg` gets the 64 bits at gs:[imm] */
+    TI_LOAD_STATE32,
+    TI_WRITE_BASE,    /* WRFSBASE, WRGSBASE: `imm` is the segment's number */
     TI_JCC,     /* `target`, `condition` */
     TI_LOOP,    /* LOOPcc, JRCXZ: `target` */
     TI_JMP,     /* `target` */
@@ -123,7 +131,6 @@ struct translation {
     uint16_t free;  /* scratch registers: their guest values are in cpu.gpr[] */
     uint16_t clean; /* registers whose value in cpu.gpr[] is the current one */
     struct group group[GROUPS];
-    bool poll_sti;  /* STI was translated: look for interrupts after the next instruction */
     unsigned count, at; /* instructions; the one being translated */
     unsigned sites, deferred_count;
     struct tinsn insn[INSNS_MAX];
@@ -154,6 +161,7 @@ void groups_move(struct translation *t, const struct tinsn *i);
 
 /* access.c */
 struct address emit_access(struct translation *t, const struct tinsn *i, struct bt_site *site);
+struct address emit_bit_string_access(struct translation *t, const struct tinsn *i);
 const uint8_t *insn_bytes(const struct translation *t, const struct tinsn *i);
 void emit_rewritten(struct translation *t, const struct tinsn *i, struct address a);
 void emit_copy(struct translation *t, const struct tinsn *i);
@@ -182,6 +190,7 @@ void emit_loop(struct translation *t, const struct tinsn *i);
 void emit_jmp(struct translation *t, const struct tinsn *i);
 
 /* system.c */
-void emit_pushf(struct translation *t, struct bt_site *site);
+void emit_system(struct translation *t, const struct tinsn *i, struct bt_site *site);
+int64_t bit_string_distance(const struct bt_vcpu *b, const struct tinsn *i); /* from the operand's address to the unit that is accessed */
 
 #endif
