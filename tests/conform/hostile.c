@@ -213,11 +213,9 @@ static void scalar(void)
     unsigned reg = f->reg >= 0 ? (unsigned)f->reg : random_below(16);
     operand_random(&o, &probe, va, 0);
     uint8_t *code = next_code();
-    put_done(code + emit(code, f, &o, reg, 0, 0, false));
-    uint64_t end = probe.ip;
-    while (code[end - probe.ip] != 0xcd || code[end - probe.ip + 1] != USER_DONE)
-        end++;
-    end += 2;
+    unsigned length = emit(code, f, &o, reg, 0, 0, false);
+    put_done(code + length);
+    uint64_t end = probe.ip + length + 2;
     bool stack = !o.segment && (o.base == RSP || o.base == RBP);
     struct expectation want = {NO_TRAP, 0, 0};
     if (f->kind != K_NONE)
