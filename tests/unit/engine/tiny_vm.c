@@ -93,30 +93,35 @@ static const struct vcpu_host_ops tiny_ops = {
     .must_exit = must_exit,
 };
 
-int tiny_vm_create(struct tiny_vm *vm)
+int tiny_vm_create_with(struct tiny_vm *vm, const struct engine_ops *ops)
 {
-    *vm = (struct tiny_vm){.pending_vector = -1};
+    *vm = (struct tiny_vm){.ops = ops, .pending_vector = -1};
     struct cpuid_config config = {.cpu_count = 1, .tsc_khz = 1000000, .apic_bus_hz = 1000000000};
     int rc = physmap_create(&vm->memory, TINY_RAM_BYTES, NULL);
     if (rc)
         return rc;
     vm->cpuid = cpuid_table_build(&config);
-    rc = vm->cpuid ? interp_engine.create(&vm->engine, vm->memory, NULL) : -ENOMEM;
+    rc = vm->cpuid ? ops->create(&vm->engine, vm->memory, NULL) : -ENOMEM;
     if (!rc) {
         struct vcpu_config vcpu = {.host_ops = &tiny_ops, .host = vm, .memory = vm->memory, .cpuid = vm->cpuid};
-        rc = interp_engine.vcpu_create(vm->engine, &vcpu, &vm->vcpu, NULL);
+        rc = ops->vcpu_create(vm->engine, &vcpu, &vm->vcpu, NULL);
     }
     if (rc)
         tiny_vm_destroy(vm);
     return rc;
 }
 
+int tiny_vm_create(struct tiny_vm *vm)
+{
+    return tiny_vm_create_with(vm, &interp_engine);
+}
+
 void tiny_vm_destroy(struct tiny_vm *vm)
 {
     if (vm->vcpu)
-        interp_engine.vcpu_destroy(vm->vcpu);
+        vm->ops->vcpu_destroy(vm->vcpu);
     if (vm->engine)
-        interp_engine.destroy(vm->engine);
+        vm->ops->destroy(vm->engine);
     if (vm->cpuid)
         cpuid_table_destroy(vm->cpuid);
     physmap_destroy(vm->memory);
@@ -226,7 +231,7 @@ void tiny_vm_load(struct tiny_vm *vm, enum tiny_mode mode, const void *code, uin
         cpu->efer = EFER_LME | EFER_LMA | EFER_NXE | EFER_SCE;
         cpu->xcr0 = cpuid_xcr0_allowed(vm->cpuid);
     }
-    interp_engine.state_changed(vm->vcpu);
+    vm->ops->state_changed(vm->vcpu);
 }
 
 void tiny_vm_enter_user(struct tiny_vm *vm, bool bits64)
@@ -236,5 +241,5 @@ void tiny_vm_enter_user(struct tiny_vm *vm, bool bits64)
         cpu->seg[n] = flat(TINY_USER_DS, 0xc0f3);
     cpu->seg[SEG_CS] = bits64 ? flat(TINY_USER_CS64, 0xa0fb) : flat(TINY_USER_CS32, 0xc0fb);
     cpu->gpr[GPR_RSP] = TINY_USER_STACK;
-    interp_engine.state_changed(vm->vcpu);
+    vm->ops->state_changed(vm->vcpu);
 }

@@ -1,5 +1,5 @@
 /*
- * A machine for fragments: 16 MiB of RAM, one vCPU of the interpreter, and host_ops that record what they are asked.
+ * A machine for fragments: 16 MiB of RAM, one vCPU, and host_ops that record what they are asked.
  *
  * The processor starts in a mode of choice with flat segments at TINY_CODE. Vector n's handler is HLT at TINY_HANDLER + 16 * n, so that after a fault rip tells which one and the
  * stack holds the frame. In 64-bit mode the first GiB is mapped one to one by 2 MiB pages (user, writable), without paging otherwise.
@@ -37,6 +37,7 @@ enum tiny_selector {
 enum tiny_mode { TINY_REAL, TINY_PROTECTED, TINY_LONG };
 
 struct tiny_vm {
+    const struct engine_ops *ops;
     struct physmap *memory;
     struct cpuid_table *cpuid;
     struct engine *engine;
@@ -54,7 +55,8 @@ struct tiny_vm {
 };
 
 /* 0 or -errno. */
-int tiny_vm_create(struct tiny_vm *vm);
+int tiny_vm_create(struct tiny_vm *vm); /* of the interpreter */
+int tiny_vm_create_with(struct tiny_vm *vm, const struct engine_ops *ops);
 void tiny_vm_destroy(struct tiny_vm *vm);
 /* Zeroes RAM, builds tables, copies code to TINY_CODE and points the processor at it. */
 void tiny_vm_load(struct tiny_vm *vm, enum tiny_mode mode, const void *code, uint64_t size_bytes);

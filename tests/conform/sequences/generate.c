@@ -1,0 +1,520 @@
+/*
+ * Makes a sequence while the interpreter executes it: whenever RIP comes to a place where nothing has been written yet, one instruction is, and its operands are aimed with the
+ * registers that it will find. Blind places stay INT3, which ends every case.
+ */
+#include "sequence.h"
+
+#include <string.h>
+
+struct queued {
+    struct encoded e;
+    bool relative; /* its displacement is to lead to `target` from RIP */
+    gva_t target;
+};
+
+struct making {
+    struct sequence *s;
+    struct generator *g;
+    const struct world *w;
+    struct tiny_vm *vm;
+    struct encode_rules rules;
+    struct queued queue[8]; /* what comes next, whatever happens */
+    unsigned queued, taken;
+    bool written[CODE_PAGES][PAGE_SIZE_BYTES];
+    unsigned wanted;
+    gva_t loop_head; /* 0: no loop is open */
+    unsigned loop_register;
+    gva_t rip;
+    const uint64_t *gpr;
+};
+
+/* ---- places for code ---- */
+
+static bool is_free(const struct making *m, gva_t gva)
+{
+    int at = world_code_offset(m->w, gva);
+    return at >= 0 && !m->written[at / 4096][at % 4096];
+}
+
+static unsigned room(const struct making *m, gva_t gva)
+{
+    unsigned n = 0;
+    while (n < 15 && is_free(m, gva + n))
+        n++;
+    return n;
+}
+
+static gva_t code_page_pick(struct making *m)
+{
+    unsigned n = encode_pick(m->g, CODE_PAGES + 1);
+    return n < CODE_PAGES ? m->w->code[n] : m->w->native ? m->w->code[0] : m->w->twin_code;
+}
+
+/* Somewhere to jump to. */
+static gva_t place_pick(struct making *m)
+{
+    for (unsigned tries = 0; tries < 20; tries++) {
+        gva_t page = encode_pick(m->g, 2) ? m->rip & ~PAGE_MASK_BITS : code_page_pick(m), at = page + encode_pick(m->g, 4096);
+        if (world_code_offset(m->w, at) >= 0 && (room(m, at) == 15 || !encode_pick(m->g, 8)))
+            return at;
+    }
+    return m->w->code[0] + encode_pick(m->g, 8192);
+}
+
+static void code_write(struct making *m, gva_t gva, const uint8_t *bytes, unsigned length)
+{
+    for (unsigned n = 0; n < length; n++) {
+        int at = world_code_offset(m->w, gva + n);
+        if (at < 0)
+            return;
+        m->s->code[at / 4096][at % 4096] = bytes[n];
+        m->written[at / 4096][at % 4096] = true;
+        *(uint8_t *)physmap_get(m->vm->memory, m->w->code_gpa[at / 4096] + (unsigned)at % 4096, 1, PHYSMAP_READ) = bytes[n];
+    }
+}
+
+/* ---- the queue ---- */
+
+static struct queued *queue_add(struct making *m, const void *bytes, unsigned length)
+{
+    struct queued *q = &m->queue[m->queued++];
+    memset(q, 0, sizeof *q);
+    memset(q->e.bytes, 0xcc, sizeof q->e.bytes);
+    memcpy(q->e.bytes, bytes, length);
+    encode_decode(m->g, &q->e);
+    return q;
+}
+
+static void queue_relative(struct making *m, const void *bytes, unsigned length, gva_t target)
+{
+    struct queued *q = queue_add(m, bytes, length);
+    q->relative = true;
+    q->target = target;
+}
+
+static void queue_mov(struct making *m, unsigned reg, uint64_t value)
+{
+    uint8_t code[10] = {(uint8_t)(0x48 | reg >> 3), (uint8_t)(0xb8 | (reg & 7))};
+    memcpy(code + 2, &value, 8);
+    if (value >> 32) {
+        queue_add(m, code, 10);
+    } else {
+        code[0] = (uint8_t)(0x40 | reg >> 3);
+        queue_add(m, code, 6);
+    }
+}
+
+/* ---- operands ---- */
+
+static gva_t ordinary_page(struct making *m)
+{
+    for (unsigned tries = 0; tries < 50; tries++) {
+        const struct page *page = &m->w->page[encode_pick(m->g, m->w->page_count)];
+        if (page->kind == PAGE_ORDINARY)
+            return page->gva;
+    }
+    return m->w->data;
+}
+
+static gva_t target_pick(struct making *m, unsigned size, bool careful)
+{
+    unsigned what = careful ? 50 : encode_pick(m->g, 100), offset = encode_pick(m->g, PAGE_SIZE_BYTES + 1 - (size < 4096 ? size : 4096));
+    if (encode_pick(m->g, 2))
+        offset &= ~63u;
+    else if (encode_pick(m->g, 2))
+        offset &= ~7u;
+    if (what < 5 && size > 1)
+        return ordinary_page(m) + PAGE_SIZE_BYTES - 1 - encode_pick(m->g, size - 1);
+    if (what < 9)
+        return m->w->page[encode_pick(m->g, m->w->page_count)].gva + offset;
+    if (what < 10)
+        return m->w->data + (uint64_t)encode_pick(m->g, (DATA_PAGES + 2) * 4096) - 4096;
+    return ordinary_page(m) + offset;
+}
+
+static bool is_good(const struct making *m, gva_t gva)
+{
+    const struct page *page = world_page(m->w, gva);
+    return page && page->kind == PAGE_ORDINARY;
+}
+
+static uint64_t segment_base(const struct making *m, ZydisRegister segment)
+{
+    return segment == ZYDIS_REGISTER_FS ? m->w->fs_base : segment == ZYDIS_REGISTER_GS ? m->w->gs_base : 0;
+}
+
+static bool patch_disp32(struct making *m, struct encoded *e, uint64_t value)
+{
+    int32_t disp = (int32_t)value;
+    if (e->zi.raw.disp.size != 32 || (e->zi.address_width == 64 && (uint64_t)(int64_t)disp != value))
+        return false;
+    memcpy(e->bytes + e->zi.raw.disp.offset, &disp, 4);
+    return encode_decode(m->g, e);
+}
+
+/* The operand described by ModRM. False: the instruction is not to be used. */
+static bool aim_explicit(struct making *m, struct encoded *e, bool *relative, gva_t *target)
+{
+    const ZydisDecodedOperand *op = encode_memory(e);
+    if (op->mem.type == ZYDIS_MEMOP_TYPE_VSIB)
+        return !encode_pick(m->g, 10);
+    if (op->mem.type != ZYDIS_MEMOP_TYPE_MEM)
+        return true;
+    *target = target_pick(m, op->size / 8, false);
+    if (op->mem.base == ZYDIS_REGISTER_RIP || op->mem.base == ZYDIS_REGISTER_EIP) {
+        *relative = true;
+        return true;
+    }
+    unsigned base = encode_gpr(op->mem.base), index = encode_gpr(op->mem.index), scale = op->mem.scale;
+    uint64_t wanted = *target - segment_base(m, op->mem.segment);
+    uint64_t scaled = index < 16 ? m->gpr[index] * scale : 0, disp = (uint64_t)op->mem.disp.value;
+    if (e->zi.address_width == 32 && wanted >> 32)
+        return !encode_pick(m->g, 8);
+    if (encode_pick(m->g, 4)) {
+        encode_widen(m->g, e);
+        if (patch_disp32(m, e, wanted - scaled - (base < 16 ? m->gpr[base] : 0)))
+            return true;
+        op = encode_memory(e);
+        disp = (uint64_t)op->mem.disp.value;
+    }
+    if (base == 16 || base == index || (m->loop_head && base == m->loop_register))
+        return false;
+    queue_mov(m, base, wanted - scaled - disp);
+    return true;
+}
+
+/* Operands that go without saying: stack, strings. */
+static bool aim_implied(struct making *m, struct encoded *e, const ZydisDecodedOperand *op)
+{
+    unsigned base = encode_gpr(op->mem.base);
+    if (op->encoding == ZYDIS_OPERAND_ENCODING_DISP16_32_64) {
+        uint64_t value = target_pick(m, op->size / 8, false) - segment_base(m, op->mem.segment);
+        memcpy(e->bytes + e->zi.raw.disp.offset, &value, e->zi.raw.disp.size / 8);
+        return encode_decode(m->g, e);
+    }
+    if (base == 16 || !encode_pick(m->g, 30))
+        return true;
+    gva_t now = m->gpr[base];
+    if (is_good(m, now) && is_good(m, now - 8))
+        return true;
+    if (m->loop_head && base == m->loop_register)
+        return false;
+    gva_t target = target_pick(m, 8, base == GPR_RSP);
+    queue_mov(m, base, base == GPR_RSP && encode_pick(m->g, 6) ? target & ~7ull : target);
+    return true;
+}
+
+static bool is_repeated(const struct encoded *e)
+{
+    return e->zi.attributes & (ZYDIS_ATTRIB_HAS_REP | ZYDIS_ATTRIB_HAS_REPE | ZYDIS_ATTRIB_HAS_REPNE);
+}
+
+static bool writes_register(const struct encoded *e, unsigned reg)
+{
+    for (unsigned n = 0; n < e->zi.operand_count; n++)
+        if (e->op[n].type == ZYDIS_OPERAND_TYPE_REGISTER && e->op[n].actions & ZYDIS_OPERAND_ACTION_MASK_WRITE && encode_gpr(e->op[n].reg.value) == reg)
+            return true;
+    return false;
+}
+
+/* Locked accesses across cache lines are costly for the whole machine. */
+static bool may_split(const struct encoded *e, gva_t target)
+{
+    const ZydisDecodedOperand *op = encode_memory(e);
+    bool locked = e->zi.attributes & ZYDIS_ATTRIB_HAS_LOCK || e->zi.mnemonic == ZYDIS_MNEMONIC_XCHG;
+    return locked && op && (target & 63) + op->size / 8 > 64 && (target & 4095) + op->size / 8 <= 4096;
+}
+
+/* Instructions whose undefined flags the interpreter does not compute like the processor: all flags get values right behind them. */
+static bool needs_settling(const struct encoded *e)
+{
+    switch (e->zi.mnemonic) {
+    case ZYDIS_MNEMONIC_ROL:
+    case ZYDIS_MNEMONIC_ROR:
+    case ZYDIS_MNEMONIC_RCL:
+    case ZYDIS_MNEMONIC_RCR:
+    case ZYDIS_MNEMONIC_SHL:
+    case ZYDIS_MNEMONIC_SHR:
+    case ZYDIS_MNEMONIC_SAR:
+    case ZYDIS_MNEMONIC_SHLD:
+    case ZYDIS_MNEMONIC_SHRD:
+        return true;
+    default:
+        return false;
+    }
+}
+
+static void queue_settling(struct making *m)
+{
+    unsigned regs = encode_pick(m->g, 64);
+    uint8_t cmp[3] = {(uint8_t)(0x48 | encode_pick(m->g, 6)), 0x39, (uint8_t)(0xc0 | regs)};
+    cmp[0] &= 0x4d;
+    queue_add(m, cmp, 3);
+}
+
+static void queue_ordinary(struct making *m)
+{
+    for (;;) {
+        struct encoded e;
+        bool usable = true, relative = false;
+        gva_t target = 0;
+        unsigned before = m->queued;
+        encode_random(m->g, &m->rules, &e);
+        if (m->loop_head && writes_register(&e, m->loop_register))
+            continue;
+        if (e.zi.meta.category == ZYDIS_CATEGORY_CALL || e.zi.meta.category == ZYDIS_CATEGORY_RET || e.zi.meta.branch_type != ZYDIS_BRANCH_TYPE_NONE)
+            if (encode_pick(m->g, 40))
+                continue;
+        if (is_repeated(&e) && m->gpr[GPR_RCX] > 40 && encode_pick(m->g, 25)) {
+            if (m->loop_head && m->loop_register == GPR_RCX)
+                continue;
+            queue_mov(m, GPR_RCX, encode_pick(m->g, 12));
+        }
+        bool wild = !encode_pick(m->g, 60);
+        for (unsigned n = 0; usable && !wild && n < e.zi.operand_count; n++)
+            if (e.op[n].type == ZYDIS_OPERAND_TYPE_MEMORY)
+                usable = e.op[n].encoding == ZYDIS_OPERAND_ENCODING_MODRM_RM ? aim_explicit(m, &e, &relative, &target) : aim_implied(m, &e, &e.op[n]);
+        if (!usable || may_split(&e, target)) {
+            m->queued = before;
+            continue;
+        }
+        struct queued *q = queue_add(m, e.bytes, e.zi.length);
+        q->relative = relative;
+        q->target = target;
+        if (needs_settling(&e))
+            queue_settling(m);
+        return;
+    }
+}
+
+/* ---- control transfers ---- */
+
+static void queue_indirect(struct making *m, gva_t target, bool call)
+{
+    unsigned reg = encode_pick(m->g, 16), slot = encode_pick(m->g, 16);
+    bool to_memory = encode_pick(m->g, 2);
+    if (m->loop_head && reg == m->loop_register)
+        reg ^= 1;
+    queue_mov(m, reg, target);
+    if (!to_memory) {
+        uint8_t code[3] = {(uint8_t)(0x40 | reg >> 3), 0xff, (uint8_t)((call ? 0xd0 : 0xe0) | (reg & 7))};
+        queue_add(m, code, 3);
+        return;
+    }
+    gva_t at = target_pick(m, 8, true) + slot % 2 * 8;
+    uint8_t store[7] = {(uint8_t)(0x48 | reg >> 3 << 2), 0x89, (uint8_t)(0x05 | (reg & 7) << 3)}; /* mov [rip + d], reg */
+    uint8_t jump[6] = {0xff, call ? 0x15 : 0x25};
+    queue_relative(m, store, 7, at);
+    queue_relative(m, jump, 6, at);
+}
+
+static void queue_return(struct making *m, gva_t target)
+{
+    unsigned reg = encode_pick(m->g, 16);
+    if ((m->loop_head && reg == m->loop_register) || reg == GPR_RSP)
+        reg = GPR_R11;
+    uint8_t push[2] = {(uint8_t)(0x40 | reg >> 3), (uint8_t)(0x50 | (reg & 7))};
+    uint8_t ret[3] = {0xc2, (uint8_t)(encode_pick(m->g, 16) * 8), 0};
+    if (!is_good(m, m->gpr[GPR_RSP]) || !is_good(m, m->gpr[GPR_RSP] - 8))
+        queue_mov(m, GPR_RSP, target_pick(m, 8, true) & ~7ull);
+    queue_mov(m, reg, target);
+    queue_add(m, push, 2);
+    queue_add(m, encode_pick(m->g, 2) ? ret : (const uint8_t[]){0xc3, 0xcc, 0xcc}, 3);
+}
+
+/* RET when the stack's top leads to code. */
+static bool queue_plain_return(struct making *m)
+{
+    const struct page *page = world_page(m->w, m->gpr[GPR_RSP]);
+    uint64_t target;
+    if (!page || page->kind != PAGE_ORDINARY || (m->gpr[GPR_RSP] & 4095) > 4088)
+        return false;
+    memcpy(&target, physmap_get(m->vm->memory, page->gpa + (m->gpr[GPR_RSP] & 4095), 8, PHYSMAP_READ), 8);
+    if (world_code_offset(m->w, target) < 0)
+        return false;
+    queue_add(m, "\xc3", 1);
+    return true;
+}
+
+static void queue_call(struct making *m, gva_t target)
+{
+    if (!is_good(m, m->gpr[GPR_RSP]) || !is_good(m, m->gpr[GPR_RSP] - 8))
+        queue_mov(m, GPR_RSP, target_pick(m, 8, true) & ~7ull);
+    if (encode_pick(m->g, 2))
+        queue_relative(m, "\xe8\0\0\0\0", 5, target);
+    else
+        queue_indirect(m, target, true);
+}
+
+static void queue_short(struct making *m, unsigned opcode)
+{
+    uint8_t code[2] = {(uint8_t)opcode, (uint8_t)encode_pick(m->g, 60)};
+    queue_add(m, code, 2);
+}
+
+static void queue_loop_open(struct making *m)
+{
+    m->loop_register = encode_pick(m->g, 3) ? encode_pick(m->g, 16) : GPR_RCX;
+    if (m->loop_register == GPR_RSP)
+        m->loop_register = GPR_RCX;
+    queue_mov(m, m->loop_register, 1 + encode_pick(m->g, 5));
+    m->loop_head = ~0ull; /* settled when it is written */
+}
+
+static void queue_loop_close(struct making *m)
+{
+    unsigned reg = m->loop_register;
+    gva_t head = m->loop_head;
+    int64_t back = (int64_t)(head - m->rip);
+    m->loop_head = 0;
+    if (head == ~0ull)
+        return;
+    if (reg == GPR_RCX && back > -120 && back < 0) {
+        uint8_t code[2] = {(uint8_t)(0xe0 + encode_pick(m->g, 3)), (uint8_t)(back - 2)};
+        queue_add(m, code, 2);
+        return;
+    }
+    uint8_t dec[3] = {(uint8_t)(0x48 | reg >> 3), 0xff, (uint8_t)(0xc8 | (reg & 7))};
+    queue_add(m, dec, 3);
+    queue_relative(m, "\x0f\x85\0\0\0\0", 6, head);
+}
+
+static void queue_transfer(struct making *m)
+{
+    gva_t target = place_pick(m);
+    uint8_t jcc[6] = {0x0f, (uint8_t)(0x80 | encode_pick(m->g, 16))};
+    switch (encode_pick(m->g, 12)) {
+    case 0:
+    case 1:
+        queue_short(m, 0x70 | encode_pick(m->g, 16));
+        break;
+    case 2:
+    case 3:
+        queue_relative(m, jcc, 6, target);
+        break;
+    case 4:
+        queue_short(m, encode_pick(m->g, 3) ? 0xe0 + encode_pick(m->g, 4) : 0xeb);
+        break;
+    case 5:
+        queue_relative(m, "\xe9\0\0\0\0", 5, target);
+        break;
+    case 6:
+        queue_indirect(m, target, false);
+        break;
+    case 7:
+    case 8:
+        queue_call(m, target);
+        break;
+    case 9:
+        if (!queue_plain_return(m))
+            queue_return(m, target);
+        break;
+    default:
+        if (m->loop_head)
+            queue_loop_close(m);
+        else
+            queue_loop_open(m);
+    }
+}
+
+/* ---- writing ---- */
+
+static void line_write(struct making *m, struct queued *q)
+{
+    struct sequence *s = m->s;
+    unsigned length = q->e.zi.length;
+    if (q->relative) {
+        int64_t distance = (int64_t)(q->target - m->rip - length);
+        int32_t d = (int32_t)distance;
+        unsigned offset = q->e.zi.raw.disp.size ? q->e.zi.raw.disp.offset : q->e.zi.raw.imm[0].offset;
+        if (d == distance)
+            memcpy(q->e.bytes + offset, &d, 4);
+    }
+    if (room(m, m->rip) < length && encode_pick(m->g, 4)) { /* sometimes it runs into what is not free */
+        gva_t target = place_pick(m);
+        int64_t distance = (int64_t)(target - m->rip - 5);
+        uint8_t jump[5] = {0xe9};
+        int32_t d = (int32_t)distance;
+        memcpy(jump + 1, &d, 4);
+        if (room(m, m->rip) >= 5 && d == distance) {
+            m->taken--;
+            length = 5;
+            memcpy(q->e.bytes, jump, 5);
+        }
+    }
+    struct line *line = &s->line[s->lines++];
+    line->gva = m->rip;
+    line->length = (uint8_t)length;
+    memcpy(line->bytes, q->e.bytes, length);
+    code_write(m, m->rip, q->e.bytes, length);
+    if (m->loop_head == ~0ull && m->taken == m->queued)
+        m->loop_head = m->rip + length;
+}
+
+static void line_make(struct making *m)
+{
+    if (m->taken == m->queued) {
+        m->taken = m->queued = 0;
+        if (encode_pick(m->g, 9))
+            queue_ordinary(m);
+        else
+            queue_transfer(m);
+        if (!m->queued)
+            return;
+    }
+    struct queued q = m->queue[m->taken++];
+    line_write(m, &q);
+}
+
+static void start_make(struct making *m)
+{
+    struct state state;
+    struct test_case none = {.decoded = false};
+    struct cpu_state *cpu = &m->s->start;
+    *cpu = m->w->start;
+    generator_state(m->g, &none, &state);
+    for (unsigned n = 0; n < 16; n++)
+        cpu->gpr[n] = encode_pick(m->g, 2) ? target_pick(m, 8, false) : state.gpr[n];
+    cpu->gpr[GPR_RSP] = target_pick(m, 8, true) & ~7ull;
+    cpu->gpr[GPR_RIP] = m->w->code[0] + (encode_pick(m->g, 6) ? encode_pick(m->g, 4096) : 4096 - encode_pick(m->g, 32));
+    cpu->rflags = (state.rflags & ~RFLAGS_IF) | (encode_pick(m->g, 2) ? RFLAGS_IF : 0);
+    memcpy(cpu->xsave, state.xsave, sizeof cpu->xsave);
+}
+
+void sequence_make(struct sequence *s, struct generator *g, const struct world *w, uint64_t seed, uint64_t number, struct tiny_vm *vm)
+{
+    static struct making m;
+    memset(&m, 0, sizeof m);
+    m.s = s, m.g = g, m.w = w, m.vm = vm;
+    m.rules = (struct encode_rules){.user = w->user, .native = w->native};
+    g->seed = (seed << 40 ^ number) * 0x9e3779b97f4a7c15ull | 1;
+    for (unsigned n = 0; n < 4; n++)
+        generator_random(g);
+    memset(s, 0, sizeof *s);
+    memset(s->code, 0xcc, sizeof s->code);
+    s->number = number;
+    m.wanted = 1 + encode_pick(g, encode_pick(g, 3) ? INSNS_MAX : 6);
+    start_make(&m);
+    world_restore(w, vm, true);
+    sequence_place(s, w, vm);
+    engines_start(vm, s, true);
+    const struct cpu_state *cpu = &vm->vcpu->cpu;
+    for (unsigned n = 0; n < STEPS_MAX && !engines_in_handler(vm) && cpu->activity == CPU_RUNNING; n++) {
+        m.rip = cpu->gpr[GPR_RIP];
+        m.gpr = cpu->gpr;
+        if (is_free(&m, m.rip) && (s->lines < m.wanted || m.taken < m.queued))
+            line_make(&m);
+        vm->ops->step(vm->vcpu);
+    }
+}
+
+void sequence_place(const struct sequence *s, const struct world *w, struct tiny_vm *vm)
+{
+    for (unsigned n = 0; n < CODE_PAGES; n++) {
+        void *to = physmap_get(vm->memory, w->code_gpa[n], PAGE_SIZE_BYTES, PHYSMAP_READ);
+        if (!memcmp(to, s->code[n], PAGE_SIZE_BYTES))
+            continue;
+        memcpy(to, s->code[n], PAGE_SIZE_BYTES);
+        physmap_mark_dirty(vm->memory, w->code_gpa[n], PAGE_SIZE_BYTES);
+    }
+}

@@ -1,0 +1,143 @@
+/*
+ * Random instruction sequences under the translator, the interpreter and the processor: what the program's files share.
+ *
+ * A world (world.c) is a layout of memory and a privilege; a case is a sequence of instructions in it, made while the interpreter executes it step by step (generate.c), so that operands
+ * can be aimed. Every case then runs several times in the translator (engines.c), undisturbed and disturbed, and must end like the interpreter's every time.
+ */
+#ifndef DOPPEL_CONFORM_SEQUENCE_H
+#define DOPPEL_CONFORM_SEQUENCE_H
+
+#include "../../unit/engine/tiny_vm.h"
+#include "../instructions/cases.h"
+#include "engine/bt/bt_priv.h"
+
+#define CASES_PER_WORLD 128
+#define DATA_PAGES 16
+#define CODE_PAGES 4
+#define PAGES_MAX 48
+#define TRACKED_MAX 64
+#define INSNS_MAX 40
+#define STEPS_MAX 4000 /* of the interpreter: a case that takes longer is given up */
+
+#define KERNEL 0xffffc9d5a3c00000ull /* linear address of what the processor needs, at an address that no guest code hits by chance */
+
+/* ---- worlds ---- */
+
+enum page_kind { PAGE_ORDINARY, PAGE_READ_ONLY, PAGE_ABSENT, PAGE_OTHERS, PAGE_MMIO, PAGE_ROM, PAGE_RESERVED, PAGE_CODE };
+
+struct page {
+    gva_t gva;
+    gpa_t gpa;
+    uint8_t kind; /* enum page_kind */
+    uint8_t code; /* number of the code page, for PAGE_CODE */
+};
+
+struct world {
+    uint64_t number;
+    bool user, large, smc, native;
+    gva_t data, code[CODE_PAGES], twin_data, twin_code;
+    struct page page[PAGES_MAX];
+    unsigned page_count;
+    gpa_t code_gpa[CODE_PAGES];
+    uint64_t fs_base, gs_base;
+    struct cpu_state start; /* of every case, but for general and vector registers */
+    /* Physical pages that are compared and put back; tables come last. */
+    gpa_t tracked[TRACKED_MAX];
+    unsigned tracked_count, tracked_tables;
+    uint8_t snapshot[TRACKED_MAX][PAGE_SIZE_BYTES];
+    uint8_t large_page[2u << 20]; /* all that is in the large page */
+    bool thorough;                /* it is put back, too */
+};
+
+/* Fills *w and the memory of both machines. */
+void world_make(struct world *w, struct generator *g, uint64_t seed, uint64_t number, struct tiny_vm *const vm[2]);
+/* The mapped page that gva lies in; NULL: none. */
+const struct page *world_page(const struct world *w, gva_t gva);
+/* Number of the code page and offset of a linear address there: number * 4096 + offset; -1: none. */
+int world_code_offset(const struct world *w, gva_t gva);
+/* Puts data back as at the start of each case; tables: page tables, too. */
+void world_restore(const struct world *w, struct tiny_vm *vm, bool tables);
+
+/* ---- cases ---- */
+
+struct line {
+    gva_t gva;
+    uint8_t bytes[15], length;
+};
+
+struct sequence {
+    uint64_t number;
+    struct line line[INSNS_MAX * 3];
+    unsigned lines;
+    uint8_t code[CODE_PAGES][PAGE_SIZE_BYTES]; /* what is there before the first instruction */
+    struct cpu_state start;
+    bool bounded; /* it ended within STEPS_MAX */
+};
+
+/* Makes a sequence of the world by executing it in vm. */
+void sequence_make(struct sequence *s, struct generator *g, const struct world *w, uint64_t seed, uint64_t number, struct tiny_vm *vm);
+/* Puts the code into the machine's memory. */
+void sequence_place(const struct sequence *s, const struct world *w, struct tiny_vm *vm);
+
+/* ---- encodings (encode.c) ---- */
+
+struct encoded {
+    uint8_t bytes[16];
+    ZydisDecodedInstruction zi;
+    ZydisDecodedOperand op[ZYDIS_MAX_OPERAND_COUNT];
+};
+
+struct encode_rules {
+    bool user;   /* leave out what is privileged */
+    bool native; /* leave out what this process must not execute */
+};
+
+/* A random instruction; operands anywhere. */
+void encode_random(struct generator *g, const struct encode_rules *rules, struct encoded *out);
+bool encode_decode(struct generator *g, struct encoded *e);
+/* Gives the instruction a 32-bit displacement. */
+void encode_widen(struct generator *g, struct encoded *e);
+/* Its explicit memory operand, or NULL. */
+const ZydisDecodedOperand *encode_memory(const struct encoded *e);
+unsigned encode_gpr(ZydisRegister reg); /* number, 16: none */
+unsigned encode_pick(struct generator *g, unsigned limit);
+
+/* ---- engines (engines.c) ---- */
+
+struct outcome {
+    struct state state; /* rip, gpr, rflags and xsave */
+    uint64_t cr2;
+    struct segment cs, ss;
+    uint64_t fs_base, gs_base;
+    unsigned mmio_reads, mmio_writes, mmio_size;
+    gpa_t mmio_gpa;
+    uint64_t mmio_value;
+    /* The frame of the exception that ended it, and its vector. */
+    int vector;
+    uint64_t error, rip, rflags, rsp;
+};
+
+/* How the translator runs a case. */
+enum run_kind {
+    RUN_INTERP,    /* the interpreter by blocks */
+    RUN_COLD,      /* nothing translated yet */
+    RUN_WARM,      /* everything there */
+    RUN_EMPTY,     /* translations but no table entries */
+    RUN_FILLED,    /* some entries there from the start */
+    RUN_DISTURBED, /* something happens on each way into translated code */
+    RUN_SHORT,     /* tiny blocks, no groups, disturbed as well */
+    RUN_KINDS
+};
+
+extern const char *const run_names[RUN_KINDS];
+
+int engines_watch(void); /* starts the thread that notices hangs */
+void engines_start(struct tiny_vm *vm, const struct sequence *s, bool cold);
+/* False: it did not end. */
+bool engines_step(struct tiny_vm *vm, const struct sequence *s);
+void engines_run(struct tiny_vm *vm, const struct world *w, const struct sequence *s, enum run_kind kind, uint64_t seed);
+void engines_outcome(struct tiny_vm *vm, const struct generator *g, struct outcome *to);
+/* Has the guest reached a handler of its exceptions? */
+bool engines_in_handler(const struct tiny_vm *vm);
+
+#endif

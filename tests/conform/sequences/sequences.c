@@ -1,0 +1,351 @@
+/*
+ * The translator against the interpreter on random sequences: sequences --count N --seed S [--first CASE] [--minimise] [--list].
+ *
+ * A difference prints the case, and exit status is 1. The case's number and the seed repeat it, provided that the whole world was not needed: `--first` at a multiple of
+ * CASES_PER_WORLD repeats even what depends on the cases before.
+ */
+#include "sequence.h"
+
+#include <getopt.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define FAILURES_SHOWN 20
+
+struct comparison {
+    struct generator generator;
+    struct tiny_vm vm[2]; /* the interpreter's, the translator's */
+    struct world world;
+    struct sequence sequence;
+    struct outcome right, wrong;
+    uint64_t seed, compared, given_up, faults[32];
+    unsigned failures;
+    bool list, minimise;
+};
+
+static struct comparison run;
+
+struct difference {
+    enum run_kind kind;
+    char text[120];
+};
+
+/* ---- comparing ---- */
+
+#define DIFFER(d, ...) (snprintf((d)->text, sizeof(d)->text, __VA_ARGS__), true)
+
+static bool registers_differ(const struct outcome *a, const struct outcome *b, struct difference *d)
+{
+    const struct state *x = &a->state, *y = &b->state;
+    for (unsigned n = 0; n < 16; n++)
+        if (n != GPR_RSP && x->gpr[n] != y->gpr[n])
+            return DIFFER(d, "register %u: %#llx, %#llx", n, (unsigned long long)x->gpr[n], (unsigned long long)y->gpr[n]);
+    if (a->rsp != b->rsp || x->gpr[GPR_RSP] != y->gpr[GPR_RSP])
+        return DIFFER(d, "RSP: %#llx, %#llx", (unsigned long long)a->rsp, (unsigned long long)b->rsp);
+    if (a->rflags != b->rflags || x->rflags != y->rflags)
+        return DIFFER(d, "RFLAGS: %#llx, %#llx", (unsigned long long)a->rflags, (unsigned long long)b->rflags);
+    for (unsigned n = 0; n < sizeof x->xsave; n++)
+        if (x->xsave[n] != y->xsave[n] && (n < 512 || n >= 576))
+            return DIFFER(d, "XSAVE image at %u: %02x, %02x", n, x->xsave[n], y->xsave[n]);
+    return false;
+}
+
+static bool outcomes_differ(const struct outcome *a, const struct outcome *b, struct difference *d)
+{
+    if (a->vector != b->vector)
+        return DIFFER(d, "vector: %d, %d at %#llx, %#llx", a->vector, b->vector, (unsigned long long)a->rip, (unsigned long long)b->rip);
+    if (a->rip != b->rip)
+        return DIFFER(d, "RIP: %#llx, %#llx", (unsigned long long)a->rip, (unsigned long long)b->rip);
+    if (a->error != b->error || a->cr2 != b->cr2)
+        return DIFFER(d, "error code %#llx, %#llx, CR2 %#llx, %#llx", (unsigned long long)a->error, (unsigned long long)b->error,
+                      (unsigned long long)a->cr2, (unsigned long long)b->cr2);
+    if (registers_differ(a, b, d))
+        return true;
+    if (a->mmio_reads != b->mmio_reads || a->mmio_writes != b->mmio_writes || a->mmio_size != b->mmio_size || a->mmio_gpa != b->mmio_gpa ||
+        a->mmio_value != b->mmio_value)
+        return DIFFER(d, "MMIO: %u reads, %u writes; %u, %u", a->mmio_reads, a->mmio_writes, b->mmio_reads, b->mmio_writes);
+    if (memcmp(&a->cs, &b->cs, sizeof a->cs) || memcmp(&a->ss, &b->ss, sizeof a->ss) || a->fs_base != b->fs_base || a->gs_base != b->gs_base)
+        return DIFFER(d, "segments");
+    return false;
+}
+
+/* A processor may set accessed bits for what it did not do after all; never forget one. */
+static bool table_entries_agree(const uint8_t *a, const uint8_t *b)
+{
+    for (unsigned n = 0; n < PAGE_SIZE_BYTES; n += 8) {
+        uint64_t x, y;
+        memcpy(&x, a + n, 8);
+        memcpy(&y, b + n, 8);
+        if ((x | 0x20) != (y | 0x20) || (x & ~y & 0x20))
+            return false;
+    }
+    return true;
+}
+
+static bool memories_differ(struct comparison *r, bool tables, struct difference *d)
+{
+    const struct world *w = &r->world;
+    for (unsigned n = 0; n < (tables ? w->tracked_count : w->tracked_tables); n++) {
+        const uint8_t *a = physmap_get(r->vm[0].memory, w->tracked[n], PAGE_SIZE_BYTES, PHYSMAP_READ);
+        const uint8_t *b = physmap_get(r->vm[1].memory, w->tracked[n], PAGE_SIZE_BYTES, PHYSMAP_READ);
+        if (!memcmp(a, b, PAGE_SIZE_BYTES) || (n >= w->tracked_tables && table_entries_agree(a, b)))
+            continue;
+        unsigned k = 0;
+        while (a[k] == b[k])
+            k++;
+        return DIFFER(d, "memory at %#llx%s: %02x, %02x", (unsigned long long)w->tracked[n] + k, n >= w->tracked_tables ? " (page tables)" : "", a[k], b[k]);
+    }
+    return false;
+}
+
+/* ---- known differences (../README.md) ---- */
+
+/* The instruction that the exception came from. */
+static bool culprit_decode(const struct comparison *r, struct encoded *e)
+{
+    for (unsigned n = 0; n < 15; n++) {
+        int at = world_code_offset(&r->world, r->right.rip + n);
+        if (at < 0 && !n)
+            return false;
+        e->bytes[n] = at < 0 ? 0xcc : *(uint8_t *)physmap_get(r->vm[0].memory, r->world.code_gpa[at / 4096] + (unsigned)at % 4096, 1, PHYSMAP_READ);
+    }
+    return encode_decode((struct generator *)&r->generator, e);
+}
+
+static void stack_forget(struct comparison *r, struct tiny_vm *vm)
+{
+    for (unsigned n = 1; n <= 8; n++) {
+        const struct page *page = world_page(&r->world, r->right.rsp - n);
+        uint8_t *byte = page ? physmap_get(vm->memory, page->gpa + ((r->right.rsp - n) & PAGE_MASK_BITS), 1, PHYSMAP_READ) : NULL;
+        if (byte)
+            *byte = 0;
+    }
+}
+
+static bool names_mmx(const struct encoded *e)
+{
+    for (unsigned n = 0; n < e->zi.operand_count; n++)
+        if (e->op[n].type == ZYDIS_OPERAND_TYPE_REGISTER && ZydisRegisterGetClass(e->op[n].reg.value) == ZYDIS_REGCLASS_MMX)
+            return true;
+    return false;
+}
+
+/* What processors themselves do not agree in is made equal. False: the page tables are not to be compared. */
+static bool known_forget(struct comparison *r)
+{
+    struct encoded e;
+    if (r->right.vector < 0 || r->right.vector == VECTOR_BP || !culprit_decode(r, &e))
+        return true;
+    bool half_called = r->right.vector == VECTOR_GP && e.zi.meta.category == ZYDIS_CATEGORY_CALL;
+    for (unsigned n = 0; half_called && n < 2; n++)
+        stack_forget(r, &r->vm[n]);
+    for (unsigned n = 0; n < 2; n++) {
+        uint8_t *image = n ? r->wrong.state.xsave : r->right.state.xsave;
+        if (names_mmx(&e)) {
+            memset(image, 0, 24);
+            memset(image + 32, 0, 128);
+        }
+        if (e.zi.mnemonic == ZYDIS_MNEMONIC_VCVTPS2PH)
+            memset(image + 24, 0, 4);
+    }
+    return !half_called;
+}
+
+/* ---- a case ---- */
+
+/* True: the case's outcomes differ, as *d says. */
+static bool case_differs(struct comparison *r, struct difference *d)
+{
+    const struct sequence *s = &r->sequence;
+    world_restore(&r->world, &r->vm[0], true);
+    sequence_place(s, &r->world, &r->vm[0]);
+    r->right.vector = -2;
+    if (!engines_step(&r->vm[0], s))
+        return false;
+    engines_outcome(&r->vm[0], &r->generator, &r->right);
+    for (unsigned kind = RUN_COLD; kind < RUN_KINDS; kind++) {
+        d->kind = (enum run_kind)kind;
+        engines_run(&r->vm[1], &r->world, s, d->kind, r->seed);
+        engines_outcome(&r->vm[1], &r->generator, &r->wrong);
+        bool tables = known_forget(r) && kind != RUN_FILLED;
+        if (outcomes_differ(&r->right, &r->wrong, d) || memories_differ(r, tables, d))
+            return true;
+    }
+    return false;
+}
+
+/* ---- reporting ---- */
+
+static void sequence_print(const struct comparison *r)
+{
+    const struct sequence *s = &r->sequence;
+    ZydisFormatter formatter;
+    ZydisFormatterInit(&formatter, ZYDIS_FORMATTER_STYLE_INTEL);
+    for (unsigned n = 0; n < s->lines; n++) {
+        const struct line *line = &s->line[n];
+        ZydisDecodedInstruction zi;
+        ZydisDecodedOperand op[ZYDIS_MAX_OPERAND_COUNT];
+        char text[128] = "?";
+        uint8_t bytes[16];
+        memset(bytes, 0x90, sizeof bytes);
+        memcpy(bytes, line->bytes, line->length);
+        if (ZYAN_SUCCESS(ZydisDecoderDecodeFull(&r->generator.decoder, bytes, 15, &zi, op)))
+            ZydisFormatterFormatInstruction(&formatter, &zi, op, zi.operand_count_visible, text, sizeof text, line->gva, NULL);
+        printf("  %16llx ", (unsigned long long)line->gva);
+        for (unsigned k = 0; k < 15; k++)
+            printf(k < line->length ? "%02x" : "  ", line->bytes[k]);
+        printf(" %s\n", text);
+    }
+}
+
+static void case_print(const struct comparison *r, const struct difference *d)
+{
+    const struct world *w = &r->world;
+    const struct cpu_state *cpu = &r->sequence.start;
+    printf("case %llu, %s%s%s%s, %s: %s\n", (unsigned long long)r->sequence.number, w->user ? "user" : "supervisor", w->large ? ", large page" : "",
+           w->smc ? ", writable code" : "", w->native ? ", native" : "", run_names[d->kind], d->text);
+    for (unsigned n = 0; n < 16; n++)
+        printf("%s%2u %016llx", n % 4 ? "  " : n ? "\n  " : "  ", n, (unsigned long long)cpu->gpr[n]);
+    printf("\n  RFLAGS %llx FS %llx GS %llx\n", (unsigned long long)cpu->rflags, (unsigned long long)w->fs_base, (unsigned long long)w->gs_base);
+    sequence_print(r);
+    printf("  ends with vector %d at %llx, error %llx, CR2 %llx, RSP %llx\n", r->right.vector, (unsigned long long)r->right.rip, (unsigned long long)r->right.error,
+           (unsigned long long)r->right.cr2, (unsigned long long)r->right.rsp);
+}
+
+/* ---- minimising ---- */
+
+/* The same fault of ours, as far as one can tell. */
+static bool same_difference(const struct difference *a, const struct difference *b)
+{
+    size_t length = strcspn(a->text, ":");
+    return a->kind == b->kind && !strncmp(a->text, b->text, length < 6 ? length : 6);
+}
+
+static bool line_replace(struct comparison *r, unsigned n, uint8_t filler, struct difference *d)
+{
+    struct sequence *s = &r->sequence;
+    struct line *line = &s->line[n], before = *line;
+    struct difference now;
+    if (line->bytes[0] == 0xcc || (line->bytes[0] == 0x90 && (line->length == 1 || line->bytes[1] == 0x90)))
+        return false; /* replaced already */
+    memset(line->bytes, filler, line->length);
+    for (unsigned pass = 0; pass < 2; pass++) {
+        for (unsigned k = 0; k < line->length; k++) {
+            int at = world_code_offset(&r->world, line->gva + k);
+            if (at >= 0)
+                s->code[at / 4096][at % 4096] = line->bytes[k];
+        }
+        if (pass || (case_differs(r, &now) && same_difference(d, &now)))
+            break;
+        *line = before;
+    }
+    if (memcmp(line->bytes, before.bytes, sizeof before.bytes) == 0)
+        return false;
+    *d = now;
+    return true;
+}
+
+static void minimise(struct comparison *r, struct difference *d)
+{
+    for (bool again = true; again;) {
+        again = false;
+        for (unsigned n = r->sequence.lines; n-- > 0;)
+            again |= line_replace(r, n, 0xcc, d) || line_replace(r, n, 0x90, d);
+    }
+    case_differs(r, d);
+}
+
+/* ---- cases ---- */
+
+static void one_case(struct comparison *r, uint64_t number)
+{
+    struct difference d = {0};
+    uint64_t world = number / CASES_PER_WORLD;
+    if (r->world.number != world || !r->world.page_count)
+        world_make(&r->world, &r->generator, r->seed, world, (struct tiny_vm *const[]){&r->vm[0], &r->vm[1]});
+    sequence_make(&r->sequence, &r->generator, &r->world, r->seed, number, &r->vm[0]);
+    bool differs = case_differs(r, &d);
+    if (differs && r->world.large) { /* memory that is not watched may have become different: once more, with all of it put back each time */
+        r->world.thorough = true;
+        differs = case_differs(r, &d);
+    }
+    r->compared++;
+    if (r->right.vector < 0)
+        r->given_up++;
+    else
+        r->faults[r->right.vector & 31]++;
+    if (r->list && !differs)
+        case_print(r, &d);
+    if (differs && ++r->failures <= FAILURES_SHOWN) {
+        if (r->minimise)
+            minimise(r, &d);
+        case_print(r, &d);
+        fflush(stdout);
+    }
+    r->world.thorough = false;
+}
+
+static int set_up(struct comparison *r)
+{
+    struct cpuid_config config = {.cpu_count = 1, .tsc_khz = 1000000, .apic_bus_hz = 1000000000};
+    struct cpuid_table *table = cpuid_table_build(&config);
+    struct error err = {0};
+    if (!table)
+        return 2;
+    uint64_t xcr0 = cpuid_xcr0_allowed(table);
+    cpuid_table_destroy(table);
+    if (!xcr0 || bt_engine_ops.probe(&err)) {
+        printf("this host cannot run the translator: %s\n", xcr0 ? err.text : "no XSAVE");
+        return 77;
+    }
+    generator_init(&r->generator, r->seed, xcr0);
+    if (engines_watch() || tiny_vm_create_with(&r->vm[0], &interp_engine) || tiny_vm_create_with(&r->vm[1], &bt_engine_ops)) {
+        fprintf(stderr, "cannot set up\n");
+        return 2;
+    }
+    return 0;
+}
+
+int main(int argc, char **argv)
+{
+    uint64_t count = 10000, first = 0;
+    static const struct option options[] = {{"count", required_argument, NULL, 'c'}, {"seed", required_argument, NULL, 's'}, {"first", required_argument, NULL, 'f'},
+                                            {"minimise", no_argument, NULL, 'm'},    {"list", no_argument, NULL, 'l'},       {0}};
+    run.seed = 1;
+    for (int o; (o = getopt_long(argc, argv, "", options, NULL)) != -1;) {
+        switch (o) {
+        case 'c':
+            count = strtoull(optarg, NULL, 0);
+            break;
+        case 's':
+            run.seed = strtoull(optarg, NULL, 0);
+            break;
+        case 'f':
+            first = strtoull(optarg, NULL, 0);
+            break;
+        case 'm':
+            run.minimise = true;
+            break;
+        case 'l':
+            run.list = true;
+            break;
+        default:
+            fprintf(stderr, "usage: sequences [--count N] [--seed S] [--first CASE] [--minimise] [--list]\n");
+            return 2;
+        }
+    }
+    int rc = set_up(&run);
+    if (rc)
+        return rc;
+    for (uint64_t n = first; n < first + count; n++)
+        one_case(&run, n);
+    printf("%llu compared, %llu given up, %u differ; vectors:", (unsigned long long)run.compared, (unsigned long long)run.given_up, run.failures);
+    for (unsigned n = 0; n < 32; n++)
+        if (run.faults[n])
+            printf(" %u: %llu", n, (unsigned long long)run.faults[n]);
+    printf("\n");
+    tiny_vm_destroy(&run.vm[0]);
+    tiny_vm_destroy(&run.vm[1]);
+    return run.failures != 0;
+}

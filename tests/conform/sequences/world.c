@@ -1,0 +1,329 @@
+/*
+ * Worlds: where in linear and physical memory a guest's code and data lie, with which rights, and at which privilege.
+ *
+ * Data are DATA_PAGES linear pages over scattered physical ones, a few of them with less than all rights, and a twin region whose table entries are the same as theirs
+ * (bt_priv.h: BT_ALIAS_BITS). Code has two neighbours in linear memory, two pages elsewhere, and a twin mapping. The guest's exceptions go to handlers that halt, on a stack of their own,
+ * so whatever RSP is, the frame tells.
+ */
+#include "sequence.h"
+
+#include <string.h>
+
+#define P 1ull
+#define RW 2ull
+#define US 4ull
+#define ACCESSED 0x20ull
+#define DIRTY 0x40ull
+#define PS 0x80ull
+#define GLOBAL 0x100ull
+#define RESERVED (1ull << 51)
+#define NX (1ull << 63)
+
+#define TABLES 0x100000u
+#define TABLES_MAX 28
+#define ROM 0xf00000u
+#define ROM_PAGES 4u
+#define POOL 0x200000u /* pages are taken at random from here up to ROM */
+
+_Static_assert(sizeof ((struct world *)0)->large_page == 2u << 20, "one large page");
+
+static uint8_t *at(struct tiny_vm *vm, gpa_t gpa)
+{
+    return physmap_get(vm->memory, gpa, PAGE_SIZE_BYTES - (gpa & PAGE_MASK_BITS), PHYSMAP_READ);
+}
+
+/* ---- page tables ---- */
+
+struct builder {
+    struct world *w;
+    struct generator *g;
+    struct tiny_vm *vm;
+    unsigned tables;
+};
+
+static gpa_t table_new(struct builder *b)
+{
+    gpa_t gpa = TABLES + PAGE_SIZE_BYTES * b->tables++;
+    memset(at(b->vm, gpa), 0, PAGE_SIZE_BYTES);
+    return gpa;
+}
+
+static void map(struct builder *b, gva_t gva, uint64_t leaf, unsigned level)
+{
+    gpa_t table = TABLES;
+    for (unsigned n = 4;; n--) {
+        uint64_t *entry = (uint64_t *)at(b->vm, table) + (gva >> (3 + 9 * n) & 511);
+        if (n == level) {
+            *entry = leaf;
+            return;
+        }
+        if (!*entry)
+            *entry = table_new(b) | P | RW | US;
+        table = *entry & 0xfffff000;
+    }
+}
+
+/* ---- pages ---- */
+
+static void track(struct world *w, gpa_t gpa)
+{
+    for (unsigned n = 0; n < w->tracked_count; n++)
+        if (w->tracked[n] == gpa)
+            return;
+    w->tracked[w->tracked_count++] = gpa;
+}
+
+static gpa_t page_take(struct builder *b)
+{
+    for (;;) {
+        gpa_t gpa = POOL + PAGE_SIZE_BYTES * encode_pick(b->g, (ROM - POOL) / PAGE_SIZE_BYTES);
+        bool taken = b->w->large && gpa < POOL + (4u << 20); /* the data's own */
+        for (unsigned n = 0; n < b->w->tracked_count; n++)
+            taken |= b->w->tracked[n] == gpa;
+        if (!taken) {
+            track(b->w, gpa);
+            return gpa;
+        }
+    }
+}
+
+static uint64_t random_bits(struct builder *b)
+{
+    return (generator_random(b->g) & (ACCESSED | GLOBAL)) | (encode_pick(b->g, 2) ? DIRTY | ACCESSED : 0);
+}
+
+static enum page_kind kind_pick(struct builder *b)
+{
+    static const uint8_t special[] = {PAGE_READ_ONLY, PAGE_READ_ONLY, PAGE_ABSENT, PAGE_ABSENT, PAGE_OTHERS, PAGE_MMIO, PAGE_ROM, PAGE_RESERVED};
+    return b->w->native || encode_pick(b->g, 3) ? PAGE_ORDINARY : (enum page_kind)special[encode_pick(b->g, sizeof special)];
+}
+
+static void page_map(struct builder *b, gva_t gva, gpa_t gpa, enum page_kind kind, unsigned code)
+{
+    struct world *w = b->w;
+    uint64_t leaf = gpa | P | RW | (w->user ? US : 0) | random_bits(b);
+    if (kind != PAGE_CODE)
+        leaf |= NX;
+    if (kind == PAGE_READ_ONLY || (kind == PAGE_CODE && !w->smc))
+        leaf &= ~(RW | DIRTY);
+    if (kind == PAGE_ABSENT)
+        leaf &= ~P;
+    if (kind == PAGE_OTHERS)
+        leaf ^= US;
+    if (kind == PAGE_RESERVED)
+        leaf |= RESERVED;
+    w->page[w->page_count++] = (struct page){gva, gpa, (uint8_t)kind, (uint8_t)code};
+    map(b, gva, leaf, 1);
+}
+
+static void data_page_map(struct builder *b, gva_t gva)
+{
+    struct world *w = b->w;
+    enum page_kind kind = kind_pick(b);
+    if (kind == PAGE_MMIO)
+        page_map(b, gva, TINY_MMIO, kind, 0);
+    else if (kind == PAGE_ROM)
+        page_map(b, gva, ROM + PAGE_SIZE_BYTES * encode_pick(b->g, ROM_PAGES), kind, 0);
+    else if (w->page_count > 2 && !encode_pick(b->g, 12) && w->page[w->page_count - 1].kind == PAGE_ORDINARY)
+        page_map(b, gva, w->page[w->page_count - 1].gpa, kind, 0); /* the same memory once more */
+    else
+        page_map(b, gva, page_take(b), kind, 0);
+}
+
+/* All of the data in one page of 2 MiB. */
+static void data_map_large(struct builder *b)
+{
+    struct world *w = b->w;
+    gva_t start = w->data & ~0x1fffffull;
+    map(b, start, POOL | P | RW | PS | NX | (w->user ? US : 0) | random_bits(b), 2);
+    for (unsigned n = 0; n < DATA_PAGES; n++) {
+        gva_t gva = w->data + n * PAGE_SIZE_BYTES;
+        gpa_t gpa = POOL + (gva - start);
+        w->page[w->page_count++] = (struct page){gva, gpa, PAGE_ORDINARY, 0};
+        track(w, gpa);
+    }
+}
+
+/* ---- addresses ---- */
+
+static gva_t canonical(gva_t gva)
+{
+    return (gva_t)((int64_t)(gva << 16) >> 16);
+}
+
+static void places_pick(struct builder *b)
+{
+    static const gva_t bases[] = {
+        0x40000000,         0x7fff8000,         0xffff8000,         0x7fffffff0000 - 0x1000, 0xffff800000000000, 0xffffffff80000000,
+        0xffffffffffff0000, 0x0000555555554000, 0x000001fffffff000, 0xffff888012345000,      0x00007f0000000000, 0x10000000,
+    };
+    struct world *w = b->w;
+    unsigned n = encode_pick(b->g, 16);
+    w->data = n < sizeof bases / sizeof *bases ? bases[n] : canonical(generator_random(b->g) & ~PAGE_MASK_BITS);
+    if (w->native)
+        w->data = AREA;
+    if (w->large)
+        w->data = (w->data & ~0x1fffffull) + 0x100000;
+    gva_t code = w->data + (w->data >> 40 == 0x7f || w->data > 0xffffffffffe00000ull ? -0x400000ull : 0x400000ull);
+    w->twin_data = canonical(w->data ^ (1ull << (41 + encode_pick(b->g, 6))));
+    w->code[0] = code;
+    w->code[1] = code + PAGE_SIZE_BYTES;
+    w->code[2] = code + 3 * PAGE_SIZE_BYTES;
+    w->code[3] = w->native ? code + 5 * PAGE_SIZE_BYTES : canonical(code ^ (1ull << (31 + encode_pick(b->g, 8))));
+    w->twin_code = canonical(code ^ (1ull << (39 + encode_pick(b->g, 8))));
+}
+
+static void pages_make(struct builder *b)
+{
+    struct world *w = b->w;
+    if (w->large)
+        data_map_large(b);
+    else
+        for (unsigned n = 0; n < DATA_PAGES; n++)
+            data_page_map(b, w->data + n * PAGE_SIZE_BYTES);
+    for (unsigned n = 0; n < CODE_PAGES; n++) {
+        w->code_gpa[n] = page_take(b);
+        page_map(b, w->code[n], w->code_gpa[n], PAGE_CODE, n);
+    }
+    if (w->native)
+        return;
+    for (unsigned n = 0; n < 4 && !w->large; n++)
+        data_page_map(b, w->twin_data + n * PAGE_SIZE_BYTES);
+    page_map(b, w->twin_code, w->code_gpa[0], PAGE_CODE, 0);
+}
+
+/* ---- what the processor needs ---- */
+
+static uint64_t descriptor(unsigned access, unsigned flags)
+{
+    return 0xffffull | (uint64_t)access << 40 | (uint64_t)(flags << 4 | 0xf) << 48;
+}
+
+static void put64(struct builder *b, gpa_t gpa, uint64_t value)
+{
+    memcpy(at(b->vm, gpa), &value, 8);
+}
+
+static void kernel_make(struct builder *b)
+{
+    static const gpa_t pages[] = {TINY_GDT, TINY_IDT, TINY_TSS, TINY_STACK & ~0xfffu, TINY_HANDLER};
+    for (unsigned n = 0; n < sizeof pages / sizeof *pages; n++) {
+        bool stack = pages[n] == (TINY_STACK & ~0xfffu);
+        map(b, KERNEL + pages[n], pages[n] | P | ACCESSED | (stack ? RW | DIRTY : 0) | (pages[n] == TINY_HANDLER ? 0 : NX), 1);
+        memset(at(b->vm, pages[n]), 0, PAGE_SIZE_BYTES);
+    }
+    track(b->w, TINY_STACK & ~0xfffu);
+    put64(b, TINY_GDT + TINY_CS64, descriptor(0x9b, 0xa));
+    put64(b, TINY_GDT + TINY_DS, descriptor(0x93, 0xc));
+    put64(b, TINY_GDT + (TINY_USER_DS & ~3), descriptor(0xf3, 0xc));
+    put64(b, TINY_GDT + (TINY_USER_CS64 & ~3), descriptor(0xfb, 0xa));
+    put64(b, TINY_TSS + 4, KERNEL + TINY_STACK);
+    put64(b, TINY_TSS + 36, KERNEL + TINY_STACK); /* IST1 */
+    put64(b, TINY_TSS + 0x60, 0xffffull << 48);   /* no I/O permission map */
+    for (unsigned n = 0; n < 256; n++) {
+        uint64_t handler = KERNEL + TINY_HANDLER + 16 * n;
+        *(uint8_t *)at(b->vm, TINY_HANDLER + 16 * n) = 0xf4;
+        put64(b, TINY_IDT + 16 * n, (handler & 0xffff) | TINY_CS64 << 16 | 1ull << 32 | 0xeeull << 40 | (handler >> 16 & 0xffff) << 48);
+        put64(b, TINY_IDT + 16 * n + 8, handler >> 32);
+    }
+}
+
+static struct segment flat(uint16_t selector, uint16_t attributes)
+{
+    return (struct segment){.selector = selector, .attributes = attributes, .limit = 0xffffffff};
+}
+
+static void start_make(struct builder *b)
+{
+    struct world *w = b->w;
+    struct cpu_state *cpu = &w->start;
+    cpu_reset(cpu, CPU_RESET_POWER_ON);
+    for (unsigned n = 0; n < SEG_COUNT; n++)
+        cpu->seg[n] = w->user ? flat(TINY_USER_DS, 0xc0f3) : flat(TINY_DS, 0xc093);
+    cpu->seg[SEG_CS] = w->user ? flat(TINY_USER_CS64, 0xa0fb) : flat(TINY_CS64, 0xa09b);
+    cpu->seg[SEG_FS].base = w->fs_base = encode_pick(b->g, 2) ? w->data + encode_pick(b->g, 0x8000) : encode_pick(b->g, 0x10000);
+    cpu->seg[SEG_GS].base = w->gs_base = encode_pick(b->g, 2) ? w->data + 0x4000 - (generator_random(b->g) & 0x7fffffff) : w->data;
+    cpu->gdtr = (struct descriptor_table){KERNEL + TINY_GDT, 0x4f};
+    cpu->idtr = (struct descriptor_table){KERNEL + TINY_IDT, 0xfff};
+    cpu->tr = (struct segment){.selector = TINY_TR, .base = KERNEL + TINY_TSS, .limit = 0x67, .attributes = 0x8b};
+    cpu->cr0 = CR0_PE | CR0_ET | CR0_NE | CR0_MP | CR0_AM | CR0_PG | (w->user || encode_pick(b->g, 4) ? CR0_WP : 0);
+    cpu->cr3 = TABLES;
+    cpu->cr4 = CR4_PAE | CR4_PGE | CR4_OSFXSR | CR4_OSXSAVE | CR4_OSXMMEXCPT | CR4_FSGSBASE;
+    if (!w->user && encode_pick(b->g, 2))
+        cpu->cr4 |= CR4_SMAP;
+    if (encode_pick(b->g, 2))
+        cpu->cr4 |= CR4_SMEP;
+    cpu->efer = EFER_LME | EFER_LMA | EFER_NXE | EFER_SCE;
+    cpu->xcr0 = b->g->xcr0;
+    cpu->rflags = RFLAGS_FIXED;
+}
+
+void world_make(struct world *w, struct generator *g, uint64_t seed, uint64_t number, struct tiny_vm *const vm[2])
+{
+    struct builder b = {.w = w, .g = g, .vm = vm[0]};
+    memset(w, 0, sizeof *w);
+    g->seed = (seed << 40 ^ number << 8 ^ 0x5e) * 0x9e3779b97f4a7c15ull | 1;
+    for (unsigned n = 0; n < 4; n++)
+        generator_random(g);
+    w->number = number;
+    w->native = !encode_pick(g, 4);
+    w->user = w->native || encode_pick(g, 2);
+    w->large = !w->native && !encode_pick(g, 6);
+    w->smc = !w->native && !encode_pick(g, 6);
+    for (unsigned n = 0; n < 2; n++)
+        if (!physmap_is_rom(vm[n]->memory, ROM) && physmap_set_rom(vm[n]->memory, ROM, ROM_PAGES * PAGE_SIZE_BYTES))
+            memset(w, 0, sizeof *w);
+    physmap_zero(vm[0]->memory);
+    physmap_zero(vm[1]->memory);
+    table_new(&b);
+    places_pick(&b);
+    kernel_make(&b);
+    pages_make(&b);
+    start_make(&b);
+    for (unsigned n = 0; n < w->page_count; n++)
+        if (w->page[n].kind != PAGE_CODE && w->page[n].gpa != TINY_MMIO)
+            generator_bytes(g, at(vm[0], w->page[n].gpa), PAGE_SIZE_BYTES);
+    w->tracked_tables = w->tracked_count;
+    for (unsigned n = 0; n < b.tables; n++)
+        track(w, TABLES + n * PAGE_SIZE_BYTES);
+    for (unsigned n = 0; n < w->tracked_count; n++)
+        memcpy(w->snapshot[n], at(vm[0], w->tracked[n]), PAGE_SIZE_BYTES);
+    memcpy(w->large_page, at(vm[0], POOL), sizeof w->large_page);
+    for (gpa_t gpa = 0; gpa < TINY_RAM_BYTES; gpa += PAGE_SIZE_BYTES)
+        if (memcmp(at(vm[1], gpa), at(vm[0], gpa), PAGE_SIZE_BYTES))
+            memcpy(at(vm[1], gpa), at(vm[0], gpa), PAGE_SIZE_BYTES);
+}
+
+/* ---- questions ---- */
+
+const struct page *world_page(const struct world *w, gva_t gva)
+{
+    for (unsigned n = 0; n < w->page_count; n++)
+        if (w->page[n].gva == (gva & ~PAGE_MASK_BITS))
+            return &w->page[n];
+    return NULL;
+}
+
+int world_code_offset(const struct world *w, gva_t gva)
+{
+    const struct page *page = world_page(w, gva);
+    return page && page->kind == PAGE_CODE ? (int)(page->code * PAGE_SIZE_BYTES + (gva & PAGE_MASK_BITS)) : -1;
+}
+
+static bool is_code(const struct world *w, gpa_t gpa)
+{
+    for (unsigned n = 0; n < CODE_PAGES; n++)
+        if (w->code_gpa[n] == gpa)
+            return true;
+    return false;
+}
+
+void world_restore(const struct world *w, struct tiny_vm *vm, bool tables)
+{
+    unsigned count = tables ? w->tracked_count : w->tracked_tables;
+    if (w->thorough)
+        memcpy(at(vm, POOL), w->large_page, sizeof w->large_page);
+    for (unsigned n = 0; n < count; n++)
+        if (!is_code(w, w->tracked[n]))
+            memcpy(at(vm, w->tracked[n]), w->snapshot[n], PAGE_SIZE_BYTES);
+}
