@@ -562,6 +562,56 @@ static void jumps(const char *name)
     verdict(name);
 }
 
+/* Code that has run at its right address, then by way of addresses that differ in one of the bits above, or in two. */
+static void top_bits(void)
+{
+    static const struct {
+        const char *name;
+        uint8_t bytes[3], length;
+    } ways[] = {{"jmp rax", {0xff, 0xe0}, 2}, {"jmp r11", {0x41, 0xff, 0xe3}, 3}, {"call rax", {0xff, 0xd0}, 2}, {"ret", {0xc3}, 1}, {"jmp m", {0xff, 0x23}, 2}};
+    static const uint64_t views[2][2] = {{0x0000000059000000, 0xffffffffa1230000}, {0x000000005a000000, 0x00005a0000001000}};
+    static const uint8_t there[] = {0x90, 0x0f, 0x1f, 0x40, 0x11, 0xcd, USER_DONE};
+    uint64_t cell = area_bases[2] + 2 * PAGE + 2048;
+    uint64_t keep[2] = {shadow_read(cell - 8, 8), shadow_read(cell, 8)};
+    uint8_t *page = pages_allocate(1); /* written once, so that its code lasts */
+    for (unsigned n = 0; n < 5; n++)
+        memcpy(page + n * 16, ways[n].bytes, ways[n].length);
+    for (unsigned n = 0; n < 3; n++)
+        memcpy(page + PAGE - 128 + n * 16, there, sizeof there);
+    for (unsigned n = 0; n < 4; n++)
+        page_map(views[n / 2][n % 2], (uintptr_t)page | PG_P | (n / 2 ? PG_U : 0));
+    for (unsigned n = 0; n < 30 * 64; n++) {
+        begin();
+        probe.flags &= ~(reg_t)(FLAG_IF | FLAG_AC);
+        unsigned way = n % 5, bit = 39 + n / 5 % 25;
+        uint64_t base = views[probe.user][random_below(2)], right = base + PAGE - 128 + n % 3 * 16;
+        uint64_t wrong = right ^ 1ull << bit ^ (random_below(2) ? 1ull << (39 + random_below(25)) : 0);
+        struct access fetch = {.va = wrong, .size = 1, .fetch = true, .user = probe.user};
+        struct expectation want = access_expect(&fetch);
+        if (want.vector == NO_TRAP)
+            continue;
+        for (unsigned again = 0; again < 3; again++) { /* twice where it belongs */
+            uint64_t target = again < 2 ? right : wrong;
+            probe.ip = base + way * 16;
+            probe.gpr[RAX] = probe.gpr[R11] = target;
+            probe.gpr[RBX] = probe.gpr[RSP] = cell;
+            shadow_write(cell, 8, target);
+            *(uint64_t *)page_physical(cell) = target;
+            probe_run(&probe, &outcome);
+        }
+        uint64_t ip = probe.ip;
+        if (want.vector == PF)
+            probe.gpr[RSP] += way == 2 ? -8ull : way == 3 ? 8 : 0;
+        area_learn(cell - 8, 8);
+        judge(ways[way].name, wrong, &want, want.vector == PF ? wrong : ip, 0, 0);
+    }
+    for (unsigned k = 0; k < 2; k++) {
+        shadow_write(cell - 8 + 8 * k, 8, keep[k]);
+        *(uint64_t *)page_physical(cell - 8 + 8 * k) = keep[k];
+    }
+    verdict("code by addresses with other bits on top");
+}
+
 /* IRET and far RET to the same privilege, their frames in a test page. */
 static void far_returns(void)
 {
@@ -667,6 +717,7 @@ static void code_at_the_edge(void)
     page_map(va, (uintptr_t)page | PG_P | PG_U);
     begin();
     probe.user = true;
+    probe.flags &= ~(reg_t)FLAG_IF; /* an interrupt may come before the last fetch, and cannot return */
     probe.ip = va + PAGE - 20;
     probe_run(&probe, &outcome);
     struct expectation want = {GP, 0, 0};
@@ -741,6 +792,7 @@ void test_main(void)
     stacks();
     stack_memory();
     jumps("wild jumps");
+    top_bits();
     far_returns();
     multiples();
     fetches();

@@ -199,6 +199,7 @@ static void on_probe(struct frame *frame)
 void probe_begin(void)
 {
     tss.ist[0] = (reg_t)(probe_stack + sizeof probe_stack);
+    asm_volatile("mov %0, %%fs; mov %0, %%gs" ::"r"(0)); /* else the first way to ring 3 does that, and takes their bases */
     for (unsigned n = 0; n < 0xf0; n++) { /* above: what wakes processors that have no TSS */
         idt[n].ist = 1;
         if (n < 32 || n == USER_DONE)
