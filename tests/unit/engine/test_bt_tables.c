@@ -24,7 +24,7 @@
 #define G 0x100ull
 #define USED (P | RW | A | D)
 
-#define RAM_BYTES (32ull << 20)
+#define RAM_BYTES (14ull << 20) /* each page has a DT page, and one is left over */
 #define ROOT 0x1000ull
 #define ROOT_2 0x2000ull
 #define TABLES 0x100000ull /* page tables are taken from here on, up to DATA */
