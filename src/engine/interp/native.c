@@ -125,6 +125,14 @@ static void check_alignment(struct icpu *c, const struct native_code *n, gva_t g
         mem_check_alignment(c, c->view, gva, alignment);
 }
 
+/* Did the x87 instruction that has just run store nothing? It does not when an exception other than #P is unmasked (SDM vol. 1, 8.5); none was pending before. */
+static bool x87_store_withheld(void)
+{
+    uint16_t control, status;
+    __asm__ volatile("fnstcw %0\n\tfnstsw %1" : "=m"(control), "=m"(status));
+    return status & ~control & 0x1f;
+}
+
 /* The operand is not plain RAM within a page, or not in the TLB. */
 static __attribute__((noinline)) void run_slow(struct icpu *c, const struct insn *i, gva_t gva, bool x87, uint64_t offset)
 {
@@ -147,7 +155,7 @@ static __attribute__((noinline)) void run_slow(struct icpu *c, const struct insn
     if (n->flags & NATIVE_READ)
         mem_read_bytes(c, c->view, gva, bounce, n->size);
     run_at(c, i, n, bounce, x87, offset);
-    if (write)
+    if (write && !(x87 && x87_store_withheld()))
         mem_write_bytes(c, c->view, gva, bounce, n->size);
 }
 

@@ -124,6 +124,21 @@ static void unmasked_x87(void **state)
 FRAGMENT(misaligned, 64, "movaps 8(%rdi), %xmm0\n hlt");
 FRAGMENT(reserved, 64, "movl $0x10000, (%rdi)\n ldmxcsr (%rdi)\n hlt");
 FRAGMENT(missing_page, 64, "mov $0x40000ff8, %esi\n movups %xmm0, (%rsi)\n hlt");
+/* A store that raises an unmasked exception stores nothing, also where the operand goes through a buffer. */
+FRAGMENT(withheld, 64, "fninit\n fldcw (%rdi)\n fistps 4095(%rdi)\n hlt");
+
+static void withheld_store(void **state)
+{
+    struct tiny_vm *vm = *state;
+    LOAD(vm, TINY_LONG, withheld);
+    simd_on(vm);
+    quad_put(vm, TINY_DATA, 0x37e); /* #I unmasked; the stack is empty */
+    quad_put(vm, TINY_DATA + 4092, 0x1122334455667788);
+    run_to_halt(vm);
+    assert_int_equal(quad_at(vm, TINY_DATA + 4092), 0x1122334455667788);
+    assert_int_equal(vm->vcpu->cpu.xsave[2] & 0x81, 0x81); /* ES, IE */
+}
+
 static void faults(void **state)
 {
     struct tiny_vm *vm = *state;
@@ -208,6 +223,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(protected_mode, setup, teardown),
         cmocka_unit_test_setup_teardown(unmasked_sse, setup, teardown),
         cmocka_unit_test_setup_teardown(unmasked_x87, setup, teardown),
+        cmocka_unit_test_setup_teardown(withheld_store, setup, teardown),
         cmocka_unit_test_setup_teardown(faults, setup, teardown),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
