@@ -333,6 +333,20 @@ static bool system_state(struct tinsn *t, const struct decode *d, const struct b
     case ZYDIS_MNEMONIC_SWAPGS:
         t->kind = TI_SWAPGS;
         return !mode->user;
+    case ZYDIS_MNEMONIC_STAC:
+    case ZYDIS_MNEMONIC_CLAC:
+        t->kind = d->zi.mnemonic == ZYDIS_MNEMONIC_STAC ? TI_STAC : TI_CLAC;
+        return !mode->user;
+    case ZYDIS_MNEMONIC_SYSCALL:
+        t->kind = TI_SYSCALL;
+        if (!mode->user)
+            exit_with(t, BT_EXIT_syscall);
+        return true;
+    case ZYDIS_MNEMONIC_SYSRET:
+        t->kind = TI_SYSRET;
+        if (mode->user || !d->zi.raw.rex.W)
+            exit_with(t, BT_EXIT_sysret);
+        return true;
     case ZYDIS_MNEMONIC_RDTSC:
     case ZYDIS_MNEMONIC_RDTSCP:
         t->kind = d->zi.mnemonic == ZYDIS_MNEMONIC_RDTSC ? TI_RDTSC : TI_RDTSCP;
@@ -391,12 +405,6 @@ static bool special(struct tinsn *t, const struct decode *d)
     case ZYDIS_MNEMONIC_JRCXZ:
     case ZYDIS_MNEMONIC_JECXZ:
         branch(t, d, TI_LOOP, TI_EXIT, TI_EXIT);
-        return true;
-    case ZYDIS_MNEMONIC_SYSCALL:
-        exit_with(t, BT_EXIT_syscall);
-        return true;
-    case ZYDIS_MNEMONIC_SYSRET:
-        exit_with(t, BT_EXIT_sysret);
         return true;
     case ZYDIS_MNEMONIC_IRETQ:
         exit_with(t, BT_EXIT_iret);

@@ -28,17 +28,6 @@
 
 #define FLAGS_UNUSABLE (RFLAGS_TF | RFLAGS_NT | RFLAGS_VM | RFLAGS_RF | RFLAGS_VIF | RFLAGS_VIP | RFLAGS_IOPL)
 
-static struct bt_mode mode_of(const struct icpu *c)
-{
-    uint64_t cr4 = c->v.cpu.cr4;
-    return (struct bt_mode){
-        .code_bits = (uint8_t)c->code_bits,
-        .user = c->cpl == 3,
-        .simd_blocked = (uint8_t)c->simd_blocked,
-        .cr4 = (uint8_t)((c->cpl && cr4 & CR4_TSD ? BT_MODE_TSD : 0) | (cr4 & CR4_FSGSBASE ? BT_MODE_FSGSBASE : 0)),
-    };
-}
-
 bool bt_usable(const struct bt_vcpu *b)
 {
     const struct icpu *c = &b->c;
@@ -62,13 +51,45 @@ static void flags_in(struct bt_vcpu *b)
 {
     struct cpu_state *cpu = &b->c.v.cpu;
     b->host_flags = flags_arithmetic(&b->c) | (cpu->rflags & RFLAGS_DF) | RFLAGS_IF | RFLAGS_FIXED;
-    cpu->rflags &= ~(RFLAGS_OSZAPC | RFLAGS_DF);
+    b->ac = cpu->rflags & RFLAGS_AC;
+    cpu->rflags &= ~(RFLAGS_OSZAPC | RFLAGS_DF | RFLAGS_AC);
 }
 
 static void flags_out(struct bt_vcpu *b)
 {
     flags_set_arithmetic(&b->c, b->host_flags);
-    b->c.v.cpu.rflags |= b->host_flags & RFLAGS_DF;
+    b->c.v.cpu.rflags |= (b->host_flags & RFLAGS_DF) | b->ac;
+}
+
+void bt_settle(struct bt_vcpu *b)
+{
+    struct icpu *c = &b->c;
+    if (b->transition) {
+        bool user = b->transition == BT_TO_USER;
+        b->transition = BT_NO_TRANSITION;
+        syscall_segments_load(c, user);
+        c->cpl = user ? 3 : 0;
+        b->mode = bt_mode_of(c, user);
+    }
+    enum tlb_view view = c->cpl ? VIEW_USER : b->ac && c->v.cpu.cr4 & CR4_SMAP ? VIEW_SUPERVISOR_AC : VIEW_SUPERVISOR;
+    if (view != c->view) {
+        c->view = view;
+        c->tlb = c->views[view];
+        tables_settle(b);
+    }
+}
+
+/* Arithmetic flags and DF are clear after SYSCALL then, whatever they were. */
+#define SYSCALL_CLEARS (RFLAGS_OSZAPC | RFLAGS_DF)
+
+static void system_calls_prepare(struct bt_vcpu *b)
+{
+    const struct cpu_state *cpu = &b->c.v.cpu;
+    const struct bt_stubs *stubs = &b->engine->stubs;
+    bool possible = cpu->efer & EFER_SCE && (cpu->msr_sfmask & SYSCALL_CLEARS) == SYSCALL_CLEARS;
+    uintptr_t tc = (uintptr_t)b->engine->layout.tc_exec;
+    b->syscall_stub = tc + (possible ? stubs->syscall : stubs->syscall_slow);
+    b->sysret_stub = tc + (possible ? stubs->sysret : stubs->sysret_slow);
 }
 
 void bt_kick(struct vcpu *v)
@@ -82,7 +103,7 @@ void bt_kick(struct vcpu *v)
 /* Before cache_enter, whose store is a barrier: a kick that is lost here finds its reason, attention or the wish to stop the world, looked at afterwards. */
 static void polls_reset(struct bt_vcpu *b)
 {
-    uintptr_t quiet = (uintptr_t)&b->poll_word;
+    uintptr_t quiet = b->poll_quiet;
     atomic_store_explicit(&b->exec_mask, BT_EXEC_MASK, memory_order_relaxed);
     atomic_store_explicit(&b->poll, quiet, memory_order_relaxed);
     atomic_store_explicit(&b->poll_sti, b->c.interrupt_waiting ? b->engine->layout.poison : quiet, memory_order_relaxed);
@@ -102,6 +123,7 @@ static enum bt_exit enter(struct bt_vcpu *b, struct entry *entry)
     simd_load(&b->c);
     native_pointers_lost(&b->c);
     flags_in(b);
+    system_calls_prepare(b);
     polls_reset(b);
     cache_enter(b);
     uint64_t epoch = __atomic_load_n(&e->epoch, __ATOMIC_ACQUIRE), generation = epoch + __atomic_load_n(&e->rewrites, __ATOMIC_ACQUIRE);
@@ -120,6 +142,7 @@ static enum bt_exit enter(struct bt_vcpu *b, struct entry *entry)
         b->enter_target = (uintptr_t)e->layout.tc_exec + start;
         b->fault_tc = 0;
         why = bt_enter(b);
+        bt_settle(b);
     }
     entry->epoch = epoch;
     entry->tc_start = 0;
@@ -386,7 +409,7 @@ static void run_translated(struct bt_vcpu *b)
 {
     struct entry entry = {0};
     enum bt_exit why;
-    b->mode = mode_of(&b->c);
+    b->mode = bt_mode_of(&b->c, b->c.cpl == 3);
     do {
         if (unlikely(b->engine->debug.turn != NULL))
             debug_turn(b);

@@ -98,6 +98,18 @@ struct bt_mode {
 #define BT_MODE_TSD 1u      /* RDTSC is not for this CPL */
 #define BT_MODE_FSGSBASE 2u /* RDFSBASE and the like exist */
 
+/* In user mode, or at CPL 0, with the control registers as they are. */
+static inline struct bt_mode bt_mode_of(const struct icpu *c, bool user)
+{
+    uint64_t cr4 = c->v.cpu.cr4;
+    return (struct bt_mode){
+        .code_bits = (uint8_t)c->code_bits,
+        .user = user,
+        .simd_blocked = (uint8_t)c->simd_blocked,
+        .cr4 = (uint8_t)((user && cr4 & CR4_TSD ? BT_MODE_TSD : 0) | (cr4 & CR4_FSGSBASE ? BT_MODE_FSGSBASE : 0)),
+    };
+}
+
 struct bt_block;
 
 /* One page of guest code in one mode. Lives until the cache is flushed. */
@@ -194,6 +206,8 @@ enum bt_tally {
 
 /* ---- engine and vCPU ---- */
 
+enum bt_transition { BT_NO_TRANSITION, BT_TO_SUPERVISOR, BT_TO_USER };
+
 struct bt_stubs { /* TC offsets; stubs.c. They survive flushes. */
     uint32_t miss;   /* 0: R11 is a linear address without a block */
     uint32_t enter;  /* C: unsigned enter(struct bt_vcpu *b), see bt_enter */
@@ -202,6 +216,8 @@ struct bt_stubs { /* TC offsets; stubs.c. They survive flushes. */
     uint32_t leave_in_page; /* the same with R11: offset from page_va */
     uint32_t link;     /* R11: offset of the target from page_va, R10D: link_site */
     uint32_t link_far; /* R11: guest rip, R10D: link_site without BT_LINK_FAR */
+    uint32_t syscall, sysret;           /* by translated code: R11 offset of the instruction in the page, R10 (SYSCALL) its length */
+    uint32_t syscall_slow, sysret_slow; /* the same by leaving */
     uint32_t leave_saved; /* from a signal handler: all guest state already saved in the context, EAX: enum bt_exit, RSP: host_rsp */
     uint32_t end;    /* first byte after the stubs */
 };
@@ -269,10 +285,15 @@ struct bt_vcpu {
     _Atomic uintptr_t poll;         /* address that loop back-edges read 4 bytes from: &poll_word of this view-independent mapping, or layout.poison when kicked */
     _Atomic uintptr_t poll_sti;     /* the same after instructions that set IF; layout.poison also while an interrupt waits for IF */
     uint64_t poll_word;
+    uintptr_t poll_quiet;  /* its address */
     uint64_t host_rsp;
     uint64_t host_flags;   /* guest arithmetic flags and DF, plus the host's fixed bits (IF and bit 1): loaded on entry, stored on exit */
     uint64_t enter_target; /* host address that bt_enter jumps to */
     uint64_t link_site;    /* BT_EXIT_link: TC offset of the 32-bit displacement to patch */
+    uint8_t *table_of[VIEW_COUNT]; /* T of the views of the current address space, by enum tlb_view */
+    uint64_t ac;           /* the guest's RFLAGS.AC, while cpu.rflags has it clear; says with the CPL which view is in GS */
+    uint64_t transition;   /* enum bt_transition: SYSCALL or SYSRET done by translated code that bt_settle has to finish */
+    uint64_t syscall_stub, sysret_stub; /* host addresses that do these, or leave */
     uint64_t scratch[8];   /* spills inside one instruction's translation */
     uint64_t mask_low12;   /* constants for PEXT/PDEP: 0xfff */
     uint64_t mask_bit12;   /* 0x1000 */
@@ -324,6 +345,8 @@ void tables_destroy(struct bt_vcpu *b); /* frees b */
 /* Makes the view for the current mode, privilege and address space current: sets b->view, b->table and GS base. Called before every entry; cheap when nothing changed.
  * Also drops exec entries that belong to another bt_mode or an older epoch of the cache. */
 void tables_select(struct bt_vcpu *b);
+/* c.view has changed inside translated code, and GS with it: b->view and b->table follow. */
+void tables_settle(struct bt_vcpu *b);
 /* Walks the guest's page tables for an access at the current privilege and fills entries of the current view (and neighbours). Never raises. Page faults, MMIO: BT_FILL_SLOW.
  * [gva, +size) must not cross a page (else BT_FILL_SLOW). */
 enum bt_fill tables_fill(struct bt_vcpu *b, gva_t gva, unsigned size, bool write);
@@ -407,6 +430,11 @@ struct bt_access {
 };
 int translate_accesses(struct bt_vcpu *b, const uint8_t *bytes, unsigned available, struct bt_access access[4]);
 
+/* ---- system_stubs.c ---- */
+
+struct emitter;
+void system_stubs_create(struct bt_engine *e, struct emitter *out);
+
 /* ---- stubs.c ---- */
 
 /* Writes the stubs at the start of TC. */
@@ -451,6 +479,8 @@ void dump_code_print(struct bt_engine *e, FILE *out);                  /* e->loc
 /* For tests, while no vCPU runs. What is translated already stays as it is. */
 void bt_debug_set(struct engine *engine, const struct bt_debug *debug);
 void bt_kick(struct vcpu *v);
+/* Finishes changes of privilege and of AC that translated code has made without leaving: CS, SS, CPL and the view are what they should be. Also called in the signal handler. */
+void bt_settle(struct bt_vcpu *b);
 /* Are the conditions met under which translated code may run now (mode, flags, segments)? */
 bool bt_usable(const struct bt_vcpu *b);
 

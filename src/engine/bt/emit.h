@@ -157,6 +157,20 @@ static inline void emit_movzx16_gs(struct emitter *e, unsigned to, int32_t gs)
     emit_address(e, to, EMIT_NONE, EMIT_NONE, 0, gs, false);
 }
 
+static inline void emit_store_gs_imm32(struct emitter *e, int32_t gs, uint32_t value)
+{
+    emit_op_gs(e, true, 0xc7, 0, gs);
+    emit32(e, value);
+}
+
+static inline void emit_wrgsbase(struct emitter *e, unsigned reg)
+{
+    emit8(e, 0xf3);
+    emit_rex(e, emit_rex_of(true, EMIT_NONE, reg, EMIT_NONE));
+    emit8(e, 0x0f), emit8(e, 0xae);
+    emit8(e, 0xd8 | (reg & 7));
+}
+
 /* SARX to, from, count */
 static inline void emit_sarx(struct emitter *e, unsigned to, unsigned from, unsigned count)
 {

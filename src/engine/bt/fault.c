@@ -248,6 +248,7 @@ static bool translated_fault(struct bt_vcpu *b, greg_t *regs, uintptr_t address)
     if (!locate(&f))
         return false;
     vcpu_count(&b->c.v, COUNTER_signals);
+    bt_settle(b);
     bool live = b->c.simd_live;
     b->c.simd_live = false;
     b->fault_crossing = false;

@@ -81,14 +81,19 @@ void canonical_emit(struct emitter *out, uint16_t free, uint16_t clean)
     }
 }
 
+void groups_forget(struct translation *t)
+{
+    for (unsigned n = 0; n < GROUPS; n++)
+        t->group[n].v = TI_NONE;
+}
+
 void canonicalize(struct translation *t)
 {
     canonical_emit(&t->out, t->free, t->clean);
     t->free = CANONICAL;
     t->s[0] = GPR_R10;
     t->s[1] = GPR_R11;
-    for (unsigned n = 0; n < GROUPS; n++)
-        t->group[n].v = TI_NONE;
+    groups_forget(t);
 }
 
 /* ---- groups of accesses ---- */

@@ -95,6 +95,7 @@ void stubs_create(struct bt_engine *b)
     *(uint32_t *)displacement = (uint32_t)(b->layout.tc_write + b->stubs.leave - (displacement + 4));
     b->stubs.lookup = here(b, &e);
     emit_transfer(&e, (uint32_t)(uintptr_t)b->layout.tc_exec);
+    system_stubs_create(b, &e);
     b->stubs.enter = here(b, &e);
     enter_emit(&e);
     while (here(b, &e) % 64)

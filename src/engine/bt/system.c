@@ -19,6 +19,8 @@ static void emit_pushf(struct translation *t, struct bt_site *site)
     emit_pdep_gs(out, t->s[1], t->s[1], BT_CTX(mask_arith));
     emit_load_gs(out, t->s[0], BT_CTX(c.v.cpu.rflags));
     emit_lea(out, t->s[1], t->s[1], t->s[0], 0, 0);
+    emit_load_gs(out, t->s[0], BT_CTX(ac));
+    emit_lea(out, t->s[1], t->s[1], t->s[0], 0, 0);
     emit_store_gs(out, t->s[1], BT_CTX(scratch[0]));
     struct address a = emit_stack_access(t, site, GPR_RSP, -8);
     emit_load_gs(out, t->s[1], BT_CTX(scratch[0]));
@@ -54,6 +56,24 @@ static void emit_rdtsc(struct translation *t, const struct tinsn *i)
     emit_rorx(out, GPR_RDX, GPR_RAX, 32);
     emit_op_reg(out, false, 0x89, GPR_RDX, GPR_RDX);
     emit_op_reg(out, false, 0x89, GPR_RAX, GPR_RAX);
+}
+
+/* ---- privilege ---- */
+
+/* SMAP's rights change: what is known of pages was looked up in the other view. */
+static void emit_ac(struct translation *t, bool set)
+{
+    struct emitter *out = &t->out;
+    emit_store_gs_imm32(out, BT_CTX(ac), set ? RFLAGS_AC : 0);
+    emit_load_gs(out, t->s[0], set ? BT_CTX(table_of[VIEW_SUPERVISOR_AC]) : BT_CTX(table_of[VIEW_SUPERVISOR]));
+    emit_wrgsbase(out, t->s[0]);
+    groups_forget(t);
+}
+
+static void emit_jump_gs(struct emitter *out, int32_t gs)
+{
+    emit8(out, 0x65), emit8(out, 0xff);
+    emit_address(out, 4, EMIT_NONE, EMIT_NONE, 0, gs, false);
 }
 
 /* ---- segment bases ---- */
@@ -131,6 +151,17 @@ void emit_system(struct translation *t, const struct tinsn *i, struct bt_site *s
         break;
     case TI_SWAPGS:
         emit_swapgs(t);
+        break;
+    case TI_STAC:
+    case TI_CLAC:
+        emit_ac(t, i->kind == TI_STAC);
+        break;
+    case TI_SYSCALL:
+    case TI_SYSRET:
+        canonicalize(t);
+        emit_mov_imm32(out, GPR_R11, i->offset);
+        emit_mov_imm32(out, GPR_R10, i->length);
+        emit_jump_gs(out, i->kind == TI_SYSCALL ? BT_CTX(syscall_stub) : BT_CTX(sysret_stub));
         break;
     case TI_LOAD_SELECTOR:
         emit_movzx16_gs(out, i->reg, i->imm);

@@ -6,7 +6,7 @@
  * Invariants: a table's chunk is PROT_NONE or holds nothing but entries that hit the right byte and poison, so no entry ever reads as zero. A data entry points into window W
  * only if the guest may write there now, the dirty bit is set, and the page is neither ROM nor code; dirty marks of PhysMap are set before. The exec table's first page is never
  * readable. Each chunk knows which of its groups of PAGING_GROUP entries hold something, so that dropping costs in proportion to what was filled.
- * Dropping is lazy for whole views: marks that view_clean obeys before the view is used again.
+ * Dropping is lazy for whole views: marks that view_clean obeys before the view is used again. The three views that translated code may be in without leaving are clean whenever it runs.
  * Threading: the vCPU's own thread. tables_fill and tables_commit are also called from its signal handler while it is in translated code, never inside this file.
  */
 #include <assert.h>
@@ -73,6 +73,9 @@ struct bt_view {
 struct bt_tables {
     struct bt_view view[VIEWS]; /* supervisor, supervisor AC, user */
     uint64_t clock;
+    struct bt_view *ready[VIEW_COUNT]; /* of the current address space, by enum tlb_view, clean; what is in bt_vcpu.table_of */
+    uint64_t key, epoch; /* what those were made ready for */
+    bool stale;          /* marks to be obeyed first */
     struct chunk *chunk; /* chunk_limit + 1 of them; number 0 is never used */
     unsigned chunk_limit, chunk_count, chunk_touched;
     uint16_t chunk_free;
@@ -529,48 +532,67 @@ static void gs_base_set(const uint8_t *base)
         __asm__ volatile("wrgsbase %0" : : "r"(base) : "memory");
 }
 
-/* The view of the current privilege and address space, clean. */
-static struct bt_view *view_current(struct bt_vcpu *b)
+/* What the choice of views and what their exec tables lead to depend on, besides the epoch. */
+static uint64_t views_key(const struct bt_vcpu *b)
 {
     const struct cpu_state *cpu = &b->c.v.cpu;
-    struct bt_tables *t = b->tables;
-    struct bt_view *view = b->view;
-    unsigned asid = current_asid(cpu);
-    enum view_kind kind = KIND_SUPERVISOR;
-    if (b->c.view == VIEW_USER)
-        kind = KIND_USER;
-    else if (b->c.view == VIEW_SUPERVISOR_AC && (cpu->cr4 & CR4_SMAP))
-        kind = KIND_SUPERVISOR_AC;
-    if (!view || view->kind != kind || view->asid != asid) {
-        view = kind == KIND_USER ? user_view(t, asid) : &t->view[kind];
-        if (view->asid != asid) {
-            view->drop_non_global = true;
-            view->asid = asid;
-        }
-        view->used = ++t->clock;
-        b->view = view;
-        b->table = view->base;
-    }
-    if (unlikely(view->drop_all || view->drop_non_global))
-        view_clean(b, view);
-    return view;
+    return current_asid(cpu) | cpu->cr4 << 12 | (uint64_t)b->c.simd_blocked << 48 | (uint64_t)b->c.code_bits << 56;
 }
 
-static bool mode_equal(const struct bt_mode *x, const struct bt_mode *y)
+static void view_ready(struct bt_vcpu *b, enum tlb_view n, struct bt_view *view, uint64_t epoch)
 {
-    return x->code_bits == y->code_bits && x->user == y->user && x->simd_blocked == y->simd_blocked && x->cr4 == y->cr4 && x->flat == y->flat;
+    struct bt_tables *t = b->tables;
+    struct bt_mode mode = bt_mode_of(&b->c, n == VIEW_USER);
+    unsigned asid = current_asid(&b->c.v.cpu);
+    if (view->asid != asid) {
+        view->drop_non_global = true;
+        view->asid = asid;
+    }
+    if (view->drop_all || view->drop_non_global)
+        view_clean(b, view);
+    if (view->epoch != epoch || memcmp(&view->mode, &mode, sizeof(mode)) != 0) {
+        table_drop_all(t, &b->engine->layout, &view->exec);
+        view->mode = mode;
+        view->epoch = epoch;
+    }
+    view->used = ++t->clock;
+    t->ready[n] = view;
+    b->table_of[n] = view->base;
+}
+
+/* All views of the current address space, so that translated code can change between them. */
+static void views_ready(struct bt_vcpu *b, uint64_t epoch, uint64_t key)
+{
+    struct bt_tables *t = b->tables;
+    bool smap = b->c.v.cpu.cr4 & CR4_SMAP;
+    view_ready(b, VIEW_USER, user_view(t, current_asid(&b->c.v.cpu)), epoch);
+    view_ready(b, VIEW_SUPERVISOR_AC, &t->view[smap ? KIND_SUPERVISOR_AC : KIND_SUPERVISOR], epoch);
+    view_ready(b, VIEW_SUPERVISOR, &t->view[KIND_SUPERVISOR], epoch);
+    t->epoch = epoch;
+    t->key = key;
+    t->stale = false;
+}
+
+static struct bt_view *view_current(struct bt_vcpu *b)
+{
+    struct bt_tables *t = b->tables;
+    uint64_t epoch = __atomic_load_n(&b->engine->epoch, __ATOMIC_ACQUIRE), key = views_key(b);
+    if (unlikely(t->stale || t->epoch != epoch || t->key != key))
+        views_ready(b, epoch, key);
+    b->view = t->ready[b->c.view];
+    b->table = b->view->base;
+    return b->view;
 }
 
 void tables_select(struct bt_vcpu *b)
 {
-    struct bt_view *view = view_current(b);
-    uint64_t epoch = __atomic_load_n(&b->engine->epoch, __ATOMIC_ACQUIRE);
-    gs_base_set(view->base);
-    if (unlikely(view->epoch != epoch || !mode_equal(&view->mode, &b->mode))) {
-        table_drop_all(b->tables, &b->engine->layout, &view->exec);
-        view->mode = b->mode;
-        view->epoch = epoch;
-    }
+    gs_base_set(view_current(b)->base);
+}
+
+void tables_settle(struct bt_vcpu *b)
+{
+    b->view = b->tables->ready[b->c.view];
+    b->table = b->view->base;
 }
 
 /* ---- what the interpreter's TLB maintenance calls ---- */
@@ -580,6 +602,7 @@ void tables_flush_all(struct icpu *c)
     struct bt_vcpu *b = (struct bt_vcpu *)c;
     for (unsigned n = 0; n < VIEWS; n++)
         b->tables->view[n].drop_all = true;
+    b->tables->stale = true;
 }
 
 void tables_flush_non_global(struct icpu *c, unsigned asid)
@@ -588,11 +611,12 @@ void tables_flush_non_global(struct icpu *c, unsigned asid)
     for (unsigned n = 0; n < VIEWS; n++)
         if (b->tables->view[n].asid == asid)
             b->tables->view[n].drop_non_global = true;
+    b->tables->stale = true;
 }
 
 void tables_load_cr3(struct icpu *c, bool keep)
 {
-    if (!keep) /* otherwise view_current sees the new address space */
+    if (!keep) /* otherwise the key is another */
         tables_flush_non_global(c, current_asid(&c->v.cpu));
 }
 
@@ -653,7 +677,7 @@ static void context_init(struct bt_engine *e, struct bt_vcpu *b, struct bt_table
     b->engine = e;
     b->tables = t;
     b->exec_mask = BT_EXEC_MASK;
-    b->poll = b->poll_sti = (uintptr_t)&b->poll_word;
+    b->poll = b->poll_sti = b->poll_quiet = (uintptr_t)&b->poll_word;
     b->poll_word = BT_POLL_OK;
     b->mask_low12 = PAGE_MASK_BITS;
     b->mask_arith = RFLAGS_OSZAPC | RFLAGS_DF;
@@ -676,6 +700,7 @@ static int tables_allocate(struct bt_tables **tables, uint64_t ram_bytes, int co
     uint64_t chunks = (TABLE_BYTES_MIN + ram_bytes / PAGE_SIZE_BYTES * 8) / BT_CHUNK_BYTES;
     t->chunk_limit = chunks < CHUNKS_MAX ? (unsigned)chunks : CHUNKS_MAX;
     t->fetch_page = ~0ull;
+    t->stale = true;
     t->chunk = map_anonymous((t->chunk_limit + 1) * sizeof(*t->chunk), PROT_READ | PROT_WRITE);
     int rc = t->chunk ? 0 : -errno;
     for (unsigned n = 0; !rc && n < VIEWS; n++)

@@ -31,6 +31,8 @@ enum tinsn_kind {
     TI_LOAD_SELECTOR, /* `reg` gets the 16 bits at gs:[imm] */
     TI_LOAD_STATE,    /* `reg` gets the 64 bits at gs:[imm] */
     TI_LOAD_STATE32,
+    TI_STAC,
+    TI_CLAC,
     TI_WRITE_BASE,    /* WRFSBASE, WRGSBASE: `imm` is the segment's number */
     TI_JCC,     /* `target`, `condition` */
     TI_LOOP,    /* LOOPcc, JRCXZ: `target` */
@@ -41,6 +43,8 @@ enum tinsn_kind {
     TI_CALL_REG,
     TI_CALL_MEM,
     TI_RET, /* `imm`: bytes released */
+    TI_SYSCALL,
+    TI_SYSRET,
     TI_EXIT, /* left to somebody else: `exit` says why */
 };
 
@@ -154,6 +158,7 @@ unsigned register_scratch(struct translation *t, uint16_t named, uint16_t taken,
 void registers_return(struct translation *t, uint16_t named);
 void canonical_emit(struct emitter *out, uint16_t free, uint16_t clean);
 void canonicalize(struct translation *t);
+void groups_forget(struct translation *t);
 bool has_plain_base(const struct tinsn *i);
 struct group *group_find(struct translation *t, unsigned base, int32_t disp, unsigned size);
 void groups_provide(struct translation *t, const struct tinsn *i);

@@ -49,6 +49,9 @@ bool interp_stopped(struct icpu *c, enum engine_exit *exit);
 void interp_run_one(struct icpu *c);  /* one instruction and the traps that follow it */
 void interp_run_next(struct icpu *c); /* one block */
 
+/* CS and SS as SYSCALL, or SYSRET to 64-bit code, loads them. (op_syscall.c) */
+void syscall_segments_load(struct icpu *c, bool to_user);
+
 enum engine_exit interp_step(struct vcpu *v);
 void interp_state_changed(struct vcpu *v);
 void interp_invalidate(struct engine *e, gpa_t gpa, uint64_t length_bytes);

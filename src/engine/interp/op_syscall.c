@@ -5,6 +5,7 @@
  * SYSCALL outside 64-bit mode when the guest sees an AMD processor, because AMD guests' 32-bit system calls rely on it.
  * Sources: SDM vol. 2 under each name; AMD APM vol. 3, SYSCALL. Threading: as interp_priv.h.
  */
+#include "engine/interp/interp_core.h"
 #include "engine/interp/system_priv.h"
 
 #define SYSRET_FLAGS 0x3C7FD7ull
@@ -27,6 +28,16 @@ static void load_flat(struct icpu *c, uint16_t cs, uint16_t ss, unsigned cpl, en
     };
 }
 
+void syscall_segments_load(struct icpu *c, bool to_user)
+{
+    uint64_t star = c->v.cpu.msr_star;
+    uint16_t call = (uint16_t)(star >> 32), ret = (uint16_t)(star >> 48);
+    if (to_user)
+        load_flat(c, (uint16_t)(ret + 16), (uint16_t)(ret + 8), 3, FLAT_64);
+    else
+        load_flat(c, call, (uint16_t)(call + 8), 0, FLAT_64);
+}
+
 void op_syscall(struct icpu *c, const struct insn *i)
 {
     struct cpu_state *s = &c->v.cpu;
@@ -42,7 +53,7 @@ void op_syscall(struct icpu *c, const struct insn *i)
         s->gpr[GPR_R11] = flags;
         s->gpr[GPR_RIP] = c->code_bits == 64 ? s->msr_lstar : s->msr_cstar;
         flags &= ~s->msr_sfmask;
-        load_flat(c, cs, (uint16_t)(cs + 8), 0, FLAT_64);
+        syscall_segments_load(c, false);
     } else {
         s->gpr[GPR_RIP] = (uint32_t)s->msr_star;
         flags &= ~(RFLAGS_IF | RFLAGS_VM);
@@ -65,7 +76,7 @@ void op_sysret(struct icpu *c, const struct insn *i)
         if (!gva_is_canonical(s->gpr[GPR_RCX]))
             raise_gp0(c);
         s->gpr[GPR_RIP] = s->gpr[GPR_RCX];
-        load_flat(c, (uint16_t)(selector + 16), (uint16_t)(selector + 8), 3, FLAT_64);
+        syscall_segments_load(c, true);
     } else {
         s->gpr[GPR_RIP] = (uint32_t)s->gpr[GPR_RCX];
         load_flat(c, selector, (uint16_t)(selector + 8), 3, FLAT_16_OR_32);

@@ -96,6 +96,10 @@ enum bt_fill tables_fill(struct bt_vcpu *b, gva_t gva, unsigned size, bool write
     return t.fill;
 }
 
+void bt_settle(struct bt_vcpu *b)
+{
+}
+
 bool tables_commit(struct bt_vcpu *b, uintptr_t address, gva_t gva_hint, bool exec)
 {
     return address == t.committed;

@@ -508,7 +508,7 @@ static void another_mode_or_epoch_drops_code_only(void **state)
     assert_int_equal(tables_fill(f->b, gva, 1, false), BT_FILL_DONE);
     tables_select(f->b);
     assert_int_equal(jump_to(f, gva), 77);
-    f->b->mode.simd_blocked = 1;
+    f->b->c.simd_blocked = 1;
     tables_select(f->b);
     assert_int_equal(jump_to(f, gva), 0);
     tables_exec_set(f->b, gva, dt_at(&f->engine, 1));
@@ -708,7 +708,7 @@ static void storm_switch(struct storm *s)
     c->v.cpu.cr3 = ROOT | pick(s, 4);
     tables_load_cr3(c, pick(s, 4));
     if (!pick(s, 8))
-        s->f->b->mode.simd_blocked ^= 1;
+        c->simd_blocked ^= 1;
     if (!pick(s, 8))
         s->f->engine.epoch++;
     as(s->f, views[pick(s, 3)]);
