@@ -64,8 +64,29 @@ static void emit_crossing_branch(struct translation *t, const struct tinsn *i, u
     emit_load_gs(out, GPR_RCX, BT_CTX(scratch[1]));
 }
 
+/* To the rest of the block as a careful one when the group's range crosses a page. With JRCXZ, because flags are the guest's. */
+static void emit_group_check(struct translation *t, const struct tinsn *i, unsigned from, unsigned size)
+{
+    struct emitter *out = &t->out;
+    emit_pext_gs(out, t->s[0], from, BT_CTX(mask_low12));
+    emit_check_byte(out, t->s[0], t->s[0], BT_SPLIT + (int32_t)size - 1);
+    emit_store_gs(out, GPR_RCX, BT_CTX(scratch[1]));
+    emit_mov(out, GPR_RCX, t->s[0]);
+    emit8(out, 0xe3); /* jrcxz, over the load and the jump below */
+    uint8_t *over = out->at;
+    emit8(out, 0);
+    emit_load_gs(out, GPR_RCX, BT_CTX(scratch[1]));
+    align_displacement(out, 1);
+    emit8(out, 0xe9);
+    uint8_t *displacement = out->at;
+    emit32(out, 0);
+    defer(t, DEFER_CAREFUL, i, i->offset, displacement);
+    *over = (uint8_t)(out->at - (over + 1));
+    emit_load_gs(out, GPR_RCX, BT_CTX(scratch[1]));
+}
+
 /* Where [base + disp] of the group is; the first use looks V up. */
-static struct address emit_group_access(struct translation *t, struct group *g, int32_t disp, uint8_t *v_register)
+static struct address emit_group_access(struct translation *t, const struct tinsn *i, struct group *g, int32_t disp, uint8_t *v_register)
 {
     if (g->fresh) {
         unsigned from = g->base;
@@ -73,7 +94,8 @@ static struct address emit_group_access(struct translation *t, struct group *g, 
             from = t->s[1];
             emit_lea(&t->out, from, g->base, EMIT_NONE, 0, g->low);
         }
-        emit_lookup(t, g->v, from, (unsigned)(g->high - g->low));
+        emit_group_check(t, i, from, (unsigned)(g->high - g->low));
+        emit_lookup(t, g->v, from, 1);
         g->fresh = false;
     } else {
         *v_register = g->v;
@@ -86,7 +108,7 @@ struct address emit_access(struct translation *t, const struct tinsn *i, struct 
 {
     struct group *g = has_plain_base(i) ? group_find(t, i->base, i->disp, i->mem_size) : NULL;
     if (g)
-        return emit_group_access(t, g, i->disp, &site->v_memory);
+        return emit_group_access(t, i, g, i->disp, &site->v_memory);
     unsigned v = t->s[0], ea = t->s[1], size = i->aligned ? 1 : i->mem_size;
     if (has_plain_base(i) && !i->disp) {
         ea = i->base;
@@ -97,7 +119,7 @@ struct address emit_access(struct translation *t, const struct tinsn *i, struct 
             emit_lea(&t->out, ea, ea, v, 0, 0);
         }
     }
-    if (size > 1 && bitmap_has(t->page->odd_sites, i->offset) && v != GPR_RCX) {
+    if (size > 1 && cache_marked(t->e, t->page, i->offset, BT_MARK_CROSSES) && v != GPR_RCX) {
         emit_crossing_branch(t, i, ea, size);
         size = 1;
     }
@@ -125,7 +147,7 @@ struct address emit_bit_string_access(struct translation *t, const struct tinsn 
         emit_load_gs(out, v, segment_base_field(i));
         emit_lea(out, ea, ea, v, 0, 0);
     }
-    if (bitmap_has(t->page->odd_sites, i->offset) && v != GPR_RCX) {
+    if (cache_marked(t->e, t->page, i->offset, BT_MARK_CROSSES) && v != GPR_RCX) {
         emit_crossing_branch(t, i, ea, size);
         size = 1;
     }
@@ -206,7 +228,7 @@ struct address emit_stack_access(struct translation *t, struct bt_site *site, un
 {
     struct group *g = group_find(t, base, disp, 8);
     if (g)
-        return emit_group_access(t, g, disp, &site->v_stack);
+        return emit_group_access(t, &t->insn[t->at], g, disp, &site->v_stack);
     unsigned from = base;
     if (disp) {
         from = t->s[1];

@@ -489,6 +489,7 @@ static void classify(const struct analyze_context *a, struct tinsn *t, const str
     if (special(t, d) || system_state(t, d, &a->mode))
         return;
     exit_with(t, BT_EXIT_interp);
+    t->traps = !is_plain(d) || d->zi.mnemonic == ZYDIS_MNEMONIC_DIV || d->zi.mnemonic == ZYDIS_MNEMONIC_IDIV;
     if (!is_plain(d) && !is_native(a, t, d))
         return;
     if (d->zi.mnemonic == ZYDIS_MNEMONIC_CMPXCHG16B)

@@ -166,14 +166,14 @@ static uint64_t next_page(struct bt_vcpu *b, unsigned start)
     return ram_offset & ~PAGE_MASK_BITS;
 }
 
-static struct bt_block *translate(struct bt_vcpu *b, struct bt_page *page, unsigned start, uint64_t next)
+static struct bt_block *translate(struct bt_vcpu *b, struct bt_page *page, unsigned start, uint64_t next, bool careful)
 {
     struct bt_engine *e = b->engine;
     uint64_t *counters = b->c.v.counters;
     struct timespec before, after;
     clock_gettime(CLOCK_MONOTONIC, &before);
     uint32_t published = e->block_count;
-    struct bt_block *block = translate_block(e, page, start, next);
+    struct bt_block *block = translate_block(e, page, start, next, careful);
     clock_gettime(CLOCK_MONOTONIC, &after);
     int64_t ns = (after.tv_sec - before.tv_sec) * 1000000000ll + (after.tv_nsec - before.tv_nsec);
     e->translate_ns += (uint64_t)ns;
@@ -212,7 +212,7 @@ static struct bt_block *block_in_page(struct bt_vcpu *b, gva_t gva, uint64_t ram
     if (page)
         page->gva = gva & ~PAGE_MASK_BITS;
     if (!block && page && cache_room(e) && e->tc_used <= e->debug.tc_bytes)
-        block = translate(b, page, start, next_page(b, start));
+        block = translate(b, page, start, next_page(b, start), false);
     else if (!block)
         *full = true;
     if (block)
@@ -278,8 +278,33 @@ static void link_patch(struct bt_engine *e, uint32_t site, const struct bt_block
         __atomic_store_n((uint32_t *)(e->layout.tc_write + site), target->tc_chain - (site + 4), __ATOMIC_RELEASE);
 }
 
+/* The way from a block whose group would cross a page to the rest of it without groups. */
+static bool exit_link_careful(struct bt_vcpu *b, struct entry *entry)
+{
+    struct bt_engine *e = b->engine;
+    uint32_t site = (uint32_t)b->link_site & ~BT_LINK_CAREFUL;
+    unsigned start = b->c.v.cpu.gpr[GPR_RIP] & PAGE_MASK_BITS;
+    simd_save(&b->c);
+    pthread_mutex_lock(&e->lock);
+    const struct bt_block *source = e->epoch == entry->epoch ? cache_find(e, (uintptr_t)e->layout.tc_exec + site) : NULL;
+    struct bt_page *page = source && source->valid ? source->page : NULL;
+    struct bt_block *block = page ? cache_block_careful(page, start) : NULL;
+    if (page && !block && cache_room(e))
+        block = translate(b, page, start, next_page(b, start), true);
+    if (block && block->valid)
+        link_patch(e, site, block);
+    if (block)
+        *entry = (struct entry){block->tc_start, e->epoch, e->invalidations};
+    pthread_mutex_unlock(&e->lock);
+    if (!block)
+        interp_run_next(&b->c);
+    return block != NULL;
+}
+
 static bool exit_link(struct bt_vcpu *b, struct entry *entry)
 {
+    if (b->link_site & BT_LINK_CAREFUL && !(b->link_site & BT_LINK_FAR))
+        return exit_link_careful(b, entry);
     struct bt_engine *e = b->engine;
     uint64_t epoch = entry->epoch;
     uint32_t site = (uint32_t)b->link_site & ~BT_LINK_FAR;
@@ -330,12 +355,11 @@ static void site_note(struct bt_vcpu *b, uint32_t tc, uint64_t epoch, bool cross
     struct bt_block *block = e->epoch == epoch ? cache_find(e, address) : NULL;
     const struct bt_site *site = block ? cache_site(e, block, address) : NULL;
     if (site) {
-        uint8_t *map = crossing ? block->page->odd_sites : block->page->call_sites;
-        map[site->page_offset / 8] |= (uint8_t)(1u << site->page_offset % 8);
+        cache_mark(e, block->page, site->page_offset, crossing ? BT_MARK_CROSSES : BT_MARK_CALLS);
     }
     if (site && block->valid) {
         cache_block_drop(e, block);
-        struct bt_block *new = cache_room(e) ? translate(b, block->page, block->start, block->page->crosses ? block->page->crosses->offset : ~0ull) : NULL;
+        struct bt_block *new = cache_room(e) ? translate(b, block->page, block->start, block->page->crosses ? block->page->crosses->offset : ~0ull, block->careful) : NULL;
         if (new)
             block_redirect(e, block, new);
     }

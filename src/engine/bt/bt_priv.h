@@ -9,6 +9,7 @@
  * - GS base is the base T of a *view*: two tables and, below them, an alias of this vCPU's structure (`struct bt_vcpu`), so that gs:[BT_CTX(field)] is a field.
  *     [T - 2 GiB, T - 1 GiB)     exec table: 2^27 entries E, index = bits 12..38 of the gva (PEXT with exec_mask). Its first page (512 entries) is never readable:
  *                                a kicked lookup (exec_mask 0) faults on index 0 whatever 64-bit value R11 has; no entry could be poison for all of them
+ *     [T + BT_SPLIT, + 12 KiB)   a page of zeros, a page of ones, one never mapped
  *     [T + BT_CHECK, + 8 KiB)    one readable page of zeros, one never mapped
  *     [T - BT_CTX_BYTES, T)      struct bt_vcpu
  *     [T, T + 4 GiB)             data table: 2^29 entries V, index = bits 12..40 of the gva (RORX 12 and a 32-bit address)
@@ -36,7 +37,7 @@
 #define BT_ALIAS_BITS 41u /* V is found by gva bits below this; host addresses that agree in them are reserved in all of user space */
 #define BT_ALIAS_BYTES (1ull << BT_ALIAS_BITS)
 #define BT_EXEC_BITS 39u /* E is found by gva bits below this; 39 + 2 = 41 */
-#define BT_DT_POOL_BYTES (1ull << 26)
+#define BT_DT_POOL_BYTES (1ull << 28)
 #define BT_DT_BYTES (PAGE_SIZE_BYTES * 4)
 #define BT_DT_PAGES (BT_DT_POOL_BYTES / BT_DT_BYTES)
 #define BT_GUARD_BYTES (1ull << 16)
@@ -68,6 +69,7 @@ void layout_destroy(struct bt_layout *layout);
 
 #define BT_CTX_BYTES 65536u
 #define BT_CHECK (-(int32_t)BT_CTX_BYTES - 8192) /* from T: one readable page, then one that is never mapped */
+#define BT_SPLIT (BT_CHECK - 3 * 4096)           /* from T: a page of bytes 0, a page of bytes 1, one that is never mapped */
 #define BT_DATA_TABLE_BYTES (4ull << 30)
 #define BT_EXEC_TABLE_OFFSET (-(2ll << 30))
 #define BT_EXEC_TABLE_BYTES (1ull << 30)
@@ -124,8 +126,7 @@ struct bt_page {
     const struct bt_page *crosses; /* the page that the last instruction of this one goes on in, when it has been translated; NULL: none */
     struct bt_page *next;      /* in its hash bucket */
     struct bt_page *same_page; /* other modes of the same physical page */
-    uint8_t odd_sites[512];    /* bit per byte offset: the instruction there crosses pages now and then: its check branches instead of faulting */
-    uint8_t call_sites[512];   /* bit per byte offset: the instruction there keeps reaching MMIO or faulting: goes to the interpreter without trying */
+    uint8_t dt_pieces;         /* bit n: host page n of the DT has been written to */
 };
 
 /* One translated block. Ordered by tc_start in the engine's array. Lives until the cache is flushed, dropped or not. */
@@ -141,6 +142,7 @@ struct bt_block {
     uint16_t length;       /* guest bytes */
     uint16_t insns;
     bool valid;            /* false: dropped; vCPUs may still be inside */
+    bool careful;          /* looks up each access of its own: for the rest of a block whose groups would cross a page. Has no DT slot */
 };
 
 /*
@@ -152,7 +154,8 @@ struct bt_link {
     uint32_t stub; /* where the branch goes while not linked */
     uint32_t next; /* index + 1 of the next link into the same page */
 };
-#define BT_LINK_FAR 0x80000000u /* in link_site: to another page */
+#define BT_LINK_FAR 0x80000000u     /* in link_site: to another page */
+#define BT_LINK_CAREFUL 0x40000000u /* to a careful block in the same page */
 
 enum bt_site_kind {
     SITE_INSN, /* guest rip = page_va + page_offset: the instruction has had no effect yet */
@@ -177,11 +180,13 @@ struct bt_site {
 
 /* What one engine's cache may grow to; a full cache is flushed. Together below BT_CACHE_BYTES_MAX, whatever the guest does (cache.c checks). */
 #define BT_TC_BYTES (48u << 20)
-#define BT_CODE_PAGES_MAX 2048u /* one DT page of 16 KiB each: 32 MiB; the pool's page 0 stays zero for ever */
-#define BT_BLOCKS_MAX 200000u
-#define BT_SITES_MAX 1100000u
+#define BT_CODE_PAGES_MAX 8192u /* the DT pool's page 0 stays zero for ever */
+#define BT_DT_BYTES_MAX (36u << 20) /* that take host memory: a DT does for the parts that have blocks */
+#define BT_MARKS (1u << 15)
+#define BT_BLOCKS_MAX 160000u
+#define BT_SITES_MAX 1500000u
 #define BT_LINKS_MAX 200000u
-#define BT_CACHE_BYTES_MAX (108u << 20)
+#define BT_CACHE_BYTES_MAX (113u << 20)
 #define BT_BLOCK_TC_MAX 32768u
 #define BT_BLOCK_SITES_MAX 4096u
 
@@ -224,7 +229,7 @@ struct bt_stubs { /* TC offsets; stubs.c. They survive flushes. */
 
 /* What tests vary between what guests need and the smallest that works, and a place where they can meddle. bt_debug_set. */
 #define BT_BLOCK_INSNS_MAX 64u
-#define BT_GROUP_SPAN_MAX 1024u /* larger groups cross pages too often */
+#define BT_GROUP_SPAN_MAX 256u /* larger groups cross pages too often */
 struct bt_vcpu;
 struct bt_debug {
     uint16_t block_insns; /* in one block: 1..BT_BLOCK_INSNS_MAX */
@@ -254,6 +259,9 @@ struct bt_engine {
     struct bt_page **pages; /* hash table */
     struct bt_page *page_store; /* page n has DT page n + 1 */
     uint32_t page_count, protected_pages;
+    uint32_t dt_pieces;     /* host pages of DTs in use */
+    uint64_t *marks;        /* hash set; 0: free */
+    uint32_t mark_count;
     uint8_t *code_flags;    /* one byte per RAM page: BT_CODE_* */
 
     /* Stop the world, for flushes: see cache_exclusive_begin. */
@@ -272,6 +280,7 @@ struct bt_engine {
 
 #define BT_CODE_PRESENT 1u   /* window W's page is read-only: translations exist */
 #define BT_CODE_CROSSED 2u   /* an instruction of another page, translated there, ends in this one */
+#define BT_CODE_MARKED 4u    /* something is known about an instruction in it: enum bt_mark */
 #define BT_CODE_THRASH 0xf0u /* counts drops of the page, saturating; decays at flushes */
 
 #define BT_POLL_OK 0
@@ -385,6 +394,14 @@ void cache_leave(struct bt_vcpu *b);
 /* All below: e->lock held. */
 struct bt_page *cache_page(struct bt_engine *e, uint64_t ram_offset, gpa_t gpa, const struct bt_mode *mode); /* found or made, write-protected; NULL: full, flush */
 const uint32_t *cache_dt(const struct bt_engine *e, uint64_t ram_offset, const struct bt_mode *mode); /* of the page's translations in that mode; NULL: none */
+/* What has been learnt about the instruction at page->offset + start, by physical page: it outlives the translation, and flushes. */
+enum bt_mark {
+    BT_MARK_CROSSES, /* crosses pages now and then: its check branches instead of faulting */
+    BT_MARK_CALLS,   /* keeps reaching MMIO: goes to the interpreter without trying */
+};
+void cache_mark(struct bt_engine *e, const struct bt_page *page, unsigned start, enum bt_mark mark);
+bool cache_marked(const struct bt_engine *e, const struct bt_page *page, unsigned start, enum bt_mark mark);
+struct bt_block *cache_block_careful(struct bt_page *page, unsigned start);
 struct bt_block *cache_block(struct bt_page *page, unsigned start);  /* valid block starting there, or NULL */
 /* Room for one block: BT_BLOCK_TC_MAX and BT_BLOCK_SITES_MAX. False: the caller flushes. */
 bool cache_room(const struct bt_engine *e);
@@ -419,7 +436,7 @@ void forms_destroy(struct bt_forms *forms);
 
 /* Translates the block at page->offset + start; always makes one. lock held, cache_room true. next_ram_offset: the page that follows in linear address space, ~0 when it is not
  * known: then an instruction that goes on there is the interpreter's. */
-struct bt_block *translate_block(struct bt_engine *e, struct bt_page *page, unsigned start, uint64_t next_ram_offset);
+struct bt_block *translate_block(struct bt_engine *e, struct bt_page *page, unsigned start, uint64_t next_ram_offset, bool careful);
 /* Memory operands of the instruction at `bytes`, evaluated with the guest's registers in b->c.v.cpu: for filling after a fault. Returns their number (0..4), or -1 when it
  * cannot tell (then the interpreter does the instruction). */
 struct bt_access {

@@ -19,7 +19,7 @@
 #define TC_ALIGNMENT 16u
 #define THRASH_ONE 0x10u
 
-_Static_assert(BT_TC_BYTES + BT_CODE_PAGES_MAX * (BT_DT_BYTES + sizeof(struct bt_page)) + BT_BLOCKS_MAX * sizeof(struct bt_block) +
+_Static_assert(BT_TC_BYTES + BT_DT_BYTES_MAX + BT_CODE_PAGES_MAX * sizeof(struct bt_page) + BT_MARKS * sizeof(uint64_t) + BT_BLOCKS_MAX * sizeof(struct bt_block) +
                        BT_SITES_MAX * sizeof(struct bt_site) + BT_LINKS_MAX * sizeof(struct bt_link) + HASH_BUCKETS * sizeof(struct bt_page *) <= BT_CACHE_BYTES_MAX,
                "the cache is larger than promised");
 _Static_assert(BT_CODE_PAGES_MAX < BT_DT_PAGES, "the DT pool is too small");
@@ -55,10 +55,11 @@ int cache_create(struct bt_engine *e, struct error *err)
     e->blocks = reserve(BT_BLOCKS_MAX * sizeof(*e->blocks));
     e->sites = reserve(BT_SITES_MAX * sizeof(*e->sites));
     e->links = reserve(BT_LINKS_MAX * sizeof(*e->links));
+    e->marks = reserve(BT_MARKS * sizeof(*e->marks));
     e->page_store = reserve(BT_CODE_PAGES_MAX * sizeof(*e->page_store));
     e->pages = reserve(HASH_BUCKETS * sizeof(*e->pages));
     e->code_flags = reserve(e->layout.ram_bytes / PAGE_SIZE_BYTES);
-    if (!e->blocks || !e->sites || !e->links || !e->page_store || !e->pages || !e->code_flags) {
+    if (!e->blocks || !e->sites || !e->links || !e->marks || !e->page_store || !e->pages || !e->code_flags) {
         cache_destroy(e);
         return error_set(err, -ENOMEM, "no memory for the table of translations");
     }
@@ -98,12 +99,14 @@ void cache_destroy(struct bt_engine *e)
     release(e->blocks, BT_BLOCKS_MAX * sizeof(*e->blocks));
     release(e->sites, BT_SITES_MAX * sizeof(*e->sites));
     release(e->links, BT_LINKS_MAX * sizeof(*e->links));
+    release(e->marks, BT_MARKS * sizeof(*e->marks));
     release(e->page_store, BT_CODE_PAGES_MAX * sizeof(*e->page_store));
     release(e->pages, HASH_BUCKETS * sizeof(*e->pages));
     release(e->code_flags, e->layout.ram_bytes / PAGE_SIZE_BYTES);
     e->blocks = NULL;
     e->sites = NULL;
     e->links = NULL;
+    e->marks = NULL;
     e->page_store = NULL;
     e->pages = NULL;
     e->code_flags = NULL;
@@ -172,7 +175,49 @@ struct bt_page *cache_page(struct bt_engine *e, uint64_t ram_offset, gpa_t gpa, 
     return page;
 }
 
+/* ---- what is known about instructions ---- */
+
+static uint64_t *mark_slot(const struct bt_engine *e, const struct bt_page *page, unsigned start, enum bt_mark mark, uint64_t *key)
+{
+    *key = (page->offset | start) << 2 | (uint64_t)mark << 1 | 1;
+    uint32_t n = (uint32_t)(*key * 0x9e3779b97f4a7c15ull >> 32) % BT_MARKS;
+    while (e->marks[n] && e->marks[n] != *key)
+        n = (n + 1) % BT_MARKS;
+    return &e->marks[n];
+}
+
+void cache_mark(struct bt_engine *e, const struct bt_page *page, unsigned start, enum bt_mark mark)
+{
+    uint64_t key, *slot = mark_slot(e, page, start, mark, &key);
+    if (*slot)
+        return;
+    if (e->mark_count == BT_MARKS / 2) { /* begin again: what still holds is soon learnt */
+        memset(e->marks, 0, BT_MARKS * sizeof(*e->marks));
+        e->mark_count = 0;
+        slot = mark_slot(e, page, start, mark, &key);
+    }
+    *slot = key;
+    e->mark_count++;
+    __atomic_or_fetch(&e->code_flags[page->offset / PAGE_SIZE_BYTES], BT_CODE_MARKED, __ATOMIC_RELAXED);
+}
+
+bool cache_marked(const struct bt_engine *e, const struct bt_page *page, unsigned start, enum bt_mark mark)
+{
+    uint64_t key;
+    if (!(e->code_flags[page->offset / PAGE_SIZE_BYTES] & BT_CODE_MARKED))
+        return false;
+    return *mark_slot(e, page, start, mark, &key);
+}
+
 /* ---- blocks ---- */
+
+struct bt_block *cache_block_careful(struct bt_page *page, unsigned start)
+{
+    struct bt_block *block = page->blocks;
+    while (block && (block->start != start || !block->careful))
+        block = block->next;
+    return block;
+}
 
 struct bt_block *cache_block(struct bt_page *page, unsigned start)
 {
@@ -186,7 +231,7 @@ struct bt_block *cache_block(struct bt_page *page, unsigned start)
 bool cache_room(const struct bt_engine *e)
 {
     return e->layout.tc_bytes - e->tc_used >= BT_BLOCK_TC_MAX && e->block_count < BT_BLOCKS_MAX &&
-           e->site_count + BT_BLOCK_SITES_MAX <= BT_SITES_MAX;
+           e->site_count + BT_BLOCK_SITES_MAX <= BT_SITES_MAX && e->dt_pieces < BT_DT_BYTES_MAX / PAGE_SIZE_BYTES;
 }
 
 static void dt_set(struct bt_page *page, unsigned start, uint32_t tc_start)
@@ -196,7 +241,8 @@ static void dt_set(struct bt_page *page, unsigned start, uint32_t tc_start)
 
 static void block_forget(struct bt_block *block)
 {
-    dt_set(block->page, block->start, 0);
+    if (!block->careful)
+        dt_set(block->page, block->start, 0);
     __atomic_store_n(&block->valid, false, __ATOMIC_RELAXED);
 }
 
@@ -211,12 +257,20 @@ void cache_block_drop(struct bt_engine *e, struct bt_block *block)
     block_forget(block);
 }
 
+static void dt_piece_note(struct bt_engine *e, struct bt_page *page, unsigned start)
+{
+    uint8_t piece = (uint8_t)(1u << start * sizeof(*page->dt) / PAGE_SIZE_BYTES);
+    if (!(page->dt_pieces & piece))
+        e->dt_pieces++;
+    page->dt_pieces |= piece;
+}
+
 struct bt_block *cache_publish(struct bt_engine *e, const struct bt_block *block, const struct bt_site *sites)
 {
     struct bt_page *page = block->page;
     assert(cache_room(e) && block->site_count <= BT_BLOCK_SITES_MAX && block->start < PAGE_SIZE_BYTES);
     assert(block->tc_start >= e->tc_used && block->tc_end > block->tc_start && block->tc_end - e->tc_used <= BT_BLOCK_TC_MAX);
-    struct bt_block *before = cache_block(page, block->start);
+    struct bt_block *before = block->careful ? cache_block_careful(page, block->start) : cache_block(page, block->start);
     if (before)
         cache_block_drop(e, before);
 
@@ -233,6 +287,9 @@ struct bt_block *cache_publish(struct bt_engine *e, const struct bt_block *block
     if (made->valid) {
         made->next = page->blocks;
         page->blocks = made;
+        if (made->careful)
+            return made;
+        dt_piece_note(e, page, made->start);
         dt_set(page, made->start, made->tc_start);
     }
     return made;
@@ -407,7 +464,7 @@ void cache_flush(struct bt_engine *e)
     discard(e->links, e->link_count * sizeof(*e->links));
     e->link_count = 0;
     memset(e->pages, 0, HASH_BUCKETS * sizeof(*e->pages));
-    e->page_count = e->site_count = 0;
+    e->page_count = e->site_count = e->dt_pieces = 0;
     __atomic_store_n(&e->block_count, 0, __ATOMIC_RELEASE);
     __atomic_store_n(&e->tc_used, first_free_tc(e), __ATOMIC_RELAXED);
     e->flushes++;

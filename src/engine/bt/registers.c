@@ -7,6 +7,8 @@
  */
 #include "engine/bt/translate_priv.h"
 
+#define GROUP_USES_MIN 3 /* fewer do not pay for the check */
+
 /* ---- registers ---- */
 
 static unsigned distance_to_use(const struct translation *t, unsigned reg)
@@ -196,9 +198,9 @@ struct group *group_find(struct translation *t, unsigned base, int32_t disp, uns
 static void group_provide(struct translation *t, const struct tinsn *i, unsigned base, int32_t disp, unsigned size)
 {
     struct group ahead;
-    if (group_find(t, base, disp, size) || i->kind == TI_EXIT || bitmap_has(t->page->odd_sites, i->offset))
+    if (group_find(t, base, disp, size) || i->kind == TI_EXIT || cache_marked(t->e, t->page, i->offset, BT_MARK_CROSSES))
         return;
-    if (group_look_ahead(t, base, &ahead) < 2 || disp < ahead.low || disp + (int32_t)size > ahead.high)
+    if (group_look_ahead(t, base, &ahead) < GROUP_USES_MIN || disp < ahead.low || disp + (int32_t)size > ahead.high)
         return;
     struct group *g = NULL;
     for (unsigned n = 0; n < GROUPS; n++)
@@ -222,7 +224,7 @@ static void group_provide(struct translation *t, const struct tinsn *i, unsigned
 void groups_provide(struct translation *t, const struct tinsn *i)
 {
     int32_t disp;
-    if (i->kind == TI_EXIT || i->high_byte)
+    if (i->kind == TI_EXIT || i->high_byte || t->careful)
         return;
     if (has_plain_base(i))
         group_provide(t, i, i->base, i->disp, i->mem_size);

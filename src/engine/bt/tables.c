@@ -652,7 +652,11 @@ static int view_create(struct bt_view *view, unsigned n, int context_fd)
     view->exec.exec = true;
     madvise(at, VIEW_RESERVED_BYTES, MADV_NOHUGEPAGE);
     madvise(at, VIEW_RESERVED_BYTES, MADV_DONTDUMP);
-    if (mprotect(view->base + BT_CHECK, PAGE_SIZE_BYTES, PROT_READ))
+    uint8_t *split = view->base + BT_SPLIT;
+    if (mprotect(split, 2 * PAGE_SIZE_BYTES, PROT_READ | PROT_WRITE))
+        return -errno;
+    memset(split + PAGE_SIZE_BYTES, 1, PAGE_SIZE_BYTES);
+    if (mprotect(split, 2 * PAGE_SIZE_BYTES, PROT_READ) || mprotect(view->base + BT_CHECK, PAGE_SIZE_BYTES, PROT_READ))
         return -errno;
     if (mmap(view->base - BT_CTX_BYTES, BT_CTX_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, context_fd, 0) == MAP_FAILED)
         return -errno;

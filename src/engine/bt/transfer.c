@@ -57,7 +57,7 @@ static void emit_transfer_from(struct translation *t, unsigned offset, int rsp_a
 }
 
 /* So that the four bytes after `opcode_bytes` do not cross a cache line: they are patched while others may run them. */
-static void align_displacement(struct emitter *out, unsigned opcode_bytes)
+void align_displacement(struct emitter *out, unsigned opcode_bytes)
 {
     while (((uintptr_t)out->at + opcode_bytes) % 64 > 60)
         emit8(out, 0x90);
@@ -83,10 +83,10 @@ void emit_leave_in_page(struct translation *t, unsigned offset, enum bt_exit rea
 }
 
 /* First execution of a direct jump inside the page: `displacement` is patched to the target by the run loop. */
-static void emit_link_exit(struct translation *t, const uint8_t *displacement, int32_t target)
+static void emit_link_exit(struct translation *t, const uint8_t *displacement, int32_t target, uint32_t flags)
 {
     emit_mov_imm32(&t->out, 11, (uint32_t)target);
-    emit_mov_imm32(&t->out, 10, (uint32_t)(displacement - t->e->layout.tc_write));
+    emit_mov_imm32(&t->out, 10, (uint32_t)(displacement - t->e->layout.tc_write) | flags);
     emit_jump_stub(t, t->e->stubs.link);
 }
 
@@ -151,7 +151,7 @@ void deferred_emit(struct translation *t, const struct deferred *d)
             displacement = t->out.at;
             emit32(&t->out, 0);
         }
-        emit_link_exit(t, displacement, d->target);
+        emit_link_exit(t, displacement, d->target, d->kind == DEFER_CAREFUL ? BT_LINK_CAREFUL : 0);
     }
 }
 

@@ -26,10 +26,16 @@ static void registers_provide(struct translation *t, const struct tinsn *i)
     t->s[1] = (uint8_t)register_scratch(t, named, named | pinned(t) | BIT(t->s[0]), low);
 }
 
+/* Others need no way back to the state before them. */
+static bool can_fault(const struct tinsn *i)
+{
+    return i->kind != TI_SKIP && i->kind != TI_LEA_RIP && (i->kind != TI_COPY || i->traps);
+}
+
 static void emit_insn(struct translation *t, const struct tinsn *i)
 {
     registers_provide(t, i);
-    struct bt_site *site = site_here(t, i);
+    struct bt_site *site = can_fault(i) ? site_here(t, i) : NULL;
     switch (i->kind) {
     case TI_COPY:
         emit_copy(t, i);
@@ -139,7 +145,7 @@ static void decode_block(struct translation *t, unsigned start)
         analyze_insn(&a, bytes + offset, (unsigned)PAGE_SIZE_BYTES - offset, offset, i);
         if (!i->length)
             decode_crossing(t, &a, i, (unsigned)PAGE_SIZE_BYTES - offset);
-        if (bitmap_has(t->page->call_sites, offset)) {
+        if (cache_marked(t->e, t->page, offset, BT_MARK_CALLS)) {
             i->kind = TI_EXIT;
             i->exit = BT_EXIT_data;
         }
@@ -175,11 +181,12 @@ static void emit_entry(struct translation *t, unsigned start)
     emit_store_gs(&t->out, start ? 10 : 11, BT_CTX(page_va));
 }
 
-struct bt_block *translate_block(struct bt_engine *e, struct bt_page *page, unsigned start, uint64_t next_ram_offset)
+struct bt_block *translate_block(struct bt_engine *e, struct bt_page *page, unsigned start, uint64_t next_ram_offset, bool careful)
 {
     struct translation t;
     t.e = e;
     t.page = page;
+    t.careful = careful;
     t.next_ram_offset = next_ram_offset;
     t.next = NULL;
     t.free = CANONICAL;
@@ -198,6 +205,7 @@ struct bt_block *translate_block(struct bt_engine *e, struct bt_page *page, unsi
         .tc_chain = (uint32_t)(t.out.at - e->layout.tc_write),
         .start = (uint16_t)start,
         .valid = true,
+        .careful = careful,
     };
     translation_emit(&t);
     const struct tinsn *last = &t.insn[t.count - 1];

@@ -63,6 +63,7 @@ struct tinsn {
     uint8_t base, index, scale, segment;
     int32_t disp;
     uint16_t mem_size;
+    bool traps;   /* may raise an exception although it has no memory operand */
     bool aligned; /* raises #GP itself unless naturally aligned, so never crosses a page */
     /* Encoding, to rewrite. */
     uint8_t encoding; /* ZydisInstructionEncoding */
@@ -95,7 +96,7 @@ void analyze_insn(const struct analyze_context *a, const uint8_t *bytes, unsigne
 
 #define INSN_BYTES_MAX 15u
 #define INSNS_MAX BT_BLOCK_INSNS_MAX
-#define DEFERRED_MAX (2 * INSNS_MAX + 2)
+#define DEFERRED_MAX (3 * INSNS_MAX + 2)
 #define SITES_MAX (INSNS_MAX * 3)
 
 #define GROUPS 2
@@ -104,7 +105,7 @@ void analyze_insn(const struct analyze_context *a, const uint8_t *bytes, unsigne
 
 #define BIT(r) ((uint16_t)(1u << (r)))
 
-enum deferred_kind { DEFER_BRANCH, DEFER_EXIT, DEFER_FAR };
+enum deferred_kind { DEFER_BRANCH, DEFER_EXIT, DEFER_FAR, DEFER_CAREFUL };
 
 /* Code that is put after the block's straight line. */
 struct deferred {
@@ -126,6 +127,7 @@ struct group {
 struct translation {
     struct bt_engine *e;
     struct bt_page *page;
+    bool careful;               /* no groups */
     uint64_t next_ram_offset;   /* of the page that follows in linear address space; ~0: unknown */
     const struct bt_page *next; /* the same, when the block's last instruction ends in it */
     uint8_t crossing[2 * INSN_BYTES_MAX]; /* that instruction's bytes */
@@ -141,11 +143,6 @@ struct translation {
     struct bt_site site[SITES_MAX];
     struct deferred deferred[DEFERRED_MAX];
 };
-
-static inline bool bitmap_has(const uint8_t *map, unsigned n)
-{
-    return map[n / 8] >> (n % 8) & 1;
-}
 
 struct address {
     unsigned base, index;
@@ -179,6 +176,7 @@ void emit_pop_to(struct translation *t, struct bt_site *site, unsigned to);
 
 /* transfer.c */
 struct bt_site *site_here(struct translation *t, const struct tinsn *i);
+void align_displacement(struct emitter *out, unsigned opcode_bytes);
 /* Faults unless the next page's linear address leads to t->next. From canonical state, which it keeps. */
 void emit_next_page_check(struct translation *t, const struct tinsn *i);
 void emit_leave_in_page(struct translation *t, unsigned offset, enum bt_exit reason);
