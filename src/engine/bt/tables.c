@@ -1,8 +1,8 @@
 /*
  * Views: what translated code reads to turn linear addresses into host addresses and targets into translations.
  *
- * A view is one reservation with a data table, an exec table, a check page and an alias of the vCPU's structure (bt_priv.h). One view serves the supervisor, one the supervisor with
- * SMAP suspended, and BT_USER_VIEWS serve user mode, one address space (PCID) each.
+ * A view is one reservation with a data table, an exec table, a check page and an alias of the vCPU's structure (bt_priv.h). One view serves the supervisor; BT_USER_VIEWS
+ * address spaces (PCIDs) have one each for user mode and for the supervisor with SMAP suspended.
  * Invariants: a table's chunk is PROT_NONE or holds nothing but entries that hit the right byte and poison, so no entry ever reads as zero. A data entry points into window W
  * only if the guest may write there now, the dirty bit is set, and the page is neither ROM nor code; dirty marks of PhysMap are set before. The exec table's first page is never
  * readable. Each chunk knows which of its groups of PAGING_GROUP entries hold something, so that dropping costs in proportion to what was filled.
@@ -68,10 +68,11 @@ struct bt_view {
     uint64_t epoch;
 };
 
-#define VIEWS (2 + BT_USER_VIEWS)
+/* The supervisor's, then for each of BT_USER_VIEWS address spaces the supervisor's with SMAP suspended and the user's. */
+#define VIEWS (1 + 2 * BT_USER_VIEWS)
 
 struct bt_tables {
-    struct bt_view view[VIEWS]; /* supervisor, supervisor AC, user */
+    struct bt_view view[VIEWS];
     uint64_t clock;
     struct bt_view *ready[VIEW_COUNT]; /* of the current address space, by enum tlb_view, clean; what is in bt_vcpu.table_of */
     uint64_t key, epoch; /* what those were made ready for */
@@ -509,18 +510,29 @@ static void view_clean(struct bt_vcpu *b, struct bt_view *view)
     view->drop_all = view->drop_non_global = false;
 }
 
-static struct bt_view *user_view(struct bt_tables *t, unsigned asid)
+static struct bt_view *user_view(struct bt_tables *t, unsigned n)
 {
-    struct bt_view *oldest = NULL;
-    for (unsigned n = VIEWS - BT_USER_VIEWS; n < VIEWS; n++) {
-        struct bt_view *view = &t->view[n];
+    return &t->view[1 + BT_USER_VIEWS + n];
+}
+
+static struct bt_view *supervisor_ac_view(struct bt_tables *t, unsigned n)
+{
+    return &t->view[1 + n];
+}
+
+/* Number of the address space among those that have views; the one that was longest unused makes room. */
+static unsigned space_number(struct bt_tables *t, unsigned asid)
+{
+    unsigned oldest = 0;
+    for (unsigned n = 0; n < BT_USER_VIEWS; n++) {
+        const struct bt_view *view = user_view(t, n);
         if (view->used && view->asid == asid)
-            return view;
-        if (!oldest || view->used < oldest->used)
-            oldest = view;
+            return n;
+        if (view->used < user_view(t, oldest)->used)
+            oldest = n;
     }
-    oldest->asid = asid;
-    oldest->drop_all = true;
+    user_view(t, oldest)->asid = asid;
+    user_view(t, oldest)->drop_all = true;
     return oldest;
 }
 
@@ -565,9 +577,10 @@ static void views_ready(struct bt_vcpu *b, uint64_t epoch, uint64_t key)
 {
     struct bt_tables *t = b->tables;
     bool smap = b->c.v.cpu.cr4 & CR4_SMAP;
-    view_ready(b, VIEW_USER, user_view(t, current_asid(&b->c.v.cpu)), epoch);
-    view_ready(b, VIEW_SUPERVISOR_AC, &t->view[smap ? KIND_SUPERVISOR_AC : KIND_SUPERVISOR], epoch);
-    view_ready(b, VIEW_SUPERVISOR, &t->view[KIND_SUPERVISOR], epoch);
+    unsigned space = space_number(t, current_asid(&b->c.v.cpu));
+    view_ready(b, VIEW_USER, user_view(t, space), epoch);
+    view_ready(b, VIEW_SUPERVISOR_AC, smap ? supervisor_ac_view(t, space) : &t->view[0], epoch);
+    view_ready(b, VIEW_SUPERVISOR, &t->view[0], epoch);
     t->epoch = epoch;
     t->key = key;
     t->stale = false;
@@ -646,7 +659,7 @@ static int view_create(struct bt_view *view, unsigned n, int context_fd)
     if (!at)
         return -errno;
     view->base = at + VIEW_RESERVED_BELOW;
-    view->kind = n < KIND_USER ? (enum view_kind)n : KIND_USER;
+    view->kind = !n ? KIND_SUPERVISOR : n <= BT_USER_VIEWS ? KIND_SUPERVISOR_AC : KIND_USER;
     view->data.entry = (uint64_t *)view->base;
     view->exec.entry = (uint64_t *)(view->base + BT_EXEC_TABLE_OFFSET);
     view->exec.exec = true;
