@@ -32,7 +32,7 @@ static int32_t segment_base_field(const struct tinsn *i)
 }
 
 /* V of the page of the address in `from` into `to`, after checking that `size` bytes do not cross into another. */
-static void emit_lookup(struct translation *t, unsigned to, unsigned from, unsigned size)
+void emit_lookup(struct translation *t, unsigned to, unsigned from, unsigned size)
 {
     if (size > 1) {
         emit_pext_gs(&t->out, to, from, BT_CTX(mask_low12));
@@ -42,15 +42,11 @@ static void emit_lookup(struct translation *t, unsigned to, unsigned from, unsig
     emit_load_v(&t->out, to, to);
 }
 
-/* The check for instructions that do cross now and then: a branch to the interpreter, with JRCXZ because flags are the guest's. `ea` is in s[1], s[0] is used. */
-static void emit_crossing_branch(struct translation *t, const struct tinsn *i, unsigned ea, unsigned size)
+void emit_leave_unless_zero(struct translation *t, const struct tinsn *i, unsigned reg, enum bt_exit why)
 {
     struct emitter *out = &t->out;
-    emit_pext_gs(out, t->s[0], ea, BT_CTX(mask_low12));
-    emit_lea(out, t->s[0], t->s[0], EMIT_NONE, 0, (int32_t)size - 1);
-    emit_pext_gs(out, t->s[0], t->s[0], BT_CTX(mask_bit12));
     emit_store_gs(out, GPR_RCX, BT_CTX(scratch[1]));
-    emit_mov(out, GPR_RCX, t->s[0]);
+    emit_mov(out, GPR_RCX, reg);
     emit8(out, 0xe3); /* jrcxz, over the load and the jump below */
     uint8_t *over = out->at;
     emit8(out, 0);
@@ -59,9 +55,19 @@ static void emit_crossing_branch(struct translation *t, const struct tinsn *i, u
     uint8_t *displacement = out->at;
     emit32(out, 0);
     defer(t, DEFER_EXIT, i, 0, displacement);
-    t->deferred[t->deferred_count - 1].exit = BT_EXIT_crossing;
+    t->deferred[t->deferred_count - 1].exit = (uint8_t)why;
     *over = (uint8_t)(out->at - (over + 1));
     emit_load_gs(out, GPR_RCX, BT_CTX(scratch[1]));
+}
+
+/* The check for instructions that do cross now and then: a branch to the interpreter. `ea` is in s[1], s[0] is used. */
+static void emit_crossing_branch(struct translation *t, const struct tinsn *i, unsigned ea, unsigned size)
+{
+    struct emitter *out = &t->out;
+    emit_pext_gs(out, t->s[0], ea, BT_CTX(mask_low12));
+    emit_lea(out, t->s[0], t->s[0], EMIT_NONE, 0, (int32_t)size - 1);
+    emit_pext_gs(out, t->s[0], t->s[0], BT_CTX(mask_bit12));
+    emit_leave_unless_zero(t, i, t->s[0], BT_EXIT_crossing);
 }
 
 /* To the rest of the block as a careful one when the group's range crosses a page. With JRCXZ, because flags are the guest's. */

@@ -161,7 +161,7 @@ static bool is_plain(const struct decode *d)
     case ZYDIS_MNEMONIC_CBW: case ZYDIS_MNEMONIC_CWDE: case ZYDIS_MNEMONIC_CDQE:
     case ZYDIS_MNEMONIC_CWD: case ZYDIS_MNEMONIC_CDQ: case ZYDIS_MNEMONIC_CQO:
     case ZYDIS_MNEMONIC_CLC: case ZYDIS_MNEMONIC_STC: case ZYDIS_MNEMONIC_CMC:
-    case ZYDIS_MNEMONIC_CLD: case ZYDIS_MNEMONIC_STD: case ZYDIS_MNEMONIC_LAHF: case ZYDIS_MNEMONIC_SAHF:
+    case ZYDIS_MNEMONIC_LAHF: case ZYDIS_MNEMONIC_SAHF:
     case ZYDIS_MNEMONIC_LEA: case ZYDIS_MNEMONIC_PAUSE:
         return true;
     case ZYDIS_MNEMONIC_BT: case ZYDIS_MNEMONIC_BTS: case ZYDIS_MNEMONIC_BTR: case ZYDIS_MNEMONIC_BTC:
@@ -175,6 +175,7 @@ static bool is_plain(const struct decode *d)
 static bool is_skipped(const struct decode *d)
 {
     switch (d->zi.mnemonic) {
+    case ZYDIS_MNEMONIC_CLD: /* translated code runs with DF clear */
     case ZYDIS_MNEMONIC_NOP:
     case ZYDIS_MNEMONIC_PREFETCHNTA:
     case ZYDIS_MNEMONIC_PREFETCHT0:
@@ -254,6 +255,72 @@ static bool is_jcc(const ZydisDecodedInstruction *zi)
         return false;
     return (zi->opcode_map == ZYDIS_OPCODE_MAP_DEFAULT && (zi->opcode & 0xf0) == 0x70) ||
            (zi->opcode_map == ZYDIS_OPCODE_MAP_0F && (zi->opcode & 0xf0) == 0x80);
+}
+
+/* ---- strings ---- */
+
+static bool string_op_of(const struct decode *d, enum string_op *op)
+{
+    if (d->zi.encoding != ZYDIS_INSTRUCTION_ENCODING_LEGACY || d->zi.opcode_map != ZYDIS_OPCODE_MAP_DEFAULT)
+        return false;
+    switch (d->zi.opcode & 0xfe) {
+    case 0xa4:
+        *op = STRING_MOVS;
+        return true;
+    case 0xa6:
+        *op = STRING_CMPS;
+        return true;
+    case 0xaa:
+        *op = STRING_STOS;
+        return true;
+    case 0xac:
+        *op = STRING_LODS;
+        return true;
+    case 0xae:
+        *op = STRING_SCAS;
+        return true;
+    default:
+        return false;
+    }
+}
+
+/* F2, and FS and GS, are rare enough for the interpreter. */
+static bool string_prefixes(const struct decode *d, bool *repeated)
+{
+    *repeated = false;
+    for (unsigned n = 0; n < d->zi.raw.prefix_count; n++)
+        switch (d->zi.raw.prefixes[n].value) {
+        case 0xf3:
+            *repeated = true;
+            break;
+        case 0xf2:
+        case 0x64:
+        case 0x65:
+            return false;
+        default:
+            break;
+        }
+    return true;
+}
+
+/* True: a string instruction, translated or not. */
+static bool string_insn(struct tinsn *t, const struct decode *d)
+{
+    static const uint16_t named[] = {
+        [STRING_MOVS] = 1u << GPR_RSI | 1u << GPR_RDI, [STRING_STOS] = 1u << GPR_RAX | 1u << GPR_RDI, [STRING_LODS] = 1u << GPR_RAX | 1u << GPR_RSI,
+        [STRING_SCAS] = 1u << GPR_RAX | 1u << GPR_RDI, [STRING_CMPS] = 1u << GPR_RSI | 1u << GPR_RDI,
+    };
+    enum string_op op;
+    if (!string_op_of(d, &op))
+        return false;
+    if (!string_prefixes(d, &t->repeated) || d->zi.address_width != 64 || (t->repeated && op != STRING_MOVS && op != STRING_STOS))
+        return true;
+    t->kind = TI_STRING;
+    t->condition = (uint8_t)op;
+    t->mem_size = d->zi.opcode & 1 ? d->zi.operand_width / 8 : 1;
+    t->reads = named[op] | (t->repeated ? 1u << GPR_RCX : 0);
+    t->writes = t->reads & (uint16_t)~(op == STRING_LODS ? 0 : 1u << GPR_RAX);
+    return true;
 }
 
 /* What of the processor's state MOV, RDFSBASE and RDGSBASE read: its place in the context, 0: not translated. */
@@ -477,6 +544,10 @@ static void classify(const struct analyze_context *a, struct tinsn *t, const str
     exit_with(t, BT_EXIT_interp);
     if (is_skipped(d)) {
         t->kind = TI_SKIP;
+        return;
+    }
+    if (string_insn(t, d)) {
+        flags_note(t, d);
         return;
     }
     if (d->zi.attributes & (ZYDIS_ATTRIB_HAS_REP | ZYDIS_ATTRIB_HAS_REPE | ZYDIS_ATTRIB_HAS_REPNE))

@@ -26,7 +26,7 @@
 
 /* ---- may translated code run? ---- */
 
-#define FLAGS_UNUSABLE (RFLAGS_TF | RFLAGS_NT | RFLAGS_VM | RFLAGS_RF | RFLAGS_VIF | RFLAGS_VIP | RFLAGS_IOPL)
+#define FLAGS_UNUSABLE (RFLAGS_TF | RFLAGS_NT | RFLAGS_VM | RFLAGS_RF | RFLAGS_VIF | RFLAGS_VIP | RFLAGS_IOPL | RFLAGS_DF)
 
 bool bt_usable(const struct bt_vcpu *b)
 {
@@ -399,6 +399,7 @@ static exit_fn *const exit_handlers[BT_EXIT_COUNT] = {
     [BT_EXIT_attention] = exit_attention,
     [BT_EXIT_data] = exit_data,
     [BT_EXIT_crossing] = exit_run_one,
+    [BT_EXIT_string] = exit_run_one,
     [BT_EXIT_code_write] = exit_run_one,
     [BT_EXIT_trap] = exit_run_one,
     [BT_EXIT_syscall] = exit_run_one,

@@ -160,6 +160,8 @@ struct bt_link {
 enum bt_site_kind {
     SITE_INSN, /* guest rip = page_va + page_offset: the instruction has had no effect yet */
     SITE_NEXT_PAGE, /* like SITE_INSN: checks that the page in which the instruction ends is the one that it was translated with; R10 and R11 are scratch */
+    SITE_STRING, /* a repeated string instruction under way, `v_memory` bytes an element: RDI, and RSI when `v_stack` is 1, are host addresses, and what the guest's will be at its end
+                  * is in scratch[]. RCX is what is left to do. The site before it is the instruction's own */
     SITE_JUMP, /* all before is done; guest rip is in R11 and R10 is scratch (dynamic transfer). When R11 is not canonical, the branch itself raises #GP: then the state
                 * before it is rip = page_va + page_offset with rsp_adjust undone (BT_EXIT_interp executes the branch again) */
 };
@@ -303,9 +305,12 @@ struct bt_vcpu {
     uint64_t ac;           /* the guest's RFLAGS.AC, while cpu.rflags has it clear; says with the CPL which view is in GS */
     uint64_t transition;   /* enum bt_transition: SYSCALL or SYSRET done by translated code that bt_settle has to finish */
     uint64_t syscall_stub, sysret_stub; /* host addresses that do these, or leave */
+#define STRING_RDI_END 2
+#define STRING_RSI_END 3
     uint64_t scratch[8];   /* spills inside one instruction's translation */
     uint64_t mask_low12;   /* constants for PEXT/PDEP: 0xfff */
     uint64_t mask_bit12;   /* 0x1000 */
+    uint64_t mask_page;    /* ~0xfff */
     uint64_t mask_arith;   /* OSZAPC and DF */
 
     /* Not seen by translated code. */

@@ -216,6 +216,17 @@ static bool fill(struct bt_fault *f)
     return start_again(f);
 }
 
+/* As if the elements so far had been one instruction and the rest were the next. */
+static void string_stop(struct bt_fault *f)
+{
+    const uint64_t *end = f->b->scratch;
+    uint64_t left = (uint64_t)f->regs[REG_RCX] * f->site->v_memory;
+    f->regs[REG_RDI] = (greg_t)(end[STRING_RDI_END] - left);
+    if (f->site->v_stack)
+        f->regs[REG_RSI] = (greg_t)(end[STRING_RSI_END] - left);
+    f->site--;
+}
+
 static bool memory_fault(struct bt_fault *f)
 {
     struct bt_vcpu *b = f->b;
@@ -249,6 +260,8 @@ static bool translated_fault(struct bt_vcpu *b, greg_t *regs, uintptr_t address)
         return false;
     vcpu_count(&b->c.v, COUNTER_signals);
     bt_settle(b);
+    if (f.site->kind == SITE_STRING)
+        string_stop(&f);
     bool live = b->c.simd_live;
     b->c.simd_live = false;
     b->fault_crossing = false;

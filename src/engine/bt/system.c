@@ -142,6 +142,9 @@ void emit_system(struct translation *t, const struct tinsn *i, struct bt_site *s
     case TI_STI:
         emit_sti(t);
         break;
+    case TI_STRING:
+        emit_string(t, i);
+        break;
     case TI_BIT_STRING:
         emit_rewritten(t, i, emit_bit_string_access(t, i));
         break;

@@ -29,6 +29,13 @@ struct bt_site *site_here(struct translation *t, const struct tinsn *i)
     return site_add(t, SITE_INSN, i->offset, t->free);
 }
 
+void site_string(struct translation *t, const struct tinsn *i, unsigned size, bool source)
+{
+    struct bt_site *site = site_add(t, SITE_STRING, i->offset, t->free);
+    site->v_memory = (uint8_t)size;
+    site->v_stack = source;
+}
+
 /* ---- jumps ---- */
 
 static void emit_rel32(struct emitter *out, const uint8_t *target)

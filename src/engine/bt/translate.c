@@ -149,6 +149,10 @@ static void decode_block(struct translation *t, unsigned start)
             i->kind = TI_EXIT;
             i->exit = BT_EXIT_data;
         }
+        if (i->kind == TI_STRING && cache_marked(t->e, t->page, offset, BT_MARK_CROSSES)) {
+            i->kind = TI_EXIT;
+            i->exit = BT_EXIT_crossing;
+        }
         if (TI_ENDS(i->kind))
             break;
         offset += i->length;
@@ -248,6 +252,8 @@ int translate_accesses(struct bt_vcpu *b, const uint8_t *bytes, unsigned availab
         access[count++] = (struct bt_access){operand_address(b, &i), i.mem_size, i.mem_write, false};
     if (i.aligned && (access[0].gva & (i.mem_size - 1u)))
         return -1; /* raises #GP, and the page is neither accessed nor dirty */
+    if (i.kind == TI_STRING)
+        count = (int)string_accesses(b, &i, access);
     if (i.kind == TI_BIT_STRING)
         access[0].gva += (uint64_t)bit_string_distance(b, &i);
     switch (i.kind) {

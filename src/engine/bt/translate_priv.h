@@ -24,6 +24,7 @@ enum tinsn_kind {
     TI_PUSHF,
     TI_CLI,
     TI_STI,
+    TI_STRING,     /* `condition` is an enum string_op, `repeated` */
     TI_BIT_STRING, /* BT BTS BTR BTC of memory with the bit offset in `reg` */
     TI_RDTSC,
     TI_RDTSCP,
@@ -50,6 +51,8 @@ enum tinsn_kind {
 
 #define TI_ENDS(kind) ((kind) >= TI_JMP)
 
+enum string_op { STRING_MOVS, STRING_STOS, STRING_LODS, STRING_SCAS, STRING_CMPS };
+
 enum tinsn_segment { TI_FLAT, TI_FS, TI_GS };
 
 struct tinsn {
@@ -63,6 +66,7 @@ struct tinsn {
     uint8_t base, index, scale, segment;
     int32_t disp;
     uint16_t mem_size;
+    bool repeated; /* has a REP prefix */
     bool traps;   /* may raise an exception although it has no memory operand */
     bool aligned; /* raises #GP itself unless naturally aligned, so never crosses a page */
     /* Encoding, to rewrite. */
@@ -163,6 +167,9 @@ void groups_move(struct translation *t, const struct tinsn *i);
 
 /* access.c */
 struct address emit_access(struct translation *t, const struct tinsn *i, struct bt_site *site);
+void emit_lookup(struct translation *t, unsigned to, unsigned from, unsigned size);
+/* Leaves before the instruction, flags untouched, unless the register is 0. It is neither RCX nor named by the instruction. */
+void emit_leave_unless_zero(struct translation *t, const struct tinsn *i, unsigned reg, enum bt_exit why);
 struct address emit_bit_string_access(struct translation *t, const struct tinsn *i);
 const uint8_t *insn_bytes(const struct translation *t, const struct tinsn *i);
 void emit_rewritten(struct translation *t, const struct tinsn *i, struct address a);
@@ -176,6 +183,7 @@ void emit_pop_to(struct translation *t, struct bt_site *site, unsigned to);
 
 /* transfer.c */
 struct bt_site *site_here(struct translation *t, const struct tinsn *i);
+void site_string(struct translation *t, const struct tinsn *i, unsigned size, bool source);
 void align_displacement(struct emitter *out, unsigned opcode_bytes);
 /* Faults unless the next page's linear address leads to t->next. From canonical state, which it keeps. */
 void emit_next_page_check(struct translation *t, const struct tinsn *i);
@@ -191,6 +199,10 @@ void emit_call(struct translation *t, const struct tinsn *i, struct bt_site *sit
 void emit_jcc(struct translation *t, const struct tinsn *i);
 void emit_loop(struct translation *t, const struct tinsn *i);
 void emit_jmp(struct translation *t, const struct tinsn *i);
+
+/* string.c */
+void emit_string(struct translation *t, const struct tinsn *i);
+unsigned string_accesses(const struct bt_vcpu *b, const struct tinsn *i, struct bt_access *access);
 
 /* system.c */
 void emit_system(struct translation *t, const struct tinsn *i, struct bt_site *site);
