@@ -136,8 +136,10 @@ struct bt_block {
     uint32_t tc_start;     /* TC offset of the dynamic entry */
     uint32_t tc_chain;     /* of the chain entry */
     uint32_t tc_end;
+    uint32_t cold_start, cold_end; /* TC offsets of its code that runs once or seldom; away from the rest, so that this stays dense */
     uint32_t site_first;   /* index in the engine's site array */
     uint16_t site_count;
+    uint16_t hot_sites; /* the first of them; the rest belongs to the cold part */
     uint16_t start;        /* byte offset in the page */
     uint16_t length;       /* guest bytes */
     uint16_t insns;
@@ -168,7 +170,7 @@ enum bt_site_kind {
 
 /* Host code from tc_offset up to the next site's. */
 struct bt_site {
-    uint16_t tc_offset; /* from the block's tc_start; also where the instruction can be started again with the same `spilled` */
+    uint16_t tc_offset; /* from the block's tc_start, or its cold_start; also where the instruction can be started again with the same `spilled` */
     uint16_t page_offset;
     uint16_t spilled;   /* host registers, bit per number, whose guest values are in cpu.gpr[] */
     int8_t rsp_adjust;  /* SITE_JUMP: what the branch has added to RSP already */
@@ -181,14 +183,14 @@ struct bt_site {
 #define BT_NO_REGISTER 0xffu
 
 /* What one engine's cache may grow to; a full cache is flushed. Together below BT_CACHE_BYTES_MAX, whatever the guest does (cache.c checks). */
-#define BT_TC_BYTES (48u << 20)
+#define BT_TC_BYTES (55u << 20)
 #define BT_CODE_PAGES_MAX 8192u /* the DT pool's page 0 stays zero for ever */
-#define BT_DT_BYTES_MAX (36u << 20) /* that take host memory: a DT does for the parts that have blocks */
+#define BT_DT_BYTES_MAX (42u << 20) /* that take host memory: a DT does for the parts that have blocks */
 #define BT_MARKS (1u << 15)
 #define BT_BLOCKS_MAX 160000u
-#define BT_SITES_MAX 1500000u
+#define BT_SITES_MAX 1200000u
 #define BT_LINKS_MAX 200000u
-#define BT_CACHE_BYTES_MAX (113u << 20)
+#define BT_CACHE_BYTES_MAX (121u << 20)
 #define BT_BLOCK_TC_MAX 32768u
 #define BT_BLOCK_SITES_MAX 4096u
 
@@ -248,7 +250,7 @@ struct bt_engine {
     struct bt_stubs stubs;
 
     pthread_mutex_t lock;   /* guards everything below; recursive: walks of guest page tables mark memory, which may call cache_memory_changed */
-    uint32_t tc_used;
+    uint32_t tc_used, cold_used; /* ends of the hot and of the cold code; the cold begins at cache_cold_base */
     uint64_t epoch;         /* counts flushes; read without the lock by vCPUs on their way in */
     uint64_t rewrites;      /* counts blocks made into jumps to others: whoever enters afterwards serializes first */
     struct bt_block *blocks;
@@ -418,6 +420,10 @@ void cache_block_drop(struct bt_engine *e, struct bt_block *block);
 void cache_page_drop(struct bt_engine *e, uint64_t ram_offset);
 /* An instruction of `page` that ends in `next` is being translated: when `next` is dropped, so is `page`. */
 void cache_page_cross(struct bt_engine *e, struct bt_page *page, const struct bt_page *next);
+static inline uint32_t cache_cold_base(const struct bt_engine *e)
+{
+    return (uint32_t)(e->layout.tc_bytes / 5 * 4);
+}
 /* Links the jump to another page whose displacement is at TC offset `at` to the block. */
 void cache_link_far(struct bt_engine *e, uint32_t at, const struct bt_block *target);
 void cache_flush(struct bt_engine *e); /* with the world stopped */

@@ -52,6 +52,7 @@ int cache_create(struct bt_engine *e, struct error *err)
     pthread_mutexattr_destroy(&recursive);
     pthread_cond_init(&e->world, NULL);
     e->tc_used = first_free_tc(e);
+    e->cold_used = cache_cold_base(e);
     e->blocks = reserve(BT_BLOCKS_MAX * sizeof(*e->blocks));
     e->sites = reserve(BT_SITES_MAX * sizeof(*e->sites));
     e->links = reserve(BT_LINKS_MAX * sizeof(*e->links));
@@ -230,7 +231,7 @@ struct bt_block *cache_block(struct bt_page *page, unsigned start)
 
 bool cache_room(const struct bt_engine *e)
 {
-    return e->layout.tc_bytes - e->tc_used >= BT_BLOCK_TC_MAX && e->block_count < BT_BLOCKS_MAX &&
+    return e->tc_used + BT_BLOCK_TC_MAX <= cache_cold_base(e) && e->cold_used + BT_BLOCK_TC_MAX <= e->layout.tc_bytes && e->block_count < BT_BLOCKS_MAX &&
            e->site_count + BT_BLOCK_SITES_MAX <= BT_SITES_MAX && e->dt_pieces < BT_DT_BYTES_MAX / PAGE_SIZE_BYTES;
 }
 
@@ -283,6 +284,8 @@ struct bt_block *cache_publish(struct bt_engine *e, const struct bt_block *block
     e->translated_blocks++;
     e->translated_insns += block->insns;
     __atomic_store_n(&e->tc_used, (block->tc_end + TC_ALIGNMENT - 1) & ~(TC_ALIGNMENT - 1), __ATOMIC_RELAXED);
+    if (block->cold_end > block->cold_start)
+        e->cold_used = block->cold_end;
     __atomic_store_n(&e->block_count, e->block_count + 1, __ATOMIC_RELEASE); /* for cache_find, which takes no lock */
     if (made->valid) {
         made->next = page->blocks;
@@ -299,21 +302,29 @@ struct bt_block *cache_find(struct bt_engine *e, uintptr_t tc_address)
 {
     uintptr_t offset = tc_address - (uintptr_t)e->layout.tc_exec;
     uint32_t low = 0, high = __atomic_load_n(&e->block_count, __ATOMIC_ACQUIRE);
+    bool cold = offset >= cache_cold_base(e);
     while (low < high) { /* the first block that starts above */
         uint32_t middle = low + (high - low) / 2;
-        if (e->blocks[middle].tc_start <= offset)
+        if ((cold ? e->blocks[middle].cold_start : e->blocks[middle].tc_start) <= offset)
             low = middle + 1;
         else
             high = middle;
     }
-    return low && offset < e->blocks[low - 1].tc_end ? &e->blocks[low - 1] : NULL;
+    if (!low)
+        return NULL;
+    struct bt_block *block = &e->blocks[low - 1];
+    return offset < (cold ? block->cold_end : block->tc_end) ? block : NULL;
 }
 
 const struct bt_site *cache_site(const struct bt_engine *e, const struct bt_block *block, uintptr_t tc_address)
 {
     const struct bt_site *sites = &e->sites[block->site_first];
-    uintptr_t offset = tc_address - (uintptr_t)e->layout.tc_exec - block->tc_start;
-    unsigned low = 0, high = block->site_count;
+    uintptr_t offset = tc_address - (uintptr_t)e->layout.tc_exec;
+    bool cold = offset >= cache_cold_base(e);
+    unsigned low = 0, high = cold ? block->site_count - block->hot_sites : block->hot_sites;
+    offset -= cold ? block->cold_start : block->tc_start;
+    if (cold)
+        sites += block->hot_sites;
     while (low < high) {
         unsigned middle = low + (high - low) / 2;
         if (sites[middle].tc_offset <= offset)
@@ -467,6 +478,7 @@ void cache_flush(struct bt_engine *e)
     e->page_count = e->site_count = e->dt_pieces = 0;
     __atomic_store_n(&e->block_count, 0, __ATOMIC_RELEASE);
     __atomic_store_n(&e->tc_used, first_free_tc(e), __ATOMIC_RELAXED);
+    e->cold_used = cache_cold_base(e);
     e->flushes++;
     __atomic_store_n(&e->epoch, e->epoch + 1, __ATOMIC_RELEASE);
 }

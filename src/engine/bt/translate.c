@@ -174,8 +174,6 @@ static void translation_emit(struct translation *t)
         canonicalize(t);
         emit_goto(t, last, last->offset + last->length);
     }
-    for (unsigned n = 0; n < t->deferred_count; n++)
-        deferred_emit(t, &t->deferred[n]);
 }
 
 static void emit_entry(struct translation *t, unsigned start)
@@ -212,8 +210,14 @@ struct bt_block *translate_block(struct bt_engine *e, struct bt_page *page, unsi
         .careful = careful,
     };
     translation_emit(&t);
-    const struct tinsn *last = &t.insn[t.count - 1];
     block.tc_end = (uint32_t)(t.out.at - e->layout.tc_write);
+    block.hot_sites = (uint16_t)t.sites;
+    block.cold_start = e->cold_used;
+    t.start = t.out.at = e->layout.tc_write + e->cold_used;
+    for (unsigned n = 0; n < t.deferred_count; n++)
+        deferred_emit(&t, &t.deferred[n]);
+    block.cold_end = (uint32_t)(t.out.at - e->layout.tc_write);
+    const struct tinsn *last = &t.insn[t.count - 1];
     unsigned end = last->offset + last->length;
     block.length = (uint16_t)((end < PAGE_SIZE_BYTES ? end : PAGE_SIZE_BYTES) - start);
     block.insns = (uint16_t)t.count;
