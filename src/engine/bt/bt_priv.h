@@ -313,6 +313,7 @@ struct bt_vcpu {
     uint64_t mask_low12;   /* constants for PEXT/PDEP: 0xfff */
     uint64_t mask_bit12;   /* 0x1000 */
     uint64_t mask_page;    /* ~0xfff */
+    uint64_t mask_count;   /* ~0x1fff: counts without these bits do not overflow when multiplied by 8 */
     uint64_t mask_arith;   /* OSZAPC and DF */
 
     /* Not seen by translated code. */

@@ -90,7 +90,7 @@ static void emit_repeated(struct translation *t, const struct tinsn *i)
     struct emitter *out = &t->out;
     unsigned size = i->mem_size, shift = (unsigned)__builtin_ctz(size);
     bool source = i->condition == STRING_MOVS;
-    emit_pext_gs(out, t->s[0], GPR_RCX, BT_CTX(mask_page));
+    emit_pext_gs(out, t->s[0], GPR_RCX, BT_CTX(mask_count));
     for (unsigned n = 0; n < (source ? 2u : 1u); n++) {
         emit_beyond(t, t->s[1], n ? GPR_RSI : GPR_RDI, shift);
         emit_lea(out, t->s[0], t->s[0], t->s[1], 0, 0);

@@ -698,6 +698,7 @@ static void context_init(struct bt_engine *e, struct bt_vcpu *b, struct bt_table
     b->poll_word = BT_POLL_OK;
     b->mask_low12 = PAGE_MASK_BITS;
     b->mask_page = ~PAGE_MASK_BITS;
+    b->mask_count = ~(2 * PAGE_SIZE_BYTES - 1);
     b->mask_arith = RFLAGS_OSZAPC | RFLAGS_DF;
 }
 
