@@ -687,6 +687,7 @@ static void values_check(struct tinsn *t)
 void analyze_insn(const struct analyze_context *a, const uint8_t *bytes, unsigned available, unsigned offset, struct tinsn *out)
 {
     struct decode d;
+    ZydisDecoder decoder;
     if (a->forms && form_find(a, bytes, available, offset, out)) {
         values_check(out);
         return;
@@ -695,7 +696,8 @@ void analyze_insn(const struct analyze_context *a, const uint8_t *bytes, unsigne
     out->offset = (uint16_t)offset;
     out->base = out->index = out->reg = out->adjusts = TI_NONE;
     exit_with(out, BT_EXIT_interp);
-    if (!ZYAN_SUCCESS(ZydisDecoderDecodeFull(&a->decoder, bytes, available < 15 ? available : 15, &d.zi, d.op)))
+    decoder_init(&decoder, a->mode.code_bits);
+    if (!ZYAN_SUCCESS(ZydisDecoderDecodeFull(&decoder, bytes, available < 15 ? available : 15, &d.zi, d.op)))
         return;
     d.code_bits = a->mode.code_bits;
     d.bytes = bytes;

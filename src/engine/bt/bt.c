@@ -15,6 +15,7 @@
 
 #include "arch/host.h"
 #include "engine/bt/bt_priv.h"
+#include "engine/interp/system_priv.h"
 #include "util/log.h"
 
 #define CROSSING_PATIENCE 2   /* times that a site may cross pages by a signal before it is translated in another way */
@@ -381,11 +382,25 @@ static bool exit_data(struct bt_vcpu *b, struct entry *entry)
     return false;
 }
 
+static void page_fault(struct bt_vcpu *b)
+{
+    struct icpu *c = &b->c;
+    c->fault = (struct fault){.vector = VECTOR_PF, .has_error = true, .error = b->fill_error & ~BT_FILL_FAULT, .address = b->fault_address};
+    exception_deliver(c);
+}
+
+static bool exit_page_fault(struct bt_vcpu *b, struct entry *entry)
+{
+    page_fault(b);
+    return false;
+}
+
 /* The way back from a page fault: what was missing then is asked for next. */
 static bool exit_iret(struct bt_vcpu *b, struct entry *entry)
 {
+    static const struct insn iretq = {.fn = op_iret, .op_size = 8, .length = 2, .mnemonic = ZYDIS_MNEMONIC_IRETQ};
     struct fault *fault = &b->c.fault;
-    interp_run_one(&b->c);
+    interp_run_insn(&b->c, &iretq);
     if (fault->vector == VECTOR_PF && !(fault->error & PF_I))
         b->fill_next = fault->address;
     fault->vector = 0;
@@ -398,6 +413,7 @@ static exit_fn *const exit_handlers[BT_EXIT_COUNT] = {
     [BT_EXIT_interp] = exit_run_one,
     [BT_EXIT_attention] = exit_attention,
     [BT_EXIT_data] = exit_data,
+    [BT_EXIT_page_fault] = exit_page_fault,
     [BT_EXIT_crossing] = exit_run_one,
     [BT_EXIT_string] = exit_run_one,
     [BT_EXIT_code_write] = exit_run_one,

@@ -288,6 +288,7 @@ struct bt_engine {
 #define BT_CODE_THRASH 0xf0u /* counts drops of the page, saturating; decays at flushes */
 
 #define BT_POLL_OK 0
+#define BT_FILL_FAULT (1u << 31)
 
 struct bt_vcpu {
     struct icpu c; /* first */
@@ -325,6 +326,8 @@ struct bt_vcpu {
     uint64_t epoch;
     atomic_bool inside;       /* in translated code, or about to read the cache without the lock */
     void *signal_stack;
+    uint32_t fill_error;      /* tables_fill said BT_FILL_SLOW: the page fault's error code and BT_FILL_FAULT, 0: another reason */
+    uint64_t fault_address;   /* BT_EXIT_page_fault: CR2; the error code is in fill_error */
     uint64_t retry_rip, retry_count; /* fault.c: the same site again and again goes to the interpreter */
     uint64_t fill_next;       /* linear address whose guest page fault was delivered last, to be filled on the way back; 0: none */
     uint32_t fault_tc;        /* TC offset where a signal left translated code from; 0: no signal did */
@@ -456,6 +459,7 @@ struct bt_access {
     uint16_t size;
     bool write;
     bool stack; /* implied by the instruction: its V is v_stack */
+    bool exact; /* when the accesses before it succeed and it may not be made, its page fault is what the instruction raises */
 };
 int translate_accesses(struct bt_vcpu *b, const uint8_t *bytes, unsigned available, struct bt_access access[4]);
 

@@ -206,8 +206,10 @@ static bool fill(struct bt_fault *f)
     if (count <= 0 || retries_exhausted(f, access, count))
         return leave(f, BT_EXIT_data);
     for (int n = 0; n < count; n++)
-        if (tables_fill(b, access[n].gva, access[n].size, access[n].write) != BT_FILL_DONE)
-            return leave(f, BT_EXIT_data);
+        if (tables_fill(b, access[n].gva, access[n].size, access[n].write) != BT_FILL_DONE) {
+            b->fault_address = access[n].gva;
+            return leave(f, b->fill_error && access[n].exact ? BT_EXIT_page_fault : BT_EXIT_data);
+        }
     for (int n = 0; n < count; n++) {
         unsigned v = access[n].stack ? f->site->v_stack : f->site->v_memory;
         if (v != BT_NO_REGISTER)

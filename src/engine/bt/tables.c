@@ -386,12 +386,16 @@ enum bt_fill tables_fill(struct bt_vcpu *b, gva_t gva, unsigned size, bool write
     struct paging_group group;
     uint32_t error;
     uint64_t offset;
+    b->fill_error = 0;
     if (!size || (gva & PAGE_MASK_BITS) + size > PAGE_SIZE_BYTES || !linear_is_possible(cpu, gva))
         return BT_FILL_SLOW;
     struct bt_view *view = view_current(b);
     unsigned access = kind_access(view->kind) | (write ? PAGING_WRITE : PAGING_READ);
-    if (paging_walk_group(memory, cpu, b->c.max_phys_bits, gva, access, &page, &group, &error))
+    int rc = paging_walk_group(memory, cpu, b->c.max_phys_bits, gva, access, &page, &group, &error);
+    if (rc) {
+        b->fill_error = rc == -EFAULT ? error | BT_FILL_FAULT : 0;
         return BT_FILL_SLOW;
+    }
     if (!(cpu->cr0 & CR0_PG))
         page.page_bytes = LARGE_BYTES; /* nothing ends at 4 KiB */
     gpa_t gpa = page.gpa & ~PAGE_MASK_BITS;

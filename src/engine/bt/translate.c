@@ -137,7 +137,6 @@ static void decode_block(struct translation *t, unsigned start)
     struct analyze_context a = {.c = NULL, .mode = t->page->mode, .forms = t->e->forms};
     for (unsigned n = 0; !a.c; n++)
         a.c = t->e->interp.vcpus[n];
-    decoder_init(&a.decoder, a.mode.code_bits);
     const uint8_t *bytes = t->e->layout.window_r + t->page->offset;
     unsigned offset = start;
     while (t->count < t->e->debug.block_insns && offset < PAGE_SIZE_BYTES) {
@@ -244,25 +243,16 @@ static gva_t operand_address(const struct bt_vcpu *b, const struct tinsn *i)
     return ea;
 }
 
-int translate_accesses(struct bt_vcpu *b, const uint8_t *bytes, unsigned available, struct bt_access access[4])
+/* Vector instructions may be masked; calls check their target, some before they push. */
+static bool faults_exactly(const struct tinsn *i)
 {
-    struct analyze_context a = {.c = &b->c, .mode = b->mode};
-    struct tinsn i;
-    int count = 0;
+    return i->encoding == ZYDIS_INSTRUCTION_ENCODING_LEGACY && i->kind != TI_CALL_REG && i->kind != TI_CALL_MEM;
+}
+
+static struct bt_access implied_access(const struct bt_vcpu *b, const struct tinsn *i)
+{
     gva_t rsp = b->c.v.cpu.gpr[GPR_RSP];
-    decoder_init(&a.decoder, a.mode.code_bits);
-    analyze_insn(&a, bytes, available, 0, &i);
-    if (i.memory)
-        access[count++] = (struct bt_access){operand_address(b, &i), i.mem_size, i.mem_write, false};
-    if (i.aligned && (access[0].gva & (i.mem_size - 1u)))
-        return -1; /* raises #GP, and the page is neither accessed nor dirty */
-    if (i.kind == TI_STRING)
-        count = (int)string_accesses(b, &i, access);
-    if (i.kind == TI_BIT_STRING)
-        access[0].gva += (uint64_t)bit_string_distance(b, &i);
-    switch (i.kind) {
-    case TI_EXIT:
-        return -1;
+    switch (i->kind) {
     case TI_PUSH_REG:
     case TI_PUSH_IMM:
     case TI_PUSH_MEM:
@@ -270,17 +260,48 @@ int translate_accesses(struct bt_vcpu *b, const uint8_t *bytes, unsigned availab
     case TI_CALL:
     case TI_CALL_REG:
     case TI_CALL_MEM:
-        access[count++] = (struct bt_access){rsp - 8, 8, true, true};
-        break;
+        return (struct bt_access){rsp - 8, 8, .write = true};
     case TI_POP_REG:
     case TI_RET:
-        access[count++] = (struct bt_access){rsp, 8, false, true};
-        break;
+        return (struct bt_access){rsp, 8};
     case TI_LEAVE:
-        access[count++] = (struct bt_access){b->c.v.cpu.gpr[GPR_RBP], 8, false, true};
-        break;
+        return (struct bt_access){b->c.v.cpu.gpr[GPR_RBP], 8};
     default:
-        break;
+        return (struct bt_access){0};
     }
+}
+
+/* With what is known of the instruction's form, and under the lock for that. */
+static void access_decode(struct bt_vcpu *b, const uint8_t *bytes, unsigned available, struct tinsn *i)
+{
+    struct bt_engine *e = b->engine;
+    struct analyze_context a = {.c = &b->c, .mode = b->mode, .forms = e->forms};
+    pthread_mutex_lock(&e->lock);
+    analyze_insn(&a, bytes, available, 0, i);
+    pthread_mutex_unlock(&e->lock);
+}
+
+int translate_accesses(struct bt_vcpu *b, const uint8_t *bytes, unsigned available, struct bt_access access[4])
+{
+    struct tinsn i;
+    int count = 0;
+    access_decode(b, bytes, available, &i);
+    if (i.kind == TI_EXIT)
+        return -1;
+    if (i.memory)
+        access[count++] = (struct bt_access){operand_address(b, &i), i.mem_size, i.mem_write};
+    if (i.aligned && (access[0].gva & (i.mem_size - 1u)))
+        return -1; /* raises #GP, and the page is neither accessed nor dirty */
+    if (i.kind == TI_STRING)
+        count = (int)string_accesses(b, &i, access);
+    if (i.kind == TI_BIT_STRING)
+        access[0].gva += (uint64_t)bit_string_distance(b, &i);
+    struct bt_access stack = implied_access(b, &i);
+    if (stack.size) {
+        access[count] = stack;
+        access[count++].stack = true;
+    }
+    for (int n = 0; n < count; n++)
+        access[n].exact = faults_exactly(&i);
     return count;
 }

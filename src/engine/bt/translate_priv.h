@@ -89,7 +89,6 @@ struct tinsn {
 struct analyze_context {
     struct icpu *c; /* any vCPU of the machine: for what CPUID offers */
     struct bt_mode mode;
-    ZydisDecoder decoder;   /* decoder_init */
     struct bt_forms *forms; /* may be NULL */
 };
 

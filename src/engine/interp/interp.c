@@ -252,6 +252,18 @@ void interp_run_one(struct icpu *c)
         deliver_debug(c, dr6);
 }
 
+void interp_run_insn(struct icpu *c, const struct insn *i)
+{
+    c->block = NULL;
+    c->block_guard_span = 0;
+    c->current = i;
+    tally(c, i);
+    c->v.cpu.gpr[GPR_RIP] += i->length;
+    i->fn(c, i);
+    c->current = NULL;
+    c->v.counters[COUNTER_instructions]++;
+}
+
 /* ---- the loop ---- */
 
 static void trace_block(struct icpu *c)

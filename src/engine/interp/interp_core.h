@@ -48,6 +48,7 @@ enum attend_result interp_attend(struct icpu *c);
 bool interp_stopped(struct icpu *c, enum engine_exit *exit);
 void interp_run_one(struct icpu *c);  /* one instruction and the traps that follow it */
 void interp_run_next(struct icpu *c); /* one block */
+void interp_run_insn(struct icpu *c, const struct insn *i); /* one instruction that the caller knows, without traps: not when c->slow */
 
 /* CS and SS as SYSCALL, or SYSRET to 64-bit code, loads them. (op_syscall.c) */
 void syscall_segments_load(struct icpu *c, bool to_user);
