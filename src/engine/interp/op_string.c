@@ -369,10 +369,12 @@ static void string_restart(struct icpu *c, const struct insn *i)
     c->v.cpu.gpr[GPR_RIP] -= i->length;
 }
 
+/* A fault leaves the flags that were there before the instruction, not those of the last comparison (SDM vol. 2, REP). */
 static inline void repeat(struct icpu *c, const struct insn *i, chunk_fn *chunk)
 {
     bool found = false;
-    for (;;) {
+    uint32_t flags = c->oszapc;
+    for (;; c->oszapc = flags) {
         uint64_t left = string_offset(c, i, GPR_RCX);
         if (!left)
             return;
