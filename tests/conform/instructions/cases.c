@@ -68,7 +68,7 @@ static const ZydisMnemonic forbidden[] = {
     M(SKINIT), M(STGI), M(CLGI), M(VMLOAD), M(VMSAVE), M(INVLPGA), M(WRPKRU), M(RDPKRU), M(MCOMMIT), M(SERIALIZE), M(XSUSLDTRK), M(XRESLDTRK),
 };
 
-static bool is_forbidden(const struct test_case *test)
+bool generator_forbidden(const struct test_case *test)
 {
     const ZydisDecodedInstruction *zi = &test->zi;
     for (unsigned n = 0; n < sizeof forbidden_categories / sizeof *forbidden_categories; n++)
@@ -137,7 +137,7 @@ bool generator_case(struct generator *g, struct test_case *test)
         p[2] |= 4;
     }
     test->decoded = ZYAN_SUCCESS(ZydisDecoderDecodeFull(&g->decoder, test->code, 15, &test->zi, test->op));
-    return test->decoded && !is_forbidden(test);
+    return test->decoded && !generator_forbidden(test);
 }
 
 /* ---- states ---- */

@@ -19,6 +19,7 @@
 struct state {
     uint64_t gpr[16], rip, rflags;
     int vector; /* fault, -1: none */
+    uint64_t error, cr2; /* of the processor's */
     _Alignas(64) uint8_t xsave[CPU_XSAVE_BYTES];
 };
 
@@ -42,12 +43,16 @@ uint64_t generator_random(struct generator *g);
 void generator_bytes(struct generator *g, void *data, size_t length);
 /* False: the instruction may not be executed here (why in cases.c); try the next. */
 bool generator_case(struct generator *g, struct test_case *test);
+/* May a decoded one not be executed by this process? */
+bool generator_forbidden(const struct test_case *test);
 /* Registers for it, most memory operands inside the area. May change test->code's displacement. */
 void generator_state(struct generator *g, struct test_case *test, struct state *state);
 
 /* On the processor (processor.c). */
 int processor_init(uint64_t xcr0, uint32_t image_bytes);
 void processor_run(const struct test_case *test, const struct state *from, struct state *to);
+/* Without single steps, from `from->rip` to the first exception, which may be INT3's. */
+void processor_run_on(const struct state *from, struct state *to);
 
 /* Components that are in their initial state get their values, so that images compare. */
 void state_normalize(const struct generator *g, struct state *state);

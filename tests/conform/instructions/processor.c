@@ -25,7 +25,7 @@ _Static_assert(offsetof(struct launch, xsave) == 192, "used below");
 static struct launch launch;
 static sigjmp_buf back;
 static struct state *result;
-static unsigned steps;
+static unsigned steps; /* of a repeated instruction; more than STEPS_MAX: not stepping */
 static uint64_t xcr0;
 static uint32_t image_bytes;
 
@@ -52,25 +52,38 @@ static void on_signal(int number, siginfo_t *info, void *context)
         result->gpr[n] = (uint64_t)regs[greg_of[n]];
     result->rip = (uint64_t)regs[REG_RIP];
     result->rflags = (uint64_t)regs[REG_EFL] & ~(RFLAGS_TF | RFLAGS_RF);
-    result->vector = number == SIGTRAP ? -1 : (int)regs[REG_TRAPNO];
+    result->vector = number == SIGTRAP && steps <= STEPS_MAX ? -1 : (int)regs[REG_TRAPNO];
+    result->error = (uint64_t)regs[REG_ERR];
+    result->cr2 = (uint64_t)regs[REG_CR2];
     memcpy(result->xsave, uc->uc_mcontext.fpregs, image_bytes);
     siglongjmp(back, 1);
+}
+
+static void run(const struct state *from, struct state *to, uint64_t rflags)
+{
+    memcpy(launch.gpr, from->gpr, sizeof launch.gpr);
+    memcpy(launch.xsave, from->xsave, sizeof launch.xsave);
+    uint16_t cs, ss;
+    __asm__("mov %%cs, %0; mov %%ss, %1" : "=r"(cs), "=r"(ss));
+    memcpy(launch.frame, (uint64_t[]){from->rip, cs, rflags, from->gpr[GPR_RSP], ss}, sizeof launch.frame);
+    result = to;
+    if (!sigsetjmp(back, 0))
+        processor_launch(&launch, xcr0);
+    result = NULL;
 }
 
 void processor_run(const struct test_case *test, const struct state *from, struct state *to)
 {
     memset((void *)CODE_PAGE, 0xc3, 4096);
     memcpy((void *)CODE, test->code, 15);
-    memcpy(launch.gpr, from->gpr, sizeof launch.gpr);
-    memcpy(launch.xsave, from->xsave, sizeof launch.xsave);
-    uint16_t cs, ss;
-    __asm__("mov %%cs, %0; mov %%ss, %1" : "=r"(cs), "=r"(ss));
-    memcpy(launch.frame, (uint64_t[]){from->rip, cs, from->rflags | RFLAGS_TF, from->gpr[GPR_RSP], ss}, sizeof launch.frame);
-    result = to;
     steps = 0;
-    if (!sigsetjmp(back, 0))
-        processor_launch(&launch, xcr0);
-    result = NULL;
+    run(from, to, from->rflags | RFLAGS_TF);
+}
+
+void processor_run_on(const struct state *from, struct state *to)
+{
+    steps = STEPS_MAX + 1;
+    run(from, to, from->rflags | RFLAGS_IF);
 }
 
 int processor_init(uint64_t components, uint32_t bytes)

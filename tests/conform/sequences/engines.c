@@ -16,6 +16,7 @@
 #define HANG_SECONDS 30
 
 const char *const run_names[RUN_KINDS] = {
+    [RUN_NATIVE] = "on the processor",
     [RUN_INTERP] = "interpreter by blocks",
     [RUN_COLD] = "translated for the first time",
     [RUN_WARM] = "once more",
@@ -23,6 +24,7 @@ const char *const run_names[RUN_KINDS] = {
     [RUN_FILLED] = "with tables filled at random",
     [RUN_DISTURBED] = "disturbed",
     [RUN_SHORT] = "in short blocks, disturbed",
+    [RUN_KICKED] = "kicked",
 };
 
 /* ---- hangs ---- */
@@ -53,10 +55,30 @@ static void *watch(void *nothing)
     return nothing;
 }
 
+/* ---- kicks ---- */
+
+static _Atomic(struct tiny_vm *) kicked;
+
+static void *kick(void *nothing)
+{
+    for (unsigned idle = 0;; idle++) {
+        struct tiny_vm *vm = atomic_load(&kicked);
+        if (vm) {
+            idle = 0;
+            vcpu_kick(vm->vcpu);
+        }
+        for (unsigned n = 0; n < 200; n++)
+            __builtin_ia32_pause();
+        if (idle > 100)
+            usleep(1000);
+    }
+    return nothing;
+}
+
 int engines_watch(void)
 {
     pthread_t thread;
-    return pthread_create(&thread, NULL, watch, NULL) || pthread_detach(thread);
+    return pthread_create(&thread, NULL, watch, NULL) || pthread_detach(thread) || pthread_create(&thread, NULL, kick, NULL) || pthread_detach(thread);
 }
 
 /* ---- disturbances ---- */
@@ -169,6 +191,7 @@ static void fill_at_random(const struct world *w, struct generator *g, struct bt
 void engines_start(struct tiny_vm *vm, const struct sequence *s, bool cold)
 {
     vm->exit_wanted = false;
+    vm->pending_vector = s->interrupt;
     vm->mmio_reads = vm->mmio_writes = vm->mmio_size = 0;
     vm->port = 0;
     vm->port_writes = 0;
@@ -185,11 +208,14 @@ bool engines_in_handler(const struct tiny_vm *vm)
     return vm->vcpu->cpu.gpr[GPR_RIP] - (KERNEL + TINY_HANDLER) < PAGE_SIZE_BYTES;
 }
 
-bool engines_step(struct tiny_vm *vm, const struct sequence *s)
+bool engines_step(struct tiny_vm *vm, const struct sequence *s, const struct generator *g, bool *safe)
 {
     engines_start(vm, s, true);
-    for (unsigned n = 0; n < STEPS_MAX && vm->vcpu->cpu.activity == CPU_RUNNING; n++)
+    for (unsigned n = 0; n < STEPS_MAX && vm->vcpu->cpu.activity == CPU_RUNNING; n++) {
+        if (safe && *safe && !engines_in_handler(vm))
+            *safe = native_may_execute(g, vm);
         vm->ops->step(vm->vcpu);
+    }
     return vm->vcpu->cpu.activity == CPU_HALTED;
 }
 
@@ -220,9 +246,10 @@ void engines_run(struct tiny_vm *vm, const struct world *w, const struct sequenc
     struct bt_vcpu *b = (struct bt_vcpu *)vm->vcpu;
     struct disturbance d = {.w = w};
     d.g.seed = (seed << 32 ^ s->number << 4 ^ kind) * 0x9e3779b97f4a7c15ull | 1;
-    world_restore(w, vm, kind != RUN_WARM);
+    bool warm = kind == RUN_WARM && !s->tables_change;
+    world_restore(w, vm, !warm);
     sequence_place(s, w, vm);
-    engines_start(vm, s, kind != RUN_WARM);
+    engines_start(vm, s, !warm);
     if (kind != RUN_INTERP) {
         forget_thrashing(w, b->engine);
         debug_prepare(&d, b->engine, kind);
@@ -233,7 +260,11 @@ void engines_run(struct tiny_vm *vm, const struct world *w, const struct sequenc
     atomic_store(&watched_case, s->number);
     atomic_fetch_add(&watched_runs, 1);
     atomic_store(&watched, vm);
-    vm->ops->run(vm->vcpu);
+    atomic_store(&kicked, kind == RUN_KICKED ? vm : NULL);
+    do
+        vm->ops->run(vm->vcpu);
+    while (vm->vcpu->cpu.activity == CPU_RUNNING && !vm->exit_wanted);
+    atomic_store(&kicked, NULL);
     atomic_store(&watched, NULL);
 }
 
@@ -265,6 +296,7 @@ void engines_outcome(struct tiny_vm *vm, const struct generator *g, struct outco
     to->mmio_size = vm->mmio_size;
     to->mmio_gpa = vm->mmio_gpa;
     to->mmio_value = vm->mmio_value;
+    to->interrupt = vm->pending_vector;
     to->vector = engines_in_handler(vm) ? (int)((to->state.rip & 0xfff) / 16) : -1;
     gva_t stack = cpu->gpr[GPR_RSP] - (KERNEL + (TINY_STACK & ~0xfffu));
     if (to->vector < 0 || stack > PAGE_SIZE_BYTES - sizeof frame)

@@ -6,41 +6,26 @@
 
 #include <string.h>
 
-struct queued {
-    struct encoded e;
-    bool relative; /* its displacement is to lead to `target` from RIP */
-    gva_t target;
-};
-
-struct making {
-    struct sequence *s;
-    struct generator *g;
-    const struct world *w;
-    struct tiny_vm *vm;
-    struct encode_rules rules;
-    struct queued queue[8]; /* what comes next, whatever happens */
-    unsigned queued, taken;
-    bool written[CODE_PAGES][PAGE_SIZE_BYTES];
-    unsigned wanted;
-    gva_t loop_head; /* 0: no loop is open */
-    unsigned loop_register;
-    gva_t rip;
-    const uint64_t *gpr;
-};
+#include "arch/paging.h"
 
 /* ---- places for code ---- */
 
 static bool is_free(const struct making *m, gva_t gva)
 {
-    int at = world_code_offset(m->w, gva);
+    int at = world_code_offset(m->w, m->vm, gva);
     return at >= 0 && !m->written[at / 4096][at % 4096];
 }
 
 static unsigned room(const struct making *m, gva_t gva)
 {
     unsigned n = 0;
-    while (n < 15 && is_free(m, gva + n))
-        n++;
+    int at = -1;
+    for (; n < 15; n++, at++) {
+        if (!n || !((gva + n) & PAGE_MASK_BITS))
+            at = world_code_offset(m->w, m->vm, gva + n);
+        if (at < 0 || m->written[at / 4096][at % 4096])
+            break;
+    }
     return n;
 }
 
@@ -50,32 +35,31 @@ static gva_t code_page_pick(struct making *m)
     return n < CODE_PAGES ? m->w->code[n] : m->w->native ? m->w->code[0] : m->w->twin_code;
 }
 
-/* Somewhere to jump to. */
-static gva_t place_pick(struct making *m)
+gva_t place_pick(struct making *m)
 {
     for (unsigned tries = 0; tries < 20; tries++) {
         gva_t page = encode_pick(m->g, 2) ? m->rip & ~PAGE_MASK_BITS : code_page_pick(m), at = page + encode_pick(m->g, 4096);
-        if (world_code_offset(m->w, at) >= 0 && (room(m, at) == 15 || !encode_pick(m->g, 8)))
+        if (world_code_offset(m->w, m->vm, at) >= 0 && (room(m, at) == 15 || !encode_pick(m->g, 8)))
             return at;
     }
     return m->w->code[0] + encode_pick(m->g, 8192);
 }
 
-static void code_write(struct making *m, gva_t gva, const uint8_t *bytes, unsigned length)
+static void code_write(struct making *m, struct line *line)
 {
-    for (unsigned n = 0; n < length; n++) {
-        int at = world_code_offset(m->w, gva + n);
+    for (unsigned n = 0; n < line->length; n++) {
+        int at = line->at[n] = world_code_offset(m->w, m->vm, line->gva + n);
         if (at < 0)
-            return;
-        m->s->code[at / 4096][at % 4096] = bytes[n];
+            continue;
+        m->s->code[at / 4096][at % 4096] = line->bytes[n];
         m->written[at / 4096][at % 4096] = true;
-        *(uint8_t *)physmap_get(m->vm->memory, m->w->code_gpa[at / 4096] + (unsigned)at % 4096, 1, PHYSMAP_READ) = bytes[n];
+        *(uint8_t *)physmap_get(m->vm->memory, m->w->code_gpa[at / 4096] + (unsigned)at % 4096, 1, PHYSMAP_READ) = line->bytes[n];
     }
 }
 
 /* ---- the queue ---- */
 
-static struct queued *queue_add(struct making *m, const void *bytes, unsigned length)
+struct queued *queue_add(struct making *m, const void *bytes, unsigned length)
 {
     struct queued *q = &m->queue[m->queued++];
     memset(q, 0, sizeof *q);
@@ -92,7 +76,7 @@ static void queue_relative(struct making *m, const void *bytes, unsigned length,
     q->target = target;
 }
 
-static void queue_mov(struct making *m, unsigned reg, uint64_t value)
+void queue_mov(struct making *m, unsigned reg, uint64_t value)
 {
     uint8_t code[10] = {(uint8_t)(0x48 | reg >> 3), (uint8_t)(0xb8 | (reg & 7))};
     memcpy(code + 2, &value, 8);
@@ -106,17 +90,28 @@ static void queue_mov(struct making *m, unsigned reg, uint64_t value)
 
 /* ---- operands ---- */
 
+static bool is_good(const struct making *m, gva_t gva)
+{
+    gpa_t gpa;
+    if (!world_walk(m->vm, gva, PAGING_WRITE, &gpa))
+        return false;
+    for (unsigned n = 0; n < CODE_PAGES; n++)
+        if (m->w->code_gpa[n] == (gpa & ~PAGE_MASK_BITS))
+            return false;
+    return physmap_get(m->vm->memory, gpa, 1, PHYSMAP_WRITE);
+}
+
 static gva_t ordinary_page(struct making *m)
 {
-    for (unsigned tries = 0; tries < 50; tries++) {
+    for (unsigned tries = 0; tries < 30; tries++) {
         const struct page *page = &m->w->page[encode_pick(m->g, m->w->page_count)];
-        if (page->kind == PAGE_ORDINARY)
+        if (page->kind != PAGE_CODE && is_good(m, page->gva))
             return page->gva;
     }
     return m->w->data;
 }
 
-static gva_t target_pick(struct making *m, unsigned size, bool careful)
+gva_t target_pick(struct making *m, unsigned size, bool careful)
 {
     unsigned what = careful ? 50 : encode_pick(m->g, 100), offset = encode_pick(m->g, PAGE_SIZE_BYTES + 1 - (size < 4096 ? size : 4096));
     if (encode_pick(m->g, 2))
@@ -132,15 +127,10 @@ static gva_t target_pick(struct making *m, unsigned size, bool careful)
     return ordinary_page(m) + offset;
 }
 
-static bool is_good(const struct making *m, gva_t gva)
-{
-    const struct page *page = world_page(m->w, gva);
-    return page && page->kind == PAGE_ORDINARY;
-}
-
 static uint64_t segment_base(const struct making *m, ZydisRegister segment)
 {
-    return segment == ZYDIS_REGISTER_FS ? m->w->fs_base : segment == ZYDIS_REGISTER_GS ? m->w->gs_base : 0;
+    const struct segment *seg = m->vm->vcpu->cpu.seg;
+    return segment == ZYDIS_REGISTER_FS ? seg[SEG_FS].base : segment == ZYDIS_REGISTER_GS ? seg[SEG_GS].base : 0;
 }
 
 static bool patch_disp32(struct making *m, struct encoded *e, uint64_t value)
@@ -150,6 +140,31 @@ static bool patch_disp32(struct making *m, struct encoded *e, uint64_t value)
         return false;
     memcpy(e->bytes + e->zi.raw.disp.offset, &disp, 4);
     return encode_decode(m->g, e);
+}
+
+/* From the address of a bit string's operand to what is accessed. */
+static uint64_t bit_string_distance(const struct making *m, const struct encoded *e)
+{
+    switch (e->zi.mnemonic) {
+    case ZYDIS_MNEMONIC_BT:
+    case ZYDIS_MNEMONIC_BTS:
+    case ZYDIS_MNEMONIC_BTR:
+    case ZYDIS_MNEMONIC_BTC:
+        break;
+    default:
+        return 0;
+    }
+    if (e->op[1].type != ZYDIS_OPERAND_TYPE_REGISTER)
+        return 0;
+    int64_t bit = (int64_t)m->gpr[encode_gpr(e->op[1].reg.value)];
+    switch (e->op[1].size) {
+    case 16:
+        return (uint64_t)(((int16_t)bit >> 4) * 2);
+    case 32:
+        return (uint64_t)(((int32_t)bit >> 5) * 4ll);
+    default:
+        return (uint64_t)((bit >> 6) * 8);
+    }
 }
 
 /* The operand described by ModRM. False: the instruction is not to be used. */
@@ -167,6 +182,7 @@ static bool aim_explicit(struct making *m, struct encoded *e, bool *relative, gv
     }
     unsigned base = encode_gpr(op->mem.base), index = encode_gpr(op->mem.index), scale = op->mem.scale;
     uint64_t wanted = *target - segment_base(m, op->mem.segment);
+    wanted -= bit_string_distance(m, e);
     uint64_t scaled = index < 16 ? m->gpr[index] * scale : 0, disp = (uint64_t)op->mem.disp.value;
     if (e->zi.address_width == 32 && wanted >> 32)
         return !encode_pick(m->g, 8);
@@ -238,6 +254,8 @@ static bool needs_settling(const struct encoded *e)
     case ZYDIS_MNEMONIC_SAR:
     case ZYDIS_MNEMONIC_SHLD:
     case ZYDIS_MNEMONIC_SHRD:
+    case ZYDIS_MNEMONIC_DIV:
+    case ZYDIS_MNEMONIC_IDIV:
         return true;
     default:
         return false;
@@ -291,10 +309,8 @@ static void queue_ordinary(struct making *m)
 
 static void queue_indirect(struct making *m, gva_t target, bool call)
 {
-    unsigned reg = encode_pick(m->g, 16), slot = encode_pick(m->g, 16);
+    unsigned reg = register_pick(m), slot = encode_pick(m->g, 16);
     bool to_memory = encode_pick(m->g, 2);
-    if (m->loop_head && reg == m->loop_register)
-        reg ^= 1;
     queue_mov(m, reg, target);
     if (!to_memory) {
         uint8_t code[3] = {(uint8_t)(0x40 | reg >> 3), 0xff, (uint8_t)((call ? 0xd0 : 0xe0) | (reg & 7))};
@@ -308,15 +324,28 @@ static void queue_indirect(struct making *m, gva_t target, bool call)
     queue_relative(m, jump, 6, at);
 }
 
+unsigned register_pick(struct making *m)
+{
+    for (;;) {
+        unsigned reg = encode_pick(m->g, 16);
+        if (reg != GPR_RSP && !(m->loop_head && reg == m->loop_register))
+            return reg;
+    }
+}
+
+void stack_provide(struct making *m, unsigned bytes)
+{
+    gva_t rsp = m->gpr[GPR_RSP];
+    if (!is_good(m, rsp) || !is_good(m, rsp - bytes))
+        queue_mov(m, GPR_RSP, (target_pick(m, 8, true) & ~7ull) | 0x800);
+}
+
 static void queue_return(struct making *m, gva_t target)
 {
-    unsigned reg = encode_pick(m->g, 16);
-    if ((m->loop_head && reg == m->loop_register) || reg == GPR_RSP)
-        reg = GPR_R11;
+    unsigned reg = register_pick(m);
     uint8_t push[2] = {(uint8_t)(0x40 | reg >> 3), (uint8_t)(0x50 | (reg & 7))};
     uint8_t ret[3] = {0xc2, (uint8_t)(encode_pick(m->g, 16) * 8), 0};
-    if (!is_good(m, m->gpr[GPR_RSP]) || !is_good(m, m->gpr[GPR_RSP] - 8))
-        queue_mov(m, GPR_RSP, target_pick(m, 8, true) & ~7ull);
+    stack_provide(m, 8);
     queue_mov(m, reg, target);
     queue_add(m, push, 2);
     queue_add(m, encode_pick(m->g, 2) ? ret : (const uint8_t[]){0xc3, 0xcc, 0xcc}, 3);
@@ -325,12 +354,12 @@ static void queue_return(struct making *m, gva_t target)
 /* RET when the stack's top leads to code. */
 static bool queue_plain_return(struct making *m)
 {
-    const struct page *page = world_page(m->w, m->gpr[GPR_RSP]);
+    gpa_t gpa;
     uint64_t target;
-    if (!page || page->kind != PAGE_ORDINARY || (m->gpr[GPR_RSP] & 4095) > 4088)
+    if (!is_good(m, m->gpr[GPR_RSP]) || (m->gpr[GPR_RSP] & 4095) > 4088 || !world_walk(m->vm, m->gpr[GPR_RSP], PAGING_READ, &gpa))
         return false;
-    memcpy(&target, physmap_get(m->vm->memory, page->gpa + (m->gpr[GPR_RSP] & 4095), 8, PHYSMAP_READ), 8);
-    if (world_code_offset(m->w, target) < 0)
+    memcpy(&target, physmap_get(m->vm->memory, gpa, 8, PHYSMAP_READ), 8);
+    if (world_code_offset(m->w, m->vm, target) < 0)
         return false;
     queue_add(m, "\xc3", 1);
     return true;
@@ -338,8 +367,7 @@ static bool queue_plain_return(struct making *m)
 
 static void queue_call(struct making *m, gva_t target)
 {
-    if (!is_good(m, m->gpr[GPR_RSP]) || !is_good(m, m->gpr[GPR_RSP] - 8))
-        queue_mov(m, GPR_RSP, target_pick(m, 8, true) & ~7ull);
+    stack_provide(m, 8);
     if (encode_pick(m->g, 2))
         queue_relative(m, "\xe8\0\0\0\0", 5, target);
     else
@@ -354,9 +382,7 @@ static void queue_short(struct making *m, unsigned opcode)
 
 static void queue_loop_open(struct making *m)
 {
-    m->loop_register = encode_pick(m->g, 3) ? encode_pick(m->g, 16) : GPR_RCX;
-    if (m->loop_register == GPR_RSP)
-        m->loop_register = GPR_RCX;
+    m->loop_register = encode_pick(m->g, 3) ? register_pick(m) : GPR_RCX;
     queue_mov(m, m->loop_register, 1 + encode_pick(m->g, 5));
     m->loop_head = ~0ull; /* settled when it is written */
 }
@@ -446,7 +472,7 @@ static void line_write(struct making *m, struct queued *q)
     line->gva = m->rip;
     line->length = (uint8_t)length;
     memcpy(line->bytes, q->e.bytes, length);
-    code_write(m, m->rip, q->e.bytes, length);
+    code_write(m, line);
     if (m->loop_head == ~0ull && m->taken == m->queued)
         m->loop_head = m->rip + length;
 }
@@ -455,10 +481,13 @@ static void line_make(struct making *m)
 {
     if (m->taken == m->queued) {
         m->taken = m->queued = 0;
-        if (encode_pick(m->g, 9))
-            queue_ordinary(m);
-        else
+        unsigned what = encode_pick(m->g, 36);
+        if (what < 4)
             queue_transfer(m);
+        else if (what < (m->rules.user ? 5 : 8) && !m->w->native)
+            queue_system(m);
+        else
+            queue_ordinary(m);
         if (!m->queued)
             return;
     }
@@ -477,7 +506,8 @@ static void start_make(struct making *m)
         cpu->gpr[n] = encode_pick(m->g, 2) ? target_pick(m, 8, false) : state.gpr[n];
     cpu->gpr[GPR_RSP] = target_pick(m, 8, true) & ~7ull;
     cpu->gpr[GPR_RIP] = m->w->code[0] + (encode_pick(m->g, 6) ? encode_pick(m->g, 4096) : 4096 - encode_pick(m->g, 32));
-    cpu->rflags = (state.rflags & ~RFLAGS_IF) | (encode_pick(m->g, 2) ? RFLAGS_IF : 0);
+    m->s->interrupt = m->w->native || encode_pick(m->g, 3) ? -1 : 0x41;
+    cpu->rflags = (state.rflags & ~RFLAGS_IF) | (m->s->interrupt < 0 && encode_pick(m->g, 2) ? RFLAGS_IF : 0);
     memcpy(cpu->xsave, state.xsave, sizeof cpu->xsave);
 }
 
@@ -486,23 +516,25 @@ void sequence_make(struct sequence *s, struct generator *g, const struct world *
     static struct making m;
     memset(&m, 0, sizeof m);
     m.s = s, m.g = g, m.w = w, m.vm = vm;
-    m.rules = (struct encode_rules){.user = w->user, .native = w->native};
+    m.rules.native = w->native;
     g->seed = (seed << 40 ^ number) * 0x9e3779b97f4a7c15ull | 1;
     for (unsigned n = 0; n < 4; n++)
         generator_random(g);
     memset(s, 0, sizeof *s);
     memset(s->code, 0xcc, sizeof s->code);
     s->number = number;
-    m.wanted = 1 + encode_pick(g, encode_pick(g, 3) ? INSNS_MAX : 6);
-    start_make(&m);
+    m.wanted = 1 + encode_pick(g, encode_pick(g, 3) ? LINES_WANTED : 6);
     world_restore(w, vm, true);
     sequence_place(s, w, vm);
+    vm->vcpu->cpu = w->start; /* what is good to aim at depends on it */
+    start_make(&m);
     engines_start(vm, s, true);
     const struct cpu_state *cpu = &vm->vcpu->cpu;
     for (unsigned n = 0; n < STEPS_MAX && !engines_in_handler(vm) && cpu->activity == CPU_RUNNING; n++) {
         m.rip = cpu->gpr[GPR_RIP];
         m.gpr = cpu->gpr;
-        if (is_free(&m, m.rip) && (s->lines < m.wanted || m.taken < m.queued))
+        m.rules.user = cpu_cpl(cpu) == 3;
+        if (is_free(&m, m.rip) && (s->lines < m.wanted || m.taken < m.queued) && s->lines < sizeof s->line / sizeof *s->line)
             line_make(&m);
         vm->ops->step(vm->vcpu);
     }

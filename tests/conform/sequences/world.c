@@ -2,12 +2,14 @@
  * Worlds: where in linear and physical memory a guest's code and data lie, with which rights, and at which privilege.
  *
  * Data are DATA_PAGES linear pages over scattered physical ones, a few of them with less than all rights, and a twin region whose table entries are the same as theirs
- * (bt_priv.h: BT_ALIAS_BITS). Code has two neighbours in linear memory, two pages elsewhere, and a twin mapping. The guest's exceptions go to handlers that halt, on a stack of their own,
- * so whatever RSP is, the frame tells.
+ * (bt_priv.h: BT_ALIAS_BITS). Code has two neighbours in linear memory, two pages elsewhere, and a twin mapping. Some worlds have two address spaces with the same code and the same
+ * pages of data in another order. Page tables are mapped for the supervisor. The guest's exceptions go to handlers that halt, on a stack of their own, so whatever RSP is, the frame tells.
  */
 #include "sequence.h"
 
 #include <string.h>
+
+#include "arch/paging.h"
 
 #define P 1ull
 #define RW 2ull
@@ -20,10 +22,10 @@
 #define NX (1ull << 63)
 
 #define TABLES 0x100000u
-#define TABLES_MAX 28
 #define ROM 0xf00000u
 #define ROM_PAGES 4u
 #define POOL 0x200000u /* pages are taken at random from here up to ROM */
+#define KERNEL_STACK (TINY_STACK & ~0xfffu)
 
 _Static_assert(sizeof ((struct world *)0)->large_page == 2u << 20, "one large page");
 
@@ -38,7 +40,7 @@ struct builder {
     struct world *w;
     struct generator *g;
     struct tiny_vm *vm;
-    unsigned tables;
+    unsigned tables, root;
 };
 
 static gpa_t table_new(struct builder *b)
@@ -50,7 +52,7 @@ static gpa_t table_new(struct builder *b)
 
 static void map(struct builder *b, gva_t gva, uint64_t leaf, unsigned level)
 {
-    gpa_t table = TABLES;
+    gpa_t table = b->w->root[b->root];
     for (unsigned n = 4;; n--) {
         uint64_t *entry = (uint64_t *)at(b->vm, table) + (gva >> (3 + 9 * n) & 511);
         if (n == level) {
@@ -60,6 +62,21 @@ static void map(struct builder *b, gva_t gva, uint64_t leaf, unsigned level)
         if (!*entry)
             *entry = table_new(b) | P | RW | US;
         table = *entry & 0xfffff000;
+    }
+}
+
+gpa_t world_entry(const struct world *w, struct tiny_vm *vm, gva_t gva)
+{
+    gpa_t table = vm->vcpu->cpu.cr3 & 0xfffff000;
+    for (unsigned n = 4;; n--) {
+        gpa_t entry = table + (gva >> (3 + 9 * n) & 511) * 8;
+        uint64_t value;
+        memcpy(&value, at(vm, entry), 8);
+        if (n == 1 || (value & PS))
+            return entry;
+        if (!(value & P) || (value & 0xffffff000) >= TINY_RAM_BYTES)
+            return 0;
+        table = value & 0xfffff000;
     }
 }
 
@@ -89,7 +106,8 @@ static gpa_t page_take(struct builder *b)
 
 static uint64_t random_bits(struct builder *b)
 {
-    return (generator_random(b->g) & (ACCESSED | GLOBAL)) | (encode_pick(b->g, 2) ? DIRTY | ACCESSED : 0);
+    uint64_t global = b->w->roots == 1 ? GLOBAL : 0; /* else a page could be another in the other address space and still be used legally */
+    return (generator_random(b->g) & (ACCESSED | global)) | (encode_pick(b->g, 2) ? DIRTY | ACCESSED : 0);
 }
 
 static enum page_kind kind_pick(struct builder *b)
@@ -98,7 +116,7 @@ static enum page_kind kind_pick(struct builder *b)
     return b->w->native || encode_pick(b->g, 3) ? PAGE_ORDINARY : (enum page_kind)special[encode_pick(b->g, sizeof special)];
 }
 
-static void page_map(struct builder *b, gva_t gva, gpa_t gpa, enum page_kind kind, unsigned code)
+static void page_map(struct builder *b, gva_t gva, gpa_t gpa, enum page_kind kind)
 {
     struct world *w = b->w;
     uint64_t leaf = gpa | P | RW | (w->user ? US : 0) | random_bits(b);
@@ -112,8 +130,19 @@ static void page_map(struct builder *b, gva_t gva, gpa_t gpa, enum page_kind kin
         leaf ^= US;
     if (kind == PAGE_RESERVED)
         leaf |= RESERVED;
-    w->page[w->page_count++] = (struct page){gva, gpa, (uint8_t)kind, (uint8_t)code};
+    if (!b->root)
+        w->page[w->page_count++] = (struct page){gva, gpa, (uint8_t)kind};
     map(b, gva, leaf, 1);
+}
+
+/* Memory that is data's already. */
+static gpa_t page_again(struct builder *b)
+{
+    const struct page *page;
+    do
+        page = &b->w->page[encode_pick(b->g, b->w->page_count)];
+    while (page->kind == PAGE_CODE || page->kind == PAGE_MMIO || page->kind == PAGE_ROM);
+    return page->gpa;
 }
 
 static void data_page_map(struct builder *b, gva_t gva)
@@ -121,13 +150,13 @@ static void data_page_map(struct builder *b, gva_t gva)
     struct world *w = b->w;
     enum page_kind kind = kind_pick(b);
     if (kind == PAGE_MMIO)
-        page_map(b, gva, TINY_MMIO, kind, 0);
+        page_map(b, gva, TINY_MMIO, kind);
     else if (kind == PAGE_ROM)
-        page_map(b, gva, ROM + PAGE_SIZE_BYTES * encode_pick(b->g, ROM_PAGES), kind, 0);
-    else if (w->page_count > 2 && !encode_pick(b->g, 12) && w->page[w->page_count - 1].kind == PAGE_ORDINARY)
-        page_map(b, gva, w->page[w->page_count - 1].gpa, kind, 0); /* the same memory once more */
+        page_map(b, gva, ROM + PAGE_SIZE_BYTES * encode_pick(b->g, ROM_PAGES), kind);
+    else if (b->root || (!w->native && w->page_count > 2 && !encode_pick(b->g, 12) && w->page[w->page_count - 1].kind == PAGE_ORDINARY))
+        page_map(b, gva, b->root ? page_again(b) : w->page[w->page_count - 1].gpa, kind);
     else
-        page_map(b, gva, page_take(b), kind, 0);
+        page_map(b, gva, page_take(b), kind);
 }
 
 /* All of the data in one page of 2 MiB. */
@@ -139,7 +168,7 @@ static void data_map_large(struct builder *b)
     for (unsigned n = 0; n < DATA_PAGES; n++) {
         gva_t gva = w->data + n * PAGE_SIZE_BYTES;
         gpa_t gpa = POOL + (gva - start);
-        w->page[w->page_count++] = (struct page){gva, gpa, PAGE_ORDINARY, 0};
+        w->page[w->page_count++] = (struct page){gva, gpa, PAGE_ORDINARY};
         track(w, gpa);
     }
 }
@@ -178,18 +207,18 @@ static void pages_make(struct builder *b)
     struct world *w = b->w;
     if (w->large)
         data_map_large(b);
-    else
-        for (unsigned n = 0; n < DATA_PAGES; n++)
-            data_page_map(b, w->data + n * PAGE_SIZE_BYTES);
+    for (unsigned n = 0; n < DATA_PAGES && !w->large; n++)
+        data_page_map(b, w->data + n * PAGE_SIZE_BYTES);
     for (unsigned n = 0; n < CODE_PAGES; n++) {
-        w->code_gpa[n] = page_take(b);
-        page_map(b, w->code[n], w->code_gpa[n], PAGE_CODE, n);
+        if (!b->root)
+            w->code_gpa[n] = page_take(b);
+        page_map(b, w->code[n], w->code_gpa[n], PAGE_CODE);
     }
     if (w->native)
         return;
     for (unsigned n = 0; n < 4 && !w->large; n++)
         data_page_map(b, w->twin_data + n * PAGE_SIZE_BYTES);
-    page_map(b, w->twin_code, w->code_gpa[0], PAGE_CODE, 0);
+    page_map(b, w->twin_code, w->code_gpa[0], PAGE_CODE);
 }
 
 /* ---- what the processor needs ---- */
@@ -204,15 +233,21 @@ static void put64(struct builder *b, gpa_t gpa, uint64_t value)
     memcpy(at(b->vm, gpa), &value, 8);
 }
 
+static const gpa_t kernel_pages[] = {TINY_GDT, TINY_IDT, TINY_TSS, KERNEL_STACK, TINY_HANDLER};
+
+static void kernel_map(struct builder *b)
+{
+    for (unsigned n = 0; n < sizeof kernel_pages / sizeof *kernel_pages; n++) {
+        gpa_t gpa = kernel_pages[n];
+        map(b, KERNEL + gpa, gpa | P | ACCESSED | (gpa == KERNEL_STACK ? RW | DIRTY : 0) | (gpa == TINY_HANDLER ? 0 : NX), 1);
+    }
+}
+
 static void kernel_make(struct builder *b)
 {
-    static const gpa_t pages[] = {TINY_GDT, TINY_IDT, TINY_TSS, TINY_STACK & ~0xfffu, TINY_HANDLER};
-    for (unsigned n = 0; n < sizeof pages / sizeof *pages; n++) {
-        bool stack = pages[n] == (TINY_STACK & ~0xfffu);
-        map(b, KERNEL + pages[n], pages[n] | P | ACCESSED | (stack ? RW | DIRTY : 0) | (pages[n] == TINY_HANDLER ? 0 : NX), 1);
-        memset(at(b->vm, pages[n]), 0, PAGE_SIZE_BYTES);
-    }
-    track(b->w, TINY_STACK & ~0xfffu);
+    for (unsigned n = 0; n < sizeof kernel_pages / sizeof *kernel_pages; n++)
+        memset(at(b->vm, kernel_pages[n]), 0, PAGE_SIZE_BYTES);
+    track(b->w, KERNEL_STACK);
     put64(b, TINY_GDT + TINY_CS64, descriptor(0x9b, 0xa));
     put64(b, TINY_GDT + TINY_DS, descriptor(0x93, 0xc));
     put64(b, TINY_GDT + (TINY_USER_DS & ~3), descriptor(0xf3, 0xc));
@@ -233,6 +268,30 @@ static struct segment flat(uint16_t selector, uint16_t attributes)
     return (struct segment){.selector = selector, .attributes = attributes, .limit = 0xffffffff};
 }
 
+static void registers_make(struct builder *b)
+{
+    struct world *w = b->w;
+    struct generator *g = b->g;
+    struct cpu_state *cpu = &w->start;
+    uint64_t cr4 = cpuid_cr4_allowed(b->vm->cpuid);
+    cpu->cr0 = CR0_PE | CR0_ET | CR0_NE | CR0_MP | CR0_AM | CR0_PG | (w->user || encode_pick(g, 4) ? CR0_WP : 0);
+    cpu->cr4 = CR4_PAE | CR4_PGE | CR4_OSFXSR | CR4_OSXSAVE | CR4_OSXMMEXCPT | (encode_pick(g, 4) ? CR4_FSGSBASE & cr4 : 0);
+    if (!encode_pick(g, w->user ? 4 : 2))
+        cpu->cr4 |= CR4_SMAP & cr4;
+    if (!encode_pick(g, w->user ? 8 : 2))
+        cpu->cr4 |= CR4_SMEP & cr4;
+    if (w->roots > 1 && encode_pick(g, 2))
+        cpu->cr4 |= CR4_PCIDE & cr4;
+    cpu->cr3 = w->root[0] | (cpu->cr4 & CR4_PCIDE ? 1 : 0);
+    cpu->efer = EFER_LME | EFER_LMA | EFER_NXE | EFER_SCE;
+    cpu->xcr0 = g->xcr0;
+    cpu->rflags = RFLAGS_FIXED;
+    cpu->msr_star = (uint64_t)TINY_CS64 << 32 | (uint64_t)(TINY_CS32 & ~3) << 48;
+    cpu->msr_lstar = w->code[encode_pick(g, CODE_PAGES)] + encode_pick(g, 4096);
+    cpu->msr_sfmask = generator_random(g) & (RFLAGS_OSZAPC | RFLAGS_IF | RFLAGS_DF | RFLAGS_AC | RFLAGS_TF);
+    cpu->msr_kernel_gs_base = w->data + encode_pick(g, 0x8000);
+}
+
 static void start_make(struct builder *b)
 {
     struct world *w = b->w;
@@ -241,21 +300,41 @@ static void start_make(struct builder *b)
     for (unsigned n = 0; n < SEG_COUNT; n++)
         cpu->seg[n] = w->user ? flat(TINY_USER_DS, 0xc0f3) : flat(TINY_DS, 0xc093);
     cpu->seg[SEG_CS] = w->user ? flat(TINY_USER_CS64, 0xa0fb) : flat(TINY_CS64, 0xa09b);
-    cpu->seg[SEG_FS].base = w->fs_base = encode_pick(b->g, 2) ? w->data + encode_pick(b->g, 0x8000) : encode_pick(b->g, 0x10000);
-    cpu->seg[SEG_GS].base = w->gs_base = encode_pick(b->g, 2) ? w->data + 0x4000 - (generator_random(b->g) & 0x7fffffff) : w->data;
+    cpu->seg[SEG_FS].base = encode_pick(b->g, 2) ? w->data + encode_pick(b->g, 0x8000) : encode_pick(b->g, 0x10000);
+    cpu->seg[SEG_GS].base = encode_pick(b->g, 2) ? canonical(w->data + 0x4000 - (generator_random(b->g) & 0x7fffffff)) : w->data;
     cpu->gdtr = (struct descriptor_table){KERNEL + TINY_GDT, 0x4f};
     cpu->idtr = (struct descriptor_table){KERNEL + TINY_IDT, 0xfff};
     cpu->tr = (struct segment){.selector = TINY_TR, .base = KERNEL + TINY_TSS, .limit = 0x67, .attributes = 0x8b};
-    cpu->cr0 = CR0_PE | CR0_ET | CR0_NE | CR0_MP | CR0_AM | CR0_PG | (w->user || encode_pick(b->g, 4) ? CR0_WP : 0);
-    cpu->cr3 = TABLES;
-    cpu->cr4 = CR4_PAE | CR4_PGE | CR4_OSFXSR | CR4_OSXSAVE | CR4_OSXMMEXCPT | CR4_FSGSBASE;
-    if (!w->user && encode_pick(b->g, 2))
-        cpu->cr4 |= CR4_SMAP;
-    if (encode_pick(b->g, 2))
-        cpu->cr4 |= CR4_SMEP;
-    cpu->efer = EFER_LME | EFER_LMA | EFER_NXE | EFER_SCE;
-    cpu->xcr0 = b->g->xcr0;
-    cpu->rflags = RFLAGS_FIXED;
+    registers_make(b);
+}
+
+/* ---- all together ---- */
+
+static void roots_make(struct builder *b)
+{
+    struct world *w = b->w;
+    for (b->root = 0; b->root < w->roots; b->root++) {
+        w->root[b->root] = table_new(b);
+        kernel_map(b);
+        pages_make(b);
+    }
+    for (b->root = 0; b->root < w->roots; b->root++) /* mapping them makes at most one more, for both */
+        for (unsigned n = 0; n < b->tables; n++)
+            map(b, KERNEL + TABLES + n * PAGE_SIZE_BYTES, (TABLES + n * PAGE_SIZE_BYTES) | P | RW | ACCESSED | DIRTY | NX, 1);
+}
+
+static void memory_make(struct builder *b)
+{
+    struct world *w = b->w;
+    for (unsigned n = 0; n < w->page_count; n++)
+        if (w->page[n].kind != PAGE_CODE && w->page[n].gpa != TINY_MMIO)
+            generator_bytes(b->g, at(b->vm, w->page[n].gpa), PAGE_SIZE_BYTES);
+    w->tracked_tables = w->tracked_count;
+    for (unsigned n = 0; n < b->tables; n++)
+        track(w, TABLES + n * PAGE_SIZE_BYTES);
+    for (unsigned n = 0; n < w->tracked_count; n++)
+        memcpy(w->snapshot[n], at(b->vm, w->tracked[n]), PAGE_SIZE_BYTES);
+    memcpy(w->large_page, at(b->vm, POOL), sizeof w->large_page);
 }
 
 void world_make(struct world *w, struct generator *g, uint64_t seed, uint64_t number, struct tiny_vm *const vm[2])
@@ -270,25 +349,16 @@ void world_make(struct world *w, struct generator *g, uint64_t seed, uint64_t nu
     w->user = w->native || encode_pick(g, 2);
     w->large = !w->native && !encode_pick(g, 6);
     w->smc = !w->native && !encode_pick(g, 6);
-    for (unsigned n = 0; n < 2; n++)
-        if (!physmap_is_rom(vm[n]->memory, ROM) && physmap_set_rom(vm[n]->memory, ROM, ROM_PAGES * PAGE_SIZE_BYTES))
-            memset(w, 0, sizeof *w);
+    w->roots = !w->native && !w->large && !encode_pick(g, 3) ? 2 : 1;
     physmap_zero(vm[0]->memory);
     physmap_zero(vm[1]->memory);
-    table_new(&b);
+    for (unsigned n = 0; n < 2; n++)
+        w->broken |= !physmap_is_rom(vm[n]->memory, ROM) && physmap_set_rom(vm[n]->memory, ROM, ROM_PAGES * PAGE_SIZE_BYTES);
     places_pick(&b);
     kernel_make(&b);
-    pages_make(&b);
+    roots_make(&b);
     start_make(&b);
-    for (unsigned n = 0; n < w->page_count; n++)
-        if (w->page[n].kind != PAGE_CODE && w->page[n].gpa != TINY_MMIO)
-            generator_bytes(g, at(vm[0], w->page[n].gpa), PAGE_SIZE_BYTES);
-    w->tracked_tables = w->tracked_count;
-    for (unsigned n = 0; n < b.tables; n++)
-        track(w, TABLES + n * PAGE_SIZE_BYTES);
-    for (unsigned n = 0; n < w->tracked_count; n++)
-        memcpy(w->snapshot[n], at(vm[0], w->tracked[n]), PAGE_SIZE_BYTES);
-    memcpy(w->large_page, at(vm[0], POOL), sizeof w->large_page);
+    memory_make(&b);
     for (gpa_t gpa = 0; gpa < TINY_RAM_BYTES; gpa += PAGE_SIZE_BYTES)
         if (memcmp(at(vm[1], gpa), at(vm[0], gpa), PAGE_SIZE_BYTES))
             memcpy(at(vm[1], gpa), at(vm[0], gpa), PAGE_SIZE_BYTES);
@@ -296,26 +366,36 @@ void world_make(struct world *w, struct generator *g, uint64_t seed, uint64_t nu
 
 /* ---- questions ---- */
 
-const struct page *world_page(const struct world *w, gva_t gva)
+bool world_walk(struct tiny_vm *vm, gva_t gva, unsigned access, gpa_t *gpa)
 {
-    for (unsigned n = 0; n < w->page_count; n++)
-        if (w->page[n].gva == (gva & ~PAGE_MASK_BITS))
-            return &w->page[n];
-    return NULL;
+    const struct cpu_state *cpu = &vm->vcpu->cpu;
+    struct paging_result page;
+    uint32_t error;
+    if (cpu_cpl(cpu) == 3)
+        access |= PAGING_USER;
+    else if (cpu->rflags & RFLAGS_AC)
+        access |= PAGING_AC;
+    if (paging_walk(vm->memory, cpu, cpuid_physical_address_bits(vm->cpuid), gva, access | PAGING_NO_UPDATE, &page, &error))
+        return false;
+    *gpa = page.gpa;
+    return true;
 }
 
-int world_code_offset(const struct world *w, gva_t gva)
+static int code_number(const struct world *w, gpa_t gpa)
 {
-    const struct page *page = world_page(w, gva);
-    return page && page->kind == PAGE_CODE ? (int)(page->code * PAGE_SIZE_BYTES + (gva & PAGE_MASK_BITS)) : -1;
-}
-
-static bool is_code(const struct world *w, gpa_t gpa)
-{
-    for (unsigned n = 0; n < CODE_PAGES; n++)
+    for (int n = 0; n < CODE_PAGES; n++)
         if (w->code_gpa[n] == gpa)
-            return true;
-    return false;
+            return n;
+    return -1;
+}
+
+int world_code_offset(const struct world *w, struct tiny_vm *vm, gva_t gva)
+{
+    gpa_t gpa;
+    if (!world_walk(vm, gva, PAGING_FETCH, &gpa))
+        return -1;
+    int n = code_number(w, gpa & ~PAGE_MASK_BITS);
+    return n < 0 ? -1 : n * (int)PAGE_SIZE_BYTES + (int)(gpa & PAGE_MASK_BITS);
 }
 
 void world_restore(const struct world *w, struct tiny_vm *vm, bool tables)
@@ -324,6 +404,6 @@ void world_restore(const struct world *w, struct tiny_vm *vm, bool tables)
     if (w->thorough)
         memcpy(at(vm, POOL), w->large_page, sizeof w->large_page);
     for (unsigned n = 0; n < count; n++)
-        if (!is_code(w, w->tracked[n]))
+        if (code_number(w, w->tracked[n]) < 0)
             memcpy(at(vm, w->tracked[n]), w->snapshot[n], PAGE_SIZE_BYTES);
 }
