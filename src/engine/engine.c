@@ -9,8 +9,8 @@
 #include <string.h>
 
 const struct engine_ops *const engine_table[] = {
-    &interp_engine,
     &bt_engine_ops,
+    &interp_engine,
     NULL,
 };
 
@@ -31,12 +31,16 @@ const char *const engine_counter_help[COUNTER_COUNT] = {
 
 static const struct engine_ops *engine_auto(char reason[160], struct error *err)
 {
+    struct error first = {0}, probe;
     for (unsigned n = 0; engine_table[n]; n++) {
         const struct engine_ops *ops = engine_table[n];
-        if (ops->probe(err))
+        if (ops->probe(&probe)) {
+            if (!first.code)
+                first = probe;
             continue;
+        }
         if (reason)
-            snprintf(reason, 160, "%s", engine_table[1] ? "the best that this host can run" : "the only engine in this version");
+            snprintf(reason, 160, "%.159s", first.code ? first.text : "no hardware virtualization is used");
         return ops;
     }
     error_set(err, -ENODEV, "no engine can run on this host");
@@ -59,10 +63,10 @@ const struct engine_ops *engine_find(const char *name, char reason[160], struct 
     }
     for (unsigned n = 0; n < sizeof(engines_absent) / sizeof(engines_absent[0]); n++) {
         if (!strcmp(name, engines_absent[n])) {
-            error_set(err, -ENOTSUP, "engine \"%s\" is not part of this version; use \"interp\" or \"auto\"", name);
+            error_set(err, -ENOTSUP, "engine \"%s\" is not part of this version; use \"auto\", \"bt\" or \"interp\"", name);
             return NULL;
         }
     }
-    error_set(err, -EINVAL, "no engine is called \"%s\"; there are \"auto\", \"interp\" and \"bt\"", name);
+    error_set(err, -EINVAL, "no engine is called \"%s\"; there are \"auto\", \"bt\" and \"interp\"", name);
     return NULL;
 }

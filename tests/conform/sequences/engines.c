@@ -115,9 +115,11 @@ static void sites_mark(struct disturbance *d, struct bt_engine *e)
 {
     pthread_mutex_lock(&e->lock);
     for (uint32_t n = 0; n < e->page_count; n++)
-        for (unsigned k = 0; k < sizeof e->page_store[n].odd_sites; k++) {
-            e->page_store[n].odd_sites[k] = (uint8_t)(generator_random(&d->g) & generator_random(&d->g));
-            e->page_store[n].call_sites[k] = (uint8_t)(1u << encode_pick(&d->g, 64));
+        for (unsigned start = 0; start < 4096; start++) {
+            if (!encode_pick(&d->g, 4))
+                cache_mark(e, &e->page_store[n], start, BT_MARK_CROSSES);
+            if (!encode_pick(&d->g, 64))
+                cache_mark(e, &e->page_store[n], start, BT_MARK_CALLS);
         }
     pthread_mutex_unlock(&e->lock);
     page_drop(d, e);
