@@ -86,6 +86,7 @@ int engines_watch(void)
 struct disturbance {
     struct generator g;
     const struct world *w;
+    const struct sequence *s;
     unsigned odds; /* one turn in so many is disturbed */
     bool limits;
 };
@@ -110,16 +111,15 @@ static void page_drop(struct disturbance *d, struct bt_engine *e)
     pthread_mutex_unlock(&e->lock);
 }
 
-/* Translations of a page are made in other ways from now on. */
+/* Some instructions are translated in other ways from now on. */
 static void sites_mark(struct disturbance *d, struct bt_engine *e)
 {
     pthread_mutex_lock(&e->lock);
     for (uint32_t n = 0; n < e->page_count; n++)
-        for (unsigned start = 0; start < 4096; start++) {
-            if (!encode_pick(&d->g, 4))
-                cache_mark(e, &e->page_store[n], start, BT_MARK_CROSSES);
-            if (!encode_pick(&d->g, 64))
-                cache_mark(e, &e->page_store[n], start, BT_MARK_CALLS);
+        for (unsigned k = 0; k < d->s->lines; k++) {
+            int at = d->s->line[k].at[0];
+            if (at >= 0 && d->w->code_gpa[at / 4096] == e->page_store[n].gpa && !encode_pick(&d->g, 3))
+                cache_mark(e, &e->page_store[n], (unsigned)at % 4096, encode_pick(&d->g, 4) ? BT_MARK_CROSSES : BT_MARK_CALLS);
         }
     pthread_mutex_unlock(&e->lock);
     page_drop(d, e);
@@ -246,7 +246,7 @@ static void debug_prepare(struct disturbance *d, struct bt_engine *e, enum run_k
 void engines_run(struct tiny_vm *vm, const struct world *w, const struct sequence *s, enum run_kind kind, uint64_t seed)
 {
     struct bt_vcpu *b = (struct bt_vcpu *)vm->vcpu;
-    struct disturbance d = {.w = w};
+    struct disturbance d = {.w = w, .s = s};
     d.g.seed = (seed << 32 ^ s->number << 4 ^ kind) * 0x9e3779b97f4a7c15ull | 1;
     bool warm = kind == RUN_WARM && !s->tables_change;
     world_restore(w, vm, !warm);
