@@ -384,6 +384,8 @@ static bool bit_string(struct tinsn *t, const struct decode *d)
     bool high = false;
     if (!t->memory || t->address32 || d->op[0].type != ZYDIS_OPERAND_TYPE_MEMORY || d->op[1].type != ZYDIS_OPERAND_TYPE_REGISTER)
         return false;
+    if (t->rip_relative && t->segment != TI_FLAT) /* one summand too many for emit_bit_string_access */
+        return false;
     t->reg = (uint8_t)gpr_number(d->op[1].reg.value, &high);
     t->kind = TI_BIT_STRING;
     return t->mem_size == 2 || t->mem_size == 4 || t->mem_size == 8;
