@@ -173,7 +173,7 @@ const uint8_t *insn_bytes(const struct translation *t, const struct tinsn *i)
 {
     if (i->offset + i->length > PAGE_SIZE_BYTES)
         return t->crossing;
-    return t->e->layout.window_r + t->page->offset + i->offset;
+    return t->code + (i->offset - t->code_offset);
 }
 
 static bool is_segment_prefix(uint8_t byte)

@@ -123,7 +123,7 @@ static void decode_crossing(struct translation *t, const struct analyze_context 
     const struct bt_page *next = cache_page(e, t->next_ram_offset, physmap_gpa(e->interp.memory, t->next_ram_offset), &t->page->mode);
     if (!next || (t->page->crosses && t->page->crosses != next))
         return;
-    memcpy(t->crossing, e->layout.window_r + t->page->offset + i->offset, here);
+    memcpy(t->crossing, insn_bytes(t, i), here);
     memcpy(t->crossing + here, e->layout.window_r + next->offset, INSN_BYTES_MAX);
     analyze_insn(a, t->crossing, INSN_BYTES_MAX, i->offset, i);
     if (i->kind == TI_EXIT)
@@ -137,11 +137,13 @@ static void decode_block(struct translation *t, unsigned start)
     struct analyze_context a = {.c = NULL, .mode = t->page->mode, .forms = t->e->forms};
     for (unsigned n = 0; !a.c; n++)
         a.c = t->e->interp.vcpus[n];
-    const uint8_t *bytes = t->e->layout.window_r + t->page->offset;
-    unsigned offset = start;
+    unsigned offset = start, left = (unsigned)PAGE_SIZE_BYTES - start;
+    unsigned available = left < sizeof(t->code) ? left : (unsigned)sizeof(t->code);
+    memcpy(t->code, t->e->layout.window_r + t->page->offset + start, available);
+    t->code_offset = start;
     while (t->count < t->e->debug.block_insns && offset < PAGE_SIZE_BYTES) {
         struct tinsn *i = &t->insn[t->count++];
-        analyze_insn(&a, bytes + offset, (unsigned)PAGE_SIZE_BYTES - offset, offset, i);
+        analyze_insn(&a, t->code + (offset - start), available - (offset - start), offset, i);
         if (!i->length)
             decode_crossing(t, &a, i, (unsigned)PAGE_SIZE_BYTES - offset);
         if (cache_marked(t->e, t->page, offset, BT_MARK_CALLS)) {

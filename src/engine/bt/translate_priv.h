@@ -134,6 +134,9 @@ struct translation {
     uint64_t next_ram_offset;   /* of the page that follows in linear address space; ~0: unknown */
     const struct bt_page *next; /* the same, when the block's last instruction ends in it */
     uint8_t crossing[2 * INSN_BYTES_MAX]; /* that instruction's bytes */
+    /* The block's bytes, read once: devices may write to the page meanwhile, and what is emitted must be what was analyzed. */
+    unsigned code_offset; /* in the page */
+    uint8_t code[INSNS_MAX * INSN_BYTES_MAX];
     struct emitter out;
     uint8_t *start;
     uint8_t s[2];   /* two scratch registers for the instruction being translated */
