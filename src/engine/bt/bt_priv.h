@@ -381,11 +381,8 @@ void tables_load_cr3(struct icpu *c, bool keep);
 void tables_flush_page(struct icpu *c, gva_t gva);
 /* The pages of guest RAM at [ram_offset, +length): entries of this vCPU that allow writing must go. For dirty tracking. */
 uint64_t tables_bytes(const struct bt_vcpu *b); /* memory committed */
-/* V of gva as the current view has it now; its chunk is committed (after tables_fill said so). */
-static inline uint64_t tables_v(const struct bt_vcpu *b, gva_t gva)
-{
-    return *(const uint64_t *)(b->table + (gva >> 12 & ((1u << 29) - 1)) * 8);
-}
+/* V of gva as the current view has it now. */
+uint64_t tables_v(const struct bt_vcpu *b, gva_t gva);
 /* True when `address` lies in one of this vCPU's tables (uncommitted chunk); commits the chunk that translated code touched. False elsewhere and in the exec table's first
  * page: the lookup was kicked, or its target lies in the first 2 MiB of 512 GiB, whose pages are not cached (BT_EXIT_miss serves both). */
 bool tables_commit(struct bt_vcpu *b, uintptr_t address, gva_t gva_hint, bool exec);

@@ -194,6 +194,15 @@ static unsigned insn_fetch(const struct bt_engine *e, const struct bt_page *page
     return INSN_BYTES_MAX;
 }
 
+/*
+ * Is that the page which the site accessed by way of V in register v? Not so when the bytes that `gva` was decoded from have changed since they were translated, by a device
+ * that has not said so yet: V of one page must not meet an address in another.
+ */
+static bool was_accessed(const struct bt_fault *f, unsigned v, gva_t gva)
+{
+    return f->memory && !(((f->address - (uintptr_t)f->regs[greg_of[v]]) ^ gva) & ~PAGE_MASK_BITS);
+}
+
 static bool fill(struct bt_fault *f)
 {
     struct bt_vcpu *b = f->b;
@@ -212,7 +221,7 @@ static bool fill(struct bt_fault *f)
         }
     for (int n = 0; n < count; n++) {
         unsigned v = access[n].stack ? f->site->v_stack : f->site->v_memory;
-        if (v != BT_NO_REGISTER)
+        if (v != BT_NO_REGISTER && was_accessed(f, v, access[n].gva))
             f->regs[greg_of[v]] = (greg_t)tables_v(b, access[n].gva);
     }
     return start_again(f);

@@ -418,6 +418,14 @@ enum bt_fill tables_fill(struct bt_vcpu *b, gva_t gva, unsigned size, bool write
     return BT_FILL_DONE;
 }
 
+/* Filling for another access may have taken the chunk away again. */
+uint64_t tables_v(const struct bt_vcpu *b, gva_t gva)
+{
+    const struct table *table = &b->view->data;
+    uint64_t entry = entry_number(table, gva);
+    return chunk_at(b->tables, table, entry) ? table->entry[entry] : data_poison(&b->engine->layout, entry);
+}
+
 int tables_fetch(struct bt_vcpu *b, gva_t gva, uint64_t *ram_offset)
 {
     const struct cpu_state *cpu = &b->c.v.cpu;
