@@ -222,6 +222,8 @@ void emit_ret(struct translation *t, const struct tinsn *i, struct bt_site *site
 
 void emit_call(struct translation *t, const struct tinsn *i, struct bt_site *site)
 {
+    if (i->kind == TI_CALL && i->target <= i->offset && in_page(i->target))
+        emit_poll(t, BT_CTX(poll)); /* a loop when RSP is put back */
     if (i->kind == TI_CALL_MEM)
         emit_target_load(t, i, site);
     emit_push_rip(t, site, i->offset + i->length);
