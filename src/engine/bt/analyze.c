@@ -352,8 +352,10 @@ static bool state_move(struct tinsn *t, const struct decode *d, bool user)
     if (d->op[0].type != ZYDIS_OPERAND_TYPE_REGISTER || d->op[1].type != ZYDIS_OPERAND_TYPE_REGISTER)
         return false;
     int32_t field = state_field(d->op[1].reg.value, &kind);
-    if (!field || d->op[0].size < 32 || (user && kind != TI_LOAD_SELECTOR))
+    if (!field || (user && kind != TI_LOAD_SELECTOR))
         return false;
+    if (d->op[0].size == 16)
+        kind = TI_LOAD_SELECTOR16;
     bool high = false;
     t->reg = (uint8_t)gpr_number(d->op[0].reg.value, &high);
     t->imm = field;

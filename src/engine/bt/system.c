@@ -169,6 +169,10 @@ void emit_system(struct translation *t, const struct tinsn *i, struct bt_site *s
     case TI_LOAD_SELECTOR:
         emit_movzx16_gs(out, i->reg, i->imm);
         break;
+    case TI_LOAD_SELECTOR16:
+        emit8(out, 0x66);
+        emit_op_gs(out, false, 0x8b, i->reg, i->imm);
+        break;
     case TI_LOAD_STATE:
         emit_load_gs(out, i->reg, i->imm);
         break;

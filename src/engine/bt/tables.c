@@ -31,6 +31,8 @@
 #define LARGE_BYTES (2ull << 20)
 #define LARGE_PAGES (LARGE_BYTES / PAGE_SIZE_BYTES)
 #define HUGE_SHIFT 30u
+#define HUGE_CHUNKS_SHIFT (HUGE_SHIFT - PAGE_SHIFT - CHUNK_SHIFT) /* from chunk number to the number of its 1 GiB */
+#define HUGE_REGIONS (DATA_ENTRIES >> CHUNK_SHIFT >> HUGE_CHUNKS_SHIFT)
 #define VIEW_RESERVED_BELOW (2ull << 30)
 #define VIEW_RESERVED_BYTES (VIEW_RESERVED_BELOW + BT_DATA_TABLE_BYTES)
 
@@ -52,7 +54,7 @@ struct table {
     uint16_t *chunk_of; /* by chunk number; 0: not committed, otherwise in bt_tables.chunk */
     uint16_t first, pending;
     bool exec;
-    bool huge; /* entries of 1 GiB pages are there */
+    uint64_t huge[HUGE_REGIONS / 64]; /* bit per 1 GiB of the table: entries of pages of that size may be there */
 };
 
 enum view_kind { KIND_SUPERVISOR, KIND_SUPERVISOR_AC, KIND_USER };
@@ -152,7 +154,7 @@ static void table_reset(struct bt_tables *t, struct table *table)
         n = next;
     }
     table->first = table->pending = 0;
-    table->huge = false;
+    memset(table->huge, 0, sizeof(table->huge));
 }
 
 static void view_reset(struct bt_tables *t, struct bt_view *view)
@@ -237,7 +239,7 @@ static void chunk_note(struct bt_tables *t, struct table *table, struct chunk *c
     if (page_bytes > PAGE_SIZE_BYTES)
         c->large |= (uint8_t)(1u << half);
     if (page_bytes >> HUGE_SHIFT)
-        table->huge = true;
+        table->huge[c->number >> HUGE_CHUNKS_SHIFT >> 6] |= 1ull << (c->number >> HUGE_CHUNKS_SHIFT & 63);
     if (global)
         return;
     c->non_global[half] |= bits;
@@ -281,26 +283,25 @@ static void table_drop_all(struct bt_tables *t, const struct bt_layout *l, struc
         c->pending = false;
     }
     table->pending = 0;
-    table->huge = false;
+    memset(table->huge, 0, sizeof(table->huge));
 }
 
-/* Everything in the 1 GiB around gva, whatever its tag. */
-static void table_drop_huge(struct bt_tables *t, const struct bt_layout *l, struct table *table, gva_t gva)
+/* Everything in the 1 GiB numbered so, whatever its tag. */
+static void table_drop_huge(struct bt_tables *t, const struct bt_layout *l, struct table *table, unsigned region)
 {
-    unsigned shift = HUGE_SHIFT - PAGE_SHIFT - CHUNK_SHIFT;
-    uint64_t wanted = entry_number(table, gva) >> CHUNK_SHIFT >> shift;
-    for (uint16_t n = table->first; n; n = t->chunk[n].next)
-        for (unsigned half = 0; half < 2 && t->chunk[n].number >> shift == wanted; half++)
-            groups_drop(l, table, &t->chunk[n], half, ~0ull);
+    for (unsigned number = region << HUGE_CHUNKS_SHIFT; number < (region + 1) << HUGE_CHUNKS_SHIFT; number++)
+        for (unsigned half = 0; half < 2 && table->chunk_of[number]; half++)
+            groups_drop(l, table, &t->chunk[table->chunk_of[number]], half, ~0ull);
+    table->huge[region / 64] &= ~(1ull << region % 64);
 }
 
 static void table_drop_page(struct bt_tables *t, const struct bt_layout *l, struct table *table, gva_t gva)
 {
     uint64_t entry = entry_number(table, gva);
     struct chunk *c = chunk_at(t, table, entry);
-    unsigned half = entry >> HALF_SHIFT & 1;
-    if (table->huge)
-        table_drop_huge(t, l, table, gva);
+    unsigned half = entry >> HALF_SHIFT & 1, region = (unsigned)(entry >> CHUNK_SHIFT >> HUGE_CHUNKS_SHIFT);
+    if (table->huge[region / 64] >> region % 64 & 1)
+        table_drop_huge(t, l, table, region);
     else if (c && c->large >> half & 1) /* the 4 MiB around: 32-bit paging's large pages */
         groups_drop(l, table, c, half, ~0ull);
     else if (c && c->filled[half] >> (entry >> GROUP_SHIFT & 63) & 1)

@@ -30,6 +30,7 @@ enum tinsn_kind {
     TI_RDTSCP,
     TI_SWAPGS,
     TI_LOAD_SELECTOR, /* `reg` gets the 16 bits at gs:[imm] */
+    TI_LOAD_SELECTOR16, /* its low half */
     TI_LOAD_STATE,    /* `reg` gets the 64 bits at gs:[imm] */
     TI_LOAD_STATE32,
     TI_STAC,
