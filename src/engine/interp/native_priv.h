@@ -189,6 +189,10 @@ insn_fn native_scatter;
 
 /* native_state.c: guest x87/SSE/AVX state while it is in v.cpu.xsave (call simd_save first). */
 int native_state_create(struct icpu *c);
+/* The image is true until the guest's next instruction; live registers stay live. */
+void native_state_snapshot(struct icpu *c);
+/* The image was changed: live registers follow it. */
+void native_state_reload(struct icpu *c);
 /* Makes the image's bytes of the components true: those in initial state get their initial values. */
 void native_state_materialize(struct icpu *c, uint64_t components);
 /* Address of 16 bytes of vector register `number`, part 0..3. */

@@ -64,6 +64,20 @@ static void image_save(const struct native_arena *a, uint8_t *image)
     __asm__ volatile("stmxcsr %0" : "=m"(*(uint32_t *)(image + XSAVE_MXCSR)));
 }
 
+static void registers_take(struct icpu *c)
+{
+    struct native_arena *a = c->native;
+    const uint8_t *image = c->v.cpu.xsave;
+    if (unlikely(!a->xsave_mask))
+        native_state_materialize(c, XCR0_X87 | XCR0_SSE);
+    bool x87 = get64(image + XSAVE_BV) & XCR0_X87;
+    image_restore(a, image);
+    a->x87_ran = a->fdp_known = false;
+    a->loaded_fip = x87 ? get64(image + XSAVE_FIP) : 0;
+    a->loaded_fdp = x87 ? get64(image + XSAVE_FDP) : 0;
+    a->loaded_fop = x87 ? get16(image + XSAVE_FOP) : 0;
+}
+
 void simd_load(struct icpu *c)
 {
     struct native_arena *a = c->native;
@@ -77,19 +91,11 @@ void simd_load(struct icpu *c)
     put64(image + XSAVE_COMP_BV, 0);
     put64(image + XSAVE_COMP_BV + 8, 0);
     put32(image + XSAVE_MXCSR, get32(image + XSAVE_MXCSR) & a->mxcsr_mask);
-    if (unlikely(!a->xsave_mask))
-        native_state_materialize(c, XCR0_X87 | XCR0_SSE);
 
     __asm__ volatile("stmxcsr %0" : "=m"(a->host_mxcsr));
     __asm__ volatile("fnstcw %0" : "=m"(a->host_fcw));
-    image_restore(a, image);
+    registers_take(c);
     c->simd_live = true;
-
-    bool x87 = bv & XCR0_X87;
-    a->x87_ran = a->fdp_known = false;
-    a->loaded_fip = x87 ? get64(image + XSAVE_FIP) : 0;
-    a->loaded_fdp = x87 ? get64(image + XSAVE_FDP) : 0;
-    a->loaded_fop = x87 ? get16(image + XSAVE_FOP) : 0;
 }
 
 /* Zero is what FNINIT leaves; what was loaded is the guest's already. */
@@ -114,14 +120,31 @@ void native_pointers_lost(struct icpu *c)
     a->fdp_known = false;
 }
 
-void simd_save_slow(struct icpu *c)
+static void image_take(struct icpu *c)
 {
     struct native_arena *a = c->native;
     uint8_t *image = c->v.cpu.xsave;
-
     image_save(a, image);
     if (a->x87_ran && get64(image + XSAVE_BV) & XCR0_X87)
         fix_pointers(a, image);
+}
+
+void native_state_snapshot(struct icpu *c)
+{
+    if (c->simd_live)
+        image_take(c);
+}
+
+void native_state_reload(struct icpu *c)
+{
+    if (c->simd_live)
+        registers_take(c);
+}
+
+void simd_save_slow(struct icpu *c)
+{
+    struct native_arena *a = c->native;
+    image_take(c);
     c->simd_live = false;
 
     put32(a->idle_image + XSAVE_MXCSR, a->host_mxcsr);

@@ -1,7 +1,7 @@
 /*
  * Saving and restoring x87/SSE/AVX state: FXSAVE, XSAVE and XRSTOR families. (FNSAVE and its kind are in op_x87_env.c.)
  *
- * They work on the guest's image v.cpu.xsave, not on the host's registers, and copy between it and guest memory under the guest's XCR0 and requested
+ * They work on the guest's image v.cpu.xsave, which registers that are live are saved to before and loaded from after, and copy between it and guest memory under the guest's XCR0 and requested
  * mask. All of memory is read, or probed for writing, before anything changes. Outside 64-bit mode registers 8 and up do not take part. The image keeps x87 pointers in
  * the 64-bit form; FCS and FDS read as zero. What is written is described by a list of pieces, as what is read.
  * SDM vol. 1, 10.5 and 13.4 to 13.11.
@@ -168,7 +168,7 @@ static void op_fxsave(struct icpu *c, const struct insn *i)
 {
     gva_t gva = fx_address(c, i, true);
     uint8_t header[32];
-    simd_save(c);
+    native_state_snapshot(c);
     native_state_materialize(c, XCR0_X87 | XCR0_SSE);
     legacy_header(c, i->extra & EXTRA_WIDE, header);
     struct pieces list = {.count = 0};
@@ -185,12 +185,13 @@ static void op_fxrstor(struct icpu *c, const struct insn *i)
     struct pieces list = {.count = 0};
     piece_add(&list, 0, 0, XSAVE_MXCSR_MASK);
     piece_add(&list, XSAVE_ST, XSAVE_ST, XSAVE_XMM - XSAVE_ST + xmm_bytes(c));
-    simd_save(c);
+    native_state_snapshot(c);
     pieces_read(c, &list, gva, image);
     mxcsr_check(c, get32(image + XSAVE_MXCSR));
     x87_normalize(image, i->extra & EXTRA_WIDE);
     native_state_materialize(c, XCR0_X87 | XCR0_SSE);
     pieces_copy(&list, c->v.cpu.xsave, image);
+    native_state_reload(c);
 }
 
 /* ---- XSAVE ---- */
@@ -254,7 +255,7 @@ static void xsave_standard(struct icpu *c, const struct insn *i, bool optimized)
 {
     gva_t gva = xsave_address(c, i, true);
     uint64_t wanted = requested(c), old;
-    simd_save(c);
+    native_state_snapshot(c);
     mem_probe_write(c, c->view, gva + XSAVE_BV, sizeof(old)); /* its faults are a write's */
     mem_read_bytes(c, c->view, gva + XSAVE_BV, &old, sizeof(old));
     uint64_t used = in_use(c); /* before materialize makes everything look used */
@@ -276,7 +277,7 @@ static void op_xsavec(struct icpu *c, const struct insn *i)
 {
     gva_t gva = xsave_address(c, i, true);
     uint64_t wanted = requested(c);
-    simd_save(c);
+    native_state_snapshot(c);
     uint64_t used = in_use(c);
     if (get32(c->v.cpu.xsave + XSAVE_MXCSR) != MXCSR_DEFAULT)
         used |= XCR0_SSE;
@@ -325,7 +326,9 @@ static void op_xrstor(struct icpu *c, const struct insn *i)
     gva_t gva = xsave_address(c, i, false);
     _Alignas(64) uint8_t image[CPU_XSAVE_BYTES];
     uint64_t header[8], wanted = requested(c);
-    simd_save(c);
+    bool whole = wanted == c->v.cpu.xcr0 && wanted & XCR0_SSE && c->code_bits == 64; /* nothing of the old state stays, nor of MXCSR */
+    if (!whole)
+        native_state_snapshot(c);
     mem_read_bytes(c, c->view, gva + XSAVE_BV, header, sizeof(header));
     uint64_t xcomp = header_check(c, header, i->extra & EXTRA_COMPACT);
     uint64_t loaded = wanted & header[0];
@@ -345,10 +348,15 @@ static void op_xrstor(struct icpu *c, const struct insn *i)
 
     if (loaded & XCR0_X87)
         x87_normalize(image, i->extra & EXTRA_WIDE);
-    components_initialize(c, wanted & ~loaded);
-    native_state_materialize(c, loaded);
+    if (whole) {
+        put64(c->v.cpu.xsave + XSAVE_BV, loaded);
+    } else {
+        components_initialize(c, wanted & ~loaded);
+        native_state_materialize(c, loaded);
+    }
     pieces_copy(&list, c->v.cpu.xsave, image);
     put32(c->v.cpu.xsave + XSAVE_MXCSR, mxcsr);
+    native_state_reload(c);
 }
 
 /* ---- selection ---- */
