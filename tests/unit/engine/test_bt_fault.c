@@ -96,6 +96,11 @@ enum bt_fill tables_fill(struct bt_vcpu *b, gva_t gva, unsigned size, bool write
     return t.fill;
 }
 
+uint64_t tables_v(const struct bt_vcpu *b, gva_t gva)
+{
+    return t.v[gva / PAGE_SIZE_BYTES % 4];
+}
+
 void bt_settle(struct bt_vcpu *b)
 {
 }
@@ -231,14 +236,37 @@ static void test_fill(void **state)
     t.site.v_stack = GPR_R9;
     t.v[1] = 7777;
     t.v[2] = 8888;
-    assert_true(signal_at(TC + BLOCK + 0x40, VECTOR_PF, 0, POISON));
+    assert_true(signal_at(TC + BLOCK + 0x40, VECTOR_PF, 0, 0x1ff8 + 1000 + GPR_RCX));
     expect_started_again(RSP0);
     assert_int_equal(reg(REG_RCX), 7777);
+    assert_int_equal(reg(REG_R9), 1000 + GPR_R9); /* that page was not what faulted */
+    t.fills = 0;
+    assert_true(signal_at(TC + BLOCK + 0x40, VECTOR_PF, 0, 0x2000 + 1000 + GPR_R9));
+    expect_started_again(RSP0);
+    assert_int_equal(reg(REG_RCX), 1000 + GPR_RCX);
     assert_int_equal(reg(REG_R9), 8888);
     t.fills = 0;
     t.fill = BT_FILL_SLOW;
     assert_true(signal_at(TC + BLOCK + 0x40, VECTOR_SS, 0, 0));
     expect_left(BT_EXIT_data, INSN_RIP, RSP0);
+}
+
+/* The instruction's bytes were changed by a device that has not said so yet: what they name now is not what was accessed. */
+static void test_fill_changed(void **state)
+{
+    t.accesses = 1;
+    t.access[0].gva = 0x1000;
+    t.site.v_memory = GPR_RCX;
+    t.v[1] = 7777;
+    assert_true(signal_at(TC + BLOCK + 0x40, VECTOR_PF, 0, 0x2000 + 1000 + GPR_RCX));
+    expect_started_again(RSP0);
+    assert_int_equal(reg(REG_RCX), 1000 + GPR_RCX);
+    t.fills = 0;
+    assert_true(signal_at(TC + BLOCK + 0x40, VECTOR_PF, 0, 0xfff + 1000 + GPR_RCX));
+    assert_int_equal(reg(REG_RCX), 1000 + GPR_RCX);
+    t.fills = 0;
+    assert_true(signal_at(TC + BLOCK + 0x40, VECTOR_GP, 0, 0)); /* no address is known */
+    assert_int_equal(reg(REG_RCX), 1000 + GPR_RCX);
 }
 
 static void test_commit(void **state)
@@ -407,6 +435,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_commit, setup, teardown),
         cmocka_unit_test_setup_teardown(test_next_page, setup, teardown),
         cmocka_unit_test_setup_teardown(test_fill, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_fill_changed, setup, teardown),
         cmocka_unit_test_setup_teardown(test_retries, setup, teardown),
         cmocka_unit_test_setup_teardown(test_jump, setup, teardown),
         cmocka_unit_test_setup_teardown(test_jump_not_canonical, setup, teardown),
