@@ -59,6 +59,11 @@ static void test_syscall(void)
     check((seen_r11 & 0xfff) == (2 | FLAG_DF | FLAG_CF | FLAG_ZF), "R11 holds RFLAGS (%lx)", seen_r11);
     check(!(seen_flags & (FLAG_DF | FLAG_CF)) && (seen_flags & FLAG_ZF), "SFMASK clears flags (%lx)", seen_flags);
     expect_eq(seen_rsp, (reg_t)user_stack - 64, "RSP stays");
+    wrmsr(SFMASK, 0x47fd5); /* what kernels clear: all arithmetic flags among it */
+    expect_fault(UD, 0, "SYSCALL with a kernel's SFMASK", start_user(user_syscall, UCODE, 2 | FLAG_CF | FLAG_ZF));
+    check(seen_cs == KCODE && seen_ss == KDATA && seen_flags == 2 && (seen_r11 & 0xfff) == (2 | FLAG_CF | FLAG_ZF),
+          "selectors and flags as soon as it has arrived (cs %lx ss %lx flags %lx r11 %lx)", seen_cs, seen_ss, seen_flags, seen_r11);
+    wrmsr(SFMASK, FLAG_DF | FLAG_TF | FLAG_CF);
 
     wrmsr(STAR, rdmsr(STAR) & ~0xffffffffull);
     (void)TRY(start_user(user_syscall32, UCODE32, 2));

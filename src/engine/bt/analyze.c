@@ -323,7 +323,7 @@ static bool string_insn(struct tinsn *t, const struct decode *d)
     return true;
 }
 
-/* What of the processor's state MOV, RDFSBASE and RDGSBASE read: its place in the context, 0: not translated. */
+/* What of the processor's state MOV, RDFSBASE and RDGSBASE read: its place in the context, 0: not translated. Not CS and SS: after SYSCALL and SYSRET they are what bt_settle makes them. */
 static int32_t state_field(ZydisRegister reg, enum tinsn_kind *kind)
 {
     static const struct {
@@ -331,8 +331,7 @@ static int32_t state_field(ZydisRegister reg, enum tinsn_kind *kind)
         uint8_t kind;
         int32_t field;
     } fields[] = {
-        {ZYDIS_REGISTER_ES, TI_LOAD_SELECTOR, BT_CTX(c.v.cpu.seg[SEG_ES].selector)}, {ZYDIS_REGISTER_CS, TI_LOAD_SELECTOR, BT_CTX(c.v.cpu.seg[SEG_CS].selector)},
-        {ZYDIS_REGISTER_SS, TI_LOAD_SELECTOR, BT_CTX(c.v.cpu.seg[SEG_SS].selector)}, {ZYDIS_REGISTER_DS, TI_LOAD_SELECTOR, BT_CTX(c.v.cpu.seg[SEG_DS].selector)},
+        {ZYDIS_REGISTER_ES, TI_LOAD_SELECTOR, BT_CTX(c.v.cpu.seg[SEG_ES].selector)}, {ZYDIS_REGISTER_DS, TI_LOAD_SELECTOR, BT_CTX(c.v.cpu.seg[SEG_DS].selector)},
         {ZYDIS_REGISTER_FS, TI_LOAD_SELECTOR, BT_CTX(c.v.cpu.seg[SEG_FS].selector)}, {ZYDIS_REGISTER_GS, TI_LOAD_SELECTOR, BT_CTX(c.v.cpu.seg[SEG_GS].selector)},
         {ZYDIS_REGISTER_CR0, TI_LOAD_STATE, BT_CTX(c.v.cpu.cr0)},                    {ZYDIS_REGISTER_CR2, TI_LOAD_STATE, BT_CTX(c.v.cpu.cr2)},
         {ZYDIS_REGISTER_CR3, TI_LOAD_STATE, BT_CTX(c.v.cpu.cr3)},                    {ZYDIS_REGISTER_CR4, TI_LOAD_STATE, BT_CTX(c.v.cpu.cr4)},
@@ -554,8 +553,8 @@ static void classify(const struct analyze_context *a, struct tinsn *t, const str
         flags_note(t, d);
         return;
     }
-    if (d->zi.attributes & (ZYDIS_ATTRIB_HAS_REP | ZYDIS_ATTRIB_HAS_REPE | ZYDIS_ATTRIB_HAS_REPNE))
-        return;
+    if (d->zi.attributes & (ZYDIS_ATTRIB_HAS_REP | ZYDIS_ATTRIB_HAS_REPE | ZYDIS_ATTRIB_HAS_REPNE | ZYDIS_ATTRIB_HAS_XACQUIRE | ZYDIS_ATTRIB_HAS_XRELEASE))
+        return; /* lock elision is not offered, and the host must not begin a transaction */
     if (!operands_note(t, d, &memory))
         return;
     encoding_note(t, d);
