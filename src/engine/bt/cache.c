@@ -364,6 +364,8 @@ void cache_link_far(struct bt_engine *e, uint32_t at, const struct bt_block *tar
     if (e->link_count == BT_LINKS_MAX || !target->valid)
         return;
     uint32_t stub = at + 4 + *(const uint32_t *)(e->layout.tc_write + at);
+    if (stub < cache_cold_base(e)) /* another vCPU came by the same stub and was faster: the branch leads to a block now */
+        return;
     e->links[e->link_count++] = (struct bt_link){at, stub, page->links};
     page->links = e->link_count;
     displacement_set(e, at - 5, (uint32_t)(e->layout.witness - (const uint8_t *)&page->dt[target->start]));
