@@ -257,8 +257,10 @@ void emit_loop(struct translation *t, const struct tinsn *i)
 {
     emit_poll(t, BT_CTX(poll));
     const uint8_t *p = insn_bytes(t, i);
-    for (unsigned n = 0; n + 1 < i->length; n++)
-        emit8(&t->out, p[n]);
+    for (unsigned n = 0; n + 2 < i->length; n++)
+        if (p[n] == 0x67) /* of the prefixes this one matters; on AMD's processors 66 would cut RIP to 16 bits */
+            emit8(&t->out, p[n]);
+    emit8(&t->out, p[i->length - 2]);
     emit8(&t->out, 2);
     emit8(&t->out, 0xeb);
     uint8_t *over = t->out.at;
