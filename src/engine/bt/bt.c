@@ -43,7 +43,7 @@ bool bt_usable(const struct bt_vcpu *b)
 /* The exec table's first page is never readable, and a signal for each jump is slower than the interpreter. */
 static bool is_dispatched(gva_t rip)
 {
-    return (rip >> 12 & BT_EXEC_INDEX_MASK) >= PAGE_SIZE_BYTES / 8;
+    return bt_exec_index(rip) >= PAGE_SIZE_BYTES / 8;
 }
 
 /* ---- on the way in and out ---- */

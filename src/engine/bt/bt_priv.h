@@ -7,7 +7,7 @@
  *
  * Translated code, from the inside:
  * - GS base is the base T of a *view*: two tables and, below them, an alias of this vCPU's structure (`struct bt_vcpu`), so that gs:[BT_CTX(field)] is a field.
- *     [T - 2 GiB, T - 1 GiB)     exec table: 2^27 entries E, index = bits 12..38 of the gva (PEXT with exec_mask). Its first page (512 entries) is never readable:
+ *     [T - 2 GiB, T - 1 GiB)     exec table: 2^27 entries E, index = bits 63, 62 and 36..12 of the gva (PEXT with exec_mask). Its first page (512 entries) is never readable:
  *                                a kicked lookup (exec_mask 0) faults on index 0 whatever 64-bit value R11 has; no entry could be poison for all of them
  *     [T + BT_SPLIT, + 12 KiB)   a page of zeros, a page of ones, one never mapped
  *     [T + BT_CHECK, + 8 KiB)    one readable page of zeros, one never mapped
@@ -34,16 +34,16 @@
 
 /* ---- host address space (layout.c) ---- */
 
-#define BT_ALIAS_BITS 41u /* V is found by gva bits below this; host addresses that agree in them are reserved in all of user space */
+#define BT_ALIAS_BITS 39u /* host addresses that agree in the bits below with one of the engine's are reserved in all of user space */
 #define BT_ALIAS_BYTES (1ull << BT_ALIAS_BITS)
-#define BT_EXEC_BITS 39u /* E is found by gva bits below this; 39 + 2 = 41 */
+#define BT_EXEC_BITS 37u  /* E is found by gva bits below this, and by the two that gva * 4 loses; 37 + 2 = 39 */
 #define BT_DT_POOL_BYTES (1ull << 28)
 #define BT_DT_BYTES (PAGE_SIZE_BYTES * 4)
 #define BT_DT_PAGES (BT_DT_POOL_BYTES / BT_DT_BYTES)
 #define BT_GUARD_BYTES (1ull << 16)
 
 /*
- * The reserved range lies at the same offset in each of the 64 aliases of user space; in one of them it holds, guard pages between: the poison area (never
+ * The reserved range lies at the same offset in each of the 256 aliases of user space; in one of them it holds, guard pages between: the poison area (never
  * mapped), window W (RAM, read-write, code pages read-only), window R (RAM, read-only), the DT pool.
  */
 struct bt_layout {
@@ -74,8 +74,8 @@ void layout_destroy(struct bt_layout *layout);
 #define BT_EXEC_TABLE_OFFSET (-(2ll << 30))
 #define BT_EXEC_TABLE_BYTES (1ull << 30)
 #define BT_CHUNK_BYTES 16384u /* tables are committed in pieces of this size */
-#define BT_EXEC_INDEX_MASK 0x7fffffful
-#define BT_EXEC_MASK (BT_EXEC_INDEX_MASK << 12)
+#define BT_EXEC_LOW_ENTRIES (1ul << (BT_EXEC_BITS - 12))
+#define BT_EXEC_MASK (3ul << 62 | (BT_EXEC_LOW_ENTRIES - 1) << 12)
 #define BT_USER_VIEWS 8u
 
 struct bt_vcpu;
@@ -351,6 +351,11 @@ static inline struct bt_engine *bt_engine_of(const struct bt_vcpu *b)
 }
 
 /* ---- layout helpers ---- */
+
+static inline uint64_t bt_exec_index(gva_t gva) /* what PEXT makes of it */
+{
+    return gva >> 62 << (BT_EXEC_BITS - 12) | (gva >> 12 & (BT_EXEC_LOW_ENTRIES - 1));
+}
 
 static inline uintptr_t bt_poison_v(const struct bt_layout *l, gva_t gva) /* V of the slot that gva falls into, valid for every gva of the slot */
 {

@@ -242,7 +242,7 @@ static bool memory_fault(struct bt_fault *f)
 {
     struct bt_vcpu *b = f->b;
     bool jump = f->site->kind == SITE_JUMP, next_page = f->site->kind == SITE_NEXT_PAGE;
-    bool committed = f->memory && tables_commit(b, f->address, 0, jump || next_page);
+    bool committed = f->memory && tables_commit(b, f->address, jump ? (gva_t)f->regs[REG_R11] : b->page_va, jump || next_page);
     if (jump)
         return leave_jump(f);
     if (committed)

@@ -1,5 +1,5 @@
 /*
- * The host address space of one engine: a range reserved at the same offset in every 2 TiB alias of user space, and the translation cache below 2 GiB.
+ * The host address space of one engine: a range reserved at the same offset in every 512 GiB alias of user space, and the translation cache below 2 GiB.
  *
  * Invariants: [offset, offset + length_bytes) of each of the BT_ALIASES aliases belongs to this engine alone, and only one of them holds anything
  * accessible: window W, window R and the DT pool, each with BT_GUARD_BYTES of nothing on both sides. So an address that agrees with a byte of the range in its low
@@ -19,7 +19,7 @@
 
 #include "engine/bt/bt_priv.h"
 
-#define BT_ALIASES 64u
+#define BT_ALIASES (1u << (47 - BT_ALIAS_BITS))
 #define ALIGNMENT (2ull << 20) /* so that the windows can have huge pages */
 #define DISTANCE (1ull << 30)  /* to foreign mappings, which may grow: heap, stacks */
 #define LOW_LIMIT (4ull << 30) /* 32-bit addresses belong to the translation cache and its like */

@@ -90,7 +90,7 @@ struct bt_tables {
 
 static uint64_t entry_number(const struct table *table, gva_t gva)
 {
-    return gva >> PAGE_SHIFT & (table->exec ? EXEC_ENTRIES - 1 : DATA_ENTRIES - 1);
+    return table->exec ? bt_exec_index(gva) : gva >> PAGE_SHIFT & (DATA_ENTRIES - 1);
 }
 
 static struct chunk *chunk_at(struct bt_tables *t, const struct table *table, uint64_t entry)
@@ -106,17 +106,33 @@ static uint64_t data_poison(const struct bt_layout *l, uint64_t entry)
     return bt_poison_v(l, entry << PAGE_SHIFT);
 }
 
+/* The part of an address that the entry's number gives, but for the bits that the scale loses. */
+static uint64_t exec_offset(uint64_t entry)
+{
+    return (entry & (BT_EXEC_LOW_ENTRIES - 1)) << PAGE_SHIFT;
+}
+
+/* Addresses fall on nothing, whatever their tag: a jump to one that is not canonical has to fault where it is. */
+static uint64_t exec_poison_hard(const struct bt_layout *l, uint64_t entry)
+{
+    return l->poison - exec_offset(entry) * 4;
+}
+
 /* Addresses under the same tag as gva read a dispatch slot that is always zero; others fall on nothing. */
 static uint64_t exec_poison(const struct bt_layout *l, gva_t gva, uint64_t entry)
 {
     gva_t tag = gva & ~((1ull << BT_EXEC_BITS) - 1);
-    return (uintptr_t)l->dt_pool - (tag + (entry << PAGE_SHIFT)) * 4;
+    if (!gva_is_canonical(gva))
+        return exec_poison_hard(l, entry);
+    return (uintptr_t)l->dt_pool - (tag + exec_offset(entry)) * 4;
 }
 
 /* The poison that keeps the tag of what is there: only the place in the pool goes. */
 static uint64_t exec_poison_again(const struct bt_layout *l, uint64_t entry, uint64_t value)
 {
-    return value - ((value + (entry << PAGE_SHIFT) * 4 - (uintptr_t)l->dt_pool) & (BT_ALIAS_BYTES - 1));
+    if (value == exec_poison_hard(l, entry))
+        return value;
+    return value - ((value + exec_offset(entry) * 4 - (uintptr_t)l->dt_pool) & (BT_ALIAS_BYTES - 1));
 }
 
 static void entries_poison(const struct bt_layout *l, const struct table *table, uint64_t first, unsigned count)

@@ -18,7 +18,7 @@
 
 #define RAM_BYTES (8ull << 20)
 #define TC_BYTES (4ull << 20)
-#define ALIASES 64
+#define ALIASES 256
 
 static uint8_t *alias_of(const void *at, unsigned n)
 {
