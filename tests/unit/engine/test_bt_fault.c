@@ -105,11 +105,6 @@ void bt_settle(struct bt_vcpu *b)
 {
 }
 
-uint64_t tables_v(const struct bt_vcpu *b, gva_t gva)
-{
-    return 0x1234000;
-}
-
 bool tables_commit(struct bt_vcpu *b, uintptr_t address, gva_t gva_hint, bool exec)
 {
     return address == t.committed;
