@@ -86,14 +86,25 @@ static uint8_t opcode_pick(struct generator *g, const struct form *f)
     return (uint8_t)(f->opcode + encode_pick(g, f->last - f->opcode + 1u));
 }
 
-static uint8_t *modrm_put(struct generator *g, uint8_t *p, unsigned digit)
+/* `base`: the base register's low bits if it is to be the rules' one, ANY: any. */
+static void modrm_put(struct generator *g, uint8_t *p, unsigned digit, unsigned base)
 {
     unsigned mod = encode_pick(g, 8);
-    mod = mod < 3 ? 3 : mod < 6 ? 2 : mod - 6;
+    mod = base != ANY ? 1 + mod / 4 : mod < 3 ? 3 : mod < 6 ? 2 : mod - 6;
     *p = (uint8_t)((*p & 0x3f) | mod << 6);
     if (digit != ANY)
         *p = (uint8_t)((*p & 0xc7) | digit << 3);
-    return p;
+    if (base == ANY)
+        return;
+    *p = (uint8_t)((*p & 0xf8) | base);
+    if (base == 4)
+        p[1] = encode_pick(g, 8) ? 0x24 : (uint8_t)((p[1] & 0xf8) | 4);
+}
+
+/* Is the rules' base to be taken? */
+static bool sticks(struct generator *g)
+{
+    return encode_pick(g, 5) < 2;
 }
 
 static uint8_t *prefixes_put(struct generator *g, uint8_t *p, const struct encode_rules *rules)
@@ -129,13 +140,16 @@ static void legacy_put(struct generator *g, uint8_t *p, const struct form *f, co
     bool lock = f->lock && !encode_pick(g, 4);
     if (lock)
         *p++ = 0xf0;
-    if (encode_pick(g, 4)) {
+    bool stick = sticks(g);
+    if (stick || encode_pick(g, 4)) {
         *p = (uint8_t)(0x40 | (*p & 15));
+        if (stick)
+            *p = (uint8_t)((*p & 0xfe) | rules->base >> 3);
         p++;
     }
     p = map_put(p, f->map);
     *p++ = opcode_pick(g, f);
-    modrm_put(g, p, f->digit);
+    modrm_put(g, p, f->digit, stick ? rules->base & 7u : ANY);
     if (lock && *p >= 0xc0)
         *p &= 0xbf;
 }
@@ -148,10 +162,12 @@ static unsigned pp_of(uint8_t prefix)
 static void vex_put(struct generator *g, uint8_t *p, const struct form *f, const struct encode_rules *rules, bool scalar)
 {
     p = prefixes_put(g, p, rules);
-    bool two = f->map == 1 && encode_pick(g, 2);
+    bool two = f->map == 1 && encode_pick(g, 2), stick = sticks(g) && !(two && rules->base > 7);
     *p++ = two ? 0xc5 : 0xc4;
     if (!two) {
         *p = (uint8_t)((*p & 0xe0) | f->map);
+        if (stick)
+            *p = (uint8_t)((*p & 0xdf) | (rules->base > 7 ? 0 : 0x20));
         p++;
     }
     *p = (uint8_t)((*p & 0xfc) | pp_of(f->prefix) | (encode_pick(g, 2) ? 0x78 : 0));
@@ -159,14 +175,17 @@ static void vex_put(struct generator *g, uint8_t *p, const struct form *f, const
         *p &= 0xfb;
     p++;
     *p++ = opcode_pick(g, f);
-    modrm_put(g, p, f->digit);
+    modrm_put(g, p, f->digit, stick ? rules->base & 7u : ANY);
 }
 
 static void evex_put(struct generator *g, uint8_t *p, const struct form *f, const struct encode_rules *rules)
 {
     p = prefixes_put(g, p, rules);
     *p++ = 0x62;
+    bool stick = sticks(g);
     *p = (uint8_t)((*p & 0xf0) | f->map);
+    if (stick)
+        *p = (uint8_t)((*p & 0xdf) | (rules->base > 7 ? 0 : 0x20));
     p++;
     *p = (uint8_t)((*p & 0xf8) | 4 | pp_of(f->prefix) | (encode_pick(g, 2) ? 0x78 : 0));
     p++;
@@ -176,7 +195,7 @@ static void evex_put(struct generator *g, uint8_t *p, const struct form *f, cons
         *p |= 8;
     p++;
     *p++ = opcode_pick(g, f);
-    modrm_put(g, p, f->digit);
+    modrm_put(g, p, f->digit, stick ? rules->base & 7u : ANY);
 }
 
 static void short_put(struct generator *g, uint8_t *p, const struct encode_rules *rules)

@@ -13,6 +13,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "arch/paging.h"
+
 #define HANG_SECONDS 30
 
 const char *const run_names[RUN_KINDS] = {
@@ -210,12 +212,31 @@ bool engines_in_handler(const struct tiny_vm *vm)
     return vm->vcpu->cpu.gpr[GPR_RIP] - (KERNEL + TINY_HANDLER) < PAGE_SIZE_BYTES;
 }
 
+/* Does the instruction at RIP answer differently each time? Nobody wrote it, but jumps may lead into the middle of others. */
+static bool is_unsteady(struct tiny_vm *vm)
+{
+    uint8_t bytes[16] = {0};
+    unsigned n = 0;
+    gpa_t gpa;
+    for (; n < 15 && world_walk(vm, vm->vcpu->cpu.gpr[GPR_RIP] + n, PAGING_FETCH, &gpa); n++) {
+        const uint8_t *byte = physmap_get(vm->memory, gpa, 1, PHYSMAP_READ);
+        bytes[n] = byte ? *byte : 0;
+    }
+    for (unsigned k = 0; k < 13; k++)
+        if (bytes[k] == 0x0f && (bytes[k + 1] == 0x31 || bytes[k + 1] == 0xa2 || bytes[k + 1] == 0x33 || (bytes[k + 1] == 0x01 && bytes[k + 2] == 0xf9) ||
+                                 (bytes[k + 1] == 0xc7 && (bytes[k + 2] & 0xf0) == 0xf0))) /* RDTSC, CPUID, RDPMC, RDTSCP, RDRAND, RDSEED */
+            return true;
+    return false;
+}
+
 bool engines_step(struct tiny_vm *vm, const struct sequence *s, const struct generator *g, bool *safe)
 {
     engines_start(vm, s, true);
     for (unsigned n = 0; n < STEPS_MAX && vm->vcpu->cpu.activity == CPU_RUNNING; n++) {
         if (safe && *safe && !engines_in_handler(vm))
             *safe = native_may_execute(g, vm);
+        if (is_unsteady(vm))
+            return false;
         vm->ops->step(vm->vcpu);
     }
     return vm->vcpu->cpu.activity == CPU_HALTED;

@@ -167,6 +167,23 @@ static uint64_t bit_string_distance(const struct making *m, const struct encoded
     }
 }
 
+/* Close to where the base points already, like compilers' accesses to frames and structures. */
+static bool aim_near(struct making *m, struct encoded *e, const ZydisDecodedOperand *op, gva_t *target)
+{
+    uint64_t at = m->gpr[m->rules.base] + segment_base(m, op->mem.segment);
+    unsigned size = op->size / 8;
+    if (e->zi.raw.disp.size == 32) {
+        int32_t disp = (int32_t)encode_pick(m->g, encode_pick(m->g, 3) ? 128 : 1400) - 64;
+        if (size > 8 && encode_pick(m->g, 2))
+            disp -= (int32_t)((at + (uint64_t)(int64_t)disp) & (size - 1));
+        if (!patch_disp32(m, e, (uint64_t)(int64_t)disp))
+            return false;
+        op = encode_memory(e);
+    }
+    *target = at + (uint64_t)op->mem.disp.value;
+    return is_good(m, *target) && (is_good(m, *target + size - 1) || !encode_pick(m->g, 10));
+}
+
 /* The operand described by ModRM. False: the instruction is not to be used. */
 static bool aim_explicit(struct making *m, struct encoded *e, bool *relative, gva_t *target)
 {
@@ -181,6 +198,8 @@ static bool aim_explicit(struct making *m, struct encoded *e, bool *relative, gv
         return true;
     }
     unsigned base = encode_gpr(op->mem.base), index = encode_gpr(op->mem.index), scale = op->mem.scale;
+    if (base == m->rules.base && index == 16 && e->zi.address_width == 64 && encode_pick(m->g, 8) && aim_near(m, e, op, target))
+        return true;
     uint64_t wanted = *target - segment_base(m, op->mem.segment);
     wanted -= bit_string_distance(m, e);
     uint64_t scaled = index < 16 ? m->gpr[index] * scale : 0, disp = (uint64_t)op->mem.disp.value;
@@ -239,6 +258,23 @@ static bool may_split(const struct encoded *e, gva_t target)
     const ZydisDecodedOperand *op = encode_memory(e);
     bool locked = e->zi.attributes & ZYDIS_ATTRIB_HAS_LOCK || e->zi.mnemonic == ZYDIS_MNEMONIC_XCHG;
     return locked && op && (target & 63) + op->size / 8 > 64 && (target & 4095) + op->size / 8 <= 4096;
+}
+
+/* Sets the base that most operands are relative to, sometimes just before a page's end; or moves it a little. */
+static void queue_base_register(struct making *m)
+{
+    unsigned reg = m->rules.base;
+    uint8_t wide = (uint8_t)(0x48 | reg >> 3), low = reg & 7, by = (uint8_t)encode_pick(m->g, 256);
+    unsigned what = encode_pick(m->g, 4);
+    if (what == 0 || !is_good(m, m->gpr[reg])) {
+        m->rules.base = (uint8_t)(encode_pick(m->g, 3) ? register_pick(m) : GPR_RSP);
+        gva_t at = encode_pick(m->g, 3) ? target_pick(m, 8, true) & ~7ull : (target_pick(m, 8, true) | PAGE_MASK_BITS) - encode_pick(m->g, 160);
+        queue_mov(m, m->rules.base, m->rules.base == GPR_RSP ? at & ~7ull : at);
+    } else if (what == 1 && low != 4) {
+        queue_add(m, (const uint8_t[]){(uint8_t)(wide | reg >> 3 << 2), 0x8d, (uint8_t)(0x40 | low << 3 | low), by}, 4); /* lea */
+    } else {
+        queue_add(m, (const uint8_t[]){wide, 0x83, (uint8_t)((what == 2 ? 0xc0 : 0xe8) | low), by & 0xf8}, 4); /* add, sub */
+    }
 }
 
 /* Instructions whose undefined flags the interpreter does not compute like the processor: all flags get values right behind them. */
@@ -471,6 +507,7 @@ static void line_write(struct making *m, struct queued *q)
     struct line *line = &s->line[s->lines++];
     line->gva = m->rip;
     line->length = (uint8_t)length;
+    line->constants = q->e.zi.raw.disp.size ? q->e.zi.raw.disp.offset : q->e.zi.raw.imm[0].size ? q->e.zi.raw.imm[0].offset : 255;
     memcpy(line->bytes, q->e.bytes, length);
     code_write(m, line);
     if (m->loop_head == ~0ull && m->taken == m->queued)
@@ -486,6 +523,8 @@ static void line_make(struct making *m)
             queue_transfer(m);
         else if (what < (m->rules.user ? 5 : 8) && !m->w->native)
             queue_system(m);
+        else if (what < 11 && !m->loop_head)
+            queue_base_register(m);
         else
             queue_ordinary(m);
         if (!m->queued)
@@ -516,7 +555,7 @@ void sequence_make(struct sequence *s, struct generator *g, const struct world *
     static struct making m;
     memset(&m, 0, sizeof m);
     m.s = s, m.g = g, m.w = w, m.vm = vm;
-    m.rules.native = w->native;
+    m.rules = (struct encode_rules){.native = w->native, .base = (uint8_t)encode_pick(g, 16)};
     g->seed = (seed << 40 ^ number) * 0x9e3779b97f4a7c15ull | 1;
     for (unsigned n = 0; n < 4; n++)
         generator_random(g);
@@ -538,6 +577,20 @@ void sequence_make(struct sequence *s, struct generator *g, const struct world *
             line_make(&m);
         vm->ops->step(vm->vcpu);
     }
+}
+
+void sequence_mutate(struct sequence *s, struct generator *g, uint64_t seed)
+{
+    g->seed = (seed << 40 ^ s->number ^ 0xabcull << 48) * 0x9e3779b97f4a7c15ull | 1;
+    for (unsigned n = 0; n < 4; n++)
+        generator_random(g);
+    struct line *line = s->lines ? &s->line[encode_pick(g, s->lines)] : NULL;
+    if (!line || line->constants >= line->length || s->tables_change) /* without its INVLPG a change of page tables may or may not be seen */
+        return;
+    unsigned byte = line->constants + encode_pick(g, line->length - line->constants);
+    line->bytes[byte] ^= (uint8_t)(1u << encode_pick(g, 8));
+    if (line->at[byte] >= 0)
+        s->code[line->at[byte] / 4096][line->at[byte] % 4096] = line->bytes[byte];
 }
 
 void sequence_place(const struct sequence *s, const struct world *w, struct tiny_vm *vm)

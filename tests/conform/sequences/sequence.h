@@ -69,6 +69,7 @@ struct line {
     gva_t gva;
     int at[15]; /* of its bytes, see world_code_offset */
     uint8_t bytes[15], length;
+    uint8_t constants; /* the first byte of displacement and immediate; length: none */
 };
 
 struct sequence {
@@ -83,6 +84,8 @@ struct sequence {
 
 /* Makes a sequence of the world by executing it in vm. */
 void sequence_make(struct sequence *s, struct generator *g, const struct world *w, uint64_t seed, uint64_t number, struct tiny_vm *vm);
+/* Changes a bit of one instruction's displacement or immediate. */
+void sequence_mutate(struct sequence *s, struct generator *g, uint64_t seed);
 /* Puts the code into the machine's memory. */
 void sequence_place(const struct sequence *s, const struct world *w, struct tiny_vm *vm);
 
@@ -97,6 +100,7 @@ struct encoded {
 struct encode_rules {
     bool user;   /* leave out what is privileged */
     bool native; /* leave out what this process must not execute */
+    uint8_t base; /* the register that most memory operands are relative to */
 };
 
 /* A random instruction; operands anywhere. */
@@ -176,7 +180,7 @@ extern const char *const run_names[RUN_KINDS];
 
 int engines_watch(void); /* starts the thread that notices hangs */
 void engines_start(struct tiny_vm *vm, const struct sequence *s, bool cold);
-/* False: it did not end. *safe: the processor may do the same in this process; NULL: nobody asks. */
+/* False: it did not end, or its end is not the same every time. *safe: the processor may do the same in this process; NULL: nobody asks. */
 bool engines_step(struct tiny_vm *vm, const struct sequence *s, const struct generator *g, bool *safe);
 void engines_run(struct tiny_vm *vm, const struct world *w, const struct sequence *s, enum run_kind kind, uint64_t seed);
 void engines_outcome(struct tiny_vm *vm, const struct generator *g, struct outcome *to);
