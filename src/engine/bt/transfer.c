@@ -208,9 +208,10 @@ void emit_target_load(struct translation *t, const struct tinsn *i, struct bt_si
 void emit_ret(struct translation *t, const struct tinsn *i, struct bt_site *site)
 {
     int32_t release = 8 + i->imm;
-    if (t->free == CANONICAL) { /* V is in one of the two, and the other is R11 or will be overwritten by V's last use */
+    if ((t->free & ~pinned(t)) & BIT(GPR_R11)) {
         emit_pop_to(t, site, GPR_R11);
         emit_rsp_add(t, release);
+        canonicalize(t);
         emit_transfer_from(t, i->offset, release);
     } else {
         emit_pop_to(t, site, t->s[1]);
@@ -228,11 +229,15 @@ void emit_call(struct translation *t, const struct tinsn *i, struct bt_site *sit
         emit_target_load(t, i, site);
     emit_push_rip(t, site, i->offset + i->length);
     if (i->kind == TI_CALL) {
+        bool has_return = t->free == CANONICAL && t->s[1] == GPR_R11; /* R11 holds the return address still */
         canonicalize(t);
         if (in_page(i->target)) {
             emit_goto(t, i, i->target);
         } else {
-            emit_rip(t, i->target);
+            if (has_return)
+                emit_lea(&t->out, GPR_R11, GPR_R11, EMIT_NONE, 0, i->target - (i->offset + i->length));
+            else
+                emit_rip(t, i->target);
             emit_transfer_far(t, i, -8);
         }
     } else {
