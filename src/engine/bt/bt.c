@@ -116,6 +116,17 @@ struct entry {
     uint64_t epoch, invalidations;
 };
 
+/* After a miss, still inside: true when only the exec entry was not there. */
+static bool exec_again(struct bt_vcpu *b)
+{
+    const struct bt_engine *e = b->engine;
+    if (!atomic_load_explicit(&b->exec_mask, memory_order_relaxed) || e->debug.turn || !tables_exec_again(b, b->c.v.cpu.gpr[GPR_RIP]))
+        return false;
+    vcpu_count(&b->c.v, COUNTER_exit_miss);
+    b->enter_target = (uintptr_t)e->layout.tc_exec + e->stubs.lookup;
+    return true;
+}
+
 /* Runs translated code from the current rip. *entry tells the epoch afterwards: what was left belongs to it. */
 static enum bt_exit enter(struct bt_vcpu *b, struct entry *entry)
 {
@@ -142,8 +153,10 @@ static enum bt_exit enter(struct bt_vcpu *b, struct entry *entry)
         uint32_t start = entry->tc_start && same ? entry->tc_start : e->stubs.lookup;
         b->enter_target = (uintptr_t)e->layout.tc_exec + start;
         b->fault_tc = 0;
-        why = bt_enter(b);
-        bt_settle(b);
+        do {
+            why = bt_enter(b);
+            bt_settle(b);
+        } while (why == BT_EXIT_miss && exec_again(b));
     }
     entry->epoch = epoch;
     entry->tc_start = 0;

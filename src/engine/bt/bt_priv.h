@@ -377,8 +377,10 @@ void tables_settle(struct bt_vcpu *b);
 enum bt_fill tables_fill(struct bt_vcpu *b, gva_t gva, unsigned size, bool write);
 /* Walks for instruction fetch. 0 and the RAM offset of gva's page, or -EFAULT (fault, MMIO: the interpreter raises or does it). */
 int tables_fetch(struct bt_vcpu *b, gva_t gva, uint64_t *ram_offset);
-/* Sets the exec entry of gva's page in the current view, and those of neighbours that have translations. e->lock held. */
+/* Sets the exec entry of gva's page in the current view, and those of neighbours that have translations. e->lock held, or inside. */
 void tables_exec_set(struct bt_vcpu *b, gva_t gva, const uint32_t *dt);
+/* The same when there is a block at gva; true: there was. Inside. */
+bool tables_exec_again(struct bt_vcpu *b, gva_t gva);
 /* Called by the interpreter's TLB maintenance (struct tlb_listener). */
 void tables_flush_all(struct icpu *c);
 void tables_flush_non_global(struct icpu *c, unsigned asid);
@@ -406,7 +408,7 @@ void cache_enter(struct bt_vcpu *b); /* waits while somebody has stopped the wor
 void cache_leave(struct bt_vcpu *b);
 /* All below: e->lock held. */
 struct bt_page *cache_page(struct bt_engine *e, uint64_t ram_offset, gpa_t gpa, const struct bt_mode *mode); /* found or made, write-protected; NULL: full, flush */
-const uint32_t *cache_dt(const struct bt_engine *e, uint64_t ram_offset, const struct bt_mode *mode); /* of the page's translations in that mode; NULL: none */
+const uint32_t *cache_dt(const struct bt_engine *e, uint64_t ram_offset, const struct bt_mode *mode); /* of the page's translations in that mode; NULL: none. Or inside */
 /* What has been learnt about the instruction at page->offset + start, by physical page: it outlives the translation, and flushes. */
 enum bt_mark {
     BT_MARK_CROSSES, /* crosses pages now and then: its check branches instead of faulting */

@@ -125,7 +125,7 @@ static struct bt_page **bucket_of(const struct bt_engine *e, uint64_t ram_offset
 /* The newest of the page's modes; the others follow by same_page. */
 static struct bt_page *newest_of(const struct bt_engine *e, uint64_t ram_offset)
 {
-    struct bt_page *page = *bucket_of(e, ram_offset);
+    struct bt_page *page = __atomic_load_n(bucket_of(e, ram_offset), __ATOMIC_ACQUIRE);
     while (page && page->offset != ram_offset)
         page = page->next;
     return page;
@@ -172,7 +172,7 @@ struct bt_page *cache_page(struct bt_engine *e, uint64_t ram_offset, gpa_t gpa, 
     page->dt = (uint32_t *)(e->layout.dt_pool + (n + 1) * BT_DT_BYTES);
     page->same_page = same_page;
     page->next = *bucket;
-    *bucket = page;
+    __atomic_store_n(bucket, page, __ATOMIC_RELEASE); /* for cache_dt, which may be without the lock */
     return page;
 }
 

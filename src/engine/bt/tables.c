@@ -500,6 +500,18 @@ void tables_exec_set(struct bt_vcpu *b, gva_t gva, const uint32_t *dt)
     t->fetch_page = ~0ull; /* the guest may change it from here on */
 }
 
+bool tables_exec_again(struct bt_vcpu *b, gva_t gva)
+{
+    uint64_t offset;
+    if (entry_number(&view_current(b)->exec, gva) < EXEC_ENTRIES_UNUSED || tables_fetch(b, gva, &offset))
+        return false;
+    const uint32_t *dt = cache_dt(b->engine, offset & ~PAGE_MASK_BITS, &b->mode);
+    if (!dt || !__atomic_load_n(&dt[gva & PAGE_MASK_BITS], __ATOMIC_RELAXED))
+        return false;
+    tables_exec_set(b, gva, dt);
+    return true;
+}
+
 bool tables_commit(struct bt_vcpu *b, uintptr_t address, gva_t gva_hint, bool exec)
 {
     struct bt_view *view = b->view;

@@ -285,12 +285,11 @@ static void large_page_note(struct icpu *c, gva_t gva, uint64_t page_bytes)
         filter_add(c->asids->filter_4m, gva >> SHIFT_4M);
 }
 
-/* Walks and fills. Host address of the byte, or NULL with *gpa when access may not be direct. */
+/* Walks and fills; like PhysMap's look-ups without vector registers. Host address of the byte, or NULL with *gpa when access may not be direct. */
 static void *translate_miss(struct icpu *c, enum tlb_view view, gva_t gva, unsigned access, gpa_t *gpa)
 {
     struct paging_result page;
     uint32_t error = 0;
-    simd_save(c);
     int rc = paging_walk(c->v.memory, &c->v.cpu, c->max_phys_bits, gva, access | view_access(view), &page, &error);
     if (rc == -EINVAL)
         noncanonical_fault(c, gva);
