@@ -369,20 +369,26 @@ static void string_restart(struct icpu *c, const struct insn *i)
     c->v.cpu.gpr[GPR_RIP] -= i->length;
 }
 
+/* One element at a time: a trap may follow each, or an interrupt. RF alone is no reason. */
+static inline bool by_element(const struct icpu *c)
+{
+    return c->slow && (!(c->v.cpu.rflags & RFLAGS_RF) || (c->v.cpu.rflags & RFLAGS_TF) || c->careful);
+}
+
 /* A fault leaves the flags that were there before the instruction, not those of the last comparison (SDM vol. 2, REP). */
 static inline void repeat(struct icpu *c, const struct insn *i, chunk_fn *chunk)
 {
-    bool found = false;
+    bool found = false, single = unlikely(by_element(c));
     uint32_t flags = c->oszapc;
     for (;; c->oszapc = flags) {
         uint64_t left = string_offset(c, i, GPR_RCX);
         if (!left)
             return;
-        uint64_t done = chunk(c, i, c->slow ? 1 : left, &found);
+        uint64_t done = chunk(c, i, single ? 1 : left, &found);
         reg_write_masked(c, GPR_RCX, i->address_mask, left - done);
         if (found || left == done)
             return;
-        if (unlikely(c->slow || atomic_load_explicit(&c->v.attention, memory_order_relaxed))) {
+        if (unlikely(single || atomic_load_explicit(&c->v.attention, memory_order_relaxed))) {
             string_restart(c, i);
             return;
         }
