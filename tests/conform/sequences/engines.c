@@ -269,7 +269,7 @@ void engines_run(struct tiny_vm *vm, const struct world *w, const struct sequenc
     struct bt_vcpu *b = (struct bt_vcpu *)vm->vcpu;
     struct disturbance d = {.w = w, .s = s};
     d.g.seed = (seed << 32 ^ s->number << 4 ^ kind) * 0x9e3779b97f4a7c15ull | 1;
-    bool warm = kind == RUN_WARM && !s->tables_change;
+    bool warm = kind == RUN_WARM && !s->tables_change && !w->fixing;
     world_restore(w, vm, !warm);
     sequence_place(s, w, vm);
     engines_start(vm, s, !warm);
@@ -321,11 +321,16 @@ void engines_outcome(struct tiny_vm *vm, const struct generator *g, struct outco
     to->mmio_value = vm->mmio_value;
     to->interrupt = vm->pending_vector;
     to->vector = engines_in_handler(vm) ? (int)((to->state.rip & 0xfff) / 16) : -1;
-    gva_t stack = cpu->gpr[GPR_RSP] - (KERNEL + (TINY_STACK & ~0xfffu));
-    if (to->vector < 0 || stack > PAGE_SIZE_BYTES - sizeof frame)
+    if (to->vector < 0)
         return;
     bool error = has_error_code(to->vector);
-    memcpy(frame + !error, physmap_get(vm->memory, (TINY_STACK & ~0xfffu) + stack, sizeof frame, PHYSMAP_READ), sizeof frame - 8 * !error);
+    for (unsigned n = 0; n < 5u + error; n++) {
+        gpa_t gpa;
+        gva_t gva = cpu->gpr[GPR_RSP] + 8 * n;
+        const void *at = world_walk(vm, gva, PAGING_READ | PAGING_AC, &gpa) ? physmap_get(vm->memory, gpa, 1, PHYSMAP_READ) : NULL;
+        if (at && (gpa & PAGE_MASK_BITS) <= PAGE_SIZE_BYTES - 8)
+            memcpy(&frame[n + !error], at, 8);
+    }
     to->error = frame[0];
     to->rip = frame[1];
     to->rflags = frame[3];

@@ -90,11 +90,24 @@ void queue_mov(struct making *m, unsigned reg, uint64_t value)
 
 /* ---- operands ---- */
 
+/* Absent, but a handler makes it present. */
+static bool is_fixable(const struct making *m, gva_t gva)
+{
+    for (unsigned n = 0; n < m->w->page_count; n++) {
+        uint64_t entry;
+        if (m->w->page[n].gva != (gva & ~PAGE_MASK_BITS) || (m->w->page[n].kind != PAGE_ORDINARY && m->w->page[n].kind != PAGE_ABSENT))
+            continue;
+        memcpy(&entry, physmap_get(m->vm->memory, world_entry(m->w, m->vm, gva), 8, PHYSMAP_READ), 8);
+        return (entry & 3) == 2 && (entry >> 2 & 1) == m->w->user;
+    }
+    return false;
+}
+
 static bool is_good(const struct making *m, gva_t gva)
 {
     gpa_t gpa;
     if (!world_walk(m->vm, gva, PAGING_WRITE, &gpa))
-        return false;
+        return m->w->fixing && is_fixable(m, gva);
     for (unsigned n = 0; n < CODE_PAGES; n++)
         if (m->w->code_gpa[n] == (gpa & ~PAGE_MASK_BITS))
             return false;
@@ -545,7 +558,7 @@ static void start_make(struct making *m)
         cpu->gpr[n] = encode_pick(m->g, 2) ? target_pick(m, 8, false) : state.gpr[n];
     cpu->gpr[GPR_RSP] = target_pick(m, 8, true) & ~7ull;
     cpu->gpr[GPR_RIP] = m->w->code[0] + (encode_pick(m->g, 6) ? encode_pick(m->g, 4096) : 4096 - encode_pick(m->g, 32));
-    m->s->interrupt = m->w->native || encode_pick(m->g, 3) ? -1 : 0x41;
+    m->s->interrupt = m->w->native || encode_pick(m->g, 3) ? -1 : INTERRUPT;
     cpu->rflags = (state.rflags & ~RFLAGS_IF) | (m->s->interrupt < 0 && encode_pick(m->g, 2) ? RFLAGS_IF : 0);
     memcpy(cpu->xsave, state.xsave, sizeof cpu->xsave);
 }

@@ -22,6 +22,9 @@
 
 #define KERNEL 0xffffc9d5a3c00000ull /* linear address of what the processor needs, at an address that no guest code hits by chance */
 
+#define INTERRUPT 0x41
+#define SOFTWARE_INTERRUPT 0x80
+
 /* ---- worlds ---- */
 
 enum page_kind { PAGE_ORDINARY, PAGE_READ_ONLY, PAGE_ABSENT, PAGE_OTHERS, PAGE_MMIO, PAGE_ROM, PAGE_RESERVED, PAGE_CODE };
@@ -37,6 +40,7 @@ struct world {
     uint64_t number;
     bool broken; /* could not be made */
     bool user, large, smc, native;
+    bool fixing; /* handlers make absent pages present, clear CR0.TS, and return from interrupts */
     gva_t data, code[CODE_PAGES], twin_data, twin_code;
     struct page page[PAGES_MAX];
     unsigned page_count;

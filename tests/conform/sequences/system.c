@@ -122,6 +122,7 @@ static void queue_table_edit(struct making *m)
         queue_add(m, code, 8);
     }
     BYTES(m, (uint8_t)(0x40 | linear >> 3), 0x0f, 0x01, (uint8_t)(0x38 | (linear & 7))); /* invlpg */
+    queue_mov(m, entry, encode_pick(m->g, 256)); /* nobody else is to read its accessed and dirty bits */
     m->s->tables_change = true;
 }
 
@@ -186,7 +187,10 @@ static void queue_selector(struct making *m)
 
 static void queue_for_user(struct making *m)
 {
-    switch (encode_pick(m->g, 8)) {
+    switch (encode_pick(m->g, m->w->fixing ? 9 : 8)) {
+    case 8:
+        BYTES(m, 0xcd, SOFTWARE_INTERRUPT);
+        break;
     case 0:
     case 1:
     case 2:

@@ -26,6 +26,8 @@
 #define ROM_PAGES 4u
 #define POOL 0x200000u /* pages are taken at random from here up to ROM */
 #define KERNEL_STACK (TINY_STACK & ~0xfffu)
+#define FIXERS 0xb000u /* code of handlers that return */
+#define FIXABLE 0xc000u /* pairs: a page, linear address of its entry; ends with zero */
 
 _Static_assert(sizeof ((struct world *)0)->large_page == 2u << 20, "one large page");
 
@@ -112,6 +114,8 @@ static uint64_t random_bits(struct builder *b)
 
 static enum page_kind kind_pick(struct builder *b)
 {
+    if (b->w->fixing && !encode_pick(b->g, 3))
+        return PAGE_ABSENT;
     static const uint8_t special[] = {PAGE_READ_ONLY, PAGE_READ_ONLY, PAGE_ABSENT, PAGE_ABSENT, PAGE_OTHERS, PAGE_MMIO, PAGE_ROM, PAGE_RESERVED};
     return b->w->native || encode_pick(b->g, 3) ? PAGE_ORDINARY : (enum page_kind)special[encode_pick(b->g, sizeof special)];
 }
@@ -233,14 +237,43 @@ static void put64(struct builder *b, gpa_t gpa, uint64_t value)
     memcpy(at(b->vm, gpa), &value, 8);
 }
 
-static const gpa_t kernel_pages[] = {TINY_GDT, TINY_IDT, TINY_TSS, KERNEL_STACK, TINY_HANDLER};
+static const gpa_t kernel_pages[] = {TINY_GDT, TINY_IDT, TINY_TSS, KERNEL_STACK, TINY_HANDLER, FIXERS, FIXABLE};
+
+/* Handlers of vector 7, of interrupts, and of page faults, which goes to the one that halts when the page cannot be had. */
+__asm__(".pushsection .rodata\n"
+        "fix_nm:\n clts\n iretq\n .balign 16\n"
+        "fix_interrupt:\n iretq\n .balign 16\n"
+        "fix_pf:\n push %rax\n push %rcx\n testb $1, 16(%rsp)\n jnz 3f\n mov %cr2, %rax\n and $-4096, %rax\n lea fix_pf + 0x1000 - 0x20(%rip), %rcx\n"
+        "1: cmpq $0, (%rcx)\n je 3f\n cmp %rax, (%rcx)\n je 2f\n add $16, %rcx\n jmp 1b\n"
+        "2: mov 8(%rcx), %rcx\n orb $1, (%rcx)\n pop %rcx\n pop %rax\n add $8, %rsp\n iretq\n"
+        "3: pop %rcx\n pop %rax\n .byte 0xe9\n .long fix_nm - 0x2000 + 14 * 16 - 4f\n"
+        "4:\nfix_end:\n.popsection");
+extern const uint8_t fix_nm[], fix_interrupt[], fix_pf[], fix_end[];
+_Static_assert(FIXABLE - FIXERS == 0x1000 && FIXERS - TINY_HANDLER == 0x2000, "fix_pf is at FIXERS + 0x20");
 
 static void kernel_map(struct builder *b)
 {
     for (unsigned n = 0; n < sizeof kernel_pages / sizeof *kernel_pages; n++) {
         gpa_t gpa = kernel_pages[n];
-        map(b, KERNEL + gpa, gpa | P | ACCESSED | (gpa == KERNEL_STACK ? RW | DIRTY : 0) | (gpa == TINY_HANDLER ? 0 : NX), 1);
+        map(b, KERNEL + gpa, gpa | P | ACCESSED | (gpa == KERNEL_STACK ? RW | DIRTY : 0) | (gpa == TINY_HANDLER || gpa == FIXERS ? 0 : NX), 1);
     }
+}
+
+static void gate_put(struct builder *b, unsigned vector, gpa_t handler, uint64_t ist)
+{
+    uint64_t to = KERNEL + handler;
+    put64(b, TINY_IDT + 16 * vector, (to & 0xffff) | TINY_CS64 << 16 | ist << 32 | 0xeeull << 40 | (to >> 16 & 0xffff) << 48);
+    put64(b, TINY_IDT + 16 * vector + 8, to >> 32);
+}
+
+static void fixers_make(struct builder *b)
+{
+    uint64_t ist = encode_pick(b->g, 2);
+    memcpy(at(b->vm, FIXERS), fix_nm, (size_t)(fix_end - fix_nm));
+    gate_put(b, VECTOR_NM, FIXERS, ist);
+    gate_put(b, VECTOR_PF, FIXERS + (gpa_t)(fix_pf - fix_nm), ist);
+    gate_put(b, INTERRUPT, FIXERS + (gpa_t)(fix_interrupt - fix_nm), ist);
+    gate_put(b, SOFTWARE_INTERRUPT, FIXERS + (gpa_t)(fix_interrupt - fix_nm), ist);
 }
 
 static void kernel_make(struct builder *b)
@@ -256,11 +289,11 @@ static void kernel_make(struct builder *b)
     put64(b, TINY_TSS + 36, KERNEL + TINY_STACK); /* IST1 */
     put64(b, TINY_TSS + 0x60, 0xffffull << 48);   /* no I/O permission map */
     for (unsigned n = 0; n < 256; n++) {
-        uint64_t handler = KERNEL + TINY_HANDLER + 16 * n;
         *(uint8_t *)at(b->vm, TINY_HANDLER + 16 * n) = 0xf4;
-        put64(b, TINY_IDT + 16 * n, (handler & 0xffff) | TINY_CS64 << 16 | 1ull << 32 | 0xeeull << 40 | (handler >> 16 & 0xffff) << 48);
-        put64(b, TINY_IDT + 16 * n + 8, handler >> 32);
+        gate_put(b, n, TINY_HANDLER + 16 * n, 1);
     }
+    if (b->w->fixing)
+        fixers_make(b);
 }
 
 static struct segment flat(uint16_t selector, uint16_t attributes)
@@ -310,6 +343,17 @@ static void start_make(struct builder *b)
 
 /* ---- all together ---- */
 
+static void fixable_make(struct builder *b)
+{
+    gpa_t to = FIXABLE;
+    for (unsigned n = 0; n < b->w->page_count; n++)
+        if (b->w->page[n].kind == PAGE_ABSENT || b->w->page[n].kind == PAGE_ORDINARY) {
+            put64(b, to, b->w->page[n].gva);
+            put64(b, to + 8, KERNEL + world_entry(b->w, b->vm, b->w->page[n].gva));
+            to += 16;
+        }
+}
+
 static void roots_make(struct builder *b)
 {
     struct world *w = b->w;
@@ -350,6 +394,7 @@ void world_make(struct world *w, struct generator *g, uint64_t seed, uint64_t nu
     w->large = !w->native && !encode_pick(g, 6);
     w->smc = !w->native && !encode_pick(g, 6);
     w->roots = !w->native && !w->large && !encode_pick(g, 3) ? 2 : 1;
+    w->fixing = !w->native && w->roots == 1 && encode_pick(g, 2);
     physmap_zero(vm[0]->memory);
     physmap_zero(vm[1]->memory);
     for (unsigned n = 0; n < 2; n++)
@@ -358,6 +403,9 @@ void world_make(struct world *w, struct generator *g, uint64_t seed, uint64_t nu
     kernel_make(&b);
     roots_make(&b);
     start_make(&b);
+    vm[0]->vcpu->cpu = w->start;
+    if (w->fixing)
+        fixable_make(&b);
     memory_make(&b);
     for (gpa_t gpa = 0; gpa < TINY_RAM_BYTES; gpa += PAGE_SIZE_BYTES)
         if (memcmp(at(vm[1], gpa), at(vm[0], gpa), PAGE_SIZE_BYTES))
