@@ -164,7 +164,7 @@ struct address emit_bit_string_access(struct translation *t, const struct tinsn 
         emit_load_gs(out, ea, segment_base_field(i));
         emit_lea(out, ea, ea, i->index, i->scale, i->disp);
         if (i->base != TI_NONE)
-            emit_lea(out, ea, ea, i->base, 0, 0);
+            emit_lea(out, ea, i->base, ea, 0, 0); /* RSP is no index */
     }
     return (struct address){ea, v, 0};
 }
