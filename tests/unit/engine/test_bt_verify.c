@@ -293,11 +293,44 @@ static void changed_translation(void **state)
     assert_true(seen > bits * 3 / 4);
 }
 
+/* Blocks of one instruction, or two, again and again: none comes near the room that cache_room leaves for one. */
+static void largest_blocks(void **state)
+{
+    struct bt_engine *e = (struct bt_engine *)vm.engine;
+    uint8_t *code = tiny_vm_at(&vm, CODE);
+    longest_hot = longest_cold = 0;
+    for (unsigned n = 0; n < 6000; n++) {
+        uint8_t bytes[2][32];
+        unsigned length[2], at = 0;
+        struct bt_mode mode = {.code_bits = 64, .cr4 = BT_MODE_FSGSBASE};
+        ZydisDecoder decoder;
+        ZydisDecodedInstruction zi;
+        ZydisDecoderInit(&decoder, ZYDIS_MACHINE_MODE_LONG_64, ZYDIS_STACK_WIDTH_64);
+        for (unsigned k = 0; k < 2; k++) {
+            do
+                insn_put(bytes[k]);
+            while (!ZYAN_SUCCESS(ZydisDecoderDecodeInstruction(&decoder, NULL, bytes[k], 15, &zi)) || zi.meta.branch_type != ZYDIS_BRANCH_TYPE_NONE);
+            length[k] = zi.length;
+        }
+        for (unsigned k = 0; k < BT_BLOCK_INSNS_MAX; at += length[k++ & 1])
+            memcpy(code + at, bytes[k & 1], length[k & 1]);
+        cache_memory_changed(e, CODE, 0x1000);
+        room_make(e);
+        struct bt_page *page = cache_page(e, CODE, CODE, &mode);
+        for (unsigned k = 0; n & 1 && k < at; k++)
+            cache_mark(e, page, k, BT_MARK_CROSSES);
+        verify(e, translate_block(e, page, 0, ~0ull, false));
+    }
+    print_message("up to %u and %u bytes\n", longest_hot, longest_cold);
+    assert_true(longest_hot < BT_BLOCK_TC_MAX * 3 / 4 && longest_cold < BT_BLOCK_TC_MAX * 3 / 4);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(known_cases, setup, teardown),
         cmocka_unit_test_setup_teardown(changed_translation, setup, teardown),
+        cmocka_unit_test_setup_teardown(largest_blocks, setup, teardown),
         cmocka_unit_test_setup_teardown(random_code, setup, teardown),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
