@@ -220,6 +220,10 @@ void queue_system(struct making *m)
         queue_for_user(m);
         return;
     }
+    if (m->w->user && !encode_pick(m->g, 3)) { /* back where it came from */
+        queue_sysret(m);
+        return;
+    }
     unsigned what = encode_pick(m->g, 18);
     if (what < sizeof templates / sizeof *templates) {
         templates[what](m);

@@ -322,6 +322,8 @@ static void registers_make(struct builder *b)
     cpu->msr_star = (uint64_t)TINY_CS64 << 32 | (uint64_t)(TINY_CS32 & ~3) << 48;
     cpu->msr_lstar = w->code[encode_pick(g, CODE_PAGES)] + encode_pick(g, 4096);
     cpu->msr_sfmask = generator_random(g) & (RFLAGS_OSZAPC | RFLAGS_IF | RFLAGS_DF | RFLAGS_AC | RFLAGS_TF);
+    if (encode_pick(g, 3)) /* as systems have it */
+        cpu->msr_sfmask |= RFLAGS_OSZAPC | RFLAGS_DF;
     cpu->msr_kernel_gs_base = w->data + encode_pick(g, 0x8000);
 }
 
