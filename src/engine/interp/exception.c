@@ -172,7 +172,6 @@ static void enter_handler(struct icpu *c, const struct descriptor *gate, const s
     s->gpr[GPR_RSP] = sp;
     s->gpr[GPR_RIP] = gate_offset(c, gate);
     flags_set(c, flags);
-    interp_mode_changed(c);
 }
 
 static void deliver_long(struct icpu *c, const struct event *e, const struct descriptor *gate)

@@ -38,12 +38,6 @@ bool guest_is_amd(struct icpu *c)
     return ebx == 0x68747541 /* "Auth" */ || ebx == 0x6F677948 /* "Hygo" */;
 }
 
-static unsigned physical_bits(struct icpu *c)
-{
-    simd_save(c);
-    return cpuid_physical_address_bits(c->v.cpuid);
-}
-
 /* ---- CR3 and the PDPTEs ---- */
 
 static bool uses_pdpte(uint64_t cr0, uint64_t cr4, uint64_t efer)
@@ -53,7 +47,7 @@ static bool uses_pdpte(uint64_t cr0, uint64_t cr4, uint64_t efer)
 
 void pdpte_read(struct icpu *c, uint64_t cr3, uint64_t pdpte[4])
 {
-    uint64_t reserved = PDPTE_RESERVED | ~((1ull << physical_bits(c)) - 1);
+    uint64_t reserved = PDPTE_RESERVED | ~((1ull << c->max_phys_bits) - 1);
     for (unsigned n = 0; n < 4; n++)
         pdpte[n] = 0; /* what a table outside memory counts as */
     (void)!physmap_read(c->v.memory, cr3 & 0xFFFFFFE0, pdpte, 4 * sizeof(pdpte[0]));
@@ -78,7 +72,7 @@ void control_write_cr3(struct icpu *c, uint64_t value)
             keep = value & CR3_KEEP;
             value &= ~CR3_KEEP;
         }
-        if (value >> physical_bits(c))
+        if (value >> c->max_phys_bits)
             raise_gp0(c);
     } else {
         value = (uint32_t)value;

@@ -11,6 +11,9 @@
 #include "state/inputs.h"
 #include "util/log.h"
 
+#define MSR_TSC_DEADLINE 0x6e0
+#define MSR_X2APIC 0x800u
+#define MSR_X2APIC_COUNT 0x100u
 #define VARIABLE_MTRRS 8
 #define MTRRCAP (VARIABLE_MTRRS | 1u << 8 /* fixed */ | 1u << 10 /* write combining */)
 #define MICROCODE_REVISION (1ull << 32) /* IA32_BIOS_SIGN_ID keeps it in the upper half */
@@ -300,6 +303,8 @@ static const struct msr msr_table[] = {
 
 static const struct msr *msr_find(struct icpu *c, uint32_t index)
 {
+    if (index == MSR_TSC_DEADLINE || index - MSR_X2APIC < MSR_X2APIC_COUNT) /* the most frequent ones, the machine's */
+        return NULL;
     for (unsigned n = 0; n < sizeof(msr_table) / sizeof(msr_table[0]); n++) {
         const struct msr *m = &msr_table[n];
         if (index - m->index >= m->count)

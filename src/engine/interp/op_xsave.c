@@ -89,26 +89,52 @@ static void pieces_probe_write(struct icpu *c, const struct pieces *list, gva_t 
         mem_probe_write(c, c->view, gva + list->piece[n].memory, list->piece[n].length);
 }
 
+/* What of [gva, +length) can be moved at once: all that lies in the page, on host memory; else what mem_read_bytes and mem_write_bytes take, *host NULL. */
+static unsigned part_find(struct icpu *c, gva_t gva, unsigned length, bool write, void **host)
+{
+    unsigned left = (unsigned)(PAGE_SIZE_BYTES - (gva & PAGE_MASK_BITS)), part = length < left ? length : left;
+    *host = mem_host(c, c->view, gva, part, write);
+    if (*host)
+        return part;
+    return length < CHUNK_BYTES ? length : CHUNK_BYTES;
+}
+
+static void piece_write(struct icpu *c, gva_t gva, const uint8_t *from, unsigned length)
+{
+    void *host;
+    for (unsigned done = 0, part; done < length; done += part) {
+        part = part_find(c, gva + done, length - done, true, &host);
+        if (host) {
+            memcpy(host, from + done, part);
+            native_stored(c, host, part);
+        } else {
+            mem_write_bytes(c, c->view, gva + done, from + done, part);
+        }
+    }
+}
+
 static void pieces_write(struct icpu *c, const struct pieces *list, gva_t gva, const uint8_t *image)
 {
-    for (unsigned n = 0; n < list->count; n++) {
-        const struct piece *p = &list->piece[n];
-        for (unsigned done = 0; done < p->length; done += CHUNK_BYTES) {
-            unsigned length = p->length - done < CHUNK_BYTES ? p->length - done : CHUNK_BYTES;
-            mem_write_bytes(c, c->view, gva + p->memory + done, image + p->image + done, length);
-        }
+    for (unsigned n = 0; n < list->count; n++)
+        piece_write(c, gva + list->piece[n].memory, image + list->piece[n].image, list->piece[n].length);
+}
+
+static void piece_read(struct icpu *c, gva_t gva, uint8_t *to, unsigned length)
+{
+    void *host;
+    for (unsigned done = 0, part; done < length; done += part) {
+        part = part_find(c, gva + done, length - done, false, &host);
+        if (host)
+            memcpy(to + done, host, part);
+        else
+            mem_read_bytes(c, c->view, gva + done, to + done, part);
     }
 }
 
 static void pieces_read(struct icpu *c, const struct pieces *list, gva_t gva, uint8_t *image)
 {
-    for (unsigned n = 0; n < list->count; n++) {
-        const struct piece *p = &list->piece[n];
-        for (unsigned done = 0; done < p->length; done += CHUNK_BYTES) {
-            unsigned length = p->length - done < CHUNK_BYTES ? p->length - done : CHUNK_BYTES;
-            mem_read_bytes(c, c->view, gva + p->memory + done, image + p->image + done, length);
-        }
-    }
+    for (unsigned n = 0; n < list->count; n++)
+        piece_read(c, gva + list->piece[n].memory, image + list->piece[n].image, list->piece[n].length);
 }
 
 static void pieces_copy(const struct pieces *list, uint8_t *to, const uint8_t *from)
