@@ -57,8 +57,10 @@ void interp_mode_changed(struct icpu *c)
     c->code_bits = bits64 ? 64 : cpu->seg[SEG_CS].attributes & SEG_ATTR_DB ? 32 : 16;
     c->stack_mask = bits64 ? ~0ull : cpu->seg[SEG_SS].attributes & SEG_ATTR_DB ? 0xffffffffu : 0xffffu;
     c->cpl = cpu_cpl(cpu);
-    for (unsigned n = 0; n < SEG_COUNT; n++)
-        c->segment_base[n] = bits64 && n != SEG_FS && n != SEG_GS ? 0 : cpu->seg[n].base;
+    for (unsigned n = 0; n < SEG_FS; n++)
+        c->segment_base[n] = bits64 ? 0 : cpu->seg[n].base;
+    c->segment_base[SEG_FS] = cpu->seg[SEG_FS].base;
+    c->segment_base[SEG_GS] = cpu->seg[SEG_GS].base;
 
     uint64_t key = paging_key(cpu);
     if (unlikely(key != c->paging_key)) {
@@ -241,7 +243,8 @@ void interp_run_one(struct icpu *c)
         shadow_end(c);
     if (flags & RFLAGS_RF)
         resume_flag_done(c, mnemonic, start);
-    interp_mode_changed(c);
+    if (shadow || (flags & RFLAGS_RF)) /* otherwise whatever changed the mode has said so */
+        interp_mode_changed(c);
     if (new_shadow && mnemonic != ZYDIS_MNEMONIC_STI)
         return; /* loading SS holds traps back for one instruction (SDM vol. 3, 6.8.3) */
     dr6 = c->debug_hits;

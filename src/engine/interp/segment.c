@@ -5,6 +5,7 @@
  * a segment register's hidden part changes only after every check has passed.
  * Sources: SDM vol. 3, ch. 3 and 5; vol. 2, MOV, LDS, POP. Threading: as interp_priv.h.
  */
+#include "engine/interp/interp_core.h"
 #include "engine/interp/system_priv.h"
 
 #include <string.h>
@@ -249,10 +250,29 @@ static void frame_write_wrapped(struct icpu *c, const struct frame *f, uint32_t 
         mem_write_slow(c, f->view, address[n], f->size, f->values[n]);
 }
 
+/* The most frequent one: of 64-bit mode, in one page of RAM. */
+static bool frame_write_flat(struct icpu *c, struct frame *f)
+{
+    unsigned total = 8 * f->count;
+    uint64_t low = f->sp - total;
+    if (!f->flat || f->size != 8 || (low & 7) || !gva_is_canonical(low))
+        return false;
+    uint64_t *host = mem_host(c, f->view, low, total, true);
+    if (!host)
+        return false;
+    for (unsigned n = 0; n < f->count; n++)
+        host[f->count - 1 - n] = f->values[n];
+    block_note_store(c, (uintptr_t)host, total);
+    f->sp = low;
+    return true;
+}
+
 void frame_write(struct icpu *c, struct frame *f, uint32_t ss_error)
 {
     unsigned total = f->size * f->count;
     uint64_t low = (f->sp - total) & f->mask;
+    if (frame_write_flat(c, f))
+        return;
     if (((low + total - 1) & f->mask) >= low) {
         uint8_t image[FRAME_VALUES * 8];
         for (unsigned n = 0; n < f->count; n++)
