@@ -319,6 +319,14 @@ static void queue_settling(struct making *m)
     queue_add(m, cmp, 3);
 }
 
+/* Source and destination of a string instruction in the same memory. */
+static void queue_overlap(struct making *m)
+{
+    gva_t at = target_pick(m, 8, true);
+    queue_mov(m, GPR_RSI, at);
+    queue_mov(m, GPR_RDI, at + encode_pick(m->g, 64) - 32);
+}
+
 static void queue_ordinary(struct making *m)
 {
     for (;;) {
@@ -335,8 +343,10 @@ static void queue_ordinary(struct making *m)
         if (is_repeated(&e) && m->gpr[GPR_RCX] > 40 && encode_pick(m->g, 25)) {
             if (m->loop_head && m->loop_register == GPR_RCX)
                 continue;
-            queue_mov(m, GPR_RCX, encode_pick(m->g, 12));
+            queue_mov(m, GPR_RCX, encode_pick(m->g, encode_pick(m->g, 4) ? 12 : 5000));
         }
+        if (is_repeated(&e) && !m->loop_head && !encode_pick(m->g, 4))
+            queue_overlap(m);
         bool wild = !encode_pick(m->g, 60);
         for (unsigned n = 0; usable && !wild && n < e.zi.operand_count; n++)
             if (e.op[n].type == ZYDIS_OPERAND_TYPE_MEMORY)

@@ -168,11 +168,11 @@ static bool faults_are_disputed(struct comparison *r)
     return e.zi.meta.category == ZYDIS_CATEGORY_CALL || e.zi.meta.category == ZYDIS_CATEGORY_X87_ALU || names_mmx(&e);
 }
 
-/* A CALL to an address that is not canonical finds that out before its push or after. */
+/* A CALL to an address that is not canonical finds that out before its push or after: then another fault may come first, and a handler see it. */
 static bool call_is_disputed(struct comparison *r)
 {
     struct encoded e;
-    return r->right.vector == VECTOR_GP && r->wrong.vector != VECTOR_GP && culprit_decode(r, &e) && e.zi.meta.category == ZYDIS_CATEGORY_CALL;
+    return r->right.vector == VECTOR_GP && culprit_decode(r, &e) && e.zi.meta.category == ZYDIS_CATEGORY_CALL;
 }
 
 static bool native_differs(struct comparison *r, struct difference *d)
