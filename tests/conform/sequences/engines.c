@@ -16,12 +16,14 @@
 #include "arch/paging.h"
 
 #define HANG_SECONDS 30
+#define OFTEN 12 /* sites that keep faulting are translated in another way by then */
 
 const char *const run_names[RUN_KINDS] = {
     [RUN_NATIVE] = "on the processor",
     [RUN_INTERP] = "interpreter by blocks",
     [RUN_COLD] = "translated for the first time",
     [RUN_WARM] = "once more",
+    [RUN_OFTEN] = "often",
     [RUN_EMPTY] = "with empty tables",
     [RUN_FILLED] = "with tables filled at random",
     [RUN_DISTURBED] = "disturbed",
@@ -259,27 +261,26 @@ static void debug_prepare(struct disturbance *d, struct bt_engine *e, enum run_k
     }
     if (kind == RUN_SHORT) {
         limits_set(d, &debug);
+        if (!encode_pick(&d->g, 4))
+            debug.tc_bytes = e->stubs.end + encode_pick(&d->g, 30000);
         page_drop(d, e);
     }
     bt_debug_set(&e->interp, &debug);
 }
 
-void engines_run(struct tiny_vm *vm, const struct world *w, const struct sequence *s, enum run_kind kind, uint64_t seed)
+static void run_once(struct tiny_vm *vm, const struct world *w, const struct sequence *s, enum run_kind kind, bool warm, struct disturbance *d)
 {
     struct bt_vcpu *b = (struct bt_vcpu *)vm->vcpu;
-    struct disturbance d = {.w = w, .s = s};
-    d.g.seed = (seed << 32 ^ s->number << 4 ^ kind) * 0x9e3779b97f4a7c15ull | 1;
-    bool warm = kind == RUN_WARM && !s->tables_change && !w->fixing;
     world_restore(w, vm, !warm);
     sequence_place(s, w, vm);
     engines_start(vm, s, !warm);
     if (kind != RUN_INTERP) {
         forget_thrashing(w, b->engine);
-        debug_prepare(&d, b->engine, kind);
+        debug_prepare(d, b->engine, kind);
         b->interp_blocks = 0;
     }
     if (kind == RUN_FILLED)
-        fill_at_random(w, &d.g, b);
+        fill_at_random(w, &d->g, b);
     atomic_store(&watched_case, s->number);
     atomic_fetch_add(&watched_runs, 1);
     atomic_store(&watched, vm);
@@ -289,6 +290,15 @@ void engines_run(struct tiny_vm *vm, const struct world *w, const struct sequenc
     while (vm->vcpu->cpu.activity == CPU_RUNNING && !vm->exit_wanted);
     atomic_store(&kicked, NULL);
     atomic_store(&watched, NULL);
+}
+
+void engines_run(struct tiny_vm *vm, const struct world *w, const struct sequence *s, enum run_kind kind, uint64_t seed)
+{
+    struct disturbance d = {.w = w, .s = s};
+    d.g.seed = (seed << 32 ^ s->number << 4 ^ kind) * 0x9e3779b97f4a7c15ull | 1;
+    bool warm = (kind == RUN_WARM || kind == RUN_OFTEN) && !s->tables_change && !w->fixing;
+    for (unsigned n = kind == RUN_OFTEN ? OFTEN : 1; n > 0; n--)
+        run_once(vm, w, s, kind, warm, &d);
 }
 
 /* ---- results ---- */

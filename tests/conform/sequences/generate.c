@@ -319,12 +319,21 @@ static void queue_settling(struct making *m)
     queue_add(m, cmp, 3);
 }
 
-/* Source and destination of a string instruction in the same memory. */
-static void queue_overlap(struct making *m)
+/* Source and destination of a string instruction in the same memory, or their ends near pages' ends. */
+static void queue_ranges(struct making *m, unsigned size)
 {
-    gva_t at = target_pick(m, 8, true);
-    queue_mov(m, GPR_RSI, at);
-    queue_mov(m, GPR_RDI, at + encode_pick(m->g, 64) - 32);
+    if (encode_pick(m->g, 2)) {
+        gva_t at = target_pick(m, 8, true);
+        queue_mov(m, GPR_RSI, at);
+        queue_mov(m, GPR_RDI, at + encode_pick(m->g, 64) - 32);
+        return;
+    }
+    unsigned count = encode_pick(m->g, PAGE_SIZE_BYTES / size);
+    queue_mov(m, GPR_RCX, count);
+    for (unsigned n = 0; n < 2; n++) {
+        gva_t end = (target_pick(m, 8, true) | PAGE_MASK_BITS) + 1 + (encode_pick(m->g, 4) ? encode_pick(m->g, 2 * size + 1) - size : 0);
+        queue_mov(m, n ? GPR_RSI : GPR_RDI, end - (uint64_t)count * size);
+    }
 }
 
 static void queue_ordinary(struct making *m)
@@ -345,12 +354,13 @@ static void queue_ordinary(struct making *m)
                 continue;
             queue_mov(m, GPR_RCX, encode_pick(m->g, encode_pick(m->g, 4) ? 12 : 5000));
         }
-        if (is_repeated(&e) && !m->loop_head && !encode_pick(m->g, 4))
-            queue_overlap(m);
+        bool ranges = is_repeated(&e) && !m->loop_head && !encode_pick(m->g, 2);
+        if (ranges)
+            queue_ranges(m, e.zi.operand_width / 8);
         bool wild = !encode_pick(m->g, 60);
         for (unsigned n = 0; usable && !wild && n < e.zi.operand_count; n++)
             if (e.op[n].type == ZYDIS_OPERAND_TYPE_MEMORY)
-                usable = e.op[n].encoding == ZYDIS_OPERAND_ENCODING_MODRM_RM ? aim_explicit(m, &e, &relative, &target) : aim_implied(m, &e, &e.op[n]);
+                usable = e.op[n].encoding == ZYDIS_OPERAND_ENCODING_MODRM_RM ? aim_explicit(m, &e, &relative, &target) : ranges || aim_implied(m, &e, &e.op[n]);
         if (!usable || may_split(&e, target)) {
             m->queued = before;
             continue;

@@ -172,6 +172,7 @@ enum run_kind {
 
     RUN_COLD,      /* nothing translated yet */
     RUN_WARM,      /* everything there */
+    RUN_OFTEN,     /* again and again */
     RUN_EMPTY,     /* translations but no table entries */
     RUN_FILLED,    /* some entries there from the start */
     RUN_DISTURBED, /* something happens on each way into translated code */
