@@ -203,6 +203,17 @@ gpa_t physmap_gpa(const struct physmap *map, uint64_t offset)
 
 /* ---- dirty pages and watched pages ---- */
 
+/* Bits of the pages first..last that are in `word`. */
+static uint64_t word_bits(uint64_t word, uint64_t first, uint64_t last)
+{
+    uint64_t bits = ~0ull;
+    if (word == first / 64)
+        bits &= ~0ull << (first % 64);
+    if (word == last / 64)
+        bits &= ~0ull >> (63 - last % 64);
+    return bits;
+}
+
 /* Sets the dirty bits; true when one of the pages is watched. */
 static bool mark(struct physmap *map, gpa_t gpa, uint64_t length_bytes)
 {
@@ -214,12 +225,7 @@ static bool mark(struct physmap *map, gpa_t gpa, uint64_t length_bytes)
     first = offset / PAGE_SIZE_BYTES;
     last = (offset + length_bytes - 1) / PAGE_SIZE_BYTES;
     for (uint64_t word = first / 64; word <= last / 64; word++) {
-        uint64_t bits = ~0ull;
-
-        if (word == first / 64)
-            bits &= ~0ull << (first % 64);
-        if (word == last / 64)
-            bits &= ~0ull >> (63 - last % 64);
+        uint64_t bits = word_bits(word, first, last);
         /* Sequentially consistent: the writer writes bytes and then looks at `watched`, the watcher the other way round. */
         atomic_fetch_or(&map->dirty[word], bits);
         watched |= (atomic_load(&map->watched[word]) & bits) != 0;
@@ -229,7 +235,17 @@ static bool mark(struct physmap *map, gpa_t gpa, uint64_t length_bytes)
 
 void physmap_mark_written(struct physmap *map, gpa_t gpa, uint64_t length_bytes)
 {
-    (void)mark(map, gpa, length_bytes);
+    uint64_t offset, first, last;
+
+    if (length_bytes == 0 || !ram_offset(map, gpa, length_bytes, &offset))
+        return;
+    first = offset / PAGE_SIZE_BYTES;
+    last = (offset + length_bytes - 1) / PAGE_SIZE_BYTES;
+    for (uint64_t word = first / 64; word <= last / 64; word++) {
+        uint64_t bits = word_bits(word, first, last);
+        if ((atomic_load_explicit(&map->dirty[word], memory_order_relaxed) & bits) != bits)
+            atomic_fetch_or(&map->dirty[word], bits);
+    }
 }
 
 void physmap_mark_dirty(struct physmap *map, gpa_t gpa, uint64_t length_bytes)

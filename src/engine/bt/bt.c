@@ -145,7 +145,7 @@ static enum bt_exit enter(struct bt_vcpu *b, struct entry *entry)
     }
     tables_select(b);
     if (b->fill_next) {
-        (void)tables_fill(b, b->fill_next, 1, false);
+        tables_fill_page(b, b->fill_next);
         b->fill_next = 0;
     }
     if (likely(!atomic_load(&b->c.v.attention))) {

@@ -375,6 +375,8 @@ void tables_settle(struct bt_vcpu *b);
 /* Walks the guest's page tables for an access at the current privilege and fills entries of the current view (and neighbours). Never raises. Page faults, MMIO: BT_FILL_SLOW.
  * [gva, +size) must not cross a page (else BT_FILL_SLOW). */
 enum bt_fill tables_fill(struct bt_vcpu *b, gva_t gva, unsigned size, bool write);
+/* Fills the entry of gva's page alone, for reading and for what else it allows, when it can be filled. */
+void tables_fill_page(struct bt_vcpu *b, gva_t gva);
 /* Walks for instruction fetch. 0 and the RAM offset of gva's page, or -EFAULT (fault, MMIO: the interpreter raises or does it). */
 int tables_fetch(struct bt_vcpu *b, gva_t gva, uint64_t *ram_offset);
 /* Sets the exec entry of gva's page in the current view, and those of neighbours that have translations. e->lock held, or inside. */

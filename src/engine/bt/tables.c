@@ -395,12 +395,13 @@ static bool linear_is_possible(const struct cpu_state *cpu, gva_t gva)
 
 static struct bt_view *view_current(struct bt_vcpu *b);
 
-enum bt_fill tables_fill(struct bt_vcpu *b, gva_t gva, unsigned size, bool write)
+/* alone: not the neighbours, too. */
+static enum bt_fill fill(struct bt_vcpu *b, gva_t gva, unsigned size, bool write, bool alone)
 {
     const struct cpu_state *cpu = &b->c.v.cpu;
     struct physmap *memory = b->c.v.memory;
     struct paging_result page;
-    struct paging_group group;
+    struct paging_group group = {.readable = 0};
     uint32_t error;
     uint64_t offset;
     b->fill_error = 0;
@@ -408,7 +409,7 @@ enum bt_fill tables_fill(struct bt_vcpu *b, gva_t gva, unsigned size, bool write
         return BT_FILL_SLOW;
     struct bt_view *view = view_current(b);
     unsigned access = kind_access(view->kind) | (write ? PAGING_WRITE : PAGING_READ);
-    int rc = paging_walk_group(memory, cpu, b->c.max_phys_bits, gva, access, &page, &group, &error);
+    int rc = paging_walk_group(memory, cpu, b->c.max_phys_bits, gva, access, &page, alone ? NULL : &group, &error);
     if (rc) {
         b->fill_error = rc == -EFAULT ? error | BT_FILL_FAULT : 0;
         return BT_FILL_SLOW;
@@ -441,6 +442,16 @@ uint64_t tables_v(const struct bt_vcpu *b, gva_t gva)
     const struct table *table = &b->view->data;
     uint64_t entry = entry_number(table, gva);
     return chunk_at(b->tables, table, entry) ? table->entry[entry] : data_poison(&b->engine->layout, entry);
+}
+
+enum bt_fill tables_fill(struct bt_vcpu *b, gva_t gva, unsigned size, bool write)
+{
+    return fill(b, gva, size, write, false);
+}
+
+void tables_fill_page(struct bt_vcpu *b, gva_t gva)
+{
+    (void)fill(b, gva, 1, false, true);
 }
 
 int tables_fetch(struct bt_vcpu *b, gva_t gva, uint64_t *ram_offset)
