@@ -126,8 +126,10 @@ static void decode_crossing(struct translation *t, const struct analyze_context 
     memcpy(t->crossing, insn_bytes(t, i), here);
     memcpy(t->crossing + here, e->layout.window_r + next->offset, INSN_BYTES_MAX);
     analyze_insn(a, t->crossing, INSN_BYTES_MAX, i->offset, i);
-    if (i->kind == TI_EXIT)
+    if (i->kind == TI_EXIT) {
+        i->exit = BT_EXIT_interp; /* which fetches it again: IRET's own exit does not, and the next page may have changed */
         return;
+    }
     cache_page_cross(e, t->page, next);
     t->next = next;
 }
