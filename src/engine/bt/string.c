@@ -22,11 +22,15 @@ unsigned string_accesses(const struct bt_vcpu *b, const struct tinsn *i, struct 
 {
     const uint64_t *gpr = b->c.v.cpu.gpr;
     enum string_op op = (enum string_op)i->condition;
+    const struct bt_access source = {gpr[GPR_RSI], i->mem_size, false, false};
+    const struct bt_access destination = {gpr[GPR_RDI], i->mem_size, op == STRING_MOVS || op == STRING_STOS, false};
     unsigned count = 0;
+    if (op == STRING_CMPS)
+        access[count++] = destination;
     if (uses_source(op))
-        access[count++] = (struct bt_access){gpr[GPR_RSI], i->mem_size, false, false};
-    if (uses_destination(op))
-        access[count++] = (struct bt_access){gpr[GPR_RDI], i->mem_size, op == STRING_MOVS || op == STRING_STOS, false};
+        access[count++] = source;
+    if (uses_destination(op) && op != STRING_CMPS)
+        access[count++] = destination;
     return count;
 }
 
@@ -49,16 +53,21 @@ static void emit_one(struct translation *t, const struct tinsn *i)
     struct emitter *out = &t->out;
     unsigned size = i->mem_size, v = t->s[0], value = t->s[1];
     enum string_op op = (enum string_op)i->condition;
-    if (uses_source(op)) {
+    if (op == STRING_CMPS) { /* processors read rDI's operand first: with both bad it is the one that faults */
+        emit_lookup(t, value, GPR_RDI, size);
+        emit_element(out, size, 0x8a, value, GPR_RDI, value);
+        emit_lookup(t, v, GPR_RSI, size);
+        emit_element(out, size, 0x38, value, GPR_RSI, v);
+    } else if (uses_source(op)) {
         emit_lookup(t, v, GPR_RSI, size);
         emit_element(out, size, 0x8a, op == STRING_LODS ? GPR_RAX : value, GPR_RSI, v);
     }
-    if (uses_destination(op)) {
-        unsigned opcode = op == STRING_CMPS || op == STRING_SCAS ? 0x3a : 0x88;
+    if (uses_destination(op) && op != STRING_CMPS) {
         emit_lookup(t, v, GPR_RDI, size);
-        emit_element(out, size, opcode, op == STRING_MOVS || op == STRING_CMPS ? value : GPR_RAX, GPR_RDI, v);
-        emit_lea(out, GPR_RDI, GPR_RDI, EMIT_NONE, 0, (int32_t)size);
+        emit_element(out, size, op == STRING_SCAS ? 0x3a : 0x88, op == STRING_MOVS ? value : GPR_RAX, GPR_RDI, v);
     }
+    if (uses_destination(op))
+        emit_lea(out, GPR_RDI, GPR_RDI, EMIT_NONE, 0, (int32_t)size);
     if (uses_source(op))
         emit_lea(out, GPR_RSI, GPR_RSI, EMIT_NONE, 0, (int32_t)size);
 }

@@ -68,10 +68,11 @@ static inline void string_advance(struct icpu *c, const struct insn *i, unsigned
         compare##bits(c, (uint##bits##_t)c->v.cpu.gpr[GPR_RAX], value);                            \
         string_advance(c, i, GPR_RDI, stride(c, bits / 8));                                        \
     }                                                                                              \
+    /* As processors do, rDI's operand is read first: when both fault, its address is the one in CR2. */ \
     static void cmps##bits(struct icpu *c, const struct insn *i)                                   \
     {                                                                                              \
-        uint##bits##_t a = mem_read##bits(c, source_linear(c, i, bits / 8));                       \
         uint##bits##_t b = mem_read##bits(c, destination_linear(c, i, bits / 8, false));           \
+        uint##bits##_t a = mem_read##bits(c, source_linear(c, i, bits / 8));                       \
         compare##bits(c, a, b);                                                                    \
         string_advance(c, i, GPR_RSI, stride(c, bits / 8));                                        \
         string_advance(c, i, GPR_RDI, stride(c, bits / 8));                                        \
@@ -313,9 +314,9 @@ static uint64_t cmps_chunk(struct icpu *c, const struct insn *i, uint64_t count,
 {
     uint64_t done = 0;
     int64_t step = stride(c, i->op_size);
-    const void *a = string_span(c, i, i->segment, GPR_RSI, false, &count);
-    const void *b = a ? string_span(c, i, SEG_ES, GPR_RDI, false, &count) : NULL;
-    if (b) {
+    const void *b = string_span(c, i, SEG_ES, GPR_RDI, false, &count);
+    const void *a = b ? string_span(c, i, i->segment, GPR_RSI, false, &count) : NULL;
+    if (a) {
         done = search(a, b, step, step, i->op_size, count - 1, repeats_until_equal(i));
         string_advance(c, i, GPR_RSI, step * (int64_t)done);
         string_advance(c, i, GPR_RDI, step * (int64_t)done);
