@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "bt_random.h"
 #include "bt_verify.h"
 #include "engine/bt/translate_priv.h"
 #include "tiny_vm.h"
@@ -22,76 +23,8 @@
 #define ROUNDS 25u
 
 static struct tiny_vm vm;
-static uint64_t state_random = 88172645463325252ull;
 
-static uint64_t random64(void)
-{
-    state_random ^= state_random << 13;
-    state_random ^= state_random >> 7;
-    state_random ^= state_random << 17;
-    return state_random * 0x2545f4914f6cdd1dull;
-}
-
-static unsigned below(unsigned limit)
-{
-    return (unsigned)(random64() >> 33) % limit;
-}
-
-/* ---- random instructions ---- */
-
-/* Frequent opcodes, so that blocks become long: map in the high byte. */
-static const uint16_t usual[] = {
-    0x01, 0x03, 0x0b, 0x11, 0x13, 0x23, 0x29, 0x2b, 0x31, 0x33, 0x39, 0x3b, 0x50, 0x51, 0x53, 0x55, 0x58, 0x5b, 0x5d, 0x63, 0x68, 0x6a, 0x69, 0x6b, 0x80, 0x81, 0x83, 0x83, 0x84, 0x85,
-    0x86, 0x87, 0x88, 0x89, 0x89, 0x8a, 0x8b, 0x8b, 0x8b, 0x8d, 0x8d, 0x90, 0x98, 0x99, 0x9c, 0xa4, 0xa5, 0xaa, 0xab, 0xac, 0xad, 0xae, 0xa6, 0xb8, 0xc1, 0xc6, 0xc7, 0xc9, 0xd1, 0xd3,
-    0xf6, 0xf7, 0xfe, 0xff, 0x70, 0x74, 0x7c, 0xe2, 0xe3, 0xe8, 0xf8,
-    0x10f, 0x140, 0x144, 0x190, 0x1a3, 0x1a4, 0x1ab, 0x1ac, 0x1ad, 0x1af, 0x1b0, 0x1b1, 0x1b3, 0x1b6, 0x1b7, 0x1ba, 0x1bb, 0x1bc, 0x1bd, 0x1be, 0x1c0, 0x1c1, 0x1c3, 0x1c7, 0x1c8,
-    0x110, 0x111, 0x128, 0x129, 0x12e, 0x154, 0x158, 0x16e, 0x16f, 0x17e, 0x17f, 0x1d6, 0x1ef, 0x1fe, 0x101, 0x184, 0x18c, 0x11f, 0x1ae, 0x105, 0x107, 0x130, 0x131, 0x1a2,
-    0x200, 0x210, 0x217, 0x220, 0x2f0, 0x2f1, 0x2f2, 0x2f3, 0x2f5, 0x2f6, 0x2f7, 0x30f, 0x314, 0x316, 0x322, 0x3f0,
-};
-
-static uint8_t *prefixes_put(uint8_t *p)
-{
-    static const uint8_t prefixes[] = {0x66, 0x66, 0x67, 0xf2, 0xf3, 0xf3, 0xf0, 0x64, 0x65, 0x2e, 0x3e};
-    while (!below(3))
-        *p++ = prefixes[below(sizeof(prefixes))];
-    return p;
-}
-
-/* 16 random bytes with the beginning of an instruction in front. Returns how many of these are surely its own. */
-static unsigned insn_put(uint8_t *p)
-{
-    uint8_t *start = p;
-    for (unsigned n = 0; n < 16; n++)
-        p[n] = (uint8_t)random64();
-    unsigned what = below(16);
-    if (what == 0)
-        return 1 + below(15);
-    p = prefixes_put(p);
-    if (what < 4) { /* VEX */
-        *p++ = what == 1 ? 0xc5 : 0xc4;
-        if (what != 1)
-            *p = (uint8_t)((*p & 0xe0) | (1 + below(3)));
-        p += what == 1 ? 1 : 2;
-    } else if (what < 6) {
-        *p++ = 0x62;
-        *p = (uint8_t)((*p & (below(8) ? 0xf3 : 0xff)) | (below(8) ? 0 : 8));
-        p[1] |= below(8) ? 4 : 0;
-        p += 3;
-    } else {
-        uint16_t opcode = below(8) ? usual[below(sizeof(usual) / sizeof(usual[0]))] : (uint16_t)below(0x400);
-        if (below(2))
-            *p++ = (uint8_t)(0x40 | below(16));
-        if (opcode >> 8)
-            *p++ = 0x0f;
-        if (opcode >> 8 > 1)
-            *p++ = opcode >> 8 == 2 ? 0x38 : 0x3a;
-        *p++ = (uint8_t)opcode;
-        if (what < 10) /* one base, small displacements: groups */
-            *p = (uint8_t)(0x40 | (*p & 0x38) | (below(2) ? GPR_RBX : GPR_RBP)), p[1] &= 0x7f;
-        return (unsigned)(p - start) + 2 + 4 * below(2);
-    }
-    return (unsigned)(p - start) + 2 + below(5);
-}
+/* ---- random code ---- */
 
 static uint8_t *bytes_put(uint8_t *p, unsigned count, const uint8_t *bytes)
 {
@@ -104,30 +37,30 @@ static unsigned group_put(uint8_t *p)
 {
     uint8_t *start = p;
     static const uint8_t bases[] = {GPR_RBX, GPR_RBP, GPR_RSI, GPR_RCX};
-    unsigned base = bases[below(sizeof(bases))];
-    for (unsigned n = 3 + below(10); n; n--) {
-        unsigned reg = below(16), size = below(4), what = below(24);
-        uint8_t disp = (uint8_t)(below(3) ? below(64) : random64()), rex = (uint8_t)(0x48 | (reg > 7) << 2), imm = (uint8_t)(below(4) ? below(16) : random64());
+    unsigned base = bases[bt_below(sizeof(bases))];
+    for (unsigned n = 3 + bt_below(10); n; n--) {
+        unsigned reg = bt_below(16), size = bt_below(4), what = bt_below(24);
+        uint8_t disp = (uint8_t)(bt_below(3) ? bt_below(64) : bt_random64()), rex = (uint8_t)(0x48 | (reg > 7) << 2), imm = (uint8_t)(bt_below(4) ? bt_below(16) : bt_random64());
         if (what < 12)
-            p = bytes_put(p, 4, (uint8_t[]){size ? rex : rex & 0xf7, (uint8_t)((below(2) ? 0x88 : 0x8a) | (size > 1)), (uint8_t)(0x40 | (reg & 7) << 3 | base), disp});
+            p = bytes_put(p, 4, (uint8_t[]){size ? rex : rex & 0xf7, (uint8_t)((bt_below(2) ? 0x88 : 0x8a) | (size > 1)), (uint8_t)(0x40 | (reg & 7) << 3 | base), disp});
         else if (what == 12)
-            p = bytes_put(p, 4, (uint8_t[]){0x48, 0x83, (uint8_t)((below(2) ? 0xc0 : 0xe8) | base), imm});
+            p = bytes_put(p, 4, (uint8_t[]){0x48, 0x83, (uint8_t)((bt_below(2) ? 0xc0 : 0xe8) | base), imm});
         else if (what == 13)
             p = bytes_put(p, 4, (uint8_t[]){0x48, 0x8d, (uint8_t)(0x40 | base << 3 | base), imm});
         else if (what == 14)
-            p = bytes_put(p, 3, (uint8_t[]){below(4) ? 0x48 : 0x90, 0xff, (uint8_t)((below(2) ? 0xc0 : 0xc8) | base)});
+            p = bytes_put(p, 3, (uint8_t[]){bt_below(4) ? 0x48 : 0x90, 0xff, (uint8_t)((bt_below(2) ? 0xc0 : 0xc8) | base)});
         else if (what == 15)
-            p = bytes_put(p, 3, (uint8_t[]){0x0f, 0x01, (uint8_t)(0xca + below(2))});
+            p = bytes_put(p, 3, (uint8_t[]){0x0f, 0x01, (uint8_t)(0xca + bt_below(2))});
         else if (what < 18)
-            p = bytes_put(p, 1, (uint8_t[]){(uint8_t)(0x50 + below(16))});
+            p = bytes_put(p, 1, (uint8_t[]){(uint8_t)(0x50 + bt_below(16))});
         else if (what == 18)
-            p = bytes_put(p, 4, (uint8_t[]){0x48, 0x83, below(2) ? 0xc4 : 0xec, imm});
+            p = bytes_put(p, 4, (uint8_t[]){0x48, 0x83, bt_below(2) ? 0xc4 : 0xec, imm});
         else if (what == 19)
             p = bytes_put(p, 5, (uint8_t[]){rex, 0x89, (uint8_t)(0x44 | (reg & 7) << 3), 0x24, disp});
         else if (what == 20)
             p = bytes_put(p, 3, (uint8_t[]){0xff, (uint8_t)(0x70 | base), disp}); /* push m */
         else if (what == 21)
-            p = bytes_put(p, 7, (uint8_t[]){0x48, 0x81, (uint8_t)((below(2) ? 0xc0 : 0xe8) | base), imm, (uint8_t)below(2), 0, (uint8_t)(below(8) ? 0 : 0x80)});
+            p = bytes_put(p, 7, (uint8_t[]){0x48, 0x81, (uint8_t)((bt_below(2) ? 0xc0 : 0xe8) | base), imm, (uint8_t)bt_below(2), 0, (uint8_t)(bt_below(8) ? 0 : 0x80)});
         else if (what == 22)
             p = bytes_put(p, 5, (uint8_t[]){0x66, 0x0f, 0x6f, (uint8_t)(0x40 | base), disp});
         else
@@ -143,13 +76,13 @@ static void code_make(uint8_t *code, unsigned bytes)
     ZydisDecodedInstruction zi;
     ZydisDecoderInit(&decoder, ZYDIS_MACHINE_MODE_LONG_64, ZYDIS_STACK_WIDTH_64);
     for (unsigned at = 0; at + 128 < bytes;) {
-        if (!below(12)) {
+        if (!bt_below(12)) {
             at += group_put(code + at);
             continue;
         }
-        unsigned length = insn_put(code + at);
+        unsigned length = bt_insn_put(code + at);
         bool valid = ZYAN_SUCCESS(ZydisDecoderDecodeInstruction(&decoder, NULL, code + at, 15, &zi));
-        if (!valid && below(16))
+        if (!valid && bt_below(16))
             continue;
         at += valid ? zi.length : length;
     }
@@ -201,10 +134,10 @@ static void translate_one(struct bt_engine *e, const struct bt_mode *mode, unsig
     room_make(e);
     struct bt_page *page = cache_page(e, CODE + (offset & ~0xfffu), CODE + (offset & ~0xfffu), mode);
     assert_non_null(page);
-    uint64_t next = below(4) ? CODE + (offset & ~0xfffu) + 0x1000 : ~0ull;
-    if (!below(3))
+    uint64_t next = bt_below(4) ? CODE + (offset & ~0xfffu) + 0x1000 : ~0ull;
+    if (!bt_below(3))
         for (unsigned n = 0; n < 40; n++)
-            cache_mark(e, page, (offset + n) & 0xfff, below(4) ? BT_MARK_CROSSES : BT_MARK_CALLS);
+            cache_mark(e, page, (offset + n) & 0xfff, bt_below(4) ? BT_MARK_CROSSES : BT_MARK_CALLS);
     verify(e, translate_block(e, page, offset & 0xfff, next, careful));
 }
 
@@ -219,11 +152,11 @@ static void random_code(void **state)
         cache_exclusive_end(e, NULL);
         memset(e->marks, 0, BT_MARKS * sizeof(*e->marks));
         code_make(tiny_vm_at(&vm, CODE), CODE_BYTES);
-        struct bt_mode mode = {.code_bits = 64, .user = (uint8_t)(round & 1), .simd_blocked = below(3) ? 0 : (uint8_t)below(16), .cr4 = (uint8_t)below(4)};
-        e->debug.group_span = (uint16_t)(below(3) ? BT_GROUP_SPAN_MAX : below(BT_GROUP_SPAN_MAX));
-        e->debug.block_insns = (uint16_t)(below(3) ? BT_BLOCK_INSNS_MAX : 1 + below(BT_BLOCK_INSNS_MAX));
-        for (unsigned offset = 0; offset < CODE_BYTES; offset += 1 + below(40), count++)
-            translate_one(e, &mode, offset, !below(8));
+        struct bt_mode mode = {.code_bits = 64, .user = (uint8_t)(round & 1), .simd_blocked = bt_below(3) ? 0 : (uint8_t)bt_below(16), .cr4 = (uint8_t)bt_below(4)};
+        e->debug.group_span = (uint16_t)(bt_below(3) ? BT_GROUP_SPAN_MAX : bt_below(BT_GROUP_SPAN_MAX));
+        e->debug.block_insns = (uint16_t)(bt_below(3) ? BT_BLOCK_INSNS_MAX : 1 + bt_below(BT_BLOCK_INSNS_MAX));
+        for (unsigned offset = 0; offset < CODE_BYTES; offset += 1 + bt_below(40), count++)
+            translate_one(e, &mode, offset, !bt_below(8));
     }
     e->debug = debug;
     print_message("%u blocks, up to %u and %u bytes\n", count, longest_hot, longest_cold);
@@ -308,7 +241,7 @@ static void largest_blocks(void **state)
         ZydisDecoderInit(&decoder, ZYDIS_MACHINE_MODE_LONG_64, ZYDIS_STACK_WIDTH_64);
         for (unsigned k = 0; k < 2; k++) {
             do
-                insn_put(bytes[k]);
+                bt_insn_put(bytes[k]);
             while (!ZYAN_SUCCESS(ZydisDecoderDecodeInstruction(&decoder, NULL, bytes[k], 15, &zi)) || zi.meta.branch_type != ZYDIS_BRANCH_TYPE_NONE);
             length[k] = zi.length;
         }
