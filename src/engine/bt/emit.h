@@ -7,6 +7,8 @@
 #ifndef DOPPEL_ENGINE_BT_EMIT_H
 #define DOPPEL_ENGINE_BT_EMIT_H
 
+#include <string.h>
+
 #include "engine/bt/bt_priv.h"
 
 struct emitter {
@@ -21,12 +23,18 @@ static inline void emit8(struct emitter *e, unsigned byte)
 }
 static inline void emit32(struct emitter *e, uint32_t value)
 {
-    *(uint32_t *)e->at = value;
+    memcpy(e->at, &value, 4);
     e->at += 4;
+}
+/* Sets a displacement that was left open: the distance from its own end. */
+static inline void emit_distance(uint8_t *displacement, const uint8_t *target)
+{
+    int32_t distance = (int32_t)(target - (displacement + 4));
+    memcpy(displacement, &distance, 4);
 }
 static inline void emit64(struct emitter *e, uint64_t value)
 {
-    *(uint64_t *)e->at = value;
+    memcpy(e->at, &value, 8);
     e->at += 8;
 }
 

@@ -92,7 +92,7 @@ void stubs_create(struct bt_engine *b)
     uint8_t *displacement = e.at;
     emit32(&e, 0);
     leave_emit(b, &e);
-    *(uint32_t *)displacement = (uint32_t)(b->layout.tc_write + b->stubs.leave - (displacement + 4));
+    emit_distance(displacement, b->layout.tc_write + b->stubs.leave);
     b->stubs.lookup = here(b, &e);
     emit_transfer(&e, (uint32_t)(uintptr_t)b->layout.tc_exec);
     system_stubs_create(b, &e);

@@ -130,14 +130,9 @@ void defer(struct translation *t, enum deferred_kind kind, const struct tinsn *i
     };
 }
 
-static void patch_here(const struct translation *t, uint8_t *displacement)
-{
-    *(uint32_t *)displacement = (uint32_t)(t->out.at - (displacement + 4));
-}
-
 void deferred_emit(struct translation *t, const struct deferred *d)
 {
-    patch_here(t, d->patch);
+    emit_distance(d->patch, t->out.at);
     uint8_t *before = t->out.at, *displacement = d->patch;
     if (d->kind == DEFER_FAR) {
         emit_mov_imm32(&t->out, 10, (uint32_t)(displacement - t->e->layout.tc_write));
