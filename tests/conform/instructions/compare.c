@@ -1,7 +1,7 @@
 /*
- * The interpreter against the processor on random instructions: compare --count N --seed S [--one CASE] [--all].
+ * The interpreter against the processor on random instructions: compare --count N --seed S [--first CASE] [--findings N] [--jobs N].
  *
- * A difference prints the case; exit status 1. The case's number and the seed repeat it. Registers, defined flags, vector and x87 state, memory and the fault's vector are compared.
+ * A difference prints the case and how to repeat it; exit status 1. With --jobs several processes share the work, PIECE cases at a time. Registers, defined flags, vector and x87 state, memory and the fault's vector are compared.
  * Instructions that Zydis does not know are not executed.
  */
 #include <getopt.h>
@@ -11,9 +11,13 @@
 
 #include "../../unit/engine/tiny_vm.h"
 #include "cases.h"
+#include "jobs.h"
+#include "util/log.h"
 
 #define AREA_GPA 0x100000ull
-#define FAILURES_SHOWN 40
+#define PIECE 100000u
+
+enum tally { COMPARED, FAULTED };
 
 struct comparison {
     struct generator generator;
@@ -21,8 +25,8 @@ struct comparison {
     uint8_t *guest_area, *guest_code;
     struct cpu_state start;
     struct state from, processor, interp;
-    uint64_t compared, faulted;
-    unsigned failures;
+    uint64_t seed;
+    unsigned findings_max;
 };
 
 static struct comparison run;
@@ -208,10 +212,17 @@ static bool is_split_lock(const struct comparison *r, const struct test_case *te
     return false;
 }
 
-static void one_case(struct comparison *r, uint64_t seed, uint64_t number)
+static void repeat_print(uint64_t number)
+{
+    printf("  repeat: --seed %llu --first %llu --count 1 (or from case %llu on)\n", (unsigned long long)run.seed, (unsigned long long)number,
+           (unsigned long long)(number - number % PIECE));
+}
+
+static void one_case(struct comparison *r, uint64_t number)
 {
     struct test_case test;
-    r->generator.seed = (seed << 40 ^ number) * 0x9e3779b97f4a7c15ull | 1;
+    jobs_at(number);
+    r->generator.seed = (r->seed << 40 ^ number) * 0x9e3779b97f4a7c15ull | 1;
     for (unsigned n = 0; n < 4; n++)
         generator_random(&r->generator);
     while (!generator_case(&r->generator, &test))
@@ -223,55 +234,93 @@ static void one_case(struct comparison *r, uint64_t seed, uint64_t number)
     processor_run(&test, &r->from, &r->processor);
     guest_run(r, &test);
     const char *what = difference(r, &test);
-    r->compared++;
-    r->faulted += r->processor.vector >= 0;
-    if (what && ++r->failures <= FAILURES_SHOWN)
+    jobs_shared->tally[COMPARED]++;
+    jobs_shared->tally[FAULTED] += r->processor.vector >= 0;
+    if (what && jobs_finding() <= r->findings_max) {
         report(r, &test, number, what);
+        repeat_print(number);
+        fflush(stdout);
+    }
     if (what || r->processor.vector >= 0)
         memcpy(r->guest_area, (void *)AREA, AREA_BYTES);
 }
 
-int main(int argc, char **argv)
+static int set_up(struct comparison *r)
 {
-    uint64_t count = 300000, seed = 1, first = 0;
-    static const struct option options[] = {
-        {"count", required_argument, NULL, 'c'}, {"seed", required_argument, NULL, 's'}, {"first", required_argument, NULL, 'f'}, {0}};
-    for (int o; (o = getopt_long(argc, argv, "", options, NULL)) != -1;) {
-        switch (o) {
-        case 'c':
-            count = strtoull(optarg, NULL, 0);
-            break;
-        case 's':
-            seed = strtoull(optarg, NULL, 0);
-            break;
-        case 'f':
-            first = strtoull(optarg, NULL, 0);
-            break;
-        default:
-            fprintf(stderr, "usage: compare [--count N] [--seed S] [--first CASE]\n");
-            return 2;
-        }
-    }
     struct cpuid_config config = {.cpu_count = 1, .tsc_khz = 1000000, .apic_bus_hz = 1000000000};
     struct cpuid_table *table = cpuid_table_build(&config);
     if (!table)
         return 2;
     uint64_t xcr0 = cpuid_xcr0_allowed(table);
     cpuid_table_destroy(table);
-    generator_init(&run.generator, seed, xcr0);
+    generator_init(&r->generator, r->seed, xcr0);
     if (!xcr0) {
         printf("this processor has no XSAVE\n");
         return 77;
     }
-    if (processor_init(xcr0, run.generator.image_bytes) || guest_init(&run)) {
+    if (processor_init(xcr0, r->generator.image_bytes) || guest_init(r)) {
         fprintf(stderr, "cannot set up\n");
         return 2;
     }
-    generator_bytes(&run.generator, (void *)AREA, AREA_BYTES);
-    memcpy(run.guest_area, (void *)AREA, AREA_BYTES);
-    for (uint64_t n = first; n < first + count; n++)
-        one_case(&run, seed, n);
-    printf("%llu compared, %llu of them faults, %u differ\n", (unsigned long long)run.compared, (unsigned long long)run.faulted, run.failures);
-    tiny_vm_destroy(&run.vm);
-    return run.failures != 0;
+    generator_bytes(&r->generator, (void *)AREA, AREA_BYTES);
+    memcpy(r->guest_area, (void *)AREA, AREA_BYTES);
+    return 0;
+}
+
+static int piece_run(uint64_t first, uint64_t count)
+{
+    int rc = set_up(&run);
+    for (uint64_t n = first; !rc && n < first + count && atomic_load(&jobs_shared->findings) < run.findings_max; n++)
+        one_case(&run, n);
+    if (!rc)
+        tiny_vm_destroy(&run.vm);
+    return rc;
+}
+
+static int options_read(int argc, char **argv, struct jobs *jobs, bool *alone)
+{
+    static const struct option options[] = {{"count", required_argument, NULL, 'c'}, {"seed", required_argument, NULL, 's'},     {"first", required_argument, NULL, 'f'},
+                                            {"jobs", required_argument, NULL, 'j'},  {"findings", required_argument, NULL, 'n'}, {0}};
+    for (int o; (o = getopt_long(argc, argv, "", options, NULL)) != -1;) {
+        uint64_t value = optarg ? strtoull(optarg, NULL, 0) : 0;
+        switch (o) {
+        case 'c':
+            jobs->count = value;
+            break;
+        case 's':
+            run.seed = value;
+            break;
+        case 'f':
+            jobs->first = value;
+            break;
+        case 'j':
+            jobs->processes = (unsigned)value;
+            *alone = false;
+            break;
+        case 'n':
+            jobs->findings_max = (unsigned)value;
+            break;
+        default:
+            fprintf(stderr, "usage: compare [--count N] [--seed S] [--first CASE] [--findings N] [--jobs N (0: as many as processors)]\n");
+            return 2;
+        }
+    }
+    return 0;
+}
+
+int main(int argc, char **argv)
+{
+    struct jobs jobs = {.count = 300000, .findings_max = 40, .piece = PIECE, .piece_run = piece_run, .repeat_print = repeat_print};
+    bool alone = true;
+    run.seed = 1;
+    if (options_read(argc, argv, &jobs, &alone) || jobs_init())
+        return 2;
+    run.findings_max = jobs.findings_max;
+    log_set_level(LOG_ERROR); /* every instruction that is #UD would be told */
+    int rc = alone ? piece_run(jobs.first, jobs.count) : jobs_run(&jobs);
+    if (rc > 1)
+        return rc;
+    printf("%llu compared, %llu of them faults, %u differ\n", (unsigned long long)jobs_shared->tally[COMPARED], (unsigned long long)jobs_shared->tally[FAULTED],
+           jobs_shared->findings);
+    return jobs_shared->findings != 0;
 }

@@ -1,10 +1,12 @@
 /*
- * The translator against the interpreter on random sequences: sequences --count N --seed S [--first CASE] [--minimise] [--list].
+ * The translator against the interpreter on random sequences: sequences --count N --seed S [--first CASE] [--minimise] [--list] [--findings N] [--jobs N].
  *
- * A difference prints the case, and exit status is 1. The case's number and the seed repeat it, provided that the whole world was not needed: `--first` at a multiple of
- * CASES_PER_WORLD repeats even what depends on the cases before.
+ * A difference prints the case and how to repeat it, and exit status is 1. The case's number and the seed repeat it, provided that the whole world was not needed: `--first` at a
+ * multiple of CASES_PER_WORLD repeats even what depends on the cases before. With --jobs several processes share the work, PIECE cases at a time.
  */
 #include "sequence.h"
+
+#include "../instructions/jobs.h"
 
 #include <getopt.h>
 #include <stdio.h>
@@ -12,8 +14,11 @@
 #include <string.h>
 
 #include "arch/paging.h"
+#include "util/log.h"
 
-#define FAILURES_SHOWN 20
+#define PIECE (64 * CASES_PER_WORLD)
+
+enum tally { COMPARED, NATIVELY, GIVEN_UP, FAULTS }; /* FAULTS and up: by vector */
 
 struct comparison {
     struct generator generator;
@@ -21,9 +26,9 @@ struct comparison {
     struct world world;
     struct sequence sequence;
     struct outcome right, wrong;
-    uint64_t seed, compared, natively, given_up, faults[32];
-    unsigned failures;
+    uint64_t seed;
     bool list, minimise;
+    unsigned findings_max;
 };
 
 static struct comparison run;
@@ -199,7 +204,7 @@ static bool native_differs(struct comparison *r, struct difference *d)
             differs = DIFFER(d, "memory at %#llx", (unsigned long long)where);
     }
     r->right = kept;
-    r->natively++;
+    atomic_fetch_add(&jobs_shared->tally[NATIVELY], 1);
     return differs;
 }
 
@@ -270,6 +275,13 @@ static void sequence_print(const struct comparison *r)
     }
 }
 
+static void repeat_print(uint64_t number)
+{
+    uint64_t first = number - number % CASES_PER_WORLD;
+    printf("  repeat: --seed %llu --first %llu --count %llu --minimise (or from case %llu on)\n", (unsigned long long)run.seed, (unsigned long long)first,
+           (unsigned long long)(number + 1 - first), (unsigned long long)(number - number % PIECE));
+}
+
 static void case_print(const struct comparison *r, const struct difference *d)
 {
     const struct world *w = &r->world;
@@ -333,6 +345,7 @@ static void minimise(struct comparison *r, struct difference *d)
 static void one_case(struct comparison *r, uint64_t number)
 {
     struct difference d = {0};
+    jobs_at(number);
     uint64_t world = number / CASES_PER_WORLD;
     if (r->world.number != world || !r->world.page_count)
         world_make(&r->world, &r->generator, r->seed, world, (struct tiny_vm *const[]){&r->vm[0], &r->vm[1]});
@@ -346,17 +359,15 @@ static void one_case(struct comparison *r, uint64_t number)
         r->world.thorough = true;
         differs = case_differs(r, &d);
     }
-    r->compared++;
-    if (r->right.vector < 0)
-        r->given_up++;
-    else
-        r->faults[r->right.vector & 31]++;
+    jobs_shared->tally[COMPARED]++;
+    jobs_shared->tally[r->right.vector < 0 ? GIVEN_UP : FAULTS + (r->right.vector & 31)]++;
     if (r->list && !differs)
         case_print(r, &d);
-    if (differs && ++r->failures <= FAILURES_SHOWN) {
+    if (differs && jobs_finding() <= r->findings_max) {
         if (r->minimise)
             minimise(r, &d);
         case_print(r, &d);
+        repeat_print(number);
         fflush(stdout);
     }
     r->world.thorough = false;
@@ -383,22 +394,45 @@ static int set_up(struct comparison *r)
     return 0;
 }
 
-int main(int argc, char **argv)
+static int piece_run(uint64_t first, uint64_t count)
 {
-    uint64_t count = 10000, first = 0;
-    static const struct option options[] = {{"count", required_argument, NULL, 'c'}, {"seed", required_argument, NULL, 's'}, {"first", required_argument, NULL, 'f'},
-                                            {"minimise", no_argument, NULL, 'm'},    {"list", no_argument, NULL, 'l'},       {0}};
-    run.seed = 1;
+    int rc = set_up(&run);
+    for (uint64_t n = first; !rc && n < first + count && atomic_load(&jobs_shared->findings) < run.findings_max; n++)
+        one_case(&run, n);
+    if (!rc) {
+        tiny_vm_destroy(&run.vm[0]);
+        tiny_vm_destroy(&run.vm[1]);
+    }
+    return rc;
+}
+
+static void summary_print(void)
+{
+    const _Atomic uint64_t *tally = jobs_shared->tally;
+    printf("%llu compared, %llu also with the processor, %llu given up, %u differ; vectors:", (unsigned long long)tally[COMPARED], (unsigned long long)tally[NATIVELY],
+           (unsigned long long)tally[GIVEN_UP], jobs_shared->findings);
+    for (unsigned n = 0; n < 32; n++)
+        if (tally[FAULTS + n])
+            printf(" %u: %llu", n, (unsigned long long)tally[FAULTS + n]);
+    printf("\n");
+}
+
+static int options_read(int argc, char **argv, struct jobs *jobs, bool *alone)
+{
+    static const struct option options[] = {{"count", required_argument, NULL, 'c'}, {"seed", required_argument, NULL, 's'},     {"first", required_argument, NULL, 'f'},
+                                            {"minimise", no_argument, NULL, 'm'},    {"list", no_argument, NULL, 'l'},           {"jobs", required_argument, NULL, 'j'},
+                                            {"findings", required_argument, NULL, 'n'}, {0}};
     for (int o; (o = getopt_long(argc, argv, "", options, NULL)) != -1;) {
+        uint64_t value = optarg ? strtoull(optarg, NULL, 0) : 0;
         switch (o) {
         case 'c':
-            count = strtoull(optarg, NULL, 0);
+            jobs->count = value;
             break;
         case 's':
-            run.seed = strtoull(optarg, NULL, 0);
+            run.seed = value;
             break;
         case 'f':
-            first = strtoull(optarg, NULL, 0);
+            jobs->first = value;
             break;
         case 'm':
             run.minimise = true;
@@ -406,23 +440,33 @@ int main(int argc, char **argv)
         case 'l':
             run.list = true;
             break;
+        case 'j':
+            jobs->processes = (unsigned)value;
+            *alone = false;
+            break;
+        case 'n':
+            jobs->findings_max = (unsigned)value;
+            break;
         default:
-            fprintf(stderr, "usage: sequences [--count N] [--seed S] [--first CASE] [--minimise] [--list]\n");
+            fprintf(stderr, "usage: sequences [--count N] [--seed S] [--first CASE] [--minimise] [--list] [--findings N] [--jobs N (0: as many as processors)]\n");
             return 2;
         }
     }
-    int rc = set_up(&run);
-    if (rc)
+    return 0;
+}
+
+int main(int argc, char **argv)
+{
+    struct jobs jobs = {.count = 10000, .findings_max = 20, .piece = PIECE, .piece_run = piece_run, .repeat_print = repeat_print};
+    bool alone = true;
+    run.seed = 1;
+    if (options_read(argc, argv, &jobs, &alone) || jobs_init())
+        return 2;
+    run.findings_max = jobs.findings_max;
+    log_set_level(LOG_ERROR); /* every instruction that is #UD would be told */
+    int rc = alone ? piece_run(jobs.first, jobs.count) : jobs_run(&jobs);
+    if (rc > 1)
         return rc;
-    for (uint64_t n = first; n < first + count; n++)
-        one_case(&run, n);
-    printf("%llu compared, %llu also with the processor, %llu given up, %u differ; vectors:", (unsigned long long)run.compared, (unsigned long long)run.natively,
-           (unsigned long long)run.given_up, run.failures);
-    for (unsigned n = 0; n < 32; n++)
-        if (run.faults[n])
-            printf(" %u: %llu", n, (unsigned long long)run.faults[n]);
-    printf("\n");
-    tiny_vm_destroy(&run.vm[0]);
-    tiny_vm_destroy(&run.vm[1]);
-    return run.failures != 0;
+    summary_print();
+    return jobs_shared->findings != 0;
 }
