@@ -591,54 +591,6 @@ static void classify(const struct analyze_context *a, struct tinsn *t, const str
 
 /* ---- forms ---- */
 
-#define FORMS 8192u
-#define FORM_BYTES_MAX 12u
-
-struct form {
-    uint8_t bytes[FORM_BYTES_MAX];
-    uint8_t length; /* of the form; 0: empty */
-    struct bt_mode mode;
-    struct tinsn insn;
-};
-
-struct bt_forms {
-    uint16_t lengths; /* bit n: there are forms of n bytes */
-    struct form form[FORMS];
-};
-
-struct bt_forms *forms_create(void)
-{
-    return calloc(1, sizeof(struct bt_forms));
-}
-
-void forms_destroy(struct bt_forms *forms)
-{
-    free(forms);
-}
-
-static struct form *form_slot(const struct analyze_context *a, const uint8_t *bytes, unsigned length)
-{
-    uint64_t hash = length | (uint64_t)a->mode.user << 4 | (uint64_t)a->mode.cr4 << 16 | (uint64_t)a->mode.simd_blocked << 5;
-    for (unsigned n = 0; n < length; n++)
-        hash = (hash ^ bytes[n]) * 0x9e3779b97f4a7c15ull;
-    return &a->forms->form[hash >> 40 & (FORMS - 1)];
-}
-
-/* Where the first value begins is where the form ends: nothing after ModRM and SIB but values, except the opcode that 3DNow! has last. */
-static void form_store(const struct analyze_context *a, const uint8_t *bytes, const struct tinsn *t)
-{
-    unsigned length = t->disp_bytes ? t->disp_at : t->imm_bytes ? t->imm_at : t->length;
-    bool scaled = t->encoding == ZYDIS_INSTRUCTION_ENCODING_EVEX && t->disp_bytes == 1;
-    if (length > FORM_BYTES_MAX || scaled || t->encoding == ZYDIS_INSTRUCTION_ENCODING_3DNOW)
-        return;
-    struct form *form = form_slot(a, bytes, length);
-    memcpy(form->bytes, bytes, length);
-    form->length = (uint8_t)length;
-    form->mode = a->mode;
-    form->insn = *t;
-    a->forms->lengths |= (uint16_t)(1u << length);
-}
-
 static int32_t value_at(const uint8_t *p, unsigned bytes)
 {
     return bytes == 1 ? *(const int8_t *)p : bytes == 2 ? *(const int16_t *)p : bytes == 4 ? *(const int32_t *)p : 0;
@@ -660,23 +612,21 @@ static void values_set(struct tinsn *t, const uint8_t *bytes)
         t->adjust = t->adjust_sign * value;
 }
 
-/* No form's bytes begin with those of another, so whatever matches first is right. */
 static bool form_find(const struct analyze_context *a, const uint8_t *bytes, unsigned available, unsigned offset, struct tinsn *out)
 {
-    for (unsigned length = 1; length <= FORM_BYTES_MAX && length <= available; length++) {
-        if (!(a->forms->lengths >> length & 1))
-            continue;
-        const struct form *form = form_slot(a, bytes, length);
-        if (form->length != length || memcmp(form->bytes, bytes, length) || memcmp(&form->mode, &a->mode, sizeof(a->mode)))
-            continue;
-        if (form->insn.length > available)
-            return false;
-        *out = form->insn;
-        out->offset = (uint16_t)offset;
-        values_set(out, bytes);
-        return true;
+    uint8_t padded[FORM_WINDOW];
+    if (available < FORM_WINDOW) {
+        memset(padded, 0, sizeof(padded));
+        memcpy(padded, bytes, available);
+        bytes = padded;
     }
-    return false;
+    const struct tinsn *form = forms_find(a->forms, &a->mode, bytes);
+    if (!form || form->length > available)
+        return false;
+    *out = *form;
+    out->offset = (uint16_t)offset;
+    values_set(out, bytes);
+    return true;
 }
 
 /* What depends on the values. */
@@ -710,7 +660,7 @@ void analyze_insn(const struct analyze_context *a, const uint8_t *bytes, unsigne
     out->imm_at = d.zi.raw.imm[0].offset;
     out->imm_bytes = d.zi.raw.imm[0].size / 8;
     classify(a, out, &d);
-    if (a->forms)
-        form_store(a, bytes, out);
+    if (a->forms && available >= FORM_WINDOW)
+        forms_store(a->forms, &a->mode, bytes, out);
     values_check(out);
 }

@@ -222,7 +222,7 @@ static struct bt_block *block_in_page(struct bt_vcpu *b, gva_t gva, uint64_t ram
     if (page_thrashes(b, ram_offset))
         return NULL;
     struct bt_page *page = cache_page(e, ram_offset, physmap_gpa(b->c.v.memory, ram_offset), &b->mode);
-    struct bt_block *block = page ? cache_block(page, start) : NULL;
+    struct bt_block *block = page ? cache_block(e, page, start) : NULL;
     if (page)
         page->gva = gva & ~PAGE_MASK_BITS;
     if (!block && page && cache_room(e) && e->tc_used <= e->debug.tc_bytes)

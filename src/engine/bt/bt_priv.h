@@ -419,7 +419,7 @@ enum bt_mark {
 void cache_mark(struct bt_engine *e, const struct bt_page *page, unsigned start, enum bt_mark mark);
 bool cache_marked(const struct bt_engine *e, const struct bt_page *page, unsigned start, enum bt_mark mark);
 struct bt_block *cache_block_careful(struct bt_page *page, unsigned start);
-struct bt_block *cache_block(struct bt_page *page, unsigned start);  /* valid block starting there, or NULL */
+struct bt_block *cache_block(const struct bt_engine *e, const struct bt_page *page, unsigned start);  /* valid block starting there, or NULL */
 /* Room for one block: BT_BLOCK_TC_MAX and BT_BLOCK_SITES_MAX. False: the caller flushes. */
 bool cache_room(const struct bt_engine *e);
 /* Publishes a block whose code was written to tc_write + e->tc_used: appends block and sites, advances tc_used, sets the DT slot, counts it. One that was there is dropped. */
@@ -446,7 +446,7 @@ const struct bt_site *cache_site(const struct bt_engine *e, const struct bt_bloc
 /* PhysMap says that bytes changed under translations (device DMA, loaders). Any thread. */
 void cache_memory_changed(void *engine, gpa_t gpa, uint64_t length_bytes);
 
-/* ---- analyze.c ---- */
+/* ---- forms.c ---- */
 
 /* What decoding has found out about forms of instructions: everything but the values of displacement and immediate. Lock: e->lock. */
 struct bt_forms;

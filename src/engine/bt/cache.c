@@ -38,9 +38,20 @@ static void release(void *memory, uint64_t bytes)
         munmap(memory, bytes);
 }
 
+/* Where a block may start after code that ends at `end`: its number is before it. */
+static uint32_t tc_next(uint32_t end)
+{
+    return (uint32_t)((end + sizeof(uint32_t) + TC_ALIGNMENT - 1) & ~(TC_ALIGNMENT - 1));
+}
+
+static uint32_t *block_number(const struct bt_engine *e, uint32_t tc_start)
+{
+    return (uint32_t *)(e->layout.tc_write + tc_start - sizeof(uint32_t));
+}
+
 static uint32_t first_free_tc(const struct bt_engine *e)
 {
-    return (e->stubs.end + TC_ALIGNMENT - 1) & ~(TC_ALIGNMENT - 1);
+    return tc_next(e->stubs.end);
 }
 
 int cache_create(struct bt_engine *e, struct error *err)
@@ -220,13 +231,10 @@ struct bt_block *cache_block_careful(struct bt_page *page, unsigned start)
     return block;
 }
 
-struct bt_block *cache_block(struct bt_page *page, unsigned start)
+struct bt_block *cache_block(const struct bt_engine *e, const struct bt_page *page, unsigned start)
 {
     uint32_t tc_start = page->dt[start];
-    struct bt_block *block = tc_start ? page->blocks : NULL;
-    while (block && block->tc_start != tc_start)
-        block = block->next;
-    return block;
+    return tc_start ? &e->blocks[*block_number(e, tc_start)] : NULL;
 }
 
 bool cache_room(const struct bt_engine *e)
@@ -271,19 +279,20 @@ struct bt_block *cache_publish(struct bt_engine *e, const struct bt_block *block
     struct bt_page *page = block->page;
     assert(cache_room(e) && block->site_count <= BT_BLOCK_SITES_MAX && block->start < PAGE_SIZE_BYTES);
     assert(block->tc_start >= e->tc_used && block->tc_end > block->tc_start && block->tc_end - e->tc_used <= BT_BLOCK_TC_MAX);
-    struct bt_block *before = block->careful ? cache_block_careful(page, block->start) : cache_block(page, block->start);
+    struct bt_block *before = block->careful ? cache_block_careful(page, block->start) : cache_block(e, page, block->start);
     if (before)
         cache_block_drop(e, before);
 
     struct bt_block *made = &e->blocks[e->block_count];
     *made = *block;
+    *block_number(e, block->tc_start) = e->block_count;
     made->site_first = e->site_count;
     made->valid = is_present(e, page->offset); /* else the bytes have changed since they were read: good for one run, like any instruction fetched before */
     memcpy(&e->sites[e->site_count], sites, block->site_count * sizeof(*sites));
     e->site_count += block->site_count;
     e->translated_blocks++;
     e->translated_insns += block->insns;
-    __atomic_store_n(&e->tc_used, (block->tc_end + TC_ALIGNMENT - 1) & ~(TC_ALIGNMENT - 1), __ATOMIC_RELAXED);
+    __atomic_store_n(&e->tc_used, tc_next(block->tc_end), __ATOMIC_RELAXED);
     if (block->cold_end > block->cold_start)
         e->cold_used = block->cold_end;
     __atomic_store_n(&e->block_count, e->block_count + 1, __ATOMIC_RELEASE); /* for cache_find, which takes no lock */

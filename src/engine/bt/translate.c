@@ -199,8 +199,6 @@ struct bt_block *translate_block(struct bt_engine *e, struct bt_page *page, unsi
     for (unsigned n = 0; n < GROUPS; n++)
         t.group[n].v = TI_NONE;
     t.count = t.at = t.sites = t.deferred_count = 0;
-    while ((uintptr_t)(e->layout.tc_write + e->tc_used) % 16)
-        e->layout.tc_write[e->tc_used++] = 0xcc;
     t.start = t.out.at = e->layout.tc_write + e->tc_used;
     decode_block(&t, start);
     emit_entry(&t, start);

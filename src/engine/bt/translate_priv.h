@@ -87,6 +87,11 @@ struct tinsn {
     uint32_t flags_read, flags_written; /* arithmetic, as in RFLAGS; written: surely and completely defined or left undefined by it */
 };
 
+/* forms.c. `bytes`: FORM_WINDOW that can be read, whether they belong to the instruction or not. */
+#define FORM_WINDOW 16u
+const struct tinsn *forms_find(struct bt_forms *forms, const struct bt_mode *mode, const uint8_t *bytes); /* NULL: not known; good until the next forms_store */
+void forms_store(struct bt_forms *forms, const struct bt_mode *mode, const uint8_t *bytes, const struct tinsn *insn);
+
 struct analyze_context {
     struct icpu *c; /* any vCPU of the machine: for what CPUID offers */
     struct bt_mode mode;

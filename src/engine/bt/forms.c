@@ -1,0 +1,150 @@
+/*
+ * What decoding has found out about instructions, by form: the bytes up to ModRM and SIB, which determine all but the values of displacement and immediate.
+ *
+ * Where the form of the instruction at some bytes ends is found out by looking at no other bytes, so two instructions with the same form are decoded alike. Whether that end is where
+ * the decoder saw the first value is checked for whatever is stored.
+ * Threading: e->lock.
+ */
+#include <stdlib.h>
+#include <string.h>
+
+#include "engine/bt/translate_priv.h"
+
+#define FORMS 8192u
+#define WAYS 2u
+#define FORM_BYTES_MAX 11u
+
+/* The form's bytes, then what of struct bt_mode decoding depends on. */
+struct form_key {
+    uint64_t low, high;
+};
+
+struct form {
+    struct form_key key;
+    struct tinsn insn;
+};
+
+struct bt_forms {
+    struct form form[FORMS / WAYS][WAYS];
+};
+
+struct bt_forms *forms_create(void)
+{
+    return calloc(1, sizeof(struct bt_forms));
+}
+
+void forms_destroy(struct bt_forms *forms)
+{
+    free(forms);
+}
+
+/* ---- where a form ends ---- */
+
+/* Bit per opcode, 64-bit mode: has ModRM (SDM vol. 2D, tables; what is not defined there is never stored). */
+static const uint32_t has_modrm[8] = {0x0f0f0f0f, 0x0f0f0f0f, 0x00000000, 0x00000a08, 0x0000ffff, 0x00000000, 0xff0f00c3, 0xc0c00000};
+static const uint32_t has_modrm_0f[8] = {0xffffb41f, 0xff00ffff, 0xffffffff, 0xff7fffff, 0xffff0000, 0xfffff8f8, 0xffff00ff, 0xffffffff};
+
+static bool bit_of(const uint32_t bits[8], uint8_t byte)
+{
+    return bits[byte >> 5] >> (byte & 31) & 1;
+}
+
+static bool is_prefix(uint8_t byte)
+{
+    static const uint32_t prefixes[8] = {0, 0x40404040, 0x0000ffff, 0x000000f0, 0, 0, 0, 0x000d0000}; /* segments; REX; 64..67; LOCK, REPNE, REP */
+    return bit_of(prefixes, byte);
+}
+
+/* Number of bytes up to the first value, of at least 16 that can be read; 0: too long, or of no interest. */
+static unsigned form_length(const uint8_t *p)
+{
+    unsigned n = 0;
+    while (n < 5 && is_prefix(p[n]))
+        n++;
+    bool modrm = true;
+    uint8_t opcode = p[n++];
+    switch (opcode) {
+    case 0x0f:
+        opcode = p[n++];
+        if (opcode == 0x38 || opcode == 0x3a)
+            n++;
+        else
+            modrm = bit_of(has_modrm_0f, opcode);
+        break;
+    case 0xc5: /* VEX: VZEROUPPER is alone without ModRM */
+        modrm = p[n + 1] != 0x77;
+        n += 2;
+        break;
+    case 0xc4:
+        modrm = p[n + 2] != 0x77 || (p[n] & 31) != 1;
+        n += 3;
+        break;
+    case 0x62: /* EVEX */
+        n += 4;
+        break;
+    default:
+        modrm = bit_of(has_modrm, opcode);
+        break;
+    }
+    if (modrm) {
+        uint8_t byte = p[n++];
+        n += byte < 0xc0 && (byte & 7) == 4; /* SIB */
+    }
+    return n <= FORM_BYTES_MAX ? n : 0;
+}
+
+/* ---- the table ---- */
+
+/* False: there are no forms for it. */
+static bool key_make(const struct bt_mode *mode, const uint8_t *bytes, struct form_key *key, unsigned *length)
+{
+    uint64_t word[2], kept;
+    uint8_t bits[8] = {0, 0, 0, mode->code_bits, mode->user, mode->simd_blocked, mode->cr4, mode->flat};
+    *length = mode->code_bits == 64 ? form_length(bytes) : 0;
+    memcpy(word, bytes, sizeof(word));
+    memcpy(&kept, bits, sizeof(kept));
+    unsigned low = *length < 8 ? *length : 8, high = *length - low;
+    key->low = low == 8 ? word[0] : word[0] & ((1ull << low * 8) - 1);
+    key->high = (word[1] & ((1ull << high * 8) - 1)) | kept;
+    return *length;
+}
+
+static struct form *set_of(struct bt_forms *forms, const struct form_key *key)
+{
+    uint64_t hash = key->low * 0x9e3779b97f4a7c15ull;
+    hash = ((hash ^ hash >> 32) + key->high) * 0x9e3779b97f4a7c15ull;
+    return forms->form[(hash >> 40) % (FORMS / WAYS)];
+}
+
+static bool keys_equal(const struct form_key *a, const struct form_key *b)
+{
+    return a->low == b->low && a->high == b->high;
+}
+
+const struct tinsn *forms_find(struct bt_forms *forms, const struct bt_mode *mode, const uint8_t *bytes)
+{
+    struct form_key key;
+    unsigned length;
+    if (!key_make(mode, bytes, &key, &length))
+        return NULL;
+    const struct form *set = set_of(forms, &key);
+    for (unsigned n = 0; n < WAYS; n++)
+        if (keys_equal(&set[n].key, &key))
+            return &set[n].insn;
+    return NULL;
+}
+
+/* Nothing but values comes after ModRM and SIB, except the opcode that 3DNow! has last; and EVEX scales 8-bit displacements. */
+void forms_store(struct bt_forms *forms, const struct bt_mode *mode, const uint8_t *bytes, const struct tinsn *insn)
+{
+    struct form_key key;
+    unsigned length, decoded = insn->disp_bytes ? insn->disp_at : insn->imm_bytes ? insn->imm_at : insn->length;
+    bool scaled = insn->encoding == ZYDIS_INSTRUCTION_ENCODING_EVEX && insn->disp_bytes == 1;
+    if (!key_make(mode, bytes, &key, &length) || length != decoded || scaled || insn->encoding == ZYDIS_INSTRUCTION_ENCODING_3DNOW)
+        return;
+    struct form *set = set_of(forms, &key);
+    if (!keys_equal(&set[0].key, &key))
+        for (unsigned n = WAYS - 1; n; n--)
+            set[n] = set[n - 1];
+    set[0] = (struct form){key, *insn};
+}
