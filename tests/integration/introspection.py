@@ -56,7 +56,7 @@ def read(path):
 
 def check_report(text, moment):
     """The cache's sizes, what was interpreted, and the code of the called function, each once."""
-    for pattern in (r"^cache: \d+ KiB of \d+ KiB code, [1-9]\d* blocks", r"^translated: [1-9]\d* blocks, [1-9]\d* instructions, \d+ ns each",
+    for pattern in (r"^cache: \d+ \+ \d+ KiB of \d+ KiB code, [1-9]\d* blocks", r"^translated: [1-9]\d* blocks, [1-9]\d* instructions, \d+ ns each",
                     r"^tables: cpu 0 [1-9]\d* KiB$", r"^interpreted \(interp\) \d+:.* cpuid \d+",
                     rf"^code at {CALLED:016x} \(phys:{CALLED:x}\), kernel, 64-bit, valid: 9 bytes, 3 instructions -> \d+ bytes",
                     rf"^  {CALLED:016x}  add ecx, 0x05$", rf"^    site \d+: {CALLED + 7:x} jmp .*; in memory r10 r11",

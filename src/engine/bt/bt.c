@@ -187,7 +187,8 @@ static struct bt_block *translate(struct bt_vcpu *b, struct bt_page *page, unsig
     struct timespec before, after;
     clock_gettime(CLOCK_MONOTONIC, &before);
     uint32_t published = e->block_count;
-    struct bt_block *block = translate_block(e, page, start, next, careful);
+    bool here = page->gva == (b->c.v.cpu.gpr[GPR_RIP] & ~PAGE_MASK_BITS);
+    struct bt_block *block = translate_block(e, page, start, next, careful, here ? b : NULL);
     clock_gettime(CLOCK_MONOTONIC, &after);
     int64_t ns = (after.tv_sec - before.tv_sec) * 1000000000ll + (after.tv_nsec - before.tv_nsec);
     e->translate_ns += (uint64_t)ns;
@@ -213,13 +214,28 @@ static bool page_thrashes(struct bt_vcpu *b, uint64_t ram_offset)
     return true;
 }
 
+/* RAM offset of the current instruction's page. *again: its exec entry is there. */
+static bool page_find(struct bt_vcpu *b, gva_t gva, uint64_t *ram_offset, bool *again)
+{
+    const uint32_t *dt = tables_exec_find(b, gva);
+    *again = dt != NULL;
+    if (dt)
+        *ram_offset = cache_page_of(b->engine, dt)->offset;
+    else if (tables_fetch(b, gva, ram_offset))
+        return false;
+    *ram_offset &= ~PAGE_MASK_BITS;
+    return true;
+}
+
 /* NULL with *full: the cache has to be flushed first. */
-static struct bt_block *block_in_page(struct bt_vcpu *b, gva_t gva, uint64_t ram_offset, bool *full)
+static struct bt_block *block_in_page(struct bt_vcpu *b, gva_t gva, bool *full)
 {
     struct bt_engine *e = b->engine;
     unsigned start = (unsigned)(gva & PAGE_MASK_BITS);
+    uint64_t ram_offset;
+    bool again;
     *full = false;
-    if (page_thrashes(b, ram_offset))
+    if (!page_find(b, gva, &ram_offset, &again) || page_thrashes(b, ram_offset))
         return NULL;
     struct bt_page *page = cache_page(e, ram_offset, physmap_gpa(b->c.v.memory, ram_offset), &b->mode);
     struct bt_block *block = page ? cache_block(e, page, start) : NULL;
@@ -229,7 +245,7 @@ static struct bt_block *block_in_page(struct bt_vcpu *b, gva_t gva, uint64_t ram
         block = translate(b, page, start, next_page(b, start), false);
     else if (!block)
         *full = true;
-    if (block)
+    if (block && !again)
         tables_exec_set(b, gva, page->dt);
     return block;
 }
@@ -239,20 +255,16 @@ static struct bt_block *block_lock(struct bt_vcpu *b)
 {
     struct bt_engine *e = b->engine;
     gva_t gva = b->c.v.cpu.gpr[GPR_RIP];
-    uint64_t ram_offset;
     bool full;
     simd_save(&b->c);
-    if (tables_fetch(b, gva, &ram_offset))
-        return NULL;
-    ram_offset &= ~PAGE_MASK_BITS;
     pthread_mutex_lock(&e->lock);
-    struct bt_block *block = block_in_page(b, gva, ram_offset, &full);
+    struct bt_block *block = block_in_page(b, gva, &full);
     if (full) {
         pthread_mutex_unlock(&e->lock);
         cache_exclusive_begin(e, b);
         cache_flush(e);
         vcpu_count(&b->c.v, COUNTER_translation_flushes);
-        block = block_in_page(b, gva, ram_offset, &full);
+        block = block_in_page(b, gva, &full);
         pthread_mutex_lock(&e->lock); /* once more: nobody else flushes between the end of this and the use of the block */
         cache_exclusive_end(e, b);
     }

@@ -381,6 +381,8 @@ void tables_fill_page(struct bt_vcpu *b, gva_t gva);
 int tables_fetch(struct bt_vcpu *b, gva_t gva, uint64_t *ram_offset);
 /* Sets the exec entry of gva's page in the current view, and those of neighbours that have translations. e->lock held, or inside. */
 void tables_exec_set(struct bt_vcpu *b, gva_t gva, const uint32_t *dt);
+/* Where the exec entry of gva's page in the current view leads: a page of that mode's DT; NULL: nowhere. e->lock held. */
+const uint32_t *tables_exec_find(struct bt_vcpu *b, gva_t gva);
 /* The same when there is a block at gva; true: there was. Inside. */
 bool tables_exec_again(struct bt_vcpu *b, gva_t gva);
 /* Called by the interpreter's TLB maintenance (struct tlb_listener). */
@@ -410,6 +412,7 @@ void cache_enter(struct bt_vcpu *b); /* waits while somebody has stopped the wor
 void cache_leave(struct bt_vcpu *b);
 /* All below: e->lock held. */
 struct bt_page *cache_page(struct bt_engine *e, uint64_t ram_offset, gpa_t gpa, const struct bt_mode *mode); /* found or made, write-protected; NULL: full, flush */
+struct bt_page *cache_page_of(const struct bt_engine *e, const uint32_t *dt);
 const uint32_t *cache_dt(const struct bt_engine *e, uint64_t ram_offset, const struct bt_mode *mode); /* of the page's translations in that mode; NULL: none. Or inside */
 /* What has been learnt about the instruction at page->offset + start, by physical page: it outlives the translation, and flushes. */
 enum bt_mark {
@@ -456,8 +459,9 @@ void forms_destroy(struct bt_forms *forms);
 /* ---- translate.c ---- */
 
 /* Translates the block at page->offset + start; always makes one. lock held, cache_room true. next_ram_offset: the page that follows in linear address space, ~0 when it is not
- * known: then an instruction that goes on there is the interpreter's. */
-struct bt_block *translate_block(struct bt_engine *e, struct bt_page *page, unsigned start, uint64_t next_ram_offset, bool careful);
+ * known: then an instruction that goes on there is the interpreter's. b: outside, and has the page at page->gva, so that jumps to blocks that exist are linked at once; NULL: when
+ * they are taken. */
+struct bt_block *translate_block(struct bt_engine *e, struct bt_page *page, unsigned start, uint64_t next_ram_offset, bool careful, struct bt_vcpu *b);
 /* Memory operands of the instruction at `bytes`, evaluated with the guest's registers in b->c.v.cpu: for filling after a fault. Returns their number (0..4), or -1 when it
  * cannot tell (then the interpreter does the instruction). */
 struct bt_access {

@@ -156,6 +156,11 @@ static bool page_protect(struct bt_engine *e, uint64_t ram_offset)
     return true;
 }
 
+struct bt_page *cache_page_of(const struct bt_engine *e, const uint32_t *dt)
+{
+    return &e->page_store[((const uint8_t *)dt - e->layout.dt_pool) / BT_DT_BYTES - 1];
+}
+
 const uint32_t *cache_dt(const struct bt_engine *e, uint64_t ram_offset, const struct bt_mode *mode)
 {
     const struct bt_page *page = is_present(e, ram_offset) ? newest_of(e, ram_offset) : NULL;

@@ -105,7 +105,7 @@ static void print_tally(const struct engine *e, enum bt_tally why, FILE *out)
 static void print_cache(struct bt_engine *e, FILE *out)
 {
     uint64_t insns = e->translated_insns, ns = insns ? e->translate_ns / insns : 0;
-    fprintf(out, "cache: %u KiB of %" PRIu64 " KiB code, %u blocks, %u sites, %u code pages (DT %u KiB), %u write-protected\n", e->tc_used >> 10,
+    fprintf(out, "cache: %u + %u KiB of %" PRIu64 " KiB code, %u blocks, %u sites, %u code pages (DT %u KiB), %u write-protected\n", e->tc_used >> 10, (e->cold_used - cache_cold_base(e)) >> 10,
             e->layout.tc_bytes >> 10, e->block_count, e->site_count, e->page_count, (unsigned)(e->dt_pieces * PAGE_SIZE_BYTES >> 10), e->protected_pages);
     fprintf(out, "translated: %" PRIu64 " blocks, %" PRIu64 " instructions, %" PRIu64 " ns each; %" PRIu64 " flushes, %" PRIu64 " pages dropped\n",
             e->translated_blocks, insns, ns, e->flushes, e->invalidations);

@@ -511,6 +511,16 @@ void tables_exec_set(struct bt_vcpu *b, gva_t gva, const uint32_t *dt)
     t->fetch_page = ~0ull; /* the guest may change it from here on */
 }
 
+const uint32_t *tables_exec_find(struct bt_vcpu *b, gva_t gva)
+{
+    const struct table *table = &view_current(b)->exec;
+    uint64_t entry = entry_number(table, gva);
+    if (entry < EXEC_ENTRIES_UNUSED || !chunk_at(b->tables, table, entry))
+        return NULL;
+    uint64_t at = table->entry[entry] + (gva & ~PAGE_MASK_BITS) * 4, in_pool = at - (uintptr_t)b->engine->layout.dt_pool;
+    return in_pool >= BT_DT_BYTES && in_pool < BT_DT_POOL_BYTES && !(in_pool % BT_DT_BYTES) ? (const uint32_t *)at : NULL;
+}
+
 bool tables_exec_again(struct bt_vcpu *b, gva_t gva)
 {
     uint64_t offset;

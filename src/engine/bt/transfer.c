@@ -106,7 +106,7 @@ void emit_next_page_check(struct translation *t, const struct tinsn *i)
 }
 
 /* Direct jump to the linear address in R11, in another page, from canonical state: struct bt_link. */
-static void emit_transfer_far(struct translation *t, const struct tinsn *i, int rsp_adjust)
+static void emit_transfer_far(struct translation *t, const struct tinsn *i, int32_t target, int rsp_adjust)
 {
     struct bt_site *site = site_add(t, SITE_JUMP, i->offset, CANONICAL);
     site->rsp_adjust = (int8_t)rsp_adjust;
@@ -120,7 +120,7 @@ static void emit_transfer_far(struct translation *t, const struct tinsn *i, int 
     emit8(&t->out, 0xe9);
     uint8_t *displacement = t->out.at;
     emit32(&t->out, 0);
-    defer(t, DEFER_FAR, i, 0, displacement);
+    defer(t, DEFER_FAR, i, target, displacement);
 }
 
 void defer(struct translation *t, enum deferred_kind kind, const struct tinsn *i, int32_t target, uint8_t *patch)
@@ -130,6 +130,25 @@ void defer(struct translation *t, enum deferred_kind kind, const struct tinsn *i
     };
 }
 
+/* Where a jump to `offset` in this page may lead from now on: what it leads to is dropped only together with this block, or leads on itself. NULL: there is no block yet. */
+static const uint8_t *chain_of(const struct translation *t, int32_t offset)
+{
+    if (offset == (int32_t)t->code_offset && !t->careful)
+        return t->chain;
+    const struct bt_block *block = cache_block(t->e, t->page, (unsigned)offset);
+    return block ? t->e->layout.tc_write + block->tc_chain : NULL;
+}
+
+/* Links the jump whose displacement is at `at` when there is a block already. A guess like any link: the jump checks that its target is that block's page. */
+static void link_far_early(const struct translation *t, int32_t target, const uint8_t *at)
+{
+    gva_t gva = t->page->gva + (uint64_t)(int64_t)target;
+    const uint32_t *dt = t->b ? tables_exec_find(t->b, gva) : NULL;
+    const struct bt_block *block = dt ? cache_block(t->e, cache_page_of(t->e, dt), gva & PAGE_MASK_BITS) : NULL;
+    if (block)
+        cache_link_far(t->e, (uint32_t)(at - t->e->layout.tc_write), block);
+}
+
 void deferred_emit(struct translation *t, const struct deferred *d)
 {
     emit_distance(d->patch, t->out.at);
@@ -137,15 +156,22 @@ void deferred_emit(struct translation *t, const struct deferred *d)
     if (d->kind == DEFER_FAR) {
         emit_mov_imm32(&t->out, 10, (uint32_t)(displacement - t->e->layout.tc_write));
         emit_jump_stub(t, t->e->stubs.link_far);
+        link_far_early(t, d->target, displacement);
         return;
     }
     canonical_emit(&t->out, d->free, d->clean);
-    if (d->kind == DEFER_EXIT) {
+    const uint8_t *chain = d->kind == DEFER_BRANCH && in_page(d->target) ? chain_of(t, d->target) : NULL;
+    if (chain && t->out.at == before) {
+        *(uint32_t *)displacement = (uint32_t)(chain - (displacement + 4));
+    } else if (chain) {
+        emit8(&t->out, 0xe9);
+        emit_rel32(&t->out, chain);
+    } else if (d->kind == DEFER_EXIT) {
         emit_leave_in_page(t, d->offset, d->exit);
     } else if (!in_page(d->target)) {
         const struct tinsn from = {.offset = d->offset};
         emit_rip(t, d->target);
-        emit_transfer_far(t, &from, 0);
+        emit_transfer_far(t, &from, d->target, 0);
     } else {
         if (t->out.at != before) { /* the jump that will be patched comes after the exchange of registers */
             align_displacement(&t->out, 1);
@@ -169,7 +195,7 @@ void emit_goto(struct translation *t, const struct tinsn *i, int32_t target)
 {
     if (!in_page(target)) {
         emit_rip(t, target);
-        emit_transfer_far(t, i, 0);
+        emit_transfer_far(t, i, target, 0);
         return;
     }
     align_displacement(&t->out, 1);
@@ -233,7 +259,7 @@ void emit_call(struct translation *t, const struct tinsn *i, struct bt_site *sit
                 emit_lea(&t->out, GPR_R11, GPR_R11, EMIT_NONE, 0, i->target - (i->offset + i->length));
             else
                 emit_rip(t, i->target);
-            emit_transfer_far(t, i, -8);
+            emit_transfer_far(t, i, i->target, -8);
         }
     } else {
         emit_transfer_indirect(t, i, i->kind == TI_CALL_REG ? i->reg : EMIT_NONE, -8);

@@ -186,10 +186,11 @@ static void emit_entry(struct translation *t, unsigned start)
     emit_store_gs(&t->out, start ? 10 : 11, BT_CTX(page_va));
 }
 
-struct bt_block *translate_block(struct bt_engine *e, struct bt_page *page, unsigned start, uint64_t next_ram_offset, bool careful)
+struct bt_block *translate_block(struct bt_engine *e, struct bt_page *page, unsigned start, uint64_t next_ram_offset, bool careful, struct bt_vcpu *b)
 {
     struct translation t;
     t.e = e;
+    t.b = b;
     t.page = page;
     t.careful = careful;
     t.next_ram_offset = next_ram_offset;
@@ -202,6 +203,7 @@ struct bt_block *translate_block(struct bt_engine *e, struct bt_page *page, unsi
     t.start = t.out.at = e->layout.tc_write + e->tc_used;
     decode_block(&t, start);
     emit_entry(&t, start);
+    t.chain = t.out.at;
     struct bt_block block = {
         .page = page,
         .tc_start = e->tc_used,

@@ -135,6 +135,7 @@ struct group {
 
 struct translation {
     struct bt_engine *e;
+    struct bt_vcpu *b;          /* who has the page at page->gva; NULL: nobody */
     struct bt_page *page;
     bool careful;               /* no groups */
     uint64_t next_ram_offset;   /* of the page that follows in linear address space; ~0: unknown */
@@ -145,6 +146,7 @@ struct translation {
     uint8_t code[INSNS_MAX * INSN_BYTES_MAX];
     struct emitter out;
     uint8_t *start;
+    const uint8_t *chain; /* the block's own chain entry */
     uint8_t s[2];   /* two scratch registers for the instruction being translated */
     uint16_t free;  /* scratch registers: their guest values are in cpu.gpr[] */
     uint16_t clean; /* registers whose value in cpu.gpr[] is the current one */

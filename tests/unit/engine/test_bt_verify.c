@@ -138,7 +138,7 @@ static void translate_one(struct bt_engine *e, const struct bt_mode *mode, unsig
     if (!bt_below(3))
         for (unsigned n = 0; n < 40; n++)
             cache_mark(e, page, (offset + n) & 0xfff, bt_below(4) ? BT_MARK_CROSSES : BT_MARK_CALLS);
-    verify(e, translate_block(e, page, offset & 0xfff, next, careful));
+    verify(e, translate_block(e, page, offset & 0xfff, next, careful, NULL));
 }
 
 static void random_code(void **state)
@@ -198,7 +198,7 @@ static void known_cases(void **state)
                 struct bt_page *page = cache_page(e, CODE, CODE, &mode);
                 if (crosses)
                     cache_mark(e, page, 64 * n, BT_MARK_CROSSES);
-                const char *why = bt_verify(e, translate_block(e, page, 64 * n, ~0ull, false));
+                const char *why = bt_verify(e, translate_block(e, page, 64 * n, ~0ull, false, NULL));
                 if (why)
                     print_error("%s: %s\n", cases[n].name, why);
                 assert_null(why);
@@ -212,7 +212,7 @@ static void changed_translation(void **state)
     struct bt_engine *e = (struct bt_engine *)vm.engine;
     struct bt_mode mode = {.code_bits = 64};
     memcpy(tiny_vm_at(&vm, CODE), code, sizeof(code));
-    struct bt_block *block = translate_block(e, cache_page(e, CODE, CODE, &mode), 0, ~0ull, false);
+    struct bt_block *block = translate_block(e, cache_page(e, CODE, CODE, &mode), 0, ~0ull, false, NULL);
     assert_null(bt_verify(e, block));
     unsigned seen = 0, bits = 8 * (block->tc_end - block->tc_start);
     for (unsigned n = 0; n < bits; n++) {
@@ -252,7 +252,7 @@ static void largest_blocks(void **state)
         struct bt_page *page = cache_page(e, CODE, CODE, &mode);
         for (unsigned k = 0; n & 1 && k < at; k++)
             cache_mark(e, page, k, BT_MARK_CROSSES);
-        verify(e, translate_block(e, page, 0, ~0ull, false));
+        verify(e, translate_block(e, page, 0, ~0ull, false, NULL));
     }
     print_message("up to %u and %u bytes\n", longest_hot, longest_cold);
     assert_true(longest_hot < BT_BLOCK_TC_MAX * 3 / 4 && longest_cold < BT_BLOCK_TC_MAX * 3 / 4);
