@@ -49,6 +49,7 @@ struct cpuid_table {
      BIT(14) | BIT(16) | BIT(17))
 #define L1_EDX_HTT BIT(28)
 #define L1_ECX_XSAVE BIT(26)
+#define L1_ECX_RDRAND BIT(30)
 #define L1_ECX_NEEDS_AVX (BIT(12) | BIT(28) | BIT(29))
 
 /* Leaf 7.0. */
@@ -56,6 +57,7 @@ struct cpuid_table {
     (BIT(3) | BIT(5) | BIT(6) | BIT(8) | BIT(9) | BIT(13) | L7_EBX_AVX512 | BIT(18) | BIT(19) |    \
      BIT(23) | BIT(24) | BIT(29))
 #define L7_EBX_AVX512 (BIT(16) | BIT(17) | BIT(21) | BIT(28) | BIT(30) | BIT(31))
+#define L7_EBX_RDSEED BIT(18)
 #define L7_EBX_FORCED                                                                              \
     (BIT(0) /* FSGSBASE */ | BIT(1) /* TSC_ADJUST */ | BIT(7) /* SMEP */ | BIT(10) /* INVPCID */ | \
      BIT(20) /* SMAP */)
@@ -120,7 +122,7 @@ static bool has_avx512(const struct cpuid_table *t)
 
 /* ---- basic leaves ---- */
 
-static void build_features(struct cpuid_table *t)
+static void build_features(struct cpuid_table *t, const struct cpuid_config *config)
 {
     struct cpuid_regs h = host_cpuid(1, 0), r;
     r.eax = h.eax;
@@ -131,6 +133,8 @@ static void build_features(struct cpuid_table *t)
         r.ecx &= ~L1_ECX_XSAVE;
     if (!has_avx(t))
         r.ecx &= ~L1_ECX_NEEDS_AVX;
+    if (config->no_random)
+        r.ecx &= ~L1_ECX_RDRAND;
     if (t->cpu_count > 1)
         r.edx |= L1_EDX_HTT;
     add(t, 1, ANY_SUBLEAF, r);
@@ -151,6 +155,8 @@ static void build_features(struct cpuid_table *t)
         r.ecx &= ~L7_ECX_AVX512;
         r.edx &= ~L7_EDX_AVX512;
     }
+    if (config->no_random)
+        r.ebx &= ~L7_EBX_RDSEED;
     add(t, 7, 0, r);
     if (subleaves >= 1) {
         r = (struct cpuid_regs){.eax = host_cpuid(7, 1).eax & L7_1_EAX_HOST};
@@ -237,7 +243,7 @@ static void build_basic(struct cpuid_table *t, const struct cpuid_config *config
     uint32_t host_max = r.eax;
     r.eax = t->max_basic;
     add(t, 0, ANY_SUBLEAF, r);
-    build_features(t);
+    build_features(t, config);
     if (host_max >= 2)
         add(t, 2, ANY_SUBLEAF, host_cpuid(2, 0));
     if (t->intel && host_max >= 4)

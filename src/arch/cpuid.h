@@ -7,6 +7,7 @@
 #ifndef DOPPEL_ARCH_CPUID_H
 #define DOPPEL_ARCH_CPUID_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "arch/cpu.h"
@@ -15,6 +16,7 @@ struct cpuid_config {
     unsigned cpu_count;      /* 1..255; one package, one thread a core */
     uint64_t tsc_khz;        /* for leaves 0x15, 0x16 and 0x40000010 */
     uint64_t apic_bus_hz;    /* local APIC timer's input frequency */
+    bool no_random;          /* RDRAND and RDSEED are not offered: a guest must do the same each time */
     uint64_t xcr0_supported; /* out of cpuid_table_build: what the guest may put in XCR0 */
 };
 

@@ -431,7 +431,8 @@ static int create_engine(struct machine *machine, struct error *err)
     if (!machine->engine_ops)
         return err->code ? err->code : -EINVAL;
     machine->tsc_khz = inputs_tsc_khz();
-    struct cpuid_config cpuid = {.cpu_count = machine->cpu_count, .tsc_khz = machine->tsc_khz, .apic_bus_hz = LAPIC_TIMER_HZ};
+    struct cpuid_config cpuid = {.cpu_count = machine->cpu_count, .tsc_khz = machine->tsc_khz, .apic_bus_hz = LAPIC_TIMER_HZ,
+                                 .no_random = !inputs_random_is_host()};
     machine->cpuid = cpuid_table_build(&cpuid);
     if (!machine->cpuid)
         return error_set(err, -ENOMEM, "out of memory");

@@ -46,6 +46,11 @@ bool inputs_tsc_is_host(void)
     return true;
 }
 
+bool inputs_random_is_host(void)
+{
+    return true;
+}
+
 /* CPUID leaf 15H, SDM vol. 2, CPUID: crystal frequency (ECX) times EBX / EAX. 0 when not given. */
 static uint64_t tsc_khz_leaf_15(void)
 {

@@ -17,6 +17,8 @@ uint64_t inputs_wall_ns(void);
 uint64_t inputs_tsc(void);
 /* True: inputs_tsc() is the host's RDTSC and nobody wants to know of each call, so engines may let guests execute RDTSC itself. Never changes while processors run. */
 bool inputs_tsc_is_host(void);
+/* True: guests may have the processor's own random numbers (RDRAND, RDSEED); otherwise CPUID does not offer them. Never changes. */
+bool inputs_random_is_host(void);
 /* Frequency of inputs_tsc in kHz; measured or read from CPUID once, then cached. */
 uint64_t inputs_tsc_khz(void);
 /* Fills from getrandom(2). Returns 0 or -errno. */
