@@ -3,6 +3,7 @@
  *
  * A count of zero leaves the flags alone and rotates keep SF, ZF, AF and PF, so the guest's flags are put into the host's before the host's own
  * instruction runs. Only SHL, SHR and SAR by a nonzero constant, which set every flag, do without. The count is masked by the host, as by the guest.
+ * OF after rotates by more than one is undefined, and Intel's processors leave it alone for a constant count but not for CL: rotates by constants end with one by a constant.
  * Threading: the vCPU's thread.
  */
 #include "engine/interp/op_priv.h"
@@ -23,6 +24,15 @@
                          : constraint(a), "=a"(f)                                                  \
                          : "c"(count)                                                              \
                          : "cc");                                                                  \
+        c->oszapc = f;                                                                             \
+    } while (0)
+
+/* By two or more. */
+#define ROTATE_CONSTANT(mnem, a, count)                                                            \
+    do {                                                                                           \
+        uint32_t f = c->oszapc;                                                                    \
+        __asm__ volatile(mnem " %%cl, %0" : "+q"(a) : "c"((uint8_t)((count) - 2)) : "cc");         \
+        __asm__ volatile(FLAGS_RESTORE mnem " $2, %0" FLAGS_SAVE : "+q"(a), "+a"(f) : : "cc");     \
         c->oszapc = f;                                                                             \
     } while (0)
 
@@ -53,6 +63,24 @@
     SHIFT_REG(name##_rn##bits, #name s, bits, SHIFT_PLAIN, COUNT_IMM)                              \
     SHIFT_MEM(name##_mn##bits, #name s, bits, SHIFT_PLAIN, COUNT_IMM)
 
+#define ROTATE_BY_CONSTANT(bits, s, name)                                                          \
+    static void name##_rn##bits(struct icpu *c, const struct insn *i)                              \
+    {                                                                                              \
+        uint##bits##_t a = (uint##bits##_t)reg_read(c, i->dst, bits / 8);                          \
+        ROTATE_CONSTANT(#name s, a, COUNT_IMM);                                                    \
+        reg_write(c, i->dst, bits / 8, a);                                                         \
+    }                                                                                              \
+    static void name##_mn##bits(struct icpu *c, const struct insn *i)                              \
+    {                                                                                              \
+        volatile uint##bits##_t *at = mem_rmw(c, ea_linear(c, i, bits / 8, true), bits / 8, false); \
+        uint##bits##_t a = *at;                                                                    \
+        ROTATE_CONSTANT(#name s, a, COUNT_IMM);                                                    \
+        *at = a;                                                                                   \
+        mem_rmw_end(c, (void *)at);                                                                \
+    }
+
+SIZES(ROTATE_BY_CONSTANT, rol)
+SIZES(ROTATE_BY_CONSTANT, ror)
 SIZES(SHIFT_BY_CL_AND_IMM, rol)
 SIZES(SHIFT_BY_CL_AND_IMM, ror)
 SIZES(SHIFT_BY_CL_AND_IMM, rcl)
@@ -106,7 +134,7 @@ enum shift_form { SHIFT_RC, SHIFT_MC, SHIFT_RI, SHIFT_MI, SHIFT_RN, SHIFT_MN, SH
     [SHIFT_MI] = ROW_WORD(name##_mi)
 
 static insn_fn *const shift_table[SHIFT_OPS][SHIFT_FORMS][4] = {
-    [SHIFT_ROL] = {FORMS_SHIFT(rol)},   [SHIFT_ROR] = {FORMS_SHIFT(ror)},    [SHIFT_RCL] = {FORMS_SHIFT(rcl)},
+    [SHIFT_ROL] = {FORMS_NONZERO(rol)}, [SHIFT_ROR] = {FORMS_NONZERO(ror)},  [SHIFT_RCL] = {FORMS_SHIFT(rcl)},
     [SHIFT_RCR] = {FORMS_SHIFT(rcr)},   [SHIFT_SHL] = {FORMS_NONZERO(shl)},  [SHIFT_SHR] = {FORMS_NONZERO(shr)},
     [SHIFT_SAR] = {FORMS_NONZERO(sar)}, [SHIFT_SHLD] = {FORMS_DOUBLE(shld)}, [SHIFT_SHRD] = {FORMS_DOUBLE(shrd)},
 };
@@ -147,8 +175,8 @@ insn_fn *shift_select(const struct decode *d, struct insn *i)
     enum shift_form form = SHIFT_RC;
     if (count->type == ZYDIS_OPERAND_TYPE_IMMEDIATE) {
         i->extra = (uint8_t)count->imm.value.u & (i->op_size == 8 ? 63 : 31);
-        bool plain = i->extra && op >= SHIFT_SHL && op <= SHIFT_SAR;
-        form = plain ? SHIFT_RN : SHIFT_RI;
+        bool shift = i->extra && op >= SHIFT_SHL && op <= SHIFT_SAR, rotate = i->extra > 1 && op <= SHIFT_ROR;
+        form = shift || rotate ? SHIFT_RN : SHIFT_RI;
     }
     return shift_table[op][form + memory][size_index(i->op_size)];
 }
