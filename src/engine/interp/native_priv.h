@@ -193,6 +193,8 @@ int native_state_create(struct icpu *c);
 void native_state_snapshot(struct icpu *c);
 /* The image was changed: live registers follow it. */
 void native_state_reload(struct icpu *c);
+/* XINUSE, when the image is true: the components that are not in their initial state. */
+uint64_t native_state_in_use(const struct icpu *c);
 /* Makes the image's bytes of the components true: those in initial state get their initial values. */
 void native_state_materialize(struct icpu *c, uint64_t components);
 /* Address of 16 bytes of vector register `number`, part 0..3. */

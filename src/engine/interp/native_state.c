@@ -155,6 +155,37 @@ void simd_save_slow(struct icpu *c)
 
 /* ---- the image ---- */
 
+static bool is_zero(const uint8_t *bytes, unsigned length)
+{
+    for (unsigned n = 0; n < length; n += 8)
+        if (get64(bytes + n))
+            return false;
+    return true;
+}
+
+static bool is_initial(const struct native_arena *a, const uint8_t *image, unsigned component)
+{
+    if (component == 0)
+        return get64(image) == FCW_DEFAULT && is_zero(image + 8, XSAVE_MXCSR - 8) && is_zero(image + XSAVE_ST, XSAVE_XMM - XSAVE_ST);
+    if (component == 1)
+        return is_zero(image + XSAVE_XMM, 256);
+    return is_zero(image + a->component[component].offset, a->component[component].size);
+}
+
+/*
+ * Processors may call initial state used or not (SDM vol. 1, 13.6), and Linux makes x87 and SSE state used with each signal that its handler returns from. What guests see depends on
+ * the state alone, so that it is the same each time.
+ */
+uint64_t native_state_in_use(const struct icpu *c)
+{
+    const uint8_t *image = c->v.cpu.xsave;
+    uint64_t bv = get64(image + XSAVE_BV);
+    for (unsigned n = 0; n < XSAVE_COMPONENTS; n++)
+        if (bv >> n & 1 && is_initial(c->native, image, n))
+            bv &= ~(1ull << n);
+    return bv;
+}
+
 void native_state_materialize(struct icpu *c, uint64_t components)
 {
     uint8_t *image = c->v.cpu.xsave;

@@ -5,6 +5,7 @@
  * changed and drops the TLB for them. insn.extra holds the number of the control or debug register.
  * Sources: SDM vol. 3, 2.5, 4.1, 4.10.4, 9.8.5, 17.2; vol. 2 under each name. Threading: as interp_priv.h.
  */
+#include "engine/interp/native_priv.h"
 #include "engine/interp/system_priv.h"
 
 #define CR0_WRITABLE                                                                               \
@@ -271,13 +272,6 @@ void op_mov_to_dr(struct icpu *c, const struct insn *i)
 
 /* ---- XCR0 ---- */
 
-static uint64_t xsave_header_bv(const struct icpu *c)
-{
-    uint64_t bv;
-    __builtin_memcpy(&bv, c->v.cpu.xsave + 512, sizeof(bv));
-    return bv;
-}
-
 void op_xgetbv(struct icpu *c, const struct insn *i)
 {
     struct cpu_state *s = &c->v.cpu;
@@ -290,7 +284,7 @@ void op_xgetbv(struct icpu *c, const struct insn *i)
         break;
     case 1: /* which components are not in their initial state */
         simd_save(c);
-        value = s->xcr0 & xsave_header_bv(c);
+        value = s->xcr0 & native_state_in_use(c);
         break;
     default:
         raise_gp0(c);

@@ -241,11 +241,6 @@ static uint64_t requested(const struct icpu *c)
     return mask & c->v.cpu.xcr0 & (c->native->xsave_mask | XCR0_X87 | XCR0_SSE);
 }
 
-static uint64_t in_use(const struct icpu *c)
-{
-    return get64(c->v.cpu.xsave + XSAVE_BV);
-}
-
 static void write_legacy_header(struct icpu *c, const struct insn *i, gva_t gva, bool x87, bool mxcsr)
 {
     uint8_t header[32];
@@ -284,7 +279,7 @@ static void xsave_standard(struct icpu *c, const struct insn *i, bool optimized)
     native_state_snapshot(c);
     mem_probe_write(c, c->view, gva + XSAVE_BV, sizeof(old)); /* its faults are a write's */
     mem_read_bytes(c, c->view, gva + XSAVE_BV, &old, sizeof(old));
-    uint64_t used = in_use(c); /* before materialize makes everything look used */
+    uint64_t used = native_state_in_use(c); /* before materialize makes everything look used */
     uint64_t header[2] = {(old & ~wanted) | (wanted & used), 0};
     xsave_write(c, i, gva, optimized ? wanted & used : wanted, wanted & (XCR0_SSE | XCR0_AVX), header, 0);
 }
@@ -304,7 +299,7 @@ static void op_xsavec(struct icpu *c, const struct insn *i)
     gva_t gva = xsave_address(c, i, true);
     uint64_t wanted = requested(c);
     native_state_snapshot(c);
-    uint64_t used = in_use(c);
+    uint64_t used = native_state_in_use(c);
     if (get32(c->v.cpu.xsave + XSAVE_MXCSR) != MXCSR_DEFAULT)
         used |= XCR0_SSE;
     uint64_t header[2] = {wanted & used, wanted | COMPACT};
