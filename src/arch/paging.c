@@ -297,3 +297,46 @@ int paging_walk(struct physmap *memory, const struct cpu_state *cpu, unsigned ma
 {
     return paging_walk_group(memory, cpu, max_phys_bits, gva, access, result, NULL, error_code);
 }
+
+static uint64_t user_page(uint64_t rights, uint64_t leaf, gpa_t gpa)
+{
+    if ((rights & (ENTRY_US | ENTRY_A)) != (ENTRY_US | ENTRY_A))
+        return 0;
+    return gpa | PAGING_MAY_READ | ((rights & ENTRY_RW) && (leaf & ENTRY_D) ? PAGING_MAY_WRITE : 0) | (rights & ENTRY_NX ? 0 : PAGING_MAY_EXECUTE);
+}
+
+void paging_user_region(struct physmap *memory, const struct cpu_state *cpu, unsigned max_phys_bits, gva_t gva, uint64_t entry[PAGING_REGION_PAGES])
+{
+    struct walk w = {.memory = memory, .cpu = cpu};
+    uint64_t rights = ENTRY_RW | ENTRY_US | ENTRY_A, leaf = 0;
+    gpa_t table;
+    unsigned level;
+    for (unsigned n = 0; n < PAGING_REGION_PAGES; n++)
+        entry[n] = 0;
+    if (!walk_root(&w, gva, max_phys_bits, &table))
+        return;
+    for (level = LEVELS_MAX; level > 1; level--) {
+        unsigned shift = level_shift(w.mode, level);
+        leaf = entry_read(&w, table + (gva >> shift & 511) * 8);
+        bool large = leaf & ENTRY_PS;
+        if (!(leaf & ENTRY_P) || (leaf & w.reserved) || (large && (!(w.mode->leaf_levels >> level & 1) || (leaf & large_page_reserved(&w, shift, max_phys_bits)))))
+            return;
+        rights = (rights & (leaf | ENTRY_NX)) | (leaf & ENTRY_NX);
+        table = leaf & ADDRESS_BITS;
+        if (large) {
+            uint64_t mask = (1ull << shift) - 1;
+            table = (leaf & ADDRESS_BITS & ~mask) | (gva & mask & ~(PAGING_REGION_BYTES - 1));
+            break;
+        }
+    }
+    const uint64_t *host = level > 1 ? NULL : physmap_get(memory, table, PAGE_SIZE_BYTES, PHYSMAP_READ);
+    for (unsigned n = 0; n < PAGING_REGION_PAGES; n++) {
+        if (level > 1) {
+            entry[n] = user_page(rights, leaf, table + n * PAGE_SIZE_BYTES);
+        } else if (host) {
+            leaf = __atomic_load_n(&host[n], __ATOMIC_RELAXED);
+            if ((leaf & ENTRY_P) && !(leaf & w.reserved))
+                entry[n] = user_page((rights & (leaf | ENTRY_NX)) | (leaf & ENTRY_NX), leaf, leaf & ADDRESS_BITS);
+        }
+    }
+}

@@ -40,4 +40,15 @@ int paging_walk(struct physmap *memory, const struct cpu_state *cpu, unsigned ma
 int paging_walk_group(struct physmap *memory, const struct cpu_state *cpu, unsigned max_phys_bits, gva_t gva, unsigned access,
                       struct paging_result *result, struct paging_group *group, uint32_t *error_code) __attribute__((warn_unused_result));
 
+/*
+ * What user code may do in the 2 MiB around gva without any bit in the tables left to set: of each 4 KiB page the gpa, with PAGING_MAY_*; 0: nothing. Of 4-level tables only
+ * (EFER.LMA), at CR3 `root`. Changes nothing.
+ */
+#define PAGING_REGION_BYTES (2ull << 20)
+#define PAGING_REGION_PAGES 512u
+#define PAGING_MAY_READ 1u
+#define PAGING_MAY_WRITE 2u
+#define PAGING_MAY_EXECUTE 4u
+void paging_user_region(struct physmap *memory, const struct cpu_state *cpu, unsigned max_phys_bits, gva_t gva, uint64_t entry[PAGING_REGION_PAGES]);
+
 #endif

@@ -108,8 +108,12 @@ struct code_address {
     bool physical;
 };
 
-/* Aids for whoever works on an engine. All zero: none. */
+/* User code on the processor itself, in a process of its own, by an engine that otherwise translates: of programs that compute; none; all that fit. */
+enum engine_direct { DIRECT_AUTO, DIRECT_OFF, DIRECT_ALWAYS };
+
+/* How an engine works, and aids for whoever works on it. All zero: the usual. */
 struct engine_options {
+    enum engine_direct direct;
     bool perf_map;                        /* tell Linux perf the names of translated code */
     const struct code_address *dump_code; /* report shows the blocks that contain these */
     unsigned dump_code_count;

@@ -208,6 +208,15 @@ static int set_engine(struct machine_config *config, const char *key, const char
     return r ? r : replace(&config->engine, value, err);
 }
 
+static int set_direct(struct machine_config *config, const char *key, const char *value, struct error *err)
+{
+    static const char *const words[] = {"auto", "off", "always", NULL}; /* enum engine_direct */
+    unsigned choice = 0;
+    int r = choose(key, value, words, &choice, err);
+    config->direct = (enum engine_direct)choice;
+    return r;
+}
+
 static int set_any_console(char **field, const char *key, const char *value, struct error *err)
 {
     bool known = strcmp(value, "stdio") == 0 || strcmp(value, "none") == 0 || strcmp(value, "pty") == 0 ||
@@ -312,6 +321,7 @@ static const struct {
     {"disk", set_disk},
     {"net", set_net},
     {"engine", set_engine},
+    {"direct", set_direct},
     {"console", set_console},
     {"virtio-console", set_virtio_console},
     {"debug-console", set_debug_console},

@@ -39,6 +39,7 @@ struct machine_config {
     enum on_panic on_panic;
     char *trace, *pid_file;
     bool stats, perf_map;
+    enum engine_direct direct;
     struct code_address dump_code[CONFIG_DUMPS_MAX];
     unsigned dump_code_count;
     int input_fd, output_fd; /* for "stdio" */

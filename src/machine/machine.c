@@ -416,7 +416,7 @@ static int set_engine_options(struct machine *machine, struct error *err)
 {
     const struct machine_config *config = machine->config;
     const struct engine_options options = {
-        .perf_map = config->perf_map, .dump_code = config->dump_code, .dump_code_count = config->dump_code_count};
+        .direct = config->direct, .perf_map = config->perf_map, .dump_code = config->dump_code, .dump_code_count = config->dump_code_count};
     if (machine->engine_ops->set_options)
         return machine->engine_ops->set_options(machine->engine, &options, err);
     if (config->perf_map || config->dump_code_count)

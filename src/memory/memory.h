@@ -50,6 +50,8 @@ void *physmap_get(struct physmap *map, gpa_t gpa, uint64_t length_bytes, enum ph
  * a mapping are those of physmap_offset. The caller unmaps. 0 or -errno.
  */
 int physmap_map(struct physmap *map, void *at, int prot) __attribute__((warn_unused_result));
+/* The RAM's file, for mapping it in another process: its offsets are those of physmap_offset. Stays the map's. */
+int physmap_fd(const struct physmap *map);
 /* Offset of [gpa, +length) in a linear mapping of the RAM; false when the range is not all in one range of RAM. */
 bool physmap_offset(const struct physmap *map, gpa_t gpa, uint64_t length_bytes, uint64_t *offset);
 /* The reverse. offset < physmap_ram_bytes. */

@@ -148,6 +148,11 @@ uint64_t physmap_high_bytes(const struct physmap *map)
     return map->high_bytes;
 }
 
+int physmap_fd(const struct physmap *map)
+{
+    return map->fd;
+}
+
 /* Offset of [gpa, +length) in the memfd; false when it is not all in one range of RAM. Nothing here can wrap. */
 static inline bool ram_offset(const struct physmap *map, gpa_t gpa, uint64_t length_bytes, uint64_t *offset)
 {

@@ -14,7 +14,7 @@
 #include <time.h>
 
 #include "arch/host.h"
-#include "engine/bt/bt_priv.h"
+#include "engine/bt/direct.h"
 #include "engine/interp/system_priv.h"
 #include "util/log.h"
 
@@ -90,7 +90,7 @@ static void system_calls_prepare(struct bt_vcpu *b)
     bool possible = cpu->efer & EFER_SCE && (cpu->msr_sfmask & SYSCALL_CLEARS) == SYSCALL_CLEARS;
     uintptr_t tc = (uintptr_t)b->engine->layout.tc_exec;
     b->syscall_stub = tc + (possible ? stubs->syscall : stubs->syscall_slow);
-    b->sysret_stub = tc + (possible ? stubs->sysret : stubs->sysret_slow);
+    b->sysret_stub = tc + (possible && !direct_active(b) ? stubs->sysret : stubs->sysret_slow);
 }
 
 void bt_kick(struct vcpu *v)
@@ -99,6 +99,12 @@ void bt_kick(struct vcpu *v)
     atomic_store(&b->exec_mask, 0);
     atomic_store(&b->poll, b->engine->layout.poison);
     atomic_store(&b->poll_sti, b->engine->layout.poison);
+}
+
+static void kick_everywhere(struct vcpu *v)
+{
+    bt_kick(v);
+    direct_kick((struct bt_vcpu *)v);
 }
 
 /* Before cache_enter, whose store is a barrier: a kick that is lost here finds its reason, attention or the wish to stop the world, looked at afterwards. */
@@ -237,6 +243,10 @@ static struct bt_block *block_in_page(struct bt_vcpu *b, gva_t gva, bool *full)
     *full = false;
     if (!page_find(b, gva, &ram_offset, &again) || page_thrashes(b, ram_offset))
         return NULL;
+    if (!direct_release(e, ram_offset)) {
+        b->interp_blocks = 1;
+        return NULL;
+    }
     struct bt_page *page = cache_page(e, ram_offset, physmap_gpa(b->c.v.memory, ram_offset), &b->mode);
     struct bt_block *block = page ? cache_block(e, page, start) : NULL;
     if (page)
@@ -281,6 +291,14 @@ typedef bool exit_fn(struct bt_vcpu *b, struct entry *entry);
 static bool exit_run_one(struct bt_vcpu *b, struct entry *entry)
 {
     interp_run_one(&b->c);
+    return false;
+}
+
+/* The ways back to user mode. */
+static bool exit_sysret(struct bt_vcpu *b, struct entry *entry)
+{
+    interp_run_one(&b->c);
+    direct_user_entered(b);
     return false;
 }
 
@@ -429,6 +447,7 @@ static bool exit_iret(struct bt_vcpu *b, struct entry *entry)
     if (fault->vector == VECTOR_PF && !(fault->error & PF_I))
         b->fill_next = fault->address;
     fault->vector = 0;
+    direct_user_entered(b);
     return false;
 }
 
@@ -444,7 +463,7 @@ static exit_fn *const exit_handlers[BT_EXIT_COUNT] = {
     [BT_EXIT_code_write] = exit_run_one,
     [BT_EXIT_trap] = exit_run_one,
     [BT_EXIT_syscall] = exit_run_one,
-    [BT_EXIT_sysret] = exit_run_one,
+    [BT_EXIT_sysret] = exit_sysret,
     [BT_EXIT_iret] = exit_iret,
     [BT_EXIT_halt] = exit_run_one,
 };
@@ -484,12 +503,21 @@ static void run_translated(struct bt_vcpu *b)
     } while (exit_handlers[why](b, &entry));
 }
 
+static enum attend_result attend(struct bt_vcpu *b)
+{
+    bool user = b->c.cpl == 3;
+    enum attend_result result = interp_attend(&b->c);
+    if (user && result == ATTEND_DELIVERED)
+        direct_tick(b);
+    return result;
+}
+
 static __attribute__((noinline)) enum engine_exit run_loop(struct bt_vcpu *b)
 {
     struct icpu *c = &b->c;
     enum engine_exit exit;
     for (;;) {
-        if (unlikely(atomic_load_explicit(&c->v.attention, memory_order_relaxed)) && interp_attend(c) == ATTEND_EXIT)
+        if (unlikely(atomic_load_explicit(&c->v.attention, memory_order_relaxed)) && attend(b) == ATTEND_EXIT)
             return ENGINE_EXIT_ATTENTION;
         if (unlikely(c->v.cpu.activity != CPU_RUNNING)) {
             if (interp_stopped(c, &exit))
@@ -501,6 +529,9 @@ static __attribute__((noinline)) enum engine_exit run_loop(struct bt_vcpu *b)
             b->interp_blocks--;
             c->tally = b->interpreted[BT_TALLY_THRASH];
             interp_run_next(c);
+        } else if (direct_active(b) && direct_wanted(b)) {
+            if (direct_run(b) == DIRECT_LOST)
+                return ENGINE_EXIT_ERROR;
         } else if (!bt_usable(b) || !is_dispatched(c->v.cpu.gpr[GPR_RIP])) {
             c->tally = b->interpreted[BT_TALLY_MODE];
             interp_run_next(c);
@@ -528,6 +559,7 @@ static enum engine_exit bt_run(struct vcpu *v)
     if (v->cpu.activity != CPU_SHUTDOWN)
         exit = run_loop(b);
     interp_leave(c);
+    direct_thread_leave(b);
     fault_thread_leave(b);
     return exit;
 }
@@ -603,15 +635,43 @@ fail:
 static void bt_vcpu_destroy(struct vcpu *v)
 {
     struct bt_vcpu *b = (struct bt_vcpu *)v;
+    direct_destroy(b);
     icpu_destroy(&b->c);
     fault_vcpu_destroy(b);
     report_vcpu_destroy(b);
     tables_destroy(b);
 }
 
+/* What the guest invalidates goes to the tables and to the shadows of direct execution. */
+
+static void flush_all(struct icpu *c)
+{
+    tables_flush_all(c);
+    direct_flush((struct bt_vcpu *)c, DIRECT_ALL_ASIDS);
+}
+
+static void flush_non_global(struct icpu *c, unsigned asid)
+{
+    tables_flush_non_global(c, asid);
+    direct_flush((struct bt_vcpu *)c, asid);
+}
+
+static void load_cr3(struct icpu *c, bool keep)
+{
+    struct bt_vcpu *b = (struct bt_vcpu *)c;
+    tables_load_cr3(c, keep);
+    direct_switch(b, keep);
+}
+
+static void flush_page(struct icpu *c, gva_t gva)
+{
+    tables_flush_page(c, gva);
+    direct_flush_page((struct bt_vcpu *)c, gva);
+}
+
 static int bt_vcpu_create(struct engine *engine, const struct vcpu_config *config, struct vcpu **out, struct error *err)
 {
-    static const struct tlb_listener listener = {tables_flush_all, tables_flush_non_global, tables_load_cr3, tables_flush_page};
+    static const struct tlb_listener listener = {flush_all, flush_non_global, load_cr3, flush_page};
     static const struct icpu_sizes sizes = {.blocks_bytes = 2u << 20, .stubs_bytes = 2u << 20};
     struct bt_engine *e = (struct bt_engine *)engine;
     struct bt_vcpu *b;
@@ -635,6 +695,11 @@ static int bt_vcpu_create(struct engine *engine, const struct vcpu_config *confi
         bt_vcpu_destroy(&b->c.v);
         return error_set(err, rc, "cannot create vCPU %u: %s", config->index, strerror(-rc));
     }
+    rc = direct_create(b, e->direct);
+    if (rc) {
+        bt_vcpu_destroy(&b->c.v);
+        return error_set(err, rc, "no memory for vCPU %u", config->index);
+    }
     *out = &b->c.v;
     return 0;
 }
@@ -656,7 +721,7 @@ const struct engine_ops bt_engine_ops = {
     .vcpu_destroy = bt_vcpu_destroy,
     .run = bt_run,
     .step = interp_step,
-    .kick = bt_kick,
+    .kick = kick_everywhere,
     .state_changed = interp_state_changed,
     .invalidate = bt_invalidate,
     .report = report_print,

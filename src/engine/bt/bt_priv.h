@@ -278,6 +278,7 @@ struct bt_engine {
 
     bool avx512, fsgsbase;
 
+    enum engine_direct direct;
     struct perf_map *perf_map;   /* NULL: off */
     struct dump_code *dump_code;
 };
@@ -285,6 +286,7 @@ struct bt_engine {
 #define BT_CODE_PRESENT 1u   /* window W's page is read-only: translations exist */
 #define BT_CODE_CROSSED 2u   /* an instruction of another page, translated there, ends in this one */
 #define BT_CODE_MARKED 4u    /* something is known about an instruction in it: enum bt_mark */
+#define BT_CODE_DIRECT 8u    /* some shadow of direct execution may have it writable */
 #define BT_CODE_THRASH 0xf0u /* counts drops of the page, saturating; decays at flushes */
 
 #define BT_POLL_OK 0
@@ -320,6 +322,7 @@ struct bt_vcpu {
     /* Not seen by translated code. */
     struct bt_engine *engine;
     struct bt_tables *tables; /* tables.c */
+    struct direct *direct;    /* direct.c; NULL: none */
     struct bt_view *view;     /* the one in GS */
     uint8_t *table;           /* its base T */
     struct bt_mode mode;

@@ -12,7 +12,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
-#include "engine/bt/bt_priv.h"
+#include "engine/bt/direct.h"
 
 #define HASH_BITS 11u
 #define HASH_BUCKETS (1u << HASH_BITS)
@@ -147,6 +147,8 @@ static bool page_protect(struct bt_engine *e, uint64_t ram_offset)
 {
     if (is_present(e, ram_offset))
         return true;
+    if (!direct_release(e, ram_offset))
+        return false;
     flags_set_present(e, ram_offset, true);
     if (mprotect(e->layout.window_w + ram_offset, PAGE_SIZE_BYTES, PROT_READ)) { /* the host's limit of mappings: a flush makes room */
         flags_set_present(e, ram_offset, false);

@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "engine/bt/bt_priv.h"
+#include "engine/bt/direct.h"
 
 #define SHOWN 20u
 
@@ -37,6 +37,7 @@ void report_vcpu_destroy(struct bt_vcpu *b)
 int report_options_set(struct engine *engine, const struct engine_options *options, struct error *err)
 {
     struct bt_engine *e = (struct bt_engine *)engine;
+    e->direct = options->direct;
     int rc = options->perf_map ? perf_map_create(e, err) : 0;
     if (!rc && options->dump_code_count)
         rc = dump_code_create(e, options->dump_code, options->dump_code_count, err);
@@ -118,6 +119,9 @@ static void print_tables(const struct engine *e, FILE *out)
         if (e->vcpus[n])
             fprintf(out, " cpu %u %" PRIu64 " KiB", e->vcpus[n]->v.index, tables_bytes((const struct bt_vcpu *)e->vcpus[n]) >> 10);
     fputc('\n', out);
+    for (unsigned n = 0; n < INTERP_VCPUS_MAX; n++)
+        if (e->vcpus[n])
+            direct_report((const struct bt_vcpu *)e->vcpus[n], out);
 }
 
 void report_print(struct engine *engine, FILE *out)

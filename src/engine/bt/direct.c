@@ -1,0 +1,660 @@
+/*
+ * Direct execution: user code of processes that compute runs untranslated, in a process of the host's that the guest's address space is mirrored into (direct_space.h).
+ *
+ * Leaving costs some microseconds, so it is for processes that the timer keeps finding in user mode, and it is given up where they leave user mode too often. Only guests whose user
+ * segments are what Linux gives its processes run so, and only on hosts that can trap CPUID: everything else that user code can observe is either the same or faults. Whatever stops
+ * the process is a precise instruction boundary; what is more than a missing mapping is the interpreter's.
+ * Between direct_run's calls all guest state is where the interpreter has it.
+ * Threading: the vCPU's thread. direct_kick: any. Shadows are changed with e->lock held (direct_space.h).
+ */
+#include "engine/bt/direct.h"
+
+#include <errno.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "arch/host.h"
+#include "arch/paging.h"
+#include "engine/bt/direct_space.h"
+#include "engine/interp/system_priv.h"
+#include "state/inputs.h"
+#include "util/log.h"
+
+#define SPACES 6u
+#define PROCESSES 64u
+#define TICKS_WANTED 2u      /* timer interrupts in user mode before a process is tried */
+#define STOPS_JUDGED 64u     /* after so many stops it is asked whether it was worth it */
+#define DR6_BS (1ull << 14)
+#define BAN_MS_MIN 20u
+#define BAN_MS_MAX 2000u
+#define USER_CS 0x33
+#define USER_SS 0x2b
+#define FLAGS_FREE (RFLAGS_OSZAPC | RFLAGS_DF) /* moved in both directions */
+#define FLAGS_REPORTED (FLAGS_FREE | RFLAGS_AC | RFLAGS_ID | RFLAGS_TF | RFLAGS_NT)
+#define FLAGS_UNWANTED (RFLAGS_TF | RFLAGS_NT | RFLAGS_VM | RFLAGS_RF | RFLAGS_VIF | RFLAGS_VIP | RFLAGS_IOPL)
+#define INSN_BYTES_MAX 15u
+
+/* What is known of one guest process, by the root of its page tables. */
+struct process {
+    gpa_t root;
+    uint64_t used;
+    unsigned ticks;
+    unsigned ban_ms;
+    uint64_t banned_until; /* inputs_tsc() */
+    struct direct_space *space; /* NULL: none now */
+    unsigned asid;         /* under which the space was used last */
+    unsigned stops;
+    uint64_t run_tsc;      /* spent in these */
+    uint64_t id_flag;      /* RFLAGS.ID as the space's process has it, which nobody can set from outside */
+};
+
+struct direct {
+    bool always; /* for tests: every process, at once */
+    uint64_t tsc_ms;
+    uint64_t overhead_tsc; /* of one run that does nothing */
+    uint64_t clock;
+    struct process process[PROCESSES];
+    struct process *current; /* CR3's, while it runs so; NULL: it does not */
+    gva_t fault_address;     /* of the guest's page fault delivered last, ~0: none */
+    bool held;               /* until user mode is entered again: the code at hand cannot run here */
+    bool has_tracer;
+    pthread_t tracer;
+    unsigned spaces;
+    int pinned;
+    cpu_set_t affinity; /* before */
+    pthread_mutex_t kick_lock; /* a process is not reaped while it is being kicked */
+    _Atomic pid_t running;
+    uint64_t runs[DIRECT_COUNTERS];
+};
+
+/* ---- on and off ---- */
+
+int direct_create(struct bt_vcpu *b, enum engine_direct use)
+{
+    b->direct = NULL;
+    if (use == DIRECT_OFF)
+        return 0;
+    struct direct *d = calloc(1, sizeof(*d));
+    if (!d)
+        return -ENOMEM;
+    d->always = use == DIRECT_ALWAYS;
+    d->tsc_ms = inputs_tsc_khz();
+    d->fault_address = ~0ull;
+    d->pinned = -1;
+    pthread_mutex_init(&d->kick_lock, NULL);
+    b->direct = d;
+    return 0;
+}
+
+/* Stops of the processes are waited for; nobody wants a SIGCHLD for each. */
+static void child_stops_silence(void)
+{
+    struct sigaction action;
+    if (sigaction(SIGCHLD, NULL, &action) || (action.sa_flags & SA_NOCLDSTOP))
+        return;
+    action.sa_flags |= SA_NOCLDSTOP;
+    sigaction(SIGCHLD, &action, NULL);
+}
+
+static void space_drop(struct bt_vcpu *b, struct process *p)
+{
+    struct direct *d = b->direct;
+    struct direct_space *space = p->space;
+    if (!space)
+        return;
+    pthread_mutex_lock(&b->engine->lock);
+    p->space = NULL;
+    d->spaces--;
+    pthread_mutex_unlock(&b->engine->lock);
+    pthread_mutex_lock(&d->kick_lock); /* a kick under way ends first */
+    pthread_mutex_unlock(&d->kick_lock);
+    direct_space_destroy(space);
+    if (d->current == p)
+        d->current = NULL;
+}
+
+static void unpin(struct direct *d)
+{
+    if (d->pinned >= 0)
+        sched_setaffinity(0, sizeof(d->affinity), &d->affinity);
+    d->pinned = -1;
+}
+
+void direct_thread_leave(struct bt_vcpu *b)
+{
+    if (b->direct)
+        unpin(b->direct);
+}
+
+void direct_destroy(struct bt_vcpu *b)
+{
+    struct direct *d = b->direct;
+    if (!d)
+        return;
+    for (unsigned n = 0; n < PROCESSES; n++)
+        space_drop(b, &d->process[n]);
+    pthread_mutex_destroy(&d->kick_lock);
+    free(d);
+    b->direct = NULL;
+}
+
+static void ban(struct bt_vcpu *b, struct process *p)
+{
+    struct direct *d = b->direct;
+    space_drop(b, p);
+    p->ban_ms = p->ban_ms ? p->ban_ms * 2 : BAN_MS_MIN;
+    if (p->ban_ms > BAN_MS_MAX)
+        p->ban_ms = BAN_MS_MAX;
+    p->banned_until = inputs_tsc() + p->ban_ms * d->tsc_ms;
+    p->ticks = 0;
+}
+
+/* Not on this host, or not for this thread: the reason once, and never again. */
+static void give_up(struct bt_vcpu *b, const struct error *err)
+{
+    log_info("user code is translated, not executed directly: %s", err->text);
+    direct_destroy(b);
+}
+
+/* ---- which process ---- */
+
+static gpa_t root_of(const struct cpu_state *cpu)
+{
+    return cpu->cr3 & 0x000ffffffffff000ull;
+}
+
+static unsigned asid_of(const struct cpu_state *cpu)
+{
+    return cpu->cr4 & CR4_PCIDE ? cpu->cr3 & 0xfff : 0;
+}
+
+static struct process *process_find(struct direct *d, gpa_t root)
+{
+    for (unsigned n = 0; n < PROCESSES; n++)
+        if (d->process[n].used && d->process[n].root == root)
+            return &d->process[n];
+    return NULL;
+}
+
+static struct process *process_get(struct bt_vcpu *b, gpa_t root)
+{
+    struct direct *d = b->direct;
+    struct process *p = process_find(d, root);
+    if (!p) {
+        p = &d->process[0];
+        for (unsigned n = 1; n < PROCESSES; n++)
+            if (d->process[n].used < p->used)
+                p = &d->process[n];
+        space_drop(b, p);
+        *p = (struct process){.root = root};
+    }
+    p->used = ++d->clock;
+    return p;
+}
+
+static bool same_vectors(const struct cpu_state *cpu)
+{
+    static const uint64_t all = XCR0_SUPPORTED;
+    return (cpu->cr4 & CR4_OSXSAVE) && (cpu->xcr0 & all) == (host_xcr0() & all);
+}
+
+/* Could this guest's user code tell? */
+static bool guest_fits(const struct bt_vcpu *b)
+{
+    const struct cpu_state *cpu = &b->c.v.cpu;
+    return (cpu->efer & EFER_LMA) && (cpu->efer & EFER_SCE) && (cpu->cr4 & CR4_FSGSBASE) && !(cpu->cr4 & CR4_PKE) && same_vectors(cpu) && inputs_tsc_is_host();
+}
+
+static struct process *oldest_with_space(struct direct *d)
+{
+    struct process *oldest = NULL;
+    for (unsigned n = 0; n < PROCESSES; n++)
+        if (d->process[n].space && (!oldest || d->process[n].used < oldest->used))
+            oldest = &d->process[n];
+    return oldest;
+}
+
+/* Makes a shadow for CR3's process. b->direct may be gone afterwards. */
+static void process_start(struct bt_vcpu *b, struct process *p)
+{
+    struct direct *d = b->direct;
+    struct direct_space *space;
+    struct error err;
+    if (d->has_tracer && !pthread_equal(d->tracer, pthread_self()))
+        return;
+    if (d->spaces == SPACES)
+        space_drop(b, oldest_with_space(d));
+    if (!d->has_tracer)
+        child_stops_silence();
+    if (direct_space_create(&space, b->engine, !b->c.v.cpu.tsc_offset, &err)) {
+        give_up(b, &err);
+        return;
+    }
+    d->has_tracer = true;
+    d->tracer = pthread_self();
+    p->asid = asid_of(&b->c.v.cpu);
+    p->stops = 0;
+    p->run_tsc = p->id_flag = 0;
+    pthread_mutex_lock(&b->engine->lock);
+    p->space = space;
+    d->spaces++;
+    pthread_mutex_unlock(&b->engine->lock);
+    d->current = p;
+    d->runs[DIRECT_STARTED]++;
+}
+
+/* An interrupt has come while user code ran. */
+void direct_tick(struct bt_vcpu *b)
+{
+    struct direct *d = b->direct;
+    if (!d || d->current || !guest_fits(b))
+        return;
+    struct process *p = process_get(b, root_of(&b->c.v.cpu));
+    if (p->space || inputs_tsc() < p->banned_until || ++p->ticks < TICKS_WANTED)
+        return;
+    process_start(b, p);
+}
+
+void direct_switch(struct bt_vcpu *b, bool keep)
+{
+    struct direct *d = b->direct;
+    if (!d)
+        return;
+    unsigned asid = asid_of(&b->c.v.cpu);
+    struct process *p = d->spaces ? process_find(d, root_of(&b->c.v.cpu)) : NULL;
+    if (!keep)
+        direct_flush(b, asid);
+    d->held = false;
+    d->fault_address = ~0ull;
+    d->current = p && p->space ? p : NULL;
+    if (d->current) {
+        p->used = ++d->clock;
+        if (p->asid != asid)
+            direct_space_stale(p->space);
+        p->asid = asid;
+    }
+}
+
+/* ---- what the guest invalidates ---- */
+
+void direct_flush(struct bt_vcpu *b, unsigned asid)
+{
+    struct direct *d = b->direct;
+    for (unsigned n = 0; d && n < PROCESSES; n++)
+        if (d->process[n].space && (asid == DIRECT_ALL_ASIDS || d->process[n].asid == asid))
+            direct_space_stale(d->process[n].space);
+}
+
+void direct_flush_page(struct bt_vcpu *b, gva_t gva)
+{
+    struct direct *d = b->direct;
+    for (unsigned n = 0; d && n < PROCESSES; n++)
+        if (d->process[n].space)
+            direct_space_stale_page(d->process[n].space, gva);
+}
+
+/* ---- translations ---- */
+
+bool direct_release(struct bt_engine *e, uint64_t ram_offset)
+{
+    uint8_t *flags = &e->code_flags[ram_offset / PAGE_SIZE_BYTES];
+    bool released = true;
+    if (!(*flags & BT_CODE_DIRECT))
+        return true;
+    for (unsigned n = 0; n < INTERP_VCPUS_MAX; n++) {
+        struct bt_vcpu *b = (struct bt_vcpu *)e->interp.vcpus[n];
+        struct direct *d = b ? b->direct : NULL;
+        for (unsigned k = 0; d && k < PROCESSES; k++)
+            if (d->process[k].space && !direct_space_release(d->process[k].space, ram_offset)) {
+                direct_kick(b);
+                released = false;
+            }
+    }
+    if (released)
+        *flags &= (uint8_t)~BT_CODE_DIRECT;
+    return released;
+}
+
+void direct_kick(struct bt_vcpu *b)
+{
+    struct direct *d = b->direct;
+    if (!d || !atomic_load(&d->running))
+        return;
+    pthread_mutex_lock(&d->kick_lock);
+    pid_t pid = atomic_load(&d->running);
+    if (pid)
+        direct_child_kick(pid);
+    pthread_mutex_unlock(&d->kick_lock);
+}
+
+/* ---- registers ---- */
+
+#define GPR_MAP(X)                                                                                                       \
+    X(GPR_RAX, rax) X(GPR_RCX, rcx) X(GPR_RDX, rdx) X(GPR_RBX, rbx) X(GPR_RSP, rsp) X(GPR_RBP, rbp) X(GPR_RSI, rsi)       \
+    X(GPR_RDI, rdi) X(GPR_R8, r8) X(GPR_R9, r9) X(GPR_R10, r10) X(GPR_R11, r11) X(GPR_R12, r12) X(GPR_R13, r13)           \
+    X(GPR_R14, r14) X(GPR_R15, r15) X(GPR_RIP, rip)
+
+static void registers_put(const struct bt_vcpu *b, struct user_regs_struct *regs)
+{
+    const struct cpu_state *cpu = &b->c.v.cpu;
+#define PUT(n, field) regs->field = cpu->gpr[n];
+    GPR_MAP(PUT)
+#undef PUT
+    regs->eflags = flags_get(&b->c) & FLAGS_FREE;
+    regs->cs = USER_CS;
+    regs->ss = USER_SS;
+    regs->ds = cpu->seg[SEG_DS].selector;
+    regs->es = cpu->seg[SEG_ES].selector;
+    regs->fs = cpu->seg[SEG_FS].selector;
+    regs->gs = cpu->seg[SEG_GS].selector;
+    regs->fs_base = cpu->seg[SEG_FS].base;
+    regs->gs_base = cpu->seg[SEG_GS].base;
+}
+
+static void base_get(struct bt_vcpu *b, unsigned segment, uint64_t base)
+{
+    b->c.v.cpu.seg[segment].base = b->c.segment_base[segment] = base;
+}
+
+static void registers_get(struct bt_vcpu *b, const struct user_regs_struct *regs)
+{
+    struct cpu_state *cpu = &b->c.v.cpu;
+#define GET(n, field) cpu->gpr[n] = regs->field;
+    GPR_MAP(GET)
+#undef GET
+    base_get(b, SEG_FS, regs->fs_base);
+    base_get(b, SEG_GS, regs->gs_base);
+    flags_set(&b->c, (flags_get(&b->c) & ~FLAGS_REPORTED) | (regs->eflags & FLAGS_REPORTED));
+    b->direct->current->id_flag = regs->eflags & RFLAGS_ID;
+}
+
+/* User code may have loaded others: with the guest's descriptors, as it would have. May raise. */
+static void selectors_get(struct bt_vcpu *b, const struct user_regs_struct *regs)
+{
+    const struct {
+        unsigned segment;
+        uint16_t selector;
+    } data[] = {{SEG_DS, (uint16_t)regs->ds}, {SEG_ES, (uint16_t)regs->es}, {SEG_FS, (uint16_t)regs->fs}, {SEG_GS, (uint16_t)regs->gs}, {SEG_SS, (uint16_t)regs->ss}};
+    struct icpu *c = &b->c;
+    for (unsigned n = 0; n < sizeof(data) / sizeof(data[0]); n++) {
+        uint64_t base = c->v.cpu.seg[data[n].segment].base;
+        if (data[n].selector == c->v.cpu.seg[data[n].segment].selector)
+            continue;
+        segment_load(c, data[n].segment, data[n].selector);
+        if (data[n].segment == SEG_FS || data[n].segment == SEG_GS)
+            base_get(b, data[n].segment, base);
+    }
+    if (regs->cs != USER_CS)
+        far_jump(c, (uint16_t)regs->cs, regs->rip, 8);
+}
+
+static bool selector_is_plain(uint16_t selector)
+{
+    return !selector || selector == USER_SS;
+}
+
+bool direct_wanted(const struct bt_vcpu *b)
+{
+    const struct direct *d = b->direct;
+    const struct cpu_state *cpu = &b->c.v.cpu;
+    return b->c.cpl == 3 && !d->held && b->c.code_bits == 64 && !b->c.slow && !b->c.careful && cpu->seg[SEG_CS].selector == USER_CS && cpu->seg[SEG_SS].selector == USER_SS &&
+           selector_is_plain(cpu->seg[SEG_DS].selector) && selector_is_plain(cpu->seg[SEG_ES].selector) && selector_is_plain(cpu->seg[SEG_FS].selector) &&
+           selector_is_plain(cpu->seg[SEG_GS].selector) && cpu->gpr[GPR_RIP] < DIRECT_ADDRESS_LIMIT && !(cpu->rflags & (FLAGS_UNWANTED | RFLAGS_AC)) &&
+           (cpu->rflags & RFLAGS_IF) && (cpu->rflags & RFLAGS_ID) == d->current->id_flag && !(cpu->cr4 & CR4_TSD) && pthread_equal(d->tracer, pthread_self());
+}
+
+/* The current address space runs so, if it is in user mode at all. */
+bool direct_active(const struct bt_vcpu *b)
+{
+    return b->direct && b->direct->current;
+}
+
+void direct_user_entered(struct bt_vcpu *b)
+{
+    struct direct *d = b->direct;
+    if (!d)
+        return;
+    d->held = false;
+    if (unlikely(d->always) && !d->current && b->c.cpl == 3 && guest_fits(b)) {
+        struct process *p = process_get(b, root_of(&b->c.v.cpu));
+        if (!p->space && inputs_tsc() >= p->banned_until)
+            process_start(b, p);
+    }
+}
+
+/* ---- stops ---- */
+
+/* Bytes of code at gva as user code may fetch them; how many. */
+static unsigned fetch(const struct bt_vcpu *b, gva_t gva, uint8_t *bytes, unsigned count)
+{
+    struct paging_result page;
+    uint32_t error;
+    unsigned done = 0;
+    while (done < count) {
+        unsigned left = (unsigned)(PAGE_SIZE_BYTES - ((gva + done) & PAGE_MASK_BITS)), n = count - done < left ? count - done : left;
+        if (paging_walk(b->c.v.memory, &b->c.v.cpu, b->c.max_phys_bits, gva + done, PAGING_FETCH | PAGING_USER | PAGING_NO_UPDATE, &page, &error))
+            break;
+        const void *host = physmap_get(b->c.v.memory, page.gpa, n, PHYSMAP_READ);
+        if (!host)
+            break;
+        memcpy(bytes + done, host, n);
+        done += n;
+    }
+    return done;
+}
+
+/* Fills for each page of [gva, +size). */
+static enum direct_fill fill_range(struct bt_vcpu *b, struct direct_space *space, gva_t gva, unsigned size, unsigned access)
+{
+    enum direct_fill first = direct_space_fill(space, b, gva, access);
+    if (first > DIRECT_FILL_SAME || (gva & PAGE_MASK_BITS) + size <= PAGE_SIZE_BYTES)
+        return first;
+    enum direct_fill second = direct_space_fill(space, b, (gva | PAGE_MASK_BITS) + 1, access);
+    return second > DIRECT_FILL_SAME ? second : first == DIRECT_FILL_CHANGED ? first : second;
+}
+
+/* Maps what the instruction needs. True: go on with it; false: the interpreter, or with d->held translated code, does it. e->lock held. */
+static bool fault_fill(struct bt_vcpu *b, struct direct_space *space, gva_t address)
+{
+    struct direct *d = b->direct;
+    gva_t rip = b->c.v.cpu.gpr[GPR_RIP];
+    uint8_t bytes[INSN_BYTES_MAX];
+    struct bt_access access[4];
+    enum direct_fill filled = direct_space_fill(space, b, rip, PAGING_FETCH);
+    bool changed = filled == DIRECT_FILL_CHANGED;
+    if (address - rip < INSN_BYTES_MAX && (address ^ rip) & ~PAGE_MASK_BITS && filled <= DIRECT_FILL_SAME) {
+        filled = direct_space_fill(space, b, address, PAGING_FETCH); /* its end, perhaps */
+        changed |= filled == DIRECT_FILL_CHANGED;
+        if (filled == DIRECT_FILL_NOT)
+            return false;
+    }
+    d->held = filled == DIRECT_FILL_FORBIDDEN;
+    if (filled > DIRECT_FILL_SAME)
+        return false;
+    unsigned available = fetch(b, rip, bytes, sizeof(bytes));
+    int count = available ? translate_accesses(b, bytes, available, access) : -1;
+    if (count < 0 && address != ~0ull) {
+        filled = direct_space_fill(space, b, address, PAGING_READ);
+        return filled == DIRECT_FILL_CHANGED || (filled == DIRECT_FILL_SAME && changed);
+    }
+    for (int n = 0; n < count; n++) {
+        filled = fill_range(b, space, access[n].gva, access[n].size ? access[n].size : 1, access[n].write ? PAGING_WRITE : PAGING_READ);
+        if (filled > DIRECT_FILL_SAME)
+            return false;
+        changed |= filled == DIRECT_FILL_CHANGED;
+    }
+    return changed;
+}
+
+static void system_call(struct bt_vcpu *b, const struct user_regs_struct *regs)
+{
+    static const struct insn syscall_insn = {.fn = op_syscall, .length = 2, .mnemonic = ZYDIS_MNEMONIC_SYSCALL};
+    struct cpu_state *cpu = &b->c.v.cpu;
+    uint8_t bytes[2];
+    cpu->gpr[GPR_RAX] = regs->orig_rax;
+    cpu->gpr[GPR_RIP] -= 2;
+    if (fetch(b, cpu->gpr[GPR_RIP], bytes, 2) == 2 && bytes[0] == 0xcd) /* INT 0x80 */
+        interp_run_one(&b->c);
+    else
+        interp_run_insn(&b->c, &syscall_insn);
+}
+
+/* SIGTRAP: RIP is behind INT3 and the like, or TF was set by the instruction before. */
+static void trap(struct bt_vcpu *b)
+{
+    struct icpu *c = &b->c;
+    uint64_t *rip = &c->v.cpu.gpr[GPR_RIP];
+    uint8_t bytes[2] = {0};
+    unsigned got = fetch(b, *rip - 2, bytes, 2);
+    if (c->v.cpu.rflags & RFLAGS_TF) {
+        c->fault = (struct fault){.vector = VECTOR_DB, .dr6 = DR6_BS};
+        exception_deliver(c);
+        return;
+    }
+    *rip -= got == 2 && bytes[0] == 0xcd && bytes[1] == 3 ? 2 : 1;
+    interp_run_one(c);
+}
+
+/* ---- running ---- */
+
+static void pin(struct direct *d, struct direct_child *child)
+{
+    cpu_set_t one;
+    if (d->pinned < 0) {
+        int cpu = sched_getcpu();
+        if (cpu < 0 || cpu >= CPU_SETSIZE || sched_getaffinity(0, sizeof(d->affinity), &d->affinity))
+            return;
+        CPU_ZERO(&one);
+        CPU_SET((unsigned)cpu, &one);
+        if (sched_setaffinity(0, sizeof(one), &one))
+            return;
+        d->pinned = cpu;
+    }
+    direct_child_pin(child, d->pinned);
+}
+
+/* Too little time in user mode between stops. */
+static bool is_worth_it(struct bt_vcpu *b, struct process *p)
+{
+    struct direct *d = b->direct;
+    if (d->always || p->stops < STOPS_JUDGED)
+        return true;
+    bool worth = p->run_tsc > p->stops * (d->overhead_tsc + d->overhead_tsc / 2);
+    p->stops = 0;
+    p->run_tsc = 0;
+    if (worth)
+        p->ban_ms = 0;
+    return worth;
+}
+
+static void run_note(struct direct *d, struct process *p, uint64_t took)
+{
+    if (!d->overhead_tsc || took < d->overhead_tsc)
+        d->overhead_tsc = took;
+    p->stops++;
+    p->run_tsc += took;
+    d->runs[DIRECT_STOPS]++;
+}
+
+static enum direct_stop run_once(struct bt_vcpu *b, struct process *p, struct direct_child *child, struct user_regs_struct *regs)
+{
+    struct direct *d = b->direct;
+    enum direct_stop stop = DIRECT_KICKED;
+    atomic_store(&d->running, direct_child_pid(child));
+    if (!atomic_load(&b->c.v.attention)) {
+        uint64_t before = inputs_tsc();
+        stop = direct_child_run(child, regs);
+        run_note(d, p, inputs_tsc() - before);
+    }
+    atomic_store(&d->running, 0);
+    return stop;
+}
+
+/* Brings the process up to date. -errno: it cannot be used any more. */
+static int space_enter(struct bt_vcpu *b, struct direct_space *space)
+{
+    struct direct *d = b->direct;
+    struct direct_child *child = direct_space_child(space);
+    pthread_mutex_lock(&b->engine->lock);
+    if (d->fault_address != ~0ull)
+        direct_space_want(space, d->fault_address);
+    d->fault_address = ~0ull;
+    bool usable = direct_space_enter(space, b);
+    pthread_mutex_unlock(&b->engine->lock);
+    int rc = usable ? direct_child_flush(child) : -EADDRINUSE;
+    return rc ? rc : direct_child_vectors_set(child, b->c.v.cpu.xsave, CPU_XSAVE_BYTES);
+}
+
+/* Stays in the process while all that is missing are mappings. False: it cannot be used any more. */
+static bool space_run(struct bt_vcpu *b, struct process *p, struct user_regs_struct *regs, enum direct_stop *stop)
+{
+    struct direct_space *space = p->space;
+    struct direct_child *child = direct_space_child(space);
+    for (;;) {
+        *stop = run_once(b, p, child, regs);
+        if (*stop == DIRECT_GONE)
+            return false;
+        registers_get(b, regs);
+        if (*stop != DIRECT_FAULT)
+            return true;
+        pthread_mutex_lock(&b->engine->lock);
+        bool more = fault_fill(b, space, direct_child_fault_address(child));
+        pthread_mutex_unlock(&b->engine->lock);
+        if (!more)
+            return true;
+        b->direct->runs[DIRECT_FILLS]++;
+        if (direct_child_flush(child)) {
+            *stop = DIRECT_KICKED; /* before the instruction that faulted */
+            return false;
+        }
+    }
+}
+
+enum direct_result direct_run(struct bt_vcpu *b)
+{
+    struct direct *d = b->direct;
+    struct process *p = d->current;
+    struct direct_child *child = direct_space_child(p->space);
+    struct user_regs_struct regs = {0};
+    enum direct_stop stop = DIRECT_KICKED;
+    simd_save(&b->c);
+    b->mode = bt_mode_of(&b->c, true);
+    registers_put(b, &regs);
+    pin(d, child);
+    bool good = !space_enter(b, p->space);
+    if (good) {
+        good = space_run(b, p, &regs, &stop);
+        if (stop == DIRECT_GONE || direct_child_vectors_get(child, b->c.v.cpu.xsave, CPU_XSAVE_BYTES)) {
+            log_error("processor %u: the process that ran its user code was killed, and the guest's registers with it", b->c.v.index);
+            return DIRECT_LOST;
+        }
+    }
+    if (stop == DIRECT_FAULT)
+        d->fault_address = direct_child_fault_address(child);
+    pthread_mutex_lock(&b->engine->lock);
+    direct_space_left(p->space);
+    pthread_mutex_unlock(&b->engine->lock);
+    if (!good || !is_worth_it(b, p))
+        ban(b, p);
+    selectors_get(b, &regs);
+    if (stop == DIRECT_SYSCALL)
+        system_call(b, &regs);
+    else if (stop == DIRECT_TRAP)
+        trap(b);
+    else if (stop == DIRECT_FAULT && !d->held)
+        interp_run_one(&b->c);
+    return DIRECT_DONE;
+}
+
+/* ---- for people ---- */
+
+void direct_report(const struct bt_vcpu *b, FILE *out)
+{
+    const struct direct *d = b->direct;
+    if (!d)
+        return;
+    fprintf(out, "direct: cpu %u %llu shadows made, %llu stops, of which %llu to map pages, %llu ns an empty one\n", b->c.v.index, (unsigned long long)d->runs[DIRECT_STARTED],
+            (unsigned long long)d->runs[DIRECT_STOPS], (unsigned long long)d->runs[DIRECT_FILLS], (unsigned long long)(d->overhead_tsc * 1000000 / (d->tsc_ms ? d->tsc_ms : 1)));
+}

@@ -1,0 +1,426 @@
+/*
+ * The sandboxed process of direct execution: made, filled and driven through ptrace.
+ *
+ * The program is made here, in a memfd: one page with a loop that executes a list of mmap and munmap calls from the pages behind it. The tracer uses its SYSCALL instruction for
+ * setting the process up too. Guest code never runs but under PTRACE_SYSEMU, so that page is of no use to it; the filter allows what the loop needs all the same, and nothing else.
+ * Threading: the tracer's only, but for direct_child_kick.
+ */
+#include "engine/bt/direct_child.h"
+
+#include <elf.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/audit.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <sched.h>
+#include <signal.h>
+#include <stddef.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/ptrace.h>
+#include <sys/random.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#define PAGE 4096u
+#define KICK_SIGNAL SIGUSR1
+#define SYSCALL_STOP (SIGTRAP | 0x80)
+#define RAM_FD 3
+#define LIST_FD 4
+#define MAP_FLAGS (MAP_SHARED | MAP_FIXED | MAP_POPULATE)
+#define USER_CS 0x33
+#define USER_SS 0x2b
+#define ARCH_CPUID_SET 0x1012
+#define PTRACE_SIGMASK_SET ((enum __ptrace_request)0x420b)
+#define XSTATE_BYTES_MAX 16384u
+#define HEADER_BYTES 128u /* of the ELF file: its header and one program header */
+
+/* One call of the list: the loop's layout. */
+struct command {
+    uint64_t number, address, bytes, prot, flags, fd, offset;
+};
+
+#define COMMANDS_MAX ((DIRECT_HIDDEN_BYTES - PAGE) / sizeof(struct command))
+
+/* Executes RBP calls from RBX on; stops with what is left in RBP and the last result in RAX. */
+static const uint8_t loop_code[] = {
+    0x48, 0x85, 0xed,       /* 00 test rbp, rbp */
+    0x74, 0x30,             /* 03 jz 35 */
+    0x48, 0x8b, 0x03,       /* 05 mov rax, [rbx] */
+    0x48, 0x8b, 0x7b, 0x08, /* 08 mov rdi, [rbx + 8] */
+    0x48, 0x8b, 0x73, 0x10, /* 0c mov rsi, [rbx + 16] */
+    0x48, 0x8b, 0x53, 0x18, /* 10 mov rdx, [rbx + 24] */
+    0x4c, 0x8b, 0x53, 0x20, /* 14 mov r10, [rbx + 32] */
+    0x4c, 0x8b, 0x43, 0x28, /* 18 mov r8, [rbx + 40] */
+    0x4c, 0x8b, 0x4b, 0x30, /* 1c mov r9, [rbx + 48] */
+    0x0f, 0x05,             /* 20 syscall */
+    0x48, 0x3d, 0x01, 0xf0, 0xff, 0xff, /* 22 cmp rax, -4095 */
+    0x73, 0x0b,             /* 28 jae 35 */
+    0x48, 0x83, 0xc3, 0x38, /* 2a add rbx, 56 */
+    0x48, 0xff, 0xcd,       /* 2e dec rbp */
+    0xeb, 0xcd,             /* 31 jmp 00 */
+    0x90, 0x90,
+    0xcc,                   /* 35 int3 */
+};
+#define LOOP_SYSCALL 0x20u
+#define LOOP_SYSCALL_END 0x22u
+
+/* What the loop calls, exactly. */
+#define LOAD(field) BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, field))
+#define IF_EQUAL(value, then, otherwise) BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, value, then, otherwise)
+static const struct sock_filter filter[] = {
+    LOAD(arch),
+    IF_EQUAL(AUDIT_ARCH_X86_64, 0, 8),
+    LOAD(nr),
+    IF_EQUAL(SYS_munmap, 5, 0),
+    IF_EQUAL(SYS_mmap, 0, 5),
+    LOAD(args[3]),
+    IF_EQUAL(MAP_FLAGS, 0, 3),
+    LOAD(args[4]),
+    IF_EQUAL(RAM_FD, 0, 1),
+    BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+    BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS),
+};
+#define FILTER_LENGTH (sizeof(filter) / sizeof(filter[0]))
+
+/* The page as it is in the file, too. */
+struct hidden_page {
+    uint8_t elf[HEADER_BYTES];
+    uint8_t code[128];
+    struct sock_fprog program;
+    struct sock_filter filter[FILTER_LENGTH];
+};
+_Static_assert(sizeof(loop_code) <= 128 && sizeof(struct hidden_page) <= PAGE, "one page");
+
+struct direct_child {
+    pid_t pid;
+    uint64_t hidden;          /* address of its hidden pages */
+    struct command *commands; /* the list, as mapped here */
+    unsigned count;
+    unsigned xstate_bytes; /* what this kernel wants */
+    uint8_t *bounce;       /* when that is more than callers have */
+    uint64_t fault_address;
+    int error; /* of a list that did not fit, so was executed before its time */
+    int cpu;
+};
+
+/* ---- the program ---- */
+
+static void page_make(struct hidden_page *page, uint64_t address)
+{
+    Elf64_Ehdr *header = (Elf64_Ehdr *)page->elf;
+    Elf64_Phdr *segment = (Elf64_Phdr *)(page->elf + sizeof(*header));
+    _Static_assert(sizeof(*header) + sizeof(*segment) <= HEADER_BYTES, "both fit");
+    memset(page, 0, sizeof(*page));
+    memcpy(header->e_ident, ELFMAG, SELFMAG);
+    header->e_ident[EI_CLASS] = ELFCLASS64;
+    header->e_ident[EI_DATA] = ELFDATA2LSB;
+    header->e_ident[EI_VERSION] = EV_CURRENT;
+    header->e_type = ET_EXEC;
+    header->e_machine = EM_X86_64;
+    header->e_version = EV_CURRENT;
+    header->e_entry = address + offsetof(struct hidden_page, code);
+    header->e_phoff = sizeof(*header);
+    header->e_ehsize = sizeof(*header);
+    header->e_phentsize = sizeof(*segment);
+    header->e_phnum = 1;
+    *segment = (Elf64_Phdr){.p_type = PT_LOAD, .p_flags = PF_R | PF_X, .p_vaddr = address, .p_paddr = address, .p_filesz = PAGE, .p_memsz = PAGE, .p_align = PAGE};
+    memcpy(page->code, loop_code, sizeof(loop_code));
+    page->program = (struct sock_fprog){FILTER_LENGTH, (struct sock_filter *)(address + offsetof(struct hidden_page, filter))};
+    memcpy(page->filter, filter, sizeof(filter));
+}
+
+/* Somewhere between where programs and where their libraries and stacks usually are. */
+static uint64_t address_choose(void)
+{
+    uint64_t random = 0;
+    if (getrandom(&random, sizeof(random), GRND_NONBLOCK) < 0)
+        random = (uint64_t)(uintptr_t)&random >> 4;
+    return 0x600000000000ull + (random & 0xfffffffull) * 0x10000;
+}
+
+static int program_create(uint64_t address)
+{
+    uint8_t page[PAGE] = {0};
+    int fd = memfd_create("doppel-direct", MFD_CLOEXEC);
+    page_make((struct hidden_page *)page, address);
+    if (fd >= 0 && write(fd, page, PAGE) != PAGE) {
+        close(fd);
+        fd = -1;
+    }
+    return fd;
+}
+
+static int list_create(struct direct_child *child)
+{
+    int fd = memfd_create("doppel-direct-list", MFD_CLOEXEC);
+    if (fd < 0 || ftruncate(fd, DIRECT_HIDDEN_BYTES - PAGE))
+        return fd < 0 ? fd : (close(fd), -1);
+    void *at = mmap(NULL, DIRECT_HIDDEN_BYTES - PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (at == MAP_FAILED) {
+        close(fd);
+        return -1;
+    }
+    child->commands = at;
+    return fd;
+}
+
+/* In the new process, on the memory of the old one: system calls only. */
+static _Noreturn void child_begin(int program_fd, int ram_fd, int list_fd)
+{
+    static const char *const none[] = {NULL};
+    /* Above the numbers that are wanted, so that none of them is overwritten. */
+    int ram = fcntl(ram_fd, F_DUPFD, 10), list = fcntl(list_fd, F_DUPFD, 10), program = fcntl(program_fd, F_DUPFD_CLOEXEC, 10);
+    if (ram >= 0 && list >= 0 && program >= 0 && dup2(ram, RAM_FD) == RAM_FD && dup2(list, LIST_FD) == LIST_FD && close(ram) == 0 && close(list) == 0 &&
+        ptrace(PTRACE_TRACEME, 0, NULL, NULL) == 0)
+        syscall(SYS_execveat, program, "", none, none, AT_EMPTY_PATH);
+    _exit(1);
+}
+
+/* ---- stops ---- */
+
+static bool wait_stop(const struct direct_child *child, int *status)
+{
+    pid_t got;
+    do
+        got = waitpid(child->pid, status, __WALL);
+    while (got < 0 && errno == EINTR);
+    return got == child->pid && WIFSTOPPED(*status);
+}
+
+static struct user_regs_struct regs_at(uint64_t rip)
+{
+    return (struct user_regs_struct){.rip = rip, .cs = USER_CS, .ss = USER_SS, .orig_rax = ~0ull};
+}
+
+static uint64_t code_address(const struct direct_child *child, unsigned offset)
+{
+    return child->hidden + offsetof(struct hidden_page, code) + offset;
+}
+
+/* The process executes one system call. Its result, or -ESRCH. */
+static long inject(struct direct_child *child, long number, uint64_t a, uint64_t b, uint64_t c, uint64_t d, uint64_t e, uint64_t f)
+{
+    struct user_regs_struct regs = regs_at(code_address(child, LOOP_SYSCALL));
+    int status;
+    regs.rax = (uint64_t)number;
+    regs.rdi = a, regs.rsi = b, regs.rdx = c, regs.r10 = d, regs.r8 = e, regs.r9 = f;
+    if (ptrace(PTRACE_SETREGS, child->pid, NULL, &regs) || ptrace(PTRACE_SINGLESTEP, child->pid, NULL, NULL) || !wait_stop(child, &status) ||
+        ptrace(PTRACE_GETREGS, child->pid, NULL, &regs) || regs.rip != code_address(child, LOOP_SYSCALL_END))
+        return -ESRCH;
+    return (long)regs.rax;
+}
+
+/* ---- setting up ---- */
+
+static int inject_all(struct direct_child *child, bool rdtsc, const char **what)
+{
+    const uint64_t page = child->hidden, list = page + PAGE, end = page + DIRECT_HIDDEN_BYTES;
+    const struct {
+        const char *what;
+        long number;
+        uint64_t a, b, c, d, e, f;
+    } calls[] = {
+        {"munmap", SYS_munmap, 0, page, 0, 0, 0, 0},
+        {"munmap", SYS_munmap, list, DIRECT_ADDRESS_LIMIT - list, 0, 0, 0, 0},
+        {"mmap", SYS_mmap, list, end - list, PROT_READ, MAP_SHARED | MAP_FIXED, LIST_FD, 0},
+        {"close_range", SYS_close_range, 0, RAM_FD - 1, 0, 0, 0, 0},
+        {"close_range", SYS_close_range, RAM_FD + 1, ~0u, 0, 0, 0, 0},
+        {"setsid", SYS_setsid, 0, 0, 0, 0, 0, 0},
+        {"PR_SET_PDEATHSIG", SYS_prctl, PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0, 0},
+        {"PR_SET_TSC", SYS_prctl, PR_SET_TSC, rdtsc ? PR_TSC_ENABLE : PR_TSC_SIGSEGV, 0, 0, 0, 0},
+        {"ARCH_SET_CPUID (the processor cannot trap CPUID)", SYS_arch_prctl, ARCH_CPUID_SET, 0, 0, 0, 0, 0},
+        {"PR_SET_NO_NEW_PRIVS", SYS_prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0, 0},
+        {"seccomp", SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, page + offsetof(struct hidden_page, program), 0, 0, 0},
+    };
+    for (unsigned n = 0; n < sizeof(calls) / sizeof(calls[0]); n++) {
+        long rc = inject(child, calls[n].number, calls[n].a, calls[n].b, calls[n].c, calls[n].d, calls[n].e, calls[n].f);
+        if (rc < 0 && rc > -4096) {
+            *what = calls[n].what;
+            return (int)rc;
+        }
+    }
+    return 0;
+}
+
+static int set_up(struct direct_child *child, bool rdtsc, const char **what)
+{
+    static uint8_t probe[XSTATE_BYTES_MAX];
+    const struct rlimit no_core = {0, 0};
+    uint64_t no_signals = 0;
+    struct iovec io = {probe, sizeof(probe)};
+    int status;
+    *what = "the first stop";
+    if (!wait_stop(child, &status) || WSTOPSIG(status) != SIGTRAP)
+        return -EPERM;
+    *what = "ptrace";
+    if (ptrace(PTRACE_SETOPTIONS, child->pid, NULL, PTRACE_O_EXITKILL | PTRACE_O_TRACESYSGOOD) || ptrace(PTRACE_SIGMASK_SET, child->pid, 8, &no_signals) ||
+        prlimit(child->pid, RLIMIT_CORE, &no_core, NULL) || ptrace(PTRACE_GETREGSET, child->pid, NT_X86_XSTATE, &io))
+        return -errno;
+    child->xstate_bytes = (unsigned)io.iov_len;
+    child->bounce = calloc(1, XSTATE_BYTES_MAX);
+    if (!child->bounce)
+        return -ENOMEM;
+    return inject_all(child, rdtsc, what);
+}
+
+int direct_child_create(struct direct_child **out, int ram_fd, bool rdtsc, struct error *err)
+{
+    const char *what = "a process";
+    struct direct_child *child = calloc(1, sizeof(*child));
+    if (!child)
+        return error_set(err, -ENOMEM, "no memory for a process");
+    child->hidden = address_choose();
+    child->cpu = -1;
+    int rc = 0, program = program_create(child->hidden), list = list_create(child);
+    if (program < 0 || list < 0)
+        rc = -errno;
+    if (!rc) {
+        child->pid = vfork();
+        if (!child->pid)
+            child_begin(program, ram_fd, list);
+        rc = child->pid < 0 ? -errno : set_up(child, rdtsc, &what);
+    }
+    if (program >= 0)
+        close(program);
+    if (list >= 0)
+        close(list);
+    if (rc) {
+        direct_child_destroy(child);
+        return error_set(err, rc, "%s: %s", what, strerror(-rc));
+    }
+    *out = child;
+    return 0;
+}
+
+void direct_child_destroy(struct direct_child *child)
+{
+    if (child->pid > 0) {
+        kill(child->pid, SIGKILL);
+        while (waitpid(child->pid, NULL, __WALL) < 0 && errno == EINTR)
+            ;
+    }
+    if (child->commands)
+        munmap(child->commands, DIRECT_HIDDEN_BYTES - PAGE);
+    free(child->bounce);
+    free(child);
+}
+
+/* ---- mappings ---- */
+
+void direct_child_map(struct direct_child *child, uint64_t address, uint64_t bytes, uint64_t offset, int prot)
+{
+    if (child->count == COMMANDS_MAX && !child->error)
+        child->error = direct_child_flush(child);
+    if (child->error)
+        return;
+    child->commands[child->count++] = prot ? (struct command){SYS_mmap, address, bytes, (uint64_t)prot, MAP_FLAGS, RAM_FD, offset}
+                                           : (struct command){.number = SYS_munmap, .address = address, .bytes = bytes};
+}
+
+int direct_child_flush(struct direct_child *child)
+{
+    struct user_regs_struct regs = regs_at(code_address(child, 0));
+    int status, rc = child->error;
+    if (!child->count || rc)
+        return rc;
+    regs.rbx = child->hidden + PAGE;
+    regs.rbp = child->count;
+    do { /* signals from outside may come first */
+        if (ptrace(PTRACE_SETREGS, child->pid, NULL, &regs) || ptrace(PTRACE_CONT, child->pid, NULL, NULL) || !wait_stop(child, &status) ||
+            ptrace(PTRACE_GETREGS, child->pid, NULL, &regs))
+            return child->error = -ESRCH;
+    } while (WSTOPSIG(status) != SIGTRAP && WSTOPSIG(status) != SIGSEGV);
+    if (regs.rbp || WSTOPSIG(status) != SIGTRAP)
+        rc = WSTOPSIG(status) == SIGTRAP && regs.rax > ~4095ull ? (int)regs.rax : -EFAULT;
+    memset(child->commands, 0, child->count * sizeof(*child->commands)); /* where guest memory is does not concern guest user code, which can read this */
+    child->count = 0;
+    return child->error = rc;
+}
+
+/* ---- running ---- */
+
+enum direct_stop direct_child_run(struct direct_child *child, struct user_regs_struct *regs)
+{
+    siginfo_t info;
+    int status;
+    regs->orig_rax = ~0ull;
+    if (ptrace(PTRACE_SETREGS, child->pid, NULL, regs) || ptrace(PTRACE_SYSEMU, child->pid, NULL, NULL) || !wait_stop(child, &status) ||
+        ptrace(PTRACE_GETREGS, child->pid, NULL, regs))
+        return DIRECT_GONE;
+    child->fault_address = ~0ull;
+    switch (WSTOPSIG(status)) {
+    case SYSCALL_STOP:
+        return DIRECT_SYSCALL;
+    case SIGSEGV:
+    case SIGBUS:
+        if (!ptrace(PTRACE_GETSIGINFO, child->pid, NULL, &info) && info.si_code != SI_KERNEL)
+            child->fault_address = (uint64_t)(uintptr_t)info.si_addr;
+        return DIRECT_FAULT;
+    case SIGFPE:
+    case SIGILL:
+        return DIRECT_FAULT;
+    case SIGTRAP:
+        return DIRECT_TRAP;
+    default:
+        return DIRECT_KICKED;
+    }
+}
+
+uint64_t direct_child_fault_address(const struct direct_child *child)
+{
+    return child->fault_address;
+}
+
+int direct_child_vectors_set(struct direct_child *child, void *xsave, unsigned bytes)
+{
+    struct iovec io = {xsave, child->xstate_bytes};
+    if (child->xstate_bytes > bytes) {
+        memcpy(child->bounce, xsave, bytes);
+        io.iov_base = child->bounce;
+    }
+    return ptrace(PTRACE_SETREGSET, child->pid, NT_X86_XSTATE, &io) ? -errno : 0;
+}
+
+int direct_child_vectors_get(struct direct_child *child, void *xsave, unsigned bytes)
+{
+    bool fits = child->xstate_bytes <= bytes;
+    struct iovec io = {fits ? xsave : child->bounce, child->xstate_bytes};
+    if (ptrace(PTRACE_GETREGSET, child->pid, NT_X86_XSTATE, &io))
+        return -errno;
+    if (!fits)
+        memcpy(xsave, child->bounce, bytes);
+    return 0;
+}
+
+void direct_child_pin(struct direct_child *child, int cpu)
+{
+    cpu_set_t set;
+    if (child->cpu == cpu || cpu < 0 || cpu >= CPU_SETSIZE)
+        return;
+    CPU_ZERO(&set);
+    CPU_SET((unsigned)cpu, &set);
+    if (!sched_setaffinity(child->pid, sizeof(set), &set))
+        child->cpu = cpu;
+}
+
+pid_t direct_child_pid(const struct direct_child *child)
+{
+    return child->pid;
+}
+
+void direct_child_kick(pid_t pid)
+{
+    kill(pid, KICK_SIGNAL);
+}
+
+uint64_t direct_child_hidden(const struct direct_child *child)
+{
+    return child->hidden;
+}

@@ -1,0 +1,352 @@
+/*
+ * The shadow that direct execution runs in: guest page tables turned into mappings of a process.
+ *
+ * Kept in leaves of 2 MiB. What is mapped is compared with what the tables say whenever the guest has invalidated it, and the difference is queued for the process,
+ * neighbours in one mapping where their RAM lies side by side.
+ * Invariant: a page of RAM that is writable in some shadow has BT_CODE_DIRECT, and its bit in that shadow's `writable`.
+ * Threading: direct_space.h.
+ */
+#include "engine/bt/direct_space.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "arch/paging.h"
+
+#define LEAVES_MAX 4096u
+#define LEAF_SLOTS (4 * LEAVES_MAX)
+#define WANTED_MAX 64u
+#define AROUND_FAULT 64u  /* pages, aligned, that a fault brings in when their accessed bits are set */
+#define AROUND_WANTED 16u
+#define ENTRY_RIGHTS 7u   /* PAGING_MAY_* in the bits below the RAM offset */
+#define REGION_SHIFT 21
+
+struct leaf {
+    gva_t region;
+    unsigned mapped;
+    uint64_t entry[PAGING_REGION_PAGES]; /* RAM offset | PAGING_MAY_*; 0: not mapped */
+};
+
+struct wanted {
+    gva_t page;
+    bool add; /* also when it is not mapped */
+};
+
+struct direct_space {
+    struct bt_engine *engine;
+    struct direct_child *child;
+    struct leaf **leaf; /* hash table */
+    unsigned leaves;
+    uint64_t pages;
+    uint64_t *writable; /* bit per page of RAM */
+    struct wanted wanted[WANTED_MAX];
+    unsigned wanted_count;
+    bool stale;
+    bool entered;
+    bool unusable;
+};
+
+/* A mapping under construction. */
+struct run {
+    gva_t at;
+    uint64_t bytes, entry;
+};
+
+/* ---- creation ---- */
+
+int direct_space_create(struct direct_space **out, struct bt_engine *e, bool rdtsc, struct error *err)
+{
+    struct direct_space *space = calloc(1, sizeof(*space));
+    uint64_t pages = e->layout.ram_bytes / PAGE_SIZE_BYTES;
+    if (space) {
+        space->engine = e;
+        space->leaf = calloc(LEAF_SLOTS, sizeof(struct leaf *));
+        space->writable = calloc((pages + 63) / 64, sizeof(uint64_t));
+    }
+    int rc = space && space->leaf && space->writable ? 0 : error_set(err, -ENOMEM, "no memory for a shadow");
+    if (!rc)
+        rc = direct_child_create(&space->child, physmap_fd(e->interp.memory), rdtsc, err);
+    if (rc && space)
+        direct_space_destroy(space);
+    else if (!rc)
+        *out = space;
+    return rc;
+}
+
+void direct_space_destroy(struct direct_space *space)
+{
+    if (space->child)
+        direct_child_destroy(space->child);
+    for (unsigned n = 0; space->leaf && n < LEAF_SLOTS; n++)
+        free(space->leaf[n]);
+    free(space->leaf);
+    free(space->writable);
+    free(space);
+}
+
+struct direct_child *direct_space_child(struct direct_space *space)
+{
+    return space->child;
+}
+
+uint64_t direct_space_pages(const struct direct_space *space)
+{
+    return space->pages;
+}
+
+/* ---- leaves ---- */
+
+static struct leaf **leaf_slot(struct direct_space *space, gva_t region)
+{
+    unsigned n = (unsigned)((region >> REGION_SHIFT) * 0x9e3779b97f4a7c15ull >> 40) % LEAF_SLOTS;
+    while (space->leaf[n] && space->leaf[n]->region != region)
+        n = (n + 1) % LEAF_SLOTS;
+    return &space->leaf[n];
+}
+
+static struct leaf *leaf_get(struct direct_space *space, gva_t gva)
+{
+    gva_t region = gva & ~(PAGING_REGION_BYTES - 1);
+    struct leaf **slot = leaf_slot(space, region);
+    if (*slot || space->leaves == LEAVES_MAX)
+        return *slot;
+    *slot = calloc(1, sizeof(**slot));
+    if (*slot) {
+        (*slot)->region = region;
+        space->leaves++;
+    }
+    return *slot;
+}
+
+/* ---- what a page may be mapped as ---- */
+
+static void writable_set(struct direct_space *space, uint64_t ram_offset, bool on)
+{
+    uint64_t page = ram_offset / PAGE_SIZE_BYTES, bit = 1ull << page % 64;
+    if (on)
+        space->writable[page / 64] |= bit;
+    else
+        space->writable[page / 64] &= ~bit;
+}
+
+/* Instructions by which user code asks which processor it is on, of the host here: RDPID, and LSL of the selector that Linux keeps for that (as its vDSO does). */
+static bool asks_for_processor(const uint8_t *page)
+{
+    static const uint8_t selector[] = {0x7b, 0, 0, 0};
+    const uint8_t *end = page + PAGE_SIZE_BYTES;
+    for (const uint8_t *p = memchr(page, 0x0f, PAGE_SIZE_BYTES - 2); p; p = memchr(p + 1, 0x0f, (size_t)(end - 2 - (p + 1)))) {
+        bool prefix = p > page && (p[-1] == 0xf3 || (p - 1 > page && (p[-1] & 0xf0) == 0x40 && p[-2] == 0xf3));
+        if (prefix && p[1] == 0xc7 && p[2] >= 0xf8)
+            return true;
+        if (p[1] == 0x03 && p[2] >= 0xc0 && memmem(p - page > 16 ? p - 16 : page, p - page > 16 ? 16 : (size_t)(p - page), selector, sizeof(selector)))
+            return true;
+        if (p + 1 >= end - 2)
+            break;
+    }
+    return false;
+}
+
+static bool is_hidden(const struct direct_space *space, gva_t gva)
+{
+    return gva - direct_child_hidden(space->child) < DIRECT_HIDDEN_BYTES;
+}
+
+/* `guest`: as paging_user_region gives it; `old`: what is mapped, whose code has been looked at. */
+static uint64_t entry_wanted(struct direct_space *space, gva_t gva, uint64_t guest, uint64_t old)
+{
+    struct bt_engine *e = space->engine;
+    struct physmap *memory = e->interp.memory;
+    uint64_t offset, rights = guest & ENTRY_RIGHTS;
+    gpa_t gpa = guest & ~PAGE_MASK_BITS;
+    if (!guest)
+        return 0;
+    if (is_hidden(space, gva)) {
+        space->unusable = true;
+        return 0;
+    }
+    if (!physmap_offset(memory, gpa, PAGE_SIZE_BYTES, &offset))
+        return 0;
+    uint8_t *flags = &e->code_flags[offset / PAGE_SIZE_BYTES];
+    if (physmap_is_rom(memory, gpa) || (*flags & BT_CODE_PRESENT))
+        rights &= ~PAGING_MAY_WRITE;
+    bool known = (old & ~(uint64_t)ENTRY_RIGHTS) == offset && (old & PAGING_MAY_EXECUTE);
+    if ((rights & PAGING_MAY_EXECUTE) && !known && asks_for_processor(e->layout.window_r + offset))
+        rights &= ~PAGING_MAY_EXECUTE;
+    return offset | rights;
+}
+
+/* ---- changing mappings ---- */
+
+static void run_end(struct direct_space *space, struct run *run)
+{
+    uint64_t rights = run->entry & ENTRY_RIGHTS;
+    int prot = (rights & PAGING_MAY_READ ? PROT_READ : 0) | (rights & PAGING_MAY_WRITE ? PROT_WRITE : 0) | (rights & PAGING_MAY_EXECUTE ? PROT_EXEC : 0);
+    if (run->bytes)
+        direct_child_map(space->child, run->at, run->bytes, run->entry & ~(uint64_t)ENTRY_RIGHTS, prot);
+    run->bytes = 0;
+}
+
+static void run_add(struct direct_space *space, struct run *run, gva_t at, uint64_t entry)
+{
+    bool follows = run->bytes && run->at + run->bytes == at && (entry ? run->entry && run->entry + run->bytes == entry : !run->entry);
+    if (!follows) {
+        run_end(space, run);
+        *run = (struct run){at, 0, entry};
+    }
+    run->bytes += PAGE_SIZE_BYTES;
+}
+
+static void entry_set(struct direct_space *space, struct leaf *leaf, unsigned n, uint64_t entry)
+{
+    struct bt_engine *e = space->engine;
+    uint64_t *slot = &leaf->entry[n], offset = entry & ~(uint64_t)ENTRY_RIGHTS;
+    if (*slot & PAGING_MAY_WRITE)
+        writable_set(space, *slot & ~(uint64_t)ENTRY_RIGHTS, false);
+    if (entry & PAGING_MAY_WRITE) {
+        writable_set(space, offset, true);
+        e->code_flags[offset / PAGE_SIZE_BYTES] |= BT_CODE_DIRECT;
+        physmap_mark_written(e->interp.memory, physmap_gpa(e->interp.memory, offset), PAGE_SIZE_BYTES);
+    }
+    leaf->mapped += (entry != 0) - (*slot != 0);
+    space->pages += (uint64_t)((entry != 0) - (*slot != 0));
+    *slot = entry;
+}
+
+/* Pages [first, first + count) of the leaf become what the tables say; those that are not mapped only with `add`. */
+static void leaf_sync(struct direct_space *space, struct bt_vcpu *b, struct leaf *leaf, unsigned first, unsigned count, bool add)
+{
+    uint64_t guest[PAGING_REGION_PAGES];
+    struct run run = {0};
+    paging_user_region(b->c.v.memory, &b->c.v.cpu, b->c.max_phys_bits, leaf->region, guest);
+    for (unsigned n = first; n < first + count; n++) {
+        gva_t at = leaf->region + n * PAGE_SIZE_BYTES;
+        uint64_t old = leaf->entry[n], new = old || add ? entry_wanted(space, at, guest[n], old) : 0;
+        if (new == old)
+            continue;
+        entry_set(space, leaf, n, new);
+        run_add(space, &run, at, new);
+    }
+    run_end(space, &run);
+}
+
+static void page_sync(struct direct_space *space, struct bt_vcpu *b, gva_t gva, unsigned around, bool add)
+{
+    struct leaf *leaf = add ? leaf_get(space, gva) : *leaf_slot(space, gva & ~(PAGING_REGION_BYTES - 1));
+    unsigned n = gva >> 12 & (PAGING_REGION_PAGES - 1);
+    if (leaf)
+        leaf_sync(space, b, leaf, n & ~(around - 1), around, add);
+}
+
+/* ---- what the guest invalidates ---- */
+
+void direct_space_stale(struct direct_space *space)
+{
+    space->stale = true;
+}
+
+static void page_note(struct direct_space *space, gva_t gva, bool add)
+{
+    gva &= ~PAGE_MASK_BITS;
+    if (gva >= DIRECT_ADDRESS_LIMIT)
+        return;
+    for (unsigned n = 0; n < space->wanted_count; n++)
+        if (space->wanted[n].page == gva) {
+            space->wanted[n].add |= add;
+            return;
+        }
+    if (space->wanted_count < WANTED_MAX)
+        space->wanted[space->wanted_count++] = (struct wanted){gva, add};
+    else
+        space->stale = true;
+}
+
+void direct_space_stale_page(struct direct_space *space, gva_t gva)
+{
+    page_note(space, gva, false);
+}
+
+void direct_space_want(struct direct_space *space, gva_t gva)
+{
+    page_note(space, gva, true);
+}
+
+bool direct_space_release(struct direct_space *space, uint64_t ram_offset)
+{
+    uint64_t page = ram_offset / PAGE_SIZE_BYTES;
+    if (!(space->writable[page / 64] >> page % 64 & 1))
+        return true;
+    if (space->entered)
+        return false;
+    space->stale = true; /* by the next way in the page has translations */
+    return true;
+}
+
+/* ---- the way in, and faults ---- */
+
+static void catch_up(struct direct_space *space, struct bt_vcpu *b)
+{
+    if (space->stale)
+        for (unsigned n = 0; n < LEAF_SLOTS; n++)
+            if (space->leaf[n] && space->leaf[n]->mapped)
+                leaf_sync(space, b, space->leaf[n], 0, PAGING_REGION_PAGES, false);
+    space->stale = false;
+    for (unsigned n = 0; n < space->wanted_count; n++)
+        page_sync(space, b, space->wanted[n].page, space->wanted[n].add ? AROUND_WANTED : 1, space->wanted[n].add);
+    space->wanted_count = 0;
+}
+
+/* The guest's tables have something where the process has its own page. */
+static bool hidden_is_free(const struct direct_space *space, const struct bt_vcpu *b)
+{
+    struct paging_result page;
+    uint32_t error;
+    for (uint64_t at = 0; at < DIRECT_HIDDEN_BYTES; at += PAGE_SIZE_BYTES)
+        if (!paging_walk(b->c.v.memory, &b->c.v.cpu, b->c.max_phys_bits, direct_child_hidden(space->child) + at, PAGING_READ | PAGING_USER | PAGING_NO_UPDATE, &page, &error))
+            return false;
+    return true;
+}
+
+bool direct_space_enter(struct direct_space *space, struct bt_vcpu *b)
+{
+    if (space->stale && !hidden_is_free(space, b))
+        space->unusable = true;
+    catch_up(space, b);
+    space->entered = true;
+    return !space->unusable;
+}
+
+void direct_space_left(struct direct_space *space)
+{
+    space->entered = false;
+}
+
+static enum direct_fill fill_result(uint64_t old, uint64_t new, unsigned access)
+{
+    uint64_t right = access & PAGING_WRITE ? PAGING_MAY_WRITE : access & PAGING_FETCH ? PAGING_MAY_EXECUTE : PAGING_MAY_READ;
+    if (!(new & right))
+        return access & PAGING_FETCH && new ? DIRECT_FILL_FORBIDDEN : DIRECT_FILL_NOT;
+    return old == new ? DIRECT_FILL_SAME : DIRECT_FILL_CHANGED;
+}
+
+enum direct_fill direct_space_fill(struct direct_space *space, struct bt_vcpu *b, gva_t gva, unsigned access)
+{
+    struct bt_engine *e = space->engine;
+    struct paging_result page;
+    uint64_t offset;
+    uint32_t error;
+    if (gva >= DIRECT_ADDRESS_LIMIT || is_hidden(space, gva) ||
+        paging_walk(b->c.v.memory, &b->c.v.cpu, b->c.max_phys_bits, gva, access | PAGING_USER, &page, &error) ||
+        !physmap_offset(b->c.v.memory, page.gpa & ~PAGE_MASK_BITS, PAGE_SIZE_BYTES, &offset))
+        return DIRECT_FILL_NOT;
+    struct leaf *leaf = leaf_get(space, gva);
+    if (!leaf)
+        return DIRECT_FILL_NOT;
+    if (access & PAGING_WRITE && e->code_flags[offset / PAGE_SIZE_BYTES] & BT_CODE_PRESENT)
+        cache_page_drop(e, offset);
+    unsigned n = gva >> 12 & (PAGING_REGION_PAGES - 1);
+    uint64_t old = leaf->entry[n];
+    leaf_sync(space, b, leaf, n & ~(AROUND_FAULT - 1), AROUND_FAULT, true);
+    return fill_result(old, leaf->entry[n], access);
+}
