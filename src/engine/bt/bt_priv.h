@@ -18,7 +18,7 @@
  * - R10 and R11 are scratch at block boundaries: the guest's own are in cpu.gpr[]. Inside a block any two registers may take
  *   that role (struct bt_site.spilled).
  * - A dynamic transfer (return, indirect or cross-page jump) has the target's linear address in R11; a dynamic entry derives page_va from it. Direct jumps
- *   inside a page go to chain entries and are patched in place. No direct jump ever leaves its page, so dropping a page is zeroing its DT.
+ *   inside a page go to chain entries and are patched in place, or to places in their own block where jumps join, whose state is that of chain entries. No direct jump ever leaves its page, so dropping a page is zeroing its DT.
  * - An access that could cross a page first reads one byte at gs:[BT_CHECK + (gva & 0xfff) + size - 1]: the page at BT_CHECK is readable, the next one is not, so it
  *   faults exactly when the access crosses. No flags, no branch. (EFLAGS.AC is not used: a site that does misalign could not be run with it at all.)
  * - C code runs with DF clear.

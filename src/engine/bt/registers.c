@@ -13,10 +13,11 @@
 
 static unsigned distance_to_use(const struct translation *t, unsigned reg)
 {
-    for (unsigned n = t->at + 1; n < t->count; n++)
+    unsigned n = t->at + 1;
+    for (; n < t->count && !is_join(t, n); n++)
         if ((t->insn[n].reads | t->insn[n].writes) & BIT(reg))
             return n;
-    return t->count + (reg == 11 || reg == 10); /* at the end all but these must be back */
+    return n + (reg == 11 || reg == 10); /* where the block ends or jumps join all but these must be back */
 }
 
 uint16_t pinned(const struct translation *t)
@@ -158,7 +159,7 @@ static unsigned group_look_ahead(const struct translation *t, unsigned base, str
     int32_t moved = 0, by, disp;
     unsigned uses = 0;
     *g = (struct group){.base = (uint8_t)base, .low = INT32_MAX, .high = INT32_MIN};
-    for (unsigned n = t->at; n < t->count; n++) {
+    for (unsigned n = t->at; n < t->count && (n == t->at || !is_join(t, n)); n++) {
         const struct tinsn *i = &t->insn[n];
         struct group wider = *g;
         unsigned more = 0;

@@ -133,8 +133,9 @@ void defer(struct translation *t, enum deferred_kind kind, const struct tinsn *i
 /* Where a jump to `offset` in this page may lead from now on: what it leads to is dropped only together with this block, or leads on itself. NULL: there is no block yet. */
 static const uint8_t *chain_of(const struct translation *t, int32_t offset)
 {
-    if (offset == (int32_t)t->code_offset && !t->careful)
-        return t->chain;
+    int inside = t->careful ? -1 : insn_number(t, offset);
+    if (inside >= 0 && (!inside || is_join(t, (unsigned)inside)))
+        return inside ? t->join_at[inside] : t->chain;
     const struct bt_block *block = cache_block(t->e, t->page, (unsigned)offset);
     return block ? t->e->layout.tc_write + block->tc_chain : NULL;
 }

@@ -134,6 +134,12 @@ static void decode_crossing(struct translation *t, const struct analyze_context 
     t->next = next;
 }
 
+/* Another block begins there: a jump to it is shorter than the same code again. */
+static bool goes_on_elsewhere(const struct translation *t, unsigned offset)
+{
+    return t->count && !t->careful && t->page->dt[offset];
+}
+
 static void decode_block(struct translation *t, unsigned start)
 {
     struct analyze_context a = {.c = NULL, .mode = t->page->mode, .forms = t->e->forms};
@@ -143,7 +149,7 @@ static void decode_block(struct translation *t, unsigned start)
     unsigned available = left < sizeof(t->code) ? left : (unsigned)sizeof(t->code);
     memcpy(t->code, t->e->layout.window_r + t->page->offset + start, available);
     t->code_offset = start;
-    while (t->count < t->e->debug.block_insns && offset < PAGE_SIZE_BYTES) {
+    while (t->count < t->e->debug.block_insns && offset < PAGE_SIZE_BYTES && !goes_on_elsewhere(t, offset)) {
         struct tinsn *i = &t->insn[t->count++];
         analyze_insn(&a, t->code + (offset - start), available - (offset - start), offset, i);
         if (!i->length)
@@ -162,10 +168,47 @@ static void decode_block(struct translation *t, unsigned start)
     }
 }
 
+int insn_number(const struct translation *t, int32_t offset)
+{
+    int low = 0, high = (int)t->count - 1;
+    while (low <= high) {
+        int middle = (low + high) / 2;
+        int32_t at = t->insn[middle].offset;
+        if (at == offset)
+            return middle;
+        if (at < offset)
+            low = middle + 1;
+        else
+            high = middle - 1;
+    }
+    return -1;
+}
+
+/* Jumps inside the block need neither the run loop nor a second translation of what they lead to. Careful blocks are left as soon as possible. */
+static void joins_find(struct translation *t)
+{
+    t->joins = 0;
+    for (unsigned n = 0; n < t->count && !t->careful; n++) {
+        const struct tinsn *i = &t->insn[n];
+        int to = i->kind == TI_JCC || i->kind == TI_LOOP || i->kind == TI_JMP ? insn_number(t, i->target) : -1;
+        if (to > 0)
+            t->joins |= 1ull << to;
+    }
+}
+
+static void join_emit(struct translation *t)
+{
+    canonicalize(t);
+    t->clean = 0;
+    t->join_at[t->at] = t->out.at;
+}
+
 static void translation_emit(struct translation *t)
 {
     for (t->at = 0; t->at < t->count; t->at++) {
         const struct tinsn *i = &t->insn[t->at];
+        if (is_join(t, t->at))
+            join_emit(t);
         if (t->next && t->at == t->count - 1) {
             canonicalize(t);
             emit_next_page_check(t, i);
@@ -202,6 +245,7 @@ struct bt_block *translate_block(struct bt_engine *e, struct bt_page *page, unsi
     t.count = t.at = t.sites = t.deferred_count = 0;
     t.start = t.out.at = e->layout.tc_write + e->tc_used;
     decode_block(&t, start);
+    joins_find(&t);
     emit_entry(&t, start);
     t.chain = t.out.at;
     struct bt_block block = {

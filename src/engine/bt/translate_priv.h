@@ -147,6 +147,8 @@ struct translation {
     struct emitter out;
     uint8_t *start;
     const uint8_t *chain; /* the block's own chain entry */
+    uint64_t joins;       /* bit per instruction: the block's jumps lead there, to join_at, in canonical state */
+    const uint8_t *join_at[INSNS_MAX];
     uint8_t s[2];   /* two scratch registers for the instruction being translated */
     uint16_t free;  /* scratch registers: their guest values are in cpu.gpr[] */
     uint16_t clean; /* registers whose value in cpu.gpr[] is the current one */
@@ -162,6 +164,16 @@ struct address {
     unsigned base, index;
     int32_t disp;
 };
+
+_Static_assert(INSNS_MAX <= 64, "joins");
+
+static inline bool is_join(const struct translation *t, unsigned n)
+{
+    return t->joins >> n & 1;
+}
+
+/* Number of the block's instruction at the offset in the page, or -1. */
+int insn_number(const struct translation *t, int32_t offset);
 
 /* registers.c */
 uint16_t pinned(const struct translation *t);

@@ -67,6 +67,9 @@ static struct {
     struct state now;
     bool live;
     struct state *waiting[2 * BT_BLOCK_TC_MAX]; /* by byte of the code: a branch leads there in that state */
+    bool join[2 * BT_BLOCK_TC_MAX]; /* several ways lead there, or one back: like a chain entry */
+    bool seen[2 * BT_BLOCK_TC_MAX]; /* those that were come by */
+    bool again;                     /* a join was found: everything once more, knowing it */
     uint32_t at;
     ZydisDecodedInstruction zi;
     ZydisDecodedOperand op[ZYDIS_MAX_OPERAND_COUNT];
@@ -738,29 +741,38 @@ static bool canonical(void)
     return true;
 }
 
-static struct state **waiting_at(uint32_t tc)
+/* Index of the block's code by byte, or -1. */
+static int place(uint32_t tc)
 {
     const struct bt_block *b = m.block;
     if (tc >= b->tc_start && tc < b->tc_end)
-        return &m.waiting[tc - b->tc_start];
+        return (int)(tc - b->tc_start);
     if (tc >= b->cold_start && tc < b->cold_end)
-        return &m.waiting[BT_BLOCK_TC_MAX + tc - b->cold_start];
-    return NULL;
+        return (int)(BT_BLOCK_TC_MAX + tc - b->cold_start);
+    return -1;
+}
+
+static bool join_found(int at)
+{
+    m.join[at] = m.again = true;
+    return fail("a join");
 }
 
 static bool branch_verify(uint32_t tc)
 {
-    struct state **waiting = waiting_at(tc);
+    int at = place(tc);
     const struct bt_stubs *stubs = &m.e->stubs;
-    if (waiting && tc != m.block->tc_chain && tc != m.block->tc_start) {
-        if (*waiting)
-            return fail("two ways to %#x", tc);
-        *waiting = malloc(sizeof(**waiting));
-        **waiting = m.now;
+    if (at >= 0 && !m.join[at] && tc != m.block->tc_chain && tc != m.block->tc_start) {
+        if (m.waiting[at] || at <= place(m.at))
+            return join_found(at);
+        m.waiting[at] = malloc(sizeof(*m.waiting[at]));
+        *m.waiting[at] = m.now;
         return true;
     }
     if (!canonical())
         return false;
+    if (at >= 0 && m.join[at])
+        return true;
     if (tc == stubs->leave_in_page || tc == stubs->link || tc == stubs->link_far)
         return m.now.reg[GPR_R10].count == 0 ? true : fail("leaves for no reason");
     const struct bt_block *target = cache_find(m.e, (uintptr_t)m.e->layout.tc_exec + tc);
@@ -862,7 +874,14 @@ static bool range(uint32_t from, uint32_t to)
     ZydisDecoder decoder;
     ZydisDecoderInit(&decoder, ZYDIS_MACHINE_MODE_LONG_64, ZYDIS_STACK_WIDTH_64);
     for (m.at = from; m.at < to; m.at += m.zi.length) {
-        struct state **waiting = waiting_at(m.at);
+        struct state **waiting = &m.waiting[place(m.at)];
+        if (m.join[place(m.at)]) {
+            if (m.live && !canonical())
+                return false;
+            start();
+            m.live = true;
+            m.seen[place(m.at)] = true;
+        }
         if (m.at == m.block->tc_chain) {
             struct sum page_va;
             if (!m.live || !field_load(BT_CTX(page_va), &page_va))
@@ -870,7 +889,7 @@ static bool range(uint32_t from, uint32_t to)
             start();
         }
         if (*waiting && m.live)
-            return fail("two ways here");
+            return join_found(place(m.at));
         if (*waiting) {
             m.now = **waiting;
             free(*waiting);
@@ -905,20 +924,32 @@ static bool entry_begin(void)
     return true;
 }
 
-const char *bt_verify(struct bt_engine *e, const struct bt_block *block)
+static bool block_verify(void)
 {
-    m.e = e;
-    m.block = block;
     m.symbols = 0;
     m.why[0] = 0;
-    m.at = block->tc_start;
-    bool good = entry_begin() && range(block->tc_chain, block->tc_end) && range(block->cold_start, block->cold_end);
-    for (unsigned n = 0; n < 2 * BT_BLOCK_TC_MAX; n++)
-        if (m.waiting[n]) {
-            free(m.waiting[n]);
-            m.waiting[n] = NULL;
-            if (good)
-                good = fail("a branch into the middle of an instruction");
-        }
+    m.again = false;
+    m.at = m.block->tc_start;
+    memset(m.seen, 0, sizeof(m.seen));
+    bool good = entry_begin() && range(m.block->tc_chain, m.block->tc_end) && range(m.block->cold_start, m.block->cold_end);
+    for (unsigned n = 0; n < 2 * BT_BLOCK_TC_MAX; n++) {
+        bool missed = m.waiting[n] || (m.join[n] && !m.seen[n]);
+        free(m.waiting[n]);
+        m.waiting[n] = NULL;
+        if (good && missed)
+            good = fail("a branch into the middle of an instruction");
+    }
+    return good;
+}
+
+const char *bt_verify(struct bt_engine *e, const struct bt_block *block)
+{
+    bool good;
+    m.e = e;
+    m.block = block;
+    memset(m.join, 0, sizeof(m.join));
+    do
+        good = block_verify();
+    while (!good && m.again);
     return good && !m.why[0] ? NULL : m.why;
 }
