@@ -395,6 +395,21 @@ static void links_undo(struct bt_engine *e, struct bt_page *page)
     page->links = 0;
 }
 
+static void discard(void *memory, uint64_t bytes) /* reads as zero from now on */
+{
+    if (bytes && madvise(memory, (bytes + PAGE_MASK_BITS) & ~PAGE_MASK_BITS, MADV_DONTNEED))
+        memset(memory, 0, bytes);
+}
+
+/* No slot of the page is set: its memory is given back. */
+static void dt_discard(struct bt_engine *e, struct bt_page *page)
+{
+    for (unsigned left = page->dt_pieces; left; left &= left - 1)
+        discard((uint8_t *)page->dt + (size_t)__builtin_ctz(left) * PAGE_SIZE_BYTES, PAGE_SIZE_BYTES);
+    e->dt_pieces -= (uint32_t)__builtin_popcount(page->dt_pieces);
+    page->dt_pieces = 0;
+}
+
 static bool blocks_drop(struct bt_engine *e, struct bt_page *page) /* true: there were any */
 {
     bool any = page->blocks != NULL;
@@ -402,6 +417,7 @@ static bool blocks_drop(struct bt_engine *e, struct bt_page *page) /* true: ther
     for (struct bt_block *block = page->blocks; block; block = block->next)
         block_forget(block);
     page->blocks = NULL;
+    dt_discard(e, page);
     return any;
 }
 
@@ -472,12 +488,6 @@ void cache_memory_changed(void *engine, gpa_t gpa, uint64_t length_bytes)
     if (dropped)
         kick_all(e, false);
     pthread_mutex_unlock(&e->lock);
-}
-
-static void discard(void *memory, uint64_t bytes) /* reads as zero from now on */
-{
-    if (bytes && madvise(memory, (bytes + PAGE_MASK_BITS) & ~PAGE_MASK_BITS, MADV_DONTNEED))
-        memset(memory, 0, bytes);
 }
 
 void cache_flush(struct bt_engine *e)
