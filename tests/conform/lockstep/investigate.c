@@ -154,11 +154,11 @@ static bool steps_match(const struct lockstep *l, uint64_t *mine, uint64_t *thei
     return false;
 }
 
-/* The interpreter's step that has the other's rip, soon after the last common one; NULL: none. */
+/* The interpreter's step that has the other's rip, the last common one or soon after it; NULL: none. */
 static const struct step *counterpart(const struct lockstep *l, uint64_t mine, const struct step *theirs)
 {
     const struct channel *channel = l->channel[0];
-    for (uint64_t n = mine + 1; n < atomic_load(&channel->steps) && n < mine + 2 * BT_BLOCK_INSNS_MAX; n++)
+    for (uint64_t n = mine; n < atomic_load(&channel->steps) && n < mine + 2 * BT_BLOCK_INSNS_MAX; n++)
         if (channel->trace[n].gpr[GPR_RIP] == theirs->gpr[GPR_RIP])
             return &channel->trace[n];
     return NULL;
@@ -175,8 +175,6 @@ static void steps_print(const struct lockstep *l, uint64_t mine, uint64_t theirs
         step_print(&a->trace[n], n == mine ? ">" : " ");
     if (!right)
         printf("%s has no state at %#llx soon after that; %s has\n", l->engine[0], (unsigned long long)wrong->gpr[GPR_RIP], l->engine[1]);
-    else if (wrong->state == right->state && wrong->word == right->word)
-        printf("the states at %#llx agree\n", (unsigned long long)wrong->gpr[GPR_RIP]);
     else
         printf("registers at %#llx, where %s is seen next (nothing listed: vector or system state):\n", (unsigned long long)wrong->gpr[GPR_RIP], l->engine[1]);
     if (right)

@@ -81,8 +81,9 @@ static void produce(struct side *s, const struct record *record)
 
 static void end_now(struct side *s, uint64_t why)
 {
+    bool memory = s->machine && s->plan.ram_interval && !s->plan.watched_count;
     if (!s->ended)
-        produce(s, &(struct record){.kind = EVENT_END, .where = why, .time_ns = virtual_now()});
+        produce(s, &(struct record){.kind = EVENT_END, .where = why, .time_ns = virtual_now(), .ram = memory ? memory_hash(s, NULL) : 0});
     s->ended = s->leave = true;
 }
 
