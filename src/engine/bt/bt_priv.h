@@ -30,6 +30,8 @@
 #ifndef DOPPEL_ENGINE_BT_PRIV_H
 #define DOPPEL_ENGINE_BT_PRIV_H
 
+#include <sched.h>
+
 #include "engine/interp/interp_core.h"
 
 /* ---- host address space (layout.c) ---- */
@@ -279,6 +281,7 @@ struct bt_engine {
     bool avx512, fsgsbase;
 
     enum engine_direct direct;
+    cpu_set_t pinned; /* processors that direct execution has bound a vCPU to */
     struct perf_map *perf_map;   /* NULL: off */
     struct dump_code *dump_code;
 };

@@ -14,6 +14,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "arch/host.h"
 #include "arch/paging.h"
@@ -24,11 +25,12 @@
 
 #define SPACES 6u
 #define PROCESSES 64u
-#define TICKS_WANTED 2u      /* timer interrupts in user mode before a process is tried */
-#define STOPS_JUDGED 64u     /* after so many stops it is asked whether it was worth it */
 #define DR6_BS (1ull << 14)
-#define BAN_MS_MIN 20u
-#define BAN_MS_MAX 2000u
+#define HOLD_US_MIN 32u       /* in translated code after a stop that came too soon; doubled as long as they do */
+#define HOLD_US_MAX 16384u
+#define HOLD_US_FAILED 2000000u
+#define PIN_CHECK_US 65536u
+#define PIN_PAUSE_US 8192u
 #define USER_CS 0x33
 #define USER_SS 0x2b
 #define FLAGS_FREE (RFLAGS_OSZAPC | RFLAGS_DF) /* moved in both directions */
@@ -40,19 +42,16 @@
 struct process {
     gpa_t root;
     uint64_t used;
-    unsigned ticks;
-    unsigned ban_ms;
-    uint64_t banned_until; /* inputs_tsc() */
+    uint64_t hold_tsc;     /* for so long it was held last time */
+    uint64_t held_until;   /* by the TSC: translated code until then */
     struct direct_space *space; /* NULL: none now */
     unsigned asid;         /* under which the space was used last */
-    unsigned stops;
-    uint64_t run_tsc;      /* spent in these */
     uint64_t id_flag;      /* RFLAGS.ID as the space's process has it, which nobody can set from outside */
 };
 
 struct direct {
     bool always; /* for tests: every process, at once */
-    uint64_t tsc_ms;
+    uint64_t tsc_us;
     uint64_t overhead_tsc; /* of one run that does nothing */
     uint64_t clock;
     struct process process[PROCESSES];
@@ -62,8 +61,10 @@ struct direct {
     bool has_tracer;
     pthread_t tracer;
     unsigned spaces;
-    int pinned;
+    int pinned; /* processor; -1: none */
+    bool shared_pin;
     cpu_set_t affinity; /* before */
+    uint64_t pin_checked, pin_cpu_ns;
     pthread_mutex_t kick_lock; /* a process is not reaped while it is being kicked */
     _Atomic pid_t running;
     uint64_t runs[DIRECT_COUNTERS];
@@ -80,7 +81,7 @@ int direct_create(struct bt_vcpu *b, enum engine_direct use)
     if (!d)
         return -ENOMEM;
     d->always = use == DIRECT_ALWAYS;
-    d->tsc_ms = inputs_tsc_khz();
+    d->tsc_us = inputs_tsc_khz() / 1000 + 1;
     d->fault_address = ~0ull;
     d->pinned = -1;
     pthread_mutex_init(&d->kick_lock, NULL);
@@ -98,34 +99,65 @@ static void child_stops_silence(void)
     sigaction(SIGCHLD, &action, NULL);
 }
 
-static void space_drop(struct bt_vcpu *b, struct process *p)
+/* From now on it is nobody's. */
+static struct direct_space *space_detach(struct bt_vcpu *b, struct process *p)
 {
     struct direct *d = b->direct;
     struct direct_space *space = p->space;
-    if (!space)
-        return;
     pthread_mutex_lock(&b->engine->lock);
     p->space = NULL;
     d->spaces--;
     pthread_mutex_unlock(&b->engine->lock);
+    if (d->current == p)
+        d->current = NULL;
+    return space;
+}
+
+static void space_drop(struct bt_vcpu *b, struct process *p)
+{
+    struct direct *d = b->direct;
+    if (!p->space)
+        return;
+    struct direct_space *space = space_detach(b, p);
     pthread_mutex_lock(&d->kick_lock); /* a kick under way ends first */
     pthread_mutex_unlock(&d->kick_lock);
     direct_space_destroy(space);
-    if (d->current == p)
-        d->current = NULL;
 }
 
-static void unpin(struct direct *d)
+/* Emptied, for another process. NULL: it was of no use any more. */
+static struct direct_space *space_take(struct bt_vcpu *b, struct process *p)
 {
-    if (d->pinned >= 0)
-        sched_setaffinity(0, sizeof(d->affinity), &d->affinity);
+    if (direct_space_reset(p->space)) {
+        space_drop(b, p);
+        return NULL;
+    }
+    return space_detach(b, p);
+}
+
+static void unpin(struct bt_vcpu *b)
+{
+    struct direct *d = b->direct;
+    if (d->pinned < 0)
+        return;
+    sched_setaffinity(0, sizeof(d->affinity), &d->affinity);
+    pthread_mutex_lock(&b->engine->lock);
+    if (!d->shared_pin)
+        CPU_CLR((unsigned)d->pinned, &b->engine->pinned);
+    pthread_mutex_unlock(&b->engine->lock);
     d->pinned = -1;
+}
+
+static uint64_t cpu_time_ns(const struct direct_child *child)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+    return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec + direct_child_cpu_ns(child);
 }
 
 void direct_thread_leave(struct bt_vcpu *b)
 {
     if (b->direct)
-        unpin(b->direct);
+        unpin(b);
 }
 
 void direct_destroy(struct bt_vcpu *b)
@@ -140,15 +172,14 @@ void direct_destroy(struct bt_vcpu *b)
     b->direct = NULL;
 }
 
-static void ban(struct bt_vcpu *b, struct process *p)
+static uint64_t tsc(void)
 {
-    struct direct *d = b->direct;
-    space_drop(b, p);
-    p->ban_ms = p->ban_ms ? p->ban_ms * 2 : BAN_MS_MIN;
-    if (p->ban_ms > BAN_MS_MAX)
-        p->ban_ms = BAN_MS_MAX;
-    p->banned_until = inputs_tsc() + p->ban_ms * d->tsc_ms;
-    p->ticks = 0;
+    return __builtin_ia32_rdtsc();
+}
+
+static void hold(const struct direct *d, struct process *p, uint64_t us)
+{
+    p->held_until = tsc() + us * d->tsc_us;
 }
 
 /* Not on this host, or not for this thread: the reason once, and never again. */
@@ -224,19 +255,18 @@ static void process_start(struct bt_vcpu *b, struct process *p)
     struct error err;
     if (d->has_tracer && !pthread_equal(d->tracer, pthread_self()))
         return;
-    if (d->spaces == SPACES)
-        space_drop(b, oldest_with_space(d));
     if (!d->has_tracer)
         child_stops_silence();
-    if (direct_space_create(&space, b->engine, !b->c.v.cpu.tsc_offset, &err)) {
+    space = d->spaces == SPACES ? space_take(b, oldest_with_space(d)) : NULL;
+    if (!space && direct_space_create(&space, b->engine, !b->c.v.cpu.tsc_offset, &err)) {
         give_up(b, &err);
         return;
     }
     d->has_tracer = true;
     d->tracer = pthread_self();
     p->asid = asid_of(&b->c.v.cpu);
-    p->stops = 0;
-    p->run_tsc = p->id_flag = 0;
+    p->id_flag = 0;
+    p->hold_tsc = p->held_until = 0;
     pthread_mutex_lock(&b->engine->lock);
     p->space = space;
     d->spaces++;
@@ -252,9 +282,8 @@ void direct_tick(struct bt_vcpu *b)
     if (!d || d->current || !guest_fits(b))
         return;
     struct process *p = process_get(b, root_of(&b->c.v.cpu));
-    if (p->space || inputs_tsc() < p->banned_until || ++p->ticks < TICKS_WANTED)
-        return;
-    process_start(b, p);
+    if (!p->space && tsc() >= p->held_until)
+        process_start(b, p);
 }
 
 void direct_switch(struct bt_vcpu *b, bool keep)
@@ -408,7 +437,8 @@ bool direct_wanted(const struct bt_vcpu *b)
 /* The current address space runs so, if it is in user mode at all. */
 bool direct_active(const struct bt_vcpu *b)
 {
-    return b->direct && b->direct->current;
+    const struct direct *d = b->direct;
+    return d && d->current && (d->always || tsc() >= d->current->held_until);
 }
 
 void direct_user_entered(struct bt_vcpu *b)
@@ -419,7 +449,7 @@ void direct_user_entered(struct bt_vcpu *b)
     d->held = false;
     if (unlikely(d->always) && !d->current && b->c.cpl == 3 && guest_fits(b)) {
         struct process *p = process_get(b, root_of(&b->c.v.cpu));
-        if (!p->space && inputs_tsc() >= p->banned_until)
+        if (!p->space && tsc() >= p->held_until)
             process_start(b, p);
     }
 }
@@ -519,54 +549,89 @@ static void trap(struct bt_vcpu *b)
 
 /* ---- running ---- */
 
-static void pin(struct direct *d, struct direct_child *child)
+/* The processor that this thread is on, unless another vCPU's is pinned there: then one that is free. */
+static int processor_choose(struct bt_engine *e, const cpu_set_t *allowed)
 {
-    cpu_set_t one;
-    if (d->pinned < 0) {
-        int cpu = sched_getcpu();
-        if (cpu < 0 || cpu >= CPU_SETSIZE || sched_getaffinity(0, sizeof(d->affinity), &d->affinity))
-            return;
-        CPU_ZERO(&one);
-        CPU_SET((unsigned)cpu, &one);
-        if (sched_setaffinity(0, sizeof(one), &one))
-            return;
-        d->pinned = cpu;
-    }
-    direct_child_pin(child, d->pinned);
+    int here = sched_getcpu();
+    if (here < 0 || here >= CPU_SETSIZE || !CPU_ISSET((unsigned)here, &e->pinned))
+        return here < CPU_SETSIZE ? here : -1;
+    for (int n = 0; n < CPU_SETSIZE; n++)
+        if (CPU_ISSET((unsigned)n, allowed) && !CPU_ISSET((unsigned)n, &e->pinned))
+            return n;
+    return here;
 }
 
-/* Too little time in user mode between stops. */
-static bool is_worth_it(struct bt_vcpu *b, struct process *p)
+/* The thread and the process take turns: on one processor that is several times faster than between two. */
+static void pin(struct bt_vcpu *b, struct direct_child *child)
 {
     struct direct *d = b->direct;
-    if (d->always || p->stops < STOPS_JUDGED)
-        return true;
-    bool worth = p->run_tsc > p->stops * (d->overhead_tsc + d->overhead_tsc / 2);
-    p->stops = 0;
-    p->run_tsc = 0;
-    if (worth)
-        p->ban_ms = 0;
-    return worth;
+    struct bt_engine *e = b->engine;
+    cpu_set_t one;
+    if (d->pinned < 0) {
+        if (sched_getaffinity(0, sizeof(d->affinity), &d->affinity))
+            return;
+        pthread_mutex_lock(&e->lock);
+        int cpu = processor_choose(e, &d->affinity);
+        if (cpu >= 0) {
+            CPU_ZERO(&one);
+            CPU_SET((unsigned)cpu, &one);
+            if (!sched_setaffinity(0, sizeof(one), &one)) {
+                d->shared_pin = CPU_ISSET((unsigned)cpu, &e->pinned);
+                CPU_SET((unsigned)cpu, &e->pinned);
+                d->pinned = cpu;
+                d->pin_checked = tsc();
+                d->pin_cpu_ns = cpu_time_ns(child);
+            }
+        }
+        pthread_mutex_unlock(&e->lock);
+    }
+    if (d->pinned >= 0)
+        direct_child_pin(child, d->pinned);
 }
 
-static void run_note(struct direct *d, struct process *p, uint64_t took)
+/* When others want the processor too, the scheduler gets a chance to move the thread. */
+static void pin_check(struct bt_vcpu *b, struct process *p)
 {
-    if (!d->overhead_tsc || took < d->overhead_tsc)
-        d->overhead_tsc = took;
-    p->stops++;
-    p->run_tsc += took;
-    d->runs[DIRECT_STOPS]++;
+    struct direct *d = b->direct;
+    uint64_t now = tsc(), wall_us = (now - d->pin_checked) / d->tsc_us;
+    if (d->pinned < 0 || wall_us < PIN_CHECK_US)
+        return;
+    uint64_t cpu_ns = cpu_time_ns(direct_space_child(p->space)), used_us = (cpu_ns - d->pin_cpu_ns) / 1000;
+    d->pin_checked = now;
+    d->pin_cpu_ns = cpu_ns;
+    if (used_us < wall_us / 4 * 3) { /* a negative difference, of another process than before, is large */
+        unpin(b);
+        hold(d, p, PIN_PAUSE_US);
+    }
 }
 
-static enum direct_stop run_once(struct bt_vcpu *b, struct process *p, struct direct_child *child, struct user_regs_struct *regs)
+/* Stops that come too soon make translated code the better choice for a while. */
+static void run_judge(const struct direct *d, struct process *p, uint64_t took)
+{
+    uint64_t useful = took - d->overhead_tsc, least = HOLD_US_MIN * d->tsc_us, most = HOLD_US_MAX * d->tsc_us;
+    if (useful > 4 * d->overhead_tsc)
+        p->hold_tsc = 0;
+    if (useful >= d->overhead_tsc)
+        return;
+    p->hold_tsc = p->hold_tsc ? 2 * p->hold_tsc : least;
+    if (p->hold_tsc > most)
+        p->hold_tsc = most;
+    p->held_until = tsc() + p->hold_tsc;
+}
+
+static enum direct_stop run_once(struct bt_vcpu *b, struct direct_child *child, struct user_regs_struct *regs, uint64_t *took)
 {
     struct direct *d = b->direct;
     enum direct_stop stop = DIRECT_KICKED;
+    *took = ~0ull;
     atomic_store(&d->running, direct_child_pid(child));
     if (!atomic_load(&b->c.v.attention)) {
-        uint64_t before = inputs_tsc();
+        uint64_t before = tsc();
         stop = direct_child_run(child, regs);
-        run_note(d, p, inputs_tsc() - before);
+        *took = tsc() - before;
+        if (!d->overhead_tsc || *took < d->overhead_tsc)
+            d->overhead_tsc = *took;
+        d->runs[DIRECT_STOPS]++;
     }
     atomic_store(&d->running, 0);
     return stop;
@@ -593,17 +658,23 @@ static bool space_run(struct bt_vcpu *b, struct process *p, struct user_regs_str
     struct direct_space *space = p->space;
     struct direct_child *child = direct_space_child(space);
     for (;;) {
-        *stop = run_once(b, p, child, regs);
+        uint64_t took;
+        *stop = run_once(b, child, regs, &took);
         if (*stop == DIRECT_GONE)
             return false;
         registers_get(b, regs);
-        if (*stop != DIRECT_FAULT)
+        if (*stop != DIRECT_FAULT) {
+            if (*stop != DIRECT_KICKED)
+                run_judge(b->direct, p, took);
             return true;
+        }
         pthread_mutex_lock(&b->engine->lock);
         bool more = fault_fill(b, space, direct_child_fault_address(child));
         pthread_mutex_unlock(&b->engine->lock);
-        if (!more)
+        if (!more) {
+            run_judge(b->direct, p, took);
             return true;
+        }
         b->direct->runs[DIRECT_FILLS]++;
         if (direct_child_flush(child)) {
             *stop = DIRECT_KICKED; /* before the instruction that faulted */
@@ -622,7 +693,7 @@ enum direct_result direct_run(struct bt_vcpu *b)
     simd_save(&b->c);
     b->mode = bt_mode_of(&b->c, true);
     registers_put(b, &regs);
-    pin(d, child);
+    pin(b, child);
     bool good = !space_enter(b, p->space);
     if (good) {
         good = space_run(b, p, &regs, &stop);
@@ -636,8 +707,11 @@ enum direct_result direct_run(struct bt_vcpu *b)
     pthread_mutex_lock(&b->engine->lock);
     direct_space_left(p->space);
     pthread_mutex_unlock(&b->engine->lock);
-    if (!good || !is_worth_it(b, p))
-        ban(b, p);
+    pin_check(b, p);
+    if (!good) {
+        space_drop(b, p);
+        hold(d, p, HOLD_US_FAILED);
+    }
     selectors_get(b, &regs);
     if (stop == DIRECT_SYSCALL)
         system_call(b, &regs);
@@ -656,5 +730,5 @@ void direct_report(const struct bt_vcpu *b, FILE *out)
     if (!d)
         return;
     fprintf(out, "direct: cpu %u %llu shadows made, %llu stops, of which %llu to map pages, %llu ns an empty one\n", b->c.v.index, (unsigned long long)d->runs[DIRECT_STARTED],
-            (unsigned long long)d->runs[DIRECT_STOPS], (unsigned long long)d->runs[DIRECT_FILLS], (unsigned long long)(d->overhead_tsc * 1000000 / (d->tsc_ms ? d->tsc_ms : 1)));
+            (unsigned long long)d->runs[DIRECT_STOPS], (unsigned long long)d->runs[DIRECT_FILLS], (unsigned long long)(d->overhead_tsc * 1000 / d->tsc_us));
 }

@@ -26,6 +26,7 @@
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #define PAGE 4096u
@@ -36,7 +37,6 @@
 #define MAP_FLAGS (MAP_SHARED | MAP_FIXED | MAP_POPULATE)
 #define USER_CS 0x33
 #define USER_SS 0x2b
-#define ARCH_CPUID_SET 0x1012
 #define PTRACE_SIGMASK_SET ((enum __ptrace_request)0x420b)
 #define XSTATE_BYTES_MAX 16384u
 #define HEADER_BYTES 128u /* of the ELF file: its header and one program header */
@@ -104,7 +104,8 @@ struct direct_child {
     struct command *commands; /* the list, as mapped here */
     unsigned count;
     unsigned xstate_bytes; /* what this kernel wants */
-    uint8_t *bounce;       /* when that is more than callers have */
+    uint8_t *vectors;      /* as the process has them, when known */
+    bool vectors_known;
     uint64_t fault_address;
     int error; /* of a list that did not fit, so was executed before its time */
     int cpu;
@@ -235,7 +236,6 @@ static int inject_all(struct direct_child *child, bool rdtsc, const char **what)
         {"setsid", SYS_setsid, 0, 0, 0, 0, 0, 0},
         {"PR_SET_PDEATHSIG", SYS_prctl, PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0, 0},
         {"PR_SET_TSC", SYS_prctl, PR_SET_TSC, rdtsc ? PR_TSC_ENABLE : PR_TSC_SIGSEGV, 0, 0, 0, 0},
-        {"ARCH_SET_CPUID (the processor cannot trap CPUID)", SYS_arch_prctl, ARCH_CPUID_SET, 0, 0, 0, 0, 0},
         {"PR_SET_NO_NEW_PRIVS", SYS_prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0, 0},
         {"seccomp", SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, page + offsetof(struct hidden_page, program), 0, 0, 0},
     };
@@ -264,8 +264,8 @@ static int set_up(struct direct_child *child, bool rdtsc, const char **what)
         prlimit(child->pid, RLIMIT_CORE, &no_core, NULL) || ptrace(PTRACE_GETREGSET, child->pid, NT_X86_XSTATE, &io))
         return -errno;
     child->xstate_bytes = (unsigned)io.iov_len;
-    child->bounce = calloc(1, XSTATE_BYTES_MAX);
-    if (!child->bounce)
+    child->vectors = calloc(1, XSTATE_BYTES_MAX);
+    if (!child->vectors)
         return -ENOMEM;
     return inject_all(child, rdtsc, what);
 }
@@ -308,7 +308,7 @@ void direct_child_destroy(struct direct_child *child)
     }
     if (child->commands)
         munmap(child->commands, DIRECT_HIDDEN_BYTES - PAGE);
-    free(child->bounce);
+    free(child->vectors);
     free(child);
 }
 
@@ -322,6 +322,13 @@ void direct_child_map(struct direct_child *child, uint64_t address, uint64_t byt
         return;
     child->commands[child->count++] = prot ? (struct command){SYS_mmap, address, bytes, (uint64_t)prot, MAP_FLAGS, RAM_FD, offset}
                                            : (struct command){.number = SYS_munmap, .address = address, .bytes = bytes};
+}
+
+void direct_child_unmap_all(struct direct_child *child)
+{
+    uint64_t end = child->hidden + DIRECT_HIDDEN_BYTES;
+    direct_child_map(child, 0, child->hidden, 0, PROT_NONE);
+    direct_child_map(child, end, DIRECT_ADDRESS_LIMIT - end, 0, PROT_NONE);
 }
 
 int direct_child_flush(struct direct_child *child)
@@ -378,25 +385,33 @@ uint64_t direct_child_fault_address(const struct direct_child *child)
     return child->fault_address;
 }
 
+/* Compares first: the guest's kernel has seldom touched what the process has still. */
 int direct_child_vectors_set(struct direct_child *child, void *xsave, unsigned bytes)
 {
-    struct iovec io = {xsave, child->xstate_bytes};
-    if (child->xstate_bytes > bytes) {
-        memcpy(child->bounce, xsave, bytes);
-        io.iov_base = child->bounce;
-    }
-    return ptrace(PTRACE_SETREGSET, child->pid, NT_X86_XSTATE, &io) ? -errno : 0;
+    unsigned own = bytes < child->xstate_bytes ? bytes : child->xstate_bytes;
+    struct iovec io = {child->vectors, child->xstate_bytes};
+    if (child->vectors_known && !memcmp(child->vectors, xsave, own))
+        return 0;
+    memcpy(child->vectors, xsave, own);
+    child->vectors_known = !ptrace(PTRACE_SETREGSET, child->pid, NT_X86_XSTATE, &io);
+    return child->vectors_known ? 0 : -errno;
 }
 
 int direct_child_vectors_get(struct direct_child *child, void *xsave, unsigned bytes)
 {
-    bool fits = child->xstate_bytes <= bytes;
-    struct iovec io = {fits ? xsave : child->bounce, child->xstate_bytes};
-    if (ptrace(PTRACE_GETREGSET, child->pid, NT_X86_XSTATE, &io))
-        return -errno;
-    if (!fits)
-        memcpy(xsave, child->bounce, bytes);
-    return 0;
+    struct iovec io = {child->vectors, child->xstate_bytes};
+    child->vectors_known = !ptrace(PTRACE_GETREGSET, child->pid, NT_X86_XSTATE, &io);
+    memcpy(xsave, child->vectors, bytes < child->xstate_bytes ? bytes : child->xstate_bytes);
+    return child->vectors_known ? 0 : -errno;
+}
+
+uint64_t direct_child_cpu_ns(const struct direct_child *child)
+{
+    struct timespec t;
+    clockid_t clock;
+    if (clock_getcpuclockid(child->pid, &clock) || clock_gettime(clock, &t))
+        return 0;
+    return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
 }
 
 void direct_child_pin(struct direct_child *child, int cpu)

@@ -34,6 +34,8 @@ void direct_child_destroy(struct direct_child *child);
 
 /* Queues: [address, +bytes) becomes the RAM at `offset` with PROT_* rights; prot 0: nothing. Page aligned. */
 void direct_child_map(struct direct_child *child, uint64_t address, uint64_t bytes, uint64_t offset, int prot);
+/* Queues: nothing is mapped any more. */
+void direct_child_unmap_all(struct direct_child *child);
 /* Does what is queued. -errno: not all of it was done, and the address space must be thrown away. */
 int direct_child_flush(struct direct_child *child) __attribute__((warn_unused_result));
 
@@ -47,6 +49,7 @@ int direct_child_vectors_get(struct direct_child *child, void *xsave, unsigned b
 
 /* Makes it run on the processor `cpu` only. */
 void direct_child_pin(struct direct_child *child, int cpu);
+uint64_t direct_child_cpu_ns(const struct direct_child *child); /* processor time it has had */
 pid_t direct_child_pid(const struct direct_child *child);
 /* Any thread, by process id: ends a run under way, or the next one. */
 void direct_child_kick(pid_t pid);

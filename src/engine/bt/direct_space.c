@@ -14,6 +14,7 @@
 #include <sys/mman.h>
 
 #include "arch/paging.h"
+#include "engine/bt/direct_code.h"
 
 #define LEAVES_MAX 4096u
 #define LEAF_SLOTS (4 * LEAVES_MAX)
@@ -22,6 +23,8 @@
 #define AROUND_WANTED 16u
 #define ENTRY_RIGHTS 7u   /* PAGING_MAY_* in the bits below the RAM offset */
 #define REGION_SHIFT 21
+#define TURNS 1024u
+#define TURNS_PATIENCE 8u
 
 struct leaf {
     gva_t region;
@@ -41,6 +44,7 @@ struct direct_space {
     unsigned leaves;
     uint64_t pages;
     uint64_t *writable; /* bit per page of RAM */
+    uint8_t turns[TURNS]; /* by pages, hashed: how often they went from written to executed and back */
     struct wanted wanted[WANTED_MAX];
     unsigned wanted_count;
     bool stale;
@@ -65,6 +69,8 @@ int direct_space_create(struct direct_space **out, struct bt_engine *e, bool rdt
         space->leaf = calloc(LEAF_SLOTS, sizeof(struct leaf *));
         space->writable = calloc((pages + 63) / 64, sizeof(uint64_t));
     }
+    if (space)
+        space->stale = true;
     int rc = space && space->leaf && space->writable ? 0 : error_set(err, -ENOMEM, "no memory for a shadow");
     if (!rc)
         rc = direct_child_create(&space->child, physmap_fd(e->interp.memory), rdtsc, err);
@@ -75,15 +81,39 @@ int direct_space_create(struct direct_space **out, struct bt_engine *e, bool rdt
     return rc;
 }
 
+static void leaves_free(struct direct_space *space)
+{
+    for (unsigned n = 0; space->leaf && n < LEAF_SLOTS; n++) {
+        free(space->leaf[n]);
+        space->leaf[n] = NULL;
+    }
+    space->leaves = 0;
+    space->pages = 0;
+}
+
 void direct_space_destroy(struct direct_space *space)
 {
     if (space->child)
         direct_child_destroy(space->child);
-    for (unsigned n = 0; space->leaf && n < LEAF_SLOTS; n++)
-        free(space->leaf[n]);
+    leaves_free(space);
     free(space->leaf);
     free(space->writable);
     free(space);
+}
+
+int direct_space_reset(struct direct_space *space)
+{
+    struct bt_engine *e = space->engine;
+    direct_child_unmap_all(space->child);
+    int rc = space->unusable ? -EADDRINUSE : direct_child_flush(space->child);
+    pthread_mutex_lock(&e->lock);
+    leaves_free(space);
+    memset(space->writable, 0, (e->layout.ram_bytes / PAGE_SIZE_BYTES + 63) / 64 * sizeof(uint64_t));
+    memset(space->turns, 0, sizeof(space->turns));
+    space->wanted_count = 0;
+    space->stale = true; /* where its own page is may be in use there */
+    pthread_mutex_unlock(&e->lock);
+    return rc;
 }
 
 struct direct_child *direct_space_child(struct direct_space *space)
@@ -131,30 +161,33 @@ static void writable_set(struct direct_space *space, uint64_t ram_offset, bool o
         space->writable[page / 64] &= ~bit;
 }
 
-/* Instructions by which user code asks which processor it is on, of the host here: RDPID, and LSL of the selector that Linux keeps for that (as its vDSO does). */
-static bool asks_for_processor(const uint8_t *page)
-{
-    static const uint8_t selector[] = {0x7b, 0, 0, 0};
-    const uint8_t *end = page + PAGE_SIZE_BYTES;
-    for (const uint8_t *p = memchr(page, 0x0f, PAGE_SIZE_BYTES - 2); p; p = memchr(p + 1, 0x0f, (size_t)(end - 2 - (p + 1)))) {
-        bool prefix = p > page && (p[-1] == 0xf3 || (p - 1 > page && (p[-1] & 0xf0) == 0x40 && p[-2] == 0xf3));
-        if (prefix && p[1] == 0xc7 && p[2] >= 0xf8)
-            return true;
-        if (p[1] == 0x03 && p[2] >= 0xc0 && memmem(p - page > 16 ? p - 16 : page, p - page > 16 ? 16 : (size_t)(p - page), selector, sizeof(selector)))
-            return true;
-        if (p + 1 >= end - 2)
-            break;
-    }
-    return false;
-}
-
 static bool is_hidden(const struct direct_space *space, gva_t gva)
 {
     return gva - direct_child_hidden(space->child) < DIRECT_HIDDEN_BYTES;
 }
 
-/* `guest`: as paging_user_region gives it; `old`: what is mapped, whose code has been looked at. */
-static uint64_t entry_wanted(struct direct_space *space, gva_t gva, uint64_t guest, uint64_t old)
+static uint8_t *turns_of(struct direct_space *space, gva_t gva)
+{
+    return &space->turns[(gva >> 12) * 0x9e3779b97f4a7c15ull >> 32 & (TURNS - 1)];
+}
+
+/*
+ * A page that may be written and executed is one or the other, so that its code is looked at before it runs: as it was, unless `access` says otherwise. Those that change
+ * all the time are both after a while.
+ */
+static uint64_t write_or_execute(struct direct_space *space, gva_t gva, uint64_t rights, uint64_t old, unsigned access)
+{
+    const uint64_t both = PAGING_MAY_WRITE | PAGING_MAY_EXECUTE;
+    uint8_t *turns = turns_of(space, gva);
+    if ((rights & both) != both || *turns >= TURNS_PATIENCE)
+        return rights;
+    uint64_t one = access & PAGING_WRITE ? PAGING_MAY_WRITE : access & PAGING_FETCH ? PAGING_MAY_EXECUTE : old & both ? old & both : PAGING_MAY_WRITE;
+    *turns += (old & both) && !(old & one);
+    return (rights & ~both) | one;
+}
+
+/* `guest`: as paging_user_region gives it; `old`: what is mapped; `access`: what it is wanted for now. */
+static uint64_t entry_wanted(struct direct_space *space, gva_t gva, uint64_t guest, uint64_t old, unsigned access)
 {
     struct bt_engine *e = space->engine;
     struct physmap *memory = e->interp.memory;
@@ -171,9 +204,10 @@ static uint64_t entry_wanted(struct direct_space *space, gva_t gva, uint64_t gue
     uint8_t *flags = &e->code_flags[offset / PAGE_SIZE_BYTES];
     if (physmap_is_rom(memory, gpa) || (*flags & BT_CODE_PRESENT))
         rights &= ~PAGING_MAY_WRITE;
+    rights = write_or_execute(space, gva, rights, old, access);
     bool known = (old & ~(uint64_t)ENTRY_RIGHTS) == offset && (old & PAGING_MAY_EXECUTE);
-    if ((rights & PAGING_MAY_EXECUTE) && !known && asks_for_processor(e->layout.window_r + offset))
-        rights &= ~PAGING_MAY_EXECUTE;
+    if ((rights & PAGING_MAY_EXECUTE) && !known && direct_code_tells(e->layout.window_r + offset))
+        rights &= ~(uint64_t)PAGING_MAY_EXECUTE;
     return offset | rights;
 }
 
@@ -214,15 +248,15 @@ static void entry_set(struct direct_space *space, struct leaf *leaf, unsigned n,
     *slot = entry;
 }
 
-/* Pages [first, first + count) of the leaf become what the tables say; those that are not mapped only with `add`. */
-static void leaf_sync(struct direct_space *space, struct bt_vcpu *b, struct leaf *leaf, unsigned first, unsigned count, bool add)
+/* Pages [first, first + count) of the leaf become what the tables say; those that are not mapped only with `add`. `access` is for page `wanted`. */
+static void leaf_sync(struct direct_space *space, struct bt_vcpu *b, struct leaf *leaf, unsigned first, unsigned count, bool add, unsigned wanted, unsigned access)
 {
     uint64_t guest[PAGING_REGION_PAGES];
     struct run run = {0};
     paging_user_region(b->c.v.memory, &b->c.v.cpu, b->c.max_phys_bits, leaf->region, guest);
     for (unsigned n = first; n < first + count; n++) {
         gva_t at = leaf->region + n * PAGE_SIZE_BYTES;
-        uint64_t old = leaf->entry[n], new = old || add ? entry_wanted(space, at, guest[n], old) : 0;
+        uint64_t old = leaf->entry[n], new = old || add ? entry_wanted(space, at, guest[n], old, n == wanted ? access : PAGING_READ) : 0;
         if (new == old)
             continue;
         entry_set(space, leaf, n, new);
@@ -236,7 +270,7 @@ static void page_sync(struct direct_space *space, struct bt_vcpu *b, gva_t gva, 
     struct leaf *leaf = add ? leaf_get(space, gva) : *leaf_slot(space, gva & ~(PAGING_REGION_BYTES - 1));
     unsigned n = gva >> 12 & (PAGING_REGION_PAGES - 1);
     if (leaf)
-        leaf_sync(space, b, leaf, n & ~(around - 1), around, add);
+        leaf_sync(space, b, leaf, n & ~(around - 1), around, add, n, PAGING_READ);
 }
 
 /* ---- what the guest invalidates ---- */
@@ -290,7 +324,7 @@ static void catch_up(struct direct_space *space, struct bt_vcpu *b)
     if (space->stale)
         for (unsigned n = 0; n < LEAF_SLOTS; n++)
             if (space->leaf[n] && space->leaf[n]->mapped)
-                leaf_sync(space, b, space->leaf[n], 0, PAGING_REGION_PAGES, false);
+                leaf_sync(space, b, space->leaf[n], 0, PAGING_REGION_PAGES, false, 0, PAGING_READ);
     space->stale = false;
     for (unsigned n = 0; n < space->wanted_count; n++)
         page_sync(space, b, space->wanted[n].page, space->wanted[n].add ? AROUND_WANTED : 1, space->wanted[n].add);
@@ -347,6 +381,6 @@ enum direct_fill direct_space_fill(struct direct_space *space, struct bt_vcpu *b
         cache_page_drop(e, offset);
     unsigned n = gva >> 12 & (PAGING_REGION_PAGES - 1);
     uint64_t old = leaf->entry[n];
-    leaf_sync(space, b, leaf, n & ~(AROUND_FAULT - 1), AROUND_FAULT, true);
+    leaf_sync(space, b, leaf, n & ~(AROUND_FAULT - 1), AROUND_FAULT, true, n, access);
     return fill_result(old, leaf->entry[n], access);
 }

@@ -1,0 +1,68 @@
+/*
+ * Finding instructions that must not run natively in user mode, although they do not fault there.
+ *
+ * Their bytes occur inside other instructions, too: about one page in two hundred of programs has them so. Decoding from some way before, from several starting points, finds the
+ * instructions' real boundaries, as x86 code falls into step after a few instructions; only bytes at such a boundary count. Code made to be read in two ways can hide from this: it then
+ * learns what the host's processor is, and nothing else.
+ * LSL matters because Linux keeps the processor's number in a segment limit, where a vDSO without RDPID reads it.
+ * Threading: pure functions.
+ */
+#include "engine/bt/direct_code.h"
+
+#include <string.h>
+
+#include <Zydis/Zydis.h>
+
+#define PAGE 4096u
+#define LEAD_MAX 64u  /* bytes before the suspect where decoding begins */
+#define STARTS 16u
+#define HITS_NEEDED 4u /* of STARTS */
+
+/* The opcode bytes 0F xx of one of them at p, with at least one byte after these; *start is where a mandatory prefix begins. */
+static bool is_suspect(const uint8_t *page, const uint8_t *p, const uint8_t **start)
+{
+    bool rex = p > page && (p[-1] & 0xf0) == 0x40;
+    *start = rex ? p - 1 : p;
+    if (p[1] == 0xa2 || p[1] == 0x03)
+        return true;
+    bool repeat = *start > page && (*start)[-1] == 0xf3;
+    if (p[1] != 0xc7 || p[2] < 0xf8 || !repeat)
+        return false;
+    *start -= 1;
+    return true;
+}
+
+static bool is_reached(const ZydisDecoder *decoder, const uint8_t *page, unsigned from, unsigned low, unsigned high)
+{
+    ZydisDecodedInstruction zi;
+    while (from < low) {
+        if (!ZYAN_SUCCESS(ZydisDecoderDecodeInstruction(decoder, NULL, page + from, PAGE - from, &zi)))
+            from++;
+        else
+            from += zi.length;
+    }
+    return from <= high;
+}
+
+/* Do most ways of reading the bytes before come to an instruction that begins between `start` and `opcode`? */
+static bool is_instruction(const ZydisDecoder *decoder, const uint8_t *page, unsigned start, unsigned opcode)
+{
+    unsigned hits = 0;
+    if (start < STARTS)
+        return true;
+    unsigned lead = start < LEAD_MAX ? start : LEAD_MAX;
+    for (unsigned n = 0; n < STARTS && hits < HITS_NEEDED; n++)
+        hits += is_reached(decoder, page, start - lead + n, start, opcode);
+    return hits >= HITS_NEEDED;
+}
+
+bool direct_code_tells(const uint8_t page[4096])
+{
+    ZydisDecoder decoder;
+    const uint8_t *end = page + PAGE - 2, *start;
+    ZydisDecoderInit(&decoder, ZYDIS_MACHINE_MODE_LONG_64, ZYDIS_STACK_WIDTH_64);
+    for (const uint8_t *p = memchr(page, 0x0f, PAGE - 2); p; p = p + 1 < end ? memchr(p + 1, 0x0f, (size_t)(end - (p + 1))) : NULL)
+        if (is_suspect(page, p, &start) && is_instruction(&decoder, page, (unsigned)(start - page), (unsigned)(p - page)))
+            return true;
+    return false;
+}
