@@ -29,10 +29,11 @@ const char *const engine_counter_help[COUNTER_COUNT] = {
 #undef COUNTER
 };
 
-static const struct engine_ops *engine_auto(char reason[160], struct error *err)
+/* The first from engine_table[n] on that this host can run. `first`: why not one before. */
+static const struct engine_ops *engine_first(unsigned n, struct error first, char reason[160], struct error *err)
 {
-    struct error first = {0}, probe;
-    for (unsigned n = 0; engine_table[n]; n++) {
+    struct error probe;
+    for (; engine_table[n]; n++) {
         const struct engine_ops *ops = engine_table[n];
         if (ops->probe(&probe)) {
             if (!first.code)
@@ -47,10 +48,19 @@ static const struct engine_ops *engine_auto(char reason[160], struct error *err)
     return NULL;
 }
 
+const struct engine_ops *engine_next(const struct engine_ops *failed, const struct error *why, char reason[160])
+{
+    unsigned n = 0;
+    while (engine_table[n] && engine_table[n] != failed)
+        n++;
+    struct error none;
+    return engine_table[n] ? engine_first(n + 1, *why, reason, &none) : NULL;
+}
+
 const struct engine_ops *engine_find(const char *name, char reason[160], struct error *err)
 {
     if (!strcmp(name, "auto"))
-        return engine_auto(reason, err);
+        return engine_first(0, (struct error){0}, reason, err);
     for (unsigned n = 0; engine_table[n]; n++) {
         const struct engine_ops *ops = engine_table[n];
         if (strcmp(name, ops->name))

@@ -424,9 +424,22 @@ static int set_engine_options(struct machine *machine, struct error *err)
     return 0;
 }
 
+static void destroy_engine(struct machine *machine)
+{
+    vcpu_threads_destroy(machine);
+    if (machine->engine)
+        machine->engine_ops->destroy(machine->engine);
+    machine->engine = NULL;
+}
+
+static bool engine_is_automatic(const struct machine *machine)
+{
+    return !machine->config->engine || strcmp(machine->config->engine, "auto") == 0;
+}
+
 static int create_engine(struct machine *machine, struct error *err)
 {
-    const char *name = machine->config->engine ? machine->config->engine : "auto";
+    const char *name = engine_is_automatic(machine) ? "auto" : machine->config->engine;
     machine->engine_ops = engine_find(name, machine->engine_reason, err);
     if (!machine->engine_ops)
         return err->code ? err->code : -EINVAL;
@@ -436,10 +449,21 @@ static int create_engine(struct machine *machine, struct error *err)
     machine->cpuid = cpuid_table_build(&cpuid);
     if (!machine->cpuid)
         return error_set(err, -ENOMEM, "out of memory");
-    int r = machine->engine_ops->create(&machine->engine, machine->memory, err);
-    if (r == 0)
-        r = set_engine_options(machine, err);
-    return r ? r : vcpu_threads_create(machine, err);
+    for (;;) {
+        int r = machine->engine_ops->create(&machine->engine, machine->memory, err);
+        if (r == 0) {
+            r = set_engine_options(machine, err);
+            if (r)
+                return r;
+            r = vcpu_threads_create(machine, err);
+        }
+        /* What an engine needs may depend on the guest: its memory, the number of its processors. */
+        const struct engine_ops *next = r && engine_is_automatic(machine) ? engine_next(machine->engine_ops, err, machine->engine_reason) : NULL;
+        if (!next)
+            return r;
+        destroy_engine(machine);
+        machine->engine_ops = next;
+    }
 }
 
 static int open_trace(struct machine *machine, struct error *err)
@@ -526,7 +550,7 @@ int machine_start(struct machine *machine, struct error *err)
     if (r)
         return error_set(err, -r, "cannot start a thread: %s", strerror(r));
     machine->loop_started = true;
-    if (!machine->config->engine || strcmp(machine->config->engine, "auto") == 0)
+    if (engine_is_automatic(machine))
         log_info("engine %s (auto): %s", machine->engine_ops->name, machine->engine_reason);
     loop_post(machine->loop, first_input, machine);
     return vcpu_threads_start(machine, err);
@@ -565,9 +589,7 @@ void machine_destroy(struct machine *machine)
     console_close(machine->serial_console);
     console_close(machine->virtio_console_backend);
     console_close(machine->debug_console);
-    vcpu_threads_destroy(machine);
-    if (machine->engine)
-        machine->engine_ops->destroy(machine->engine);
+    destroy_engine(machine);
     cpuid_table_destroy(machine->cpuid);
     if (machine->lapics)
         lapic_set_destroy(machine->lapics);
