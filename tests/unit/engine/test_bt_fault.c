@@ -404,6 +404,7 @@ static void test_thread(void **state)
     assert_true(mask_now() == ~(faults | never));
     sigaltstack(NULL, &inside);
     assert_true(inside.ss_size >= 0x10000 && !(inside.ss_flags & SS_DISABLE));
+    assert_true((unsigned)inside.ss_flags & 1u << 31); /* SS_AUTODISARM: the guest's RSP may lie in it */
     fault_thread_leave(&t.b);
     assert_true(mask_now() == 0);
     sigaltstack(NULL, &stack);

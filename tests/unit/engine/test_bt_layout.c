@@ -86,6 +86,13 @@ static void windows_show_ram(void **state)
             assert_false(probe_readable(starts[n] + lengths[n] - 1 + distance));
         }
     }
+    /* Of the witness and what a dispatch slot may be away from another, one page. */
+    assert_true(probe_readable(l.witness) && probe_readable(l.witness + PAGE_SIZE_BYTES - 1));
+    assert_false(probe_writable(l.witness));
+    for (uint64_t distance = 1; distance <= BT_DT_POOL_BYTES; distance += distance < 1 << 20 ? PAGE_SIZE_BYTES - 1 : 997 * PAGE_SIZE_BYTES) {
+        assert_false(probe_readable(l.witness - distance));
+        assert_false(probe_readable(l.witness + PAGE_SIZE_BYTES - 1 + distance));
+    }
     assert_int_equal(l.dt_pool[BT_DT_POOL_BYTES / 2], 0);
     l.dt_pool[BT_DT_POOL_BYTES / 2] = 1;
     layout_destroy(&l);
@@ -101,6 +108,26 @@ static void translations_run_where_they_are_not_written(void **state)
     int (*function)(void) = (int (*)(void))(uintptr_t)(l.tc_exec + TC_BYTES - sizeof(code));
     assert_int_equal(function(), 42);
     assert_false(probe_writable(l.tc_exec));
+    layout_destroy(&l);
+}
+
+static void call(void *at)
+{
+    ((void (*)(void))(uintptr_t)at)();
+}
+
+static void nothing_runs_where_it_is_written(void **state)
+{
+    static const uint8_t ret = 0xc3;
+    struct bt_layout l;
+    assert_int_equal(layout_create(&l, *state, TC_BYTES, NULL), 0);
+    uint8_t *writable[] = {physmap_get(*state, 0, RAM_BYTES, PHYSMAP_WRITE), l.window_w + PAGE_SIZE_BYTES, l.dt_pool, l.tc_write};
+    for (unsigned n = 0; n < sizeof(writable) / sizeof(writable[0]); n++) {
+        *writable[n] = ret;
+        assert_false(probe_run(call, writable[n], NULL));
+    }
+    assert_false(probe_run(call, l.window_r, NULL));
+    assert_true(probe_run(call, l.tc_exec, NULL));
     layout_destroy(&l);
 }
 
@@ -149,6 +176,7 @@ int main(void)
         cmocka_unit_test(every_alias_is_reserved),
         cmocka_unit_test(windows_show_ram),
         cmocka_unit_test(translations_run_where_they_are_not_written),
+        cmocka_unit_test(nothing_runs_where_it_is_written),
         cmocka_unit_test(several_in_one_process),
         cmocka_unit_test(a_limit_of_the_address_space_is_named),
     };

@@ -208,9 +208,14 @@ static int64_t jump_to(struct fixture *f, gva_t gva) /* the dispatch slot or -1 
 static void an_empty_table_faults_everywhere(void **state)
 {
     struct fixture *f = *state;
+    static const unsigned constant = 1;
     static const gva_t gvas[] = {0, 1, 0xfff, USER, KERNEL, ~0ull, 1ull << 47, 1ull << 63, 0x1ffffffffff, 0xffffffffff600000ull, 0x0123456789abcdefull};
     for (unsigned n = 0; n < sizeof(gvas) / sizeof(gvas[0]); n++)
         assert_int_equal(read_at(f, gvas[n]), -1);
+    /* What this process has there itself is not to be seen, either. */
+    const void *own[] = {&constant, &f, f, f->b, f->engine.layout.tc_exec, f->engine.layout.window_r, f->b->table, (const void *)(uintptr_t)an_empty_table_faults_everywhere};
+    for (unsigned n = 0; n < sizeof(own) / sizeof(own[0]); n++)
+        assert_int_equal(read_at(f, (uintptr_t)own[n]), -1);
     assert_true(tables_bytes(f->b) > 0);
 }
 
@@ -482,6 +487,10 @@ static void a_kicked_jump_faults(void **state)
         tables_exec_set(f->b, pages[n], dt_at(&f->engine, 1));
         assert_int_equal(jump_to(f, pages[n]), -1);
     }
+    map(f, 0x200000, DATA | USED); /* the rest of the same piece of the table is there */
+    tables_exec_set(f->b, 0x200000, dt_at(&f->engine, 1));
+    uint8_t *exec = f->b->table + BT_EXEC_TABLE_OFFSET;
+    assert_true(probe_readable(exec + PAGE_SIZE_BYTES) && !probe_readable(exec) && !probe_readable(exec + PAGE_SIZE_BYTES - 1));
     gva_t gva = KERNEL + 0x200000;
     map(f, gva, DATA | USED);
     dt_at(&f->engine, 1)[0] = 77;
