@@ -1,7 +1,8 @@
 /*
  * What JIT compilers, loaders and kernels do to code: immediates patched ahead of and behind the running instruction, data beside code, functions made at one
  * address and at ever new ones, W^X by page tables, two and a thousand mappings of one page, pages remapped under the same address, address spaces with
- * different code at one address (with PCIDs and without), every kind of store as the writer, another processor as the writer. Run with two processors.
+ * different code at one address (with PCIDs and without), every kind of store as the writer, jumps between pages that are written, another processor as the writer, also of loops that
+ * it ends so. Run with two processors.
  * SDM vol. 3, 4.10 (what must be invalidated) and 8.1.3, 11.6 (self- and cross-modifying code).
  */
 #include "runtime/probe.h"
@@ -12,6 +13,15 @@
 #define RWX (PG_P | PG_W | PG_U)
 
 static uint8_t *code; /* 4 pages, one to one */
+/* Pairs of pages that take turns: one that is written too often may not be run like code any more. */
+#define PAIRS 1024u
+static uint8_t *pairs;
+
+static uint8_t *fresh_pair(void)
+{
+    static unsigned next;
+    return pairs + next++ % PAIRS * 2 * PAGE;
+}
 
 static uint64_t physical(const void *p)
 {
@@ -109,7 +119,7 @@ static void test_patching(void)
     unsigned good = 0, count = 0;
     for (unsigned n = 0; n < 1500; n++) {
         unsigned rounds = 1 + random_below(4);
-        uint8_t *at = code + (n % 3 == 0 ? 4096 - 100 : random_below(4096)); /* across two pages now and then */
+        uint8_t *at = fresh_pair() + (n % 3 == 0 ? 4096 - 100 : random_below(4096)); /* across two pages now and then */
         patching_make(&p, at, rounds);
         for (unsigned again = 0; again < 3; again++, count++)
             good += call_at(physical(at)) == patching_model(&p, rounds);
@@ -261,9 +271,9 @@ static void test_mappings(void)
 static void test_second_page(void)
 {
     static const uint8_t head[] = {0x48, 0xb8}; /* mov rax, imm64; ret */
-    uint8_t *pages = pages_allocate(3);
     unsigned good = 0;
     for (unsigned inside = 1; inside <= 10; inside++) { /* bytes in the first page */
+        uint8_t *pages = pages_allocate(3);
         uint8_t function[11];
         memcpy(function, head, 2);
         memset(function + 2, 0x11, 8);
@@ -282,10 +292,14 @@ static void test_second_page(void)
                 want = (want & ~(0xffull << 8 * byte)) | 0x11ull << 8 * byte;
             good += call_at(AREA + PAGE - inside) == want;
         }
+        for (unsigned n = 0; inside < 10 && n < 30; n++) { /* only its end is written */
+            pages[2 * PAGE + 9 - inside] = (uint8_t)(n / 3);
+            good += call_at(AREA + PAGE - inside) >> 56 == n / 3;
+        }
         page_map(AREA + PAGE, 0);
         good += TRY(call_at(AREA + PAGE - inside)) == PF && trap.cr2 == AREA + PAGE && trap.ip == AREA + PAGE - (inside == 10 ? 0 : inside);
     }
-    expect_eq(good, 10 * 51, "an instruction across two pages, the second one remapped");
+    expect_eq(good, 10 * 51 + 9 * 30, "an instruction across two pages, the second one remapped and written");
 }
 
 static void test_remapping(void)
@@ -433,7 +447,9 @@ static void test_writers(void)
             continue;
         unsigned good = 0, count = 0;
         for (unsigned k = 0; k < 300; k++, count++) {
-            uint8_t *to = code + (w->aligned ? 1024 + 16 * (k % 32) : k & 1 ? PAGE - 1 - k % 15 : 1024 + k); /* also across two pages */
+            uint8_t *to = fresh_pair() + (w->aligned ? 1024 + 16 * (k % 32) : k & 1 ? PAGE - 1 - k % 15 : 1024 + k); /* also across two pages */
+            put_function(to + 4 * (k & 1), 0);
+            call_at(physical(to) + 4 * (k & 1));
             memset(image, 0x90, 64);
             put_function(image + k % 8, k * 0x01010101);
             memset(image + 16, 0xcc, 48); /* behind it, for the wide ones */
@@ -450,7 +466,7 @@ static void test_patched_fault(void)
 {
     unsigned good = 0;
     for (unsigned n = 0; n < 300; n++) {
-        uint8_t *p = code + 300 + n;
+        uint8_t *p = fresh_pair() + 300 + n;
         memset(p, 0x90, 40);
         put_function(p + 40, n);
         good += call_at(physical(p)) == n;
@@ -464,18 +480,54 @@ static void test_patched_fault(void)
     expect_eq(good, 1200, "UD2 and INT3 patched in and out");
 }
 
+/* ---- jumps from page to page ---- */
+
+/* Code with one direct transfer to `target`, which returns. */
+static void put_transfer(uint8_t *at, unsigned kind, const uint8_t *target)
+{
+    static const uint8_t codes[][8] = {{0xe8}, {0xe9}, {0x39, 0xc0, 0x0f, 0x84}, {0x31, 0xc9, 0xff, 0xc1, 0x0f, 0x85}}; /* call; jmp; cmp, jz; xor, inc, jnz */
+    static const uint8_t lengths[] = {1, 1, 4, 6};
+    int32_t displacement = (int32_t)(target - (at + lengths[kind] + 4));
+    memcpy(at, codes[kind], lengths[kind]);
+    memcpy(at + lengths[kind], &displacement, 4);
+    at[lengths[kind] + 4] = 0xc3;
+}
+
+/* Such a jump knows its target's code by heart sooner or later. */
+static void test_other_page(void)
+{
+    unsigned good = 0;
+    for (unsigned n = 0; n < 400; n++) {
+        uint8_t *from = fresh_pair() + 512 + n, *to = fresh_pair() + 256;
+        put_transfer(from, n % 4, to);
+        page_map(AREA + n * PAGE, physical(to - 256) | RWX);
+        for (unsigned k = 0; k < 6; k++) {
+            put_function(k & 1 ? to : (uint8_t *)AREA + n * PAGE + 256, k * 1000 + n);
+            for (unsigned again = 0; again < 1 + k % 3; again++)
+                good += call_at(physical(from)) == k * 1000 + n;
+        }
+    }
+    expect_eq(good, 400 * 12, "direct jumps into another page, whose code changes");
+}
+
 /* ---- one page in two modes ---- */
 
 static void test_modes(void)
 {
     /* 64-bit: inc rax twice. 32-bit: dec eax, inc eax, twice. */
     static const uint8_t bytes[] = {0x48, 0xff, 0xc0, 0x48, 0xff, 0xc0, 0xcd, USER_DONE};
-    uint8_t *p = code + 700;
-    memcpy(p, bytes, sizeof bytes);
-    uint64_t keep = *page_entry(boot_pml4, physical(p));
-    page_map(physical(p), keep | PG_U);
+    uint8_t *p = NULL;
+    uint64_t keep = 0;
     unsigned good = 0;
     for (unsigned n = 0; n < 1000; n++) {
+        if (n % 100 == 0) {
+            if (p)
+                page_map(physical(p), keep);
+            p = fresh_pair() + 700;
+            memcpy(p, bytes, sizeof bytes);
+            keep = *page_entry(boot_pml4, physical(p));
+            page_map(physical(p), keep | PG_U);
+        }
         bool wide = random_below(2), user = random_below(2);
         struct entry entry = {.ip = physical(p), .cs = wide ? (user ? UCODE : KCODE) : user ? UCODE32 : KCODE32, .flags = 2, .ss = user ? UDATA : KDATA,
                               .sp = (reg_t)user_stack, .ax = 1000};
@@ -513,6 +565,8 @@ static void test_end_of_ram(void)
 
 static volatile unsigned go, seen;
 #define HANDSHAKES 300u
+#define PATCHED 32u /* pages, also at AREA */
+static uint8_t *patched;
 
 static void run_patched(unsigned number)
 {
@@ -520,7 +574,8 @@ static void run_patched(unsigned number)
         while (go != n)
             cpu_pause();
         asm_volatile("cpuid" : : "a"(0) : "rbx", "rcx", "rdx", "memory"); /* serialize: SDM vol. 3, 8.1.3 */
-        seen += call_at(physical(code) + n % 64) == n && call_at(AREA + n % 64) == n;
+        uint64_t at = n % PATCHED * PAGE + n % 64;
+        seen += call_at(physical(patched) + at) == n && call_at(AREA + at) == n;
         asm_volatile("" ::: "memory");
         go = 0;
     }
@@ -528,18 +583,17 @@ static void run_patched(unsigned number)
 
 static void test_other_processor(void)
 {
-    if (processors_start(2) < 2) {
-        skip("code written by another processor", "one processor");
-        return;
-    }
-    page_map(AREA, physical(code) | RWX);
+    patched = pages_allocate(PATCHED);
+    for (unsigned n = 0; n < PATCHED; n++)
+        page_map(AREA + n * PAGE, physical(patched + n * PAGE) | RWX);
     processor_begin(1, run_patched);
     for (unsigned n = 1; n <= HANDSHAKES; n++) {
-        memset(code, 0x90, 64);
+        uint8_t *page = patched + n % PATCHED * PAGE;
+        memset(page, 0x90, 64);
         if (n & 1)
-            put_function(code + 64, n);
+            put_function(page + 64, n);
         else
-            put_function((uint8_t *)AREA + 64, n);
+            put_function((uint8_t *)AREA + n % PATCHED * PAGE + 64, n);
         asm_volatile("" ::: "memory");
         go = n;
         while (go)
@@ -548,10 +602,56 @@ static void test_other_processor(void)
     check(processor_wait(1, 5000) && seen == HANDSHAKES, "code written by another processor, run at two addresses (%u)", seen);
 }
 
+/* Loops that nothing ends but a byte that the other processor writes over one of their own. */
+static const struct endless {
+    const char *name;
+    uint8_t bytes[16], patched; /* where RET goes */
+} endless[] = {
+    {"a jump to itself", {0xeb, 0xfe}, 0},
+    {"a conditional jump", {0x31, 0xc0, 0x90, 0x74, 0xfd}, 2},
+    {"two jumps", {0xeb, 0x04, 0x90, 0x90, 0x90, 0x90, 0xeb, 0xf8}, 6},
+    {"calls", {0xe8, 0x02, 0, 0, 0, 0xeb, 0xf9, 0xc3}, 5},
+    {"LOOP", {0x48, 0xc7, 0xc1, 0xff, 0xff, 0xff, 0x7f, 0x90, 0xe2, 0xfd}, 7},
+    {"a jump through a register", {0x48, 0x8d, 0x05, 0xf9, 0xff, 0xff, 0xff, 0x90, 0xff, 0xe0}, 7},
+};
+static volatile unsigned running;
+static uint8_t *volatile ended; /* two pages */
+
+static void run_endless(unsigned number)
+{
+    running++;
+    call_at(physical(ended) + PAGE - 4); /* by way of another page, and over its end */
+}
+
+static void test_ended_by_other(void)
+{
+    for (unsigned k = 0; k < sizeof endless / sizeof *endless; k++) {
+        unsigned done = 0, rounds = 20;
+        for (unsigned n = 0; n < rounds; n++) {
+            uint8_t *pair = ended = fresh_pair();
+            memset(pair, 0x90, 2 * PAGE);
+            memcpy(pair + PAGE, endless[k].bytes, sizeof endless[k].bytes);
+            unsigned before = running;
+            processor_begin(1, run_endless);
+            if (!wait_for(&running, before + 1, 2000))
+                break;
+            delay_us(n * 300);
+            *(volatile uint8_t *)(pair + PAGE + endless[k].patched) = 0xc3;
+            if (!processor_wait(1, 3000))
+                break;
+            done++;
+        }
+        check(done == rounds, "%s, ended by the other processor's store (%u of %u)", endless[k].name, done, rounds);
+        if (done < rounds)
+            return; /* it runs for ever */
+    }
+}
+
 void test_main(void)
 {
     random_seed();
     code = pages_allocate(5);
+    pairs = pages_allocate(2 * PAIRS);
     test_patching();
     test_data_beside();
     test_generations();
@@ -562,7 +662,13 @@ void test_main(void)
     test_spaces();
     test_writers();
     test_patched_fault();
+    test_other_page();
     test_modes();
     test_end_of_ram();
+    if (processors_start(2) < 2) {
+        skip("code written by another processor", "one processor");
+        return;
+    }
     test_other_processor();
+    test_ended_by_other();
 }

@@ -114,16 +114,12 @@ static void judge(const char *name, uint64_t va, const struct expectation *want,
             mistake(name, va, "register", outcome.gpr[n], probe.gpr[n]);
 }
 
-static unsigned code_offset;
-
 /* Room for one probe's code at a place of its own, across page boundaries now and then. */
 static uint8_t *next_code(void)
 {
-    code_offset += 64 + random_below(64);
-    if (code_offset + 128 > CODE_BYTES)
-        code_offset = random_below(64);
-    probe.ip = code_va(probe.user, random_below(CODE_VIEWS)) + code_offset;
-    return code_bytes() + code_offset;
+    unsigned offset = code_next();
+    probe.ip = code_va(probe.user, random_below(CODE_VIEWS)) + offset;
+    return code_bytes() + offset;
 }
 
 static void begin(void)
@@ -308,6 +304,13 @@ static void string(void)
     probe.gpr[RSI] = string_place();
     probe.gpr[RDI] = which == 0 && random_below(4) == 0 ? probe.gpr[RSI] + random_below(64) - 32 : string_place();
     probe.gpr[RCX] = random_below(300);
+    if (repeat && random_below(2)) { /* ends at a page's end, almost */
+        uint64_t left = PAGE - (probe.gpr[random_below(2) ? RSI : RDI] & (PAGE - 1));
+        if (left < 300)
+            probe.gpr[RCX] = (left + random_below(2 * size + 1)) / size - (left >= size ? random_below(2) : 0);
+    } else if (repeat && random_below(3) == 0) { /* no end, and lengths in bytes that lose their upper bits */
+        probe.gpr[RCX] |= log2 && random_below(4) ? 1ull << (64 - log2) : random64();
+    }
     if (which == 1 || which == 4) { /* make runs that are equal */
         uint64_t from = probe.gpr[RDI];
         for (unsigned n = 0; n < 64; n++, from++)

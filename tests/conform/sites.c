@@ -5,6 +5,7 @@
  */
 #include "runtime/areas.h"
 
+#define COPIES 256u
 #define ROUNDS 3000u
 #define DEVICE_AREA 0x0000000068000000ull /* the local APIC's page between two pages of RAM */
 #define ICR_HIGH 0x310u                   /* keeps bits 31:24 of what is written */
@@ -35,7 +36,8 @@ static struct probe probe;
 static struct outcome outcome;
 static unsigned mistakes, met[TARGETS];
 static uint8_t *source; /* for MOVS: open to all */
-static uint8_t *codes;  /* open to all, at its own address: sites and, on the same pages, data */
+static uint8_t *codes;  /* open to all, at its own address: sites and, on the same page, data */
+static uint8_t *copies; /* `codes` is one of these pages after the other: a page that is written too often is not run like code any more */
 static uint8_t device[4];
 
 static void mistake(const struct site *s, enum target t, uint64_t va, const char *what, uint64_t have, uint64_t want)
@@ -224,15 +226,17 @@ static void meet(enum kind k, enum target t)
 
 static void sites_create(void)
 {
-    codes = pages_allocate(1);
+    copies = pages_allocate(COPIES);
     source = pages_allocate(1);
     for (unsigned n = 0; n < PAGE; n++)
         source[n] = (uint8_t)random64();
-    for (unsigned k = 0; k < KINDS; k++) {
-        memcpy(codes + k * 64, sites[k].bytes, sites[k].length);
-        put_done(codes + k * 64 + sites[k].length);
+    for (codes = copies; codes < copies + COPIES * PAGE; codes += PAGE) {
+        for (unsigned k = 0; k < KINDS; k++) {
+            memcpy(codes + k * 64, sites[k].bytes, sites[k].length);
+            put_done(codes + k * 64 + sites[k].length);
+        }
+        page_map((uintptr_t)codes, (uintptr_t)codes | PG_P | PG_W | PG_U);
     }
-    page_map((uintptr_t)codes, (uintptr_t)codes | PG_P | PG_W | PG_U);
     page_map((uintptr_t)source, (uintptr_t)source | PG_P | PG_W | PG_U);
     page_map(DEVICE_AREA + PAGE, LAPIC | PG_P | PG_W | PG_U | 0x10); /* uncached */
 }
@@ -283,6 +287,7 @@ void test_main(void)
             }
             if (t == DEVICE && !sites[k].device)
                 continue;
+            codes = copies + (k * ROUNDS + n) / 64 % COPIES * PAGE;
             meet(k, t);
         }
         if (!areas_intact())

@@ -192,10 +192,7 @@ static uint64_t choose(unsigned size)
 
 static uint8_t *next_code(void)
 {
-    static unsigned offset;
-    offset += 64 + random_below(64);
-    if (offset + 128 > CODE_BYTES)
-        offset = random_below(64);
+    unsigned offset = code_next();
     probe.ip = code_va(probe.user, random_below(CODE_VIEWS)) + offset;
     return code_bytes() + offset;
 }

@@ -158,6 +158,15 @@ uint64_t code_va(bool user, unsigned view)
     return bases[user][view];
 }
 
+unsigned code_next(void)
+{
+    static unsigned offset;
+    offset += (unsigned)PAGE + 64 + random_below(64);
+    if (offset + 128 > CODE_BYTES)
+        offset = random_below(PAGE);
+    return offset;
+}
+
 /* ---- the timer ---- */
 
 volatile unsigned timer_interrupts;

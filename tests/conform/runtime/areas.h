@@ -22,11 +22,16 @@ bool areas_intact(void);
 /* An address for an access of `size` bytes: near the edges of test pages, aliases of them, non-canonical, host-like, anything. */
 uint64_t wild_address(unsigned size);
 
-/* Code pages, each mapped for ring 3 and for ring 0, low and high: `offset` in them, below CODE_BYTES. */
-#define CODE_BYTES 16384u
+/*
+ * Code pages, each mapped for ring 3 and for ring 0, low and high. So many that each is written only now and then: monitors take pages that keep changing for something else than code
+ * and run them in another way.
+ */
+#define CODE_BYTES (4096u * 4096u)
 #define CODE_VIEWS 4u
 uint8_t *code_bytes(void);
 uint64_t code_va(bool user, unsigned view);
+/* Room for 128 bytes in the next page, now and then across its end: its offset. */
+unsigned code_next(void);
 
 /* A timer that interrupts at random, on the traps' own stack, when IF is set. */
 extern volatile unsigned timer_interrupts;
