@@ -170,6 +170,9 @@ static void fill_result(const struct walk *w, gva_t gva, struct paging_result *r
     result->user = w->rights & ENTRY_US;
     result->executable = !(w->rights & ENTRY_NX);
     result->dirty = leaf & ENTRY_D;
+    result->accessed = true;
+    for (unsigned n = 0; n < w->used; n++)
+        result->accessed = result->accessed && w->entry[n] & ENTRY_A;
     result->global = (leaf & ENTRY_G) && (w->cpu->cr4 & CR4_PGE);
 }
 
@@ -188,7 +191,7 @@ static uint32_t fault_code(const struct cpu_state *cpu, unsigned access)
 static void identity_result(gva_t gva, struct paging_result *result)
 {
     *result = (struct paging_result){.gpa = gva & 0xffffffffull, .page_bytes = PAGE_SIZE_BYTES, .writable = true, .user = true,
-                                     .executable = true, .dirty = true};
+                                     .executable = true, .dirty = true, .accessed = true};
 }
 
 /* Chooses mode and root. False: the PDPTE is not present. */

@@ -21,6 +21,7 @@ struct paging_result {
     uint64_t page_bytes;   /* 4096, 2 MiB, 4 MiB, 1 GiB */
     bool writable, user, executable; /* combined rights, WP not applied */
     bool dirty;            /* the leaf's dirty bit is set now */
+    bool accessed;         /* the accessed bits of all entries on the way are */
     bool global;
 };
 

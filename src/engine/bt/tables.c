@@ -395,7 +395,7 @@ static bool linear_is_possible(const struct cpu_state *cpu, gva_t gva)
 
 static struct bt_view *view_current(struct bt_vcpu *b);
 
-/* alone: not the neighbours, too. */
+/* alone: not the neighbours, too; and nobody has accessed it yet, so that accessed bits must be there already. */
 static enum bt_fill fill(struct bt_vcpu *b, gva_t gva, unsigned size, bool write, bool alone)
 {
     const struct cpu_state *cpu = &b->c.v.cpu;
@@ -408,12 +408,14 @@ static enum bt_fill fill(struct bt_vcpu *b, gva_t gva, unsigned size, bool write
     if (!size || (gva & PAGE_MASK_BITS) + size > PAGE_SIZE_BYTES || !linear_is_possible(cpu, gva))
         return BT_FILL_SLOW;
     struct bt_view *view = view_current(b);
-    unsigned access = kind_access(view->kind) | (write ? PAGING_WRITE : PAGING_READ);
+    unsigned access = kind_access(view->kind) | (write ? PAGING_WRITE : PAGING_READ) | (alone ? PAGING_NO_UPDATE : 0);
     int rc = paging_walk_group(memory, cpu, b->c.max_phys_bits, gva, access, &page, alone ? NULL : &group, &error);
     if (rc) {
         b->fill_error = rc == -EFAULT ? error | BT_FILL_FAULT : 0;
         return BT_FILL_SLOW;
     }
+    if (alone && !page.accessed)
+        return BT_FILL_SLOW;
     if (!(cpu->cr0 & CR0_PG))
         page.page_bytes = LARGE_BYTES; /* nothing ends at 4 KiB */
     gpa_t gpa = page.gpa & ~PAGE_MASK_BITS;
