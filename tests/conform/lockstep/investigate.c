@@ -16,7 +16,6 @@
 #define EVENTS_SHOWN 8u
 #define STEPS_BEFORE 12
 #define STEPS_AFTER 6
-#define SEARCH_AHEAD 20000 /* steps of the interpreter in which a state of the translator is looked for */
 
 /* ---- events ---- */
 
@@ -71,8 +70,10 @@ static void words_print(struct lockstep *l)
             if (a == b)
                 continue;
             gpa_t gpa = l->plan.watched[p] + n;
-            if (l->plan.trace_word == ~0ull)
+            if (l->plan.trace_word == ~0ull) {
                 l->plan.trace_word = gpa;
+                l->plan.trace_value = b;
+            }
             if (shown++ < 16)
                 printf("    memory at gpa %#llx  %s %016llx  %s %016llx\n", (unsigned long long)gpa, l->engine[0], (unsigned long long)a, l->engine[1], (unsigned long long)b);
         }
@@ -132,22 +133,45 @@ static bool steps_equal(const struct step *a, const struct step *b)
     return a->state == b->state && a->word == b->word;
 }
 
-/*
- * Matches the second side's steps with the first's. *mine and *theirs: the last ones that agree. True: after them comes a step that does not. The interpreter repeats a string
- * instruction as one step, the translator may be seen in the middle.
- */
-static bool steps_match(const struct lockstep *l, uint64_t *mine, uint64_t *theirs)
+static const struct step *step_at(const struct lockstep *l, unsigned side, uint64_t n)
 {
-    const struct step *a = l->channel[0]->trace, *b = l->channel[1]->trace;
-    uint64_t a_count = atomic_load(&l->channel[0]->steps), b_count = atomic_load(&l->channel[1]->steps), at = 0;
-    for (uint64_t n = 0; n < b_count; n++) {
-        uint64_t k = at, limit = at + SEARCH_AHEAD < a_count ? at + SEARCH_AHEAD : a_count;
-        while (k < limit && !steps_equal(&a[k], &b[n]))
+    return &l->channel[side]->trace[n % TRACE_MAX];
+}
+
+struct steps {
+    uint64_t first[2], end[2]; /* what is there of each side's */
+    uint64_t mine, theirs;     /* the last ones that agree */
+};
+
+static struct steps steps_there(const struct lockstep *l)
+{
+    struct steps s = {0};
+    for (unsigned k = 0; k < 2; k++) {
+        s.end[k] = atomic_load(&l->channel[k]->steps);
+        s.first[k] = s.end[k] > TRACE_MAX ? s.end[k] - TRACE_MAX : 0;
+    }
+    return s;
+}
+
+/*
+ * Matches the second side's steps with the first's. True: after those that agree comes a step that does not. The interpreter repeats a string instruction as one
+ * step, the translator may be seen in the middle.
+ */
+static bool steps_match(const struct lockstep *l, struct steps *s)
+{
+    uint64_t at = s->first[0];
+    bool any = false;
+    for (uint64_t n = s->first[1]; n < s->end[1]; n++) {
+        uint64_t k = at;
+        while (k < s->end[0] && !steps_equal(step_at(l, 0, k), step_at(l, 1, n)))
             k++;
-        if (k < limit) {
-            at = *mine = k;
-            *theirs = n;
-        } else if (n == 0 || b[n].gpr[GPR_RIP] != b[*theirs].gpr[GPR_RIP]) {
+        if (k < s->end[0]) {
+            any = true;
+            at = s->mine = k;
+            s->theirs = n;
+        } else if (any && step_at(l, 1, n)->gpr[GPR_RIP] != step_at(l, 1, s->theirs)->gpr[GPR_RIP]) {
+            return true;
+        } else if (n == 0) {
             return true;
         }
     }
@@ -155,24 +179,22 @@ static bool steps_match(const struct lockstep *l, uint64_t *mine, uint64_t *thei
 }
 
 /* The interpreter's step that has the other's rip, the last common one or soon after it; NULL: none. */
-static const struct step *counterpart(const struct lockstep *l, uint64_t mine, const struct step *theirs)
+static const struct step *counterpart(const struct lockstep *l, const struct steps *s, const struct step *theirs)
 {
-    const struct channel *channel = l->channel[0];
-    for (uint64_t n = mine; n < atomic_load(&channel->steps) && n < mine + 2 * BT_BLOCK_INSNS_MAX; n++)
-        if (channel->trace[n].gpr[GPR_RIP] == theirs->gpr[GPR_RIP])
-            return &channel->trace[n];
+    for (uint64_t n = s->mine; n < s->end[0] && n < s->mine + 2 * BT_BLOCK_INSNS_MAX; n++)
+        if (step_at(l, 0, n)->gpr[GPR_RIP] == theirs->gpr[GPR_RIP])
+            return step_at(l, 0, n);
     return NULL;
 }
 
-static void steps_print(const struct lockstep *l, uint64_t mine, uint64_t theirs)
+static void steps_print(const struct lockstep *l, const struct steps *s)
 {
-    const struct channel *a = l->channel[0], *b = l->channel[1];
-    uint64_t count = atomic_load(&a->steps), first = mine > STEPS_BEFORE ? mine - STEPS_BEFORE : 0;
-    const struct step *wrong = &b->trace[theirs + 1], *right = counterpart(l, mine, wrong);
-    printf("the last state that both have is step %llu of %llu after event %llu; executed there (>: from here on differently):\n", (unsigned long long)mine,
-           (unsigned long long)count, (unsigned long long)l->plan.trace_from);
-    for (uint64_t n = first; n < count && n < mine + STEPS_AFTER; n++)
-        step_print(&a->trace[n], n == mine ? ">" : " ");
+    uint64_t first = s->mine > s->first[0] + STEPS_BEFORE ? s->mine - STEPS_BEFORE : s->first[0];
+    const struct step *wrong = step_at(l, 1, s->theirs + 1), *right = counterpart(l, s, wrong);
+    printf("the last state that both have is step %llu of %llu after event %llu; executed there (>: from here on differently):\n", (unsigned long long)s->mine,
+           (unsigned long long)s->end[0], (unsigned long long)l->plan.trace_from);
+    for (uint64_t n = first; n < s->end[0] && n < s->mine + STEPS_AFTER; n++)
+        step_print(step_at(l, 0, n), n == s->mine ? ">" : " ");
     if (!right)
         printf("%s has no state at %#llx soon after that; %s has\n", l->engine[0], (unsigned long long)wrong->gpr[GPR_RIP], l->engine[1]);
     else
@@ -181,26 +203,41 @@ static void steps_print(const struct lockstep *l, uint64_t mine, uint64_t theirs
         registers_print(right, wrong, l->engine);
 }
 
+/* Between the second side's last two steps, memory became what it should not. */
+static bool change_print(const struct lockstep *l, const struct steps *s)
+{
+    uint64_t n = s->end[1];
+    if (l->plan.trace_word == ~0ull || n < s->first[1] + 2 || step_at(l, 1, n - 1)->word != l->plan.trace_value || step_at(l, 1, n - 2)->word == l->plan.trace_value)
+        return false;
+    printf("%s changes the word at gpa %#llx from %016llx to %016llx at step %llu after event %llu, between the last two of:\n", l->engine[1], (unsigned long long)l->plan.trace_word,
+           (unsigned long long)step_at(l, 1, n - 2)->word, (unsigned long long)l->plan.trace_value, (unsigned long long)n - 2, (unsigned long long)l->plan.trace_from);
+    for (uint64_t k = n > s->first[1] + STEPS_BEFORE ? n - STEPS_BEFORE : s->first[1]; k < n; k++)
+        step_print(step_at(l, 1, k), k == n - 2 ? ">" : " ");
+    return true;
+}
+
 /* True: found. The difference shows at `number`. */
 static bool trace(struct lockstep *l, uint64_t number, uint16_t block_insns)
 {
-    uint64_t mine = 0, theirs = 0;
     l->plan.trace_from = number - 1;
     l->plan.trace_block_insns = block_insns;
     struct run_result result;
     bool differs = stop_at(l, number, &result);
-    uint64_t steps[2] = {atomic_load(&l->channel[0]->steps), atomic_load(&l->channel[1]->steps)};
-    printf("steps between events %llu and %llu, blocks of %u: %s %llu, %s %llu\n", (unsigned long long)number - 1, (unsigned long long)number, block_insns, l->engine[0],
-           (unsigned long long)steps[0], l->engine[1], (unsigned long long)steps[1]);
+    struct steps steps = steps_there(l);
+    static const char *const ends[] = {"all is equal", "state differs", "memory differs", "one side is silent", "both sides are silent"};
+    printf("steps between events %llu and %llu, blocks of %u: %s %llu, %s %llu; then %s\n", (unsigned long long)number - 1, (unsigned long long)number, block_insns, l->engine[0],
+           (unsigned long long)steps.end[0], l->engine[1], (unsigned long long)steps.end[1], ends[result.end]);
     if (!differs || result.number < number) {
         printf("the difference %s\n", differs ? "comes earlier now" : "does not come back this way");
         return false;
     }
-    if (!steps_match(l, &mine, &theirs)) {
+    if (change_print(l, &steps))
+        return true;
+    if (!steps_match(l, &steps)) {
         printf("no step differs\n");
         return false;
     }
-    steps_print(l, mine, theirs);
+    steps_print(l, &steps);
     return true;
 }
 
@@ -217,6 +254,8 @@ void investigate(struct lockstep *l, const struct run_result *first)
     }
     print_tail(l);
     fflush(stdout);
+    if (first->end == RUN_MEMORY_DIFFERS && first->last[0].kind == EVENT_END)
+        number--; /* nothing but the comparison happens at the end */
     if (first->end == RUN_MEMORY_DIFFERS && !memory_narrow(l, first->ram_equal, &number)) {
         printf("this does not repeat: the guest's run does not follow from its events alone\n");
         return;

@@ -75,6 +75,7 @@ struct plan {
     uint64_t trace_from; /* what runs after this event is noted step by step; 0: no */
     uint16_t trace_block_insns; /* by the translator in blocks of at most so many instructions */
     gpa_t trace_word;    /* eight bytes of memory that belong to a step's state; ~0: none */
+    uint64_t trace_value; /* tracing ends when they become this */
 };
 
 /* ---- what a side says: shared memory ---- */
@@ -95,8 +96,8 @@ struct channel {
     struct record ring[RING];
     struct cpu_state state[2]; /* canonical, at plan.detail - 1 and plan.detail */
     uint8_t watched[WATCHED_MAX][PAGE_SIZE_BYTES];
-    _Atomic uint64_t steps;
-    struct step trace[TRACE_MAX];
+    _Atomic uint64_t steps;        /* so many were noted; the last TRACE_MAX are there */
+    struct step trace[TRACE_MAX];  /* step n at n % TRACE_MAX */
     uint64_t page[]; /* hashes at plan.detail, by offset in RAM */
 };
 
@@ -118,7 +119,7 @@ struct side {
     unsigned depth;    /* of events being dealt with */
     bool offered;      /* an interrupt may be taken as soon as IF allows */
     bool leave;        /* run is to return */
-    bool ended, tracing;
+    bool ended, tracing, traced;
     struct stop stop;
     const char *typed; /* what is still to be typed */
     bool line_control_dlab, line_begun;

@@ -129,9 +129,9 @@ void side_trace(struct side *s, bool running)
     struct cpu_state state;
     struct icpu *c = icpu_of(s);
     uint64_t n = atomic_load(&channel->steps);
-    if (n >= TRACE_MAX)
+    if (s->traced)
         return;
-    struct step *step = &channel->trace[n];
+    struct step *step = &channel->trace[n % TRACE_MAX];
     state_capture(&state, s->vcpu, running);
     memset(step, 0, sizeof *step);
     state.interrupt_shadow = false; /* of STI: the translator keeps it by where it looks for interrupts */
@@ -141,6 +141,7 @@ void side_trace(struct side *s, bool running)
     step->code_bits = (uint8_t)c->code_bits;
     if (s->plan.trace_word != ~0ull)
         memcpy(&step->word, physmap_get(c->v.memory, s->plan.trace_word, 8, PHYSMAP_READ), 8);
+    s->traced = s->plan.trace_word != ~0ull && n && step->word == s->plan.trace_value && channel->trace[(n - 1) % TRACE_MAX].word != step->word;
     code_copy(s, &state, step->code);
     atomic_store(&channel->steps, n + 1);
 }
