@@ -352,7 +352,10 @@ static void queue_ordinary(struct making *m)
         if (is_repeated(&e) && m->gpr[GPR_RCX] > 40 && encode_pick(m->g, 25)) {
             if (m->loop_head && m->loop_register == GPR_RCX)
                 continue;
-            queue_mov(m, GPR_RCX, encode_pick(m->g, encode_pick(m->g, 4) ? 12 : 5000));
+            uint64_t count = encode_pick(m->g, encode_pick(m->g, 4) ? 12 : 5000);
+            if (!encode_pick(m->g, 20)) /* until it faults; bytes overflow */
+                count |= encode_pick(m->g, 2) ? 1ull << (64 - __builtin_ctz(e.zi.operand_width / 8)) % 64 : 1ull << 40;
+            queue_mov(m, GPR_RCX, count);
         }
         bool ranges = is_repeated(&e) && !m->loop_head && !encode_pick(m->g, 2);
         if (ranges)
