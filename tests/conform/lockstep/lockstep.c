@@ -160,6 +160,7 @@ static const char usage[] =
     "Runs the guest under both engines with the same events and compares all state at each of them.\n"
     "  --initrd FILE, --append LINE, --memory SIZE   as for doppel run; 128M\n"
     "  --type TEXT         lines typed at the shell's prompt (\\n between them)\n"
+    "  --prompt TEXT       type after each line of output that begins so instead\n"
     "  --events N          end after so many events\n"
     "  --ram N             events between two comparisons of all memory; 20000\n"
     "  --seed S            of the guest's time; with --disturb also of what happens to the translator\n"
@@ -170,11 +171,11 @@ static const char usage[] =
     "  --silence SECONDS   between two events, at most; 60\n"
     "  --verbose           the guest's output\n";
 
-enum { OPTION_CONFIG = 1, OPTION_TYPE, OPTION_EVENTS, OPTION_RAM, OPTION_SEED, OPTION_DISTURB, OPTION_ENGINES, OPTION_ERROR, OPTION_EXPECT, OPTION_SILENCE, OPTION_VERBOSE };
+enum { OPTION_CONFIG = 1, OPTION_TYPE, OPTION_PROMPT, OPTION_EVENTS, OPTION_RAM, OPTION_SEED, OPTION_DISTURB, OPTION_ENGINES, OPTION_ERROR, OPTION_EXPECT, OPTION_SILENCE, OPTION_VERBOSE };
 
 static const struct option options[] = {
     {"kernel", required_argument, NULL, OPTION_CONFIG},  {"initrd", required_argument, NULL, OPTION_CONFIG}, {"append", required_argument, NULL, OPTION_CONFIG},
-    {"memory", required_argument, NULL, OPTION_CONFIG},  {"type", required_argument, NULL, OPTION_TYPE},     {"events", required_argument, NULL, OPTION_EVENTS},
+    {"memory", required_argument, NULL, OPTION_CONFIG},  {"type", required_argument, NULL, OPTION_TYPE}, {"prompt", required_argument, NULL, OPTION_PROMPT},    {"events", required_argument, NULL, OPTION_EVENTS},
     {"ram", required_argument, NULL, OPTION_RAM},        {"seed", required_argument, NULL, OPTION_SEED},     {"disturb", no_argument, NULL, OPTION_DISTURB},
     {"engines", required_argument, NULL, OPTION_ENGINES}, {"error", required_argument, NULL, OPTION_ERROR},   {"expect-error", no_argument, NULL, OPTION_EXPECT},
     {"silence", required_argument, NULL, OPTION_SILENCE}, {"verbose", no_argument, NULL, OPTION_VERBOSE},     {0}};
@@ -232,6 +233,9 @@ static int option_take(struct lockstep *l, int o, int index, bool *expect_error)
         break;
     case OPTION_TYPE:
         plan->type = lines_of(optarg);
+        break;
+    case OPTION_PROMPT:
+        plan->prompt = optarg;
         break;
     case OPTION_EVENTS:
         plan->events = strtoull(optarg, NULL, 0);

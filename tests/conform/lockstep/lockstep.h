@@ -59,6 +59,7 @@ struct plan {
     bool disturb;
     uint64_t ram_interval; /* events between two hashes of all memory; 0: never */
     const char *type;      /* typed line by line, whenever the guest's last output is a prompt */
+    const char *prompt;    /* how a line begins that asks for the next; NULL: a shell's */
     bool verbose;          /* the guest's output goes to stdout */
 
     /* A deliberate error: when the translator is entered for the first time after this event, a bit of register `error_register` changes (GPR_RIP: of memory, at error_gpa). */
@@ -123,7 +124,10 @@ struct side {
     struct stop stop;
     const char *typed; /* what is still to be typed */
     bool line_control_dlab, line_begun;
+    bool prompted;
     char last[6];      /* characters of output */
+    char line[32];     /* the current one's beginning */
+    size_t line_length;
     uint64_t turns, random;
     gva_t last_turn;
     bool error_made;

@@ -163,15 +163,9 @@ static void event_begin(struct side *s, struct cpu_state *state)
     virtual_run(s->machine->loop);
 }
 
-/* "# ", perhaps followed by a question for the cursor's place. */
-static bool is_prompt(const char last[6])
-{
-    return !memcmp(last + 4, "# ", 2) || !memcmp(last, "# \033[6n", 6);
-}
-
 static void type_some(struct side *s)
 {
-    if (!s->typed || !*s->typed || (!s->line_begun && !is_prompt(s->last)))
+    if (!s->typed || !*s->typed || (!s->line_begun && !s->prompted))
         return;
     const char *end = strchr(s->typed, '\n');
     size_t length = end ? (size_t)(end - s->typed) + 1 : strlen(s->typed);
@@ -180,8 +174,7 @@ static void type_some(struct side *s)
     pthread_mutex_unlock(&s->machine->device_lock);
     s->line_begun = taken < length;
     s->typed += taken;
-    if (taken)
-        memset(s->last, 0, sizeof s->last);
+    s->prompted = false;
 }
 
 static void interrupts_offer(struct side *s)
@@ -225,14 +218,35 @@ static uint32_t port_read(void *host, uint16_t port, unsigned size_bytes)
     return value;
 }
 
+/* "# ", perhaps followed by a question for the cursor's place. */
+static bool is_prompt(const char last[6])
+{
+    return !memcmp(last + 4, "# ", 2) || !memcmp(last, "# \033[6n", 6);
+}
+
+static void prompt_look(struct side *s, char c)
+{
+    memmove(s->last, s->last + 1, sizeof s->last - 1);
+    s->last[sizeof s->last - 1] = c;
+    if (s->line_length < sizeof s->line - 1)
+        s->line[s->line_length++] = c;
+    if (!s->plan.prompt)
+        s->prompted = is_prompt(s->last);
+    if (c != '\n')
+        return;
+    s->line[s->line_length] = 0;
+    s->line_length = 0;
+    if (s->plan.prompt && !strncmp(s->line, s->plan.prompt, strlen(s->plan.prompt)))
+        s->prompted = true;
+}
+
 static void console_note(struct side *s, uint16_t port, uint8_t value)
 {
     if (port == COM1_LINE_CONTROL)
         s->line_control_dlab = value & LINE_CONTROL_DLAB;
     if (port != COM1_DATA || s->line_control_dlab)
         return;
-    memmove(s->last, s->last + 1, sizeof s->last - 1);
-    s->last[sizeof s->last - 1] = (char)value;
+    prompt_look(s, (char)value);
     if (s->plan.verbose) {
         putchar(value);
         fflush(stdout);
