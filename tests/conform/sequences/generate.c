@@ -353,7 +353,7 @@ static void queue_ordinary(struct making *m)
             if (m->loop_head && m->loop_register == GPR_RCX)
                 continue;
             uint64_t count = encode_pick(m->g, encode_pick(m->g, 4) ? 12 : 5000);
-            if (!encode_pick(m->g, 20)) /* until it faults; bytes overflow */
+            if (!encode_pick(m->g, 5)) /* until it faults; bytes overflow */
                 count |= encode_pick(m->g, 2) ? 1ull << (64 - __builtin_ctz(e.zi.operand_width / 8)) % 64 : 1ull << 40;
             queue_mov(m, GPR_RCX, count);
         }

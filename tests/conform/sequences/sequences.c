@@ -170,7 +170,7 @@ static bool faults_are_disputed(struct comparison *r)
         return false;
     if (e.zi.meta.category == ZYDIS_CATEGORY_STRINGOP)
         return e.zi.opcode == 0xa6 || e.zi.opcode == 0xa7;
-    return e.zi.meta.category == ZYDIS_CATEGORY_CALL || e.zi.meta.category == ZYDIS_CATEGORY_X87_ALU || names_mmx(&e);
+    return e.zi.meta.category == ZYDIS_CATEGORY_CALL || e.zi.meta.category == ZYDIS_CATEGORY_X87_ALU || e.zi.mnemonic == ZYDIS_MNEMONIC_VCVTPS2PH || names_mmx(&e);
 }
 
 /* A CALL to an address that is not canonical finds that out before its push or after: then another fault may come first, and a handler see it. */
