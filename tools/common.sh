@@ -50,6 +50,13 @@ install_packages() {
     rm -f "${TMPDIR:-/tmp}/doppel-apt.$$"
 }
 
+# The mirror that this host itself uses.
+debian_mirror() {
+    mirror=$(sed -n 's/^URIs: *\([^ ]*debian\) *$/\1/p; s/^deb \(\[[^]]*\] \)\{0,1\}\([^ ]*debian\/\{0,1\}\) .*/\2/p' \
+        /etc/apt/sources.list /etc/apt/sources.list.d/*.sources /etc/apt/sources.list.d/*.list 2>/dev/null | head -n 1)
+    echo "${mirror:-http://deb.debian.org/debian}"
+}
+
 build_doppel() {
     say "building build/doppel$([ -f "$build/build.ninja" ] || echo ' (a minute, the first time)')"
     if [ ! -f "$build/build.ninja" ]; then

@@ -104,14 +104,14 @@ class Guest:
         while self.read_some(0):
             pass
 
-    def expect(self, pattern, seconds):
-        """Waits for a regular expression in what was not read yet; takes everything up to its end, `self.before` is what was before it."""
+    def expect(self, pattern, seconds, raw=False):
+        """Waits for a regular expression in what was not read yet; takes everything up to its end, `self.before` is what was before it (`raw`: as bytes, as it came)."""
         end = time.monotonic() + seconds
         compiled = re.compile(pattern.encode())
         while True:
             found = compiled.search(bytes(self.unread))
             if found:
-                self.before = plain(self.unread[:found.start()])
+                self.before = bytes(self.unread[:found.start()]) if raw else plain(self.unread[:found.start()])
                 del self.unread[:found.end()]
                 return found
             ended = self.process.poll() is not None
