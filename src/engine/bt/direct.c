@@ -2,8 +2,9 @@
  * Direct execution: user code of processes that compute runs untranslated, in a process of the host's that the guest's address space is mirrored into (direct_space.h).
  *
  * Leaving costs some microseconds, so it is for processes that the timer keeps finding in user mode, and it is given up where they leave user mode too often. Only guests whose user
- * segments are what Linux gives its processes run so, and only on hosts that can trap CPUID: everything else that user code can observe is either the same or faults. Whatever stops
- * the process is a precise instruction boundary; what is more than a missing mapping is the interpreter's.
+ * segments are what Linux gives its processes run so. What user code can observe is either the same as the guest's processor's, or faults, or is looked for in its code
+ * (direct_code.h). Whatever stops the process is a precise instruction boundary; what is more than a missing mapping is the interpreter's. Registers that a process of the host's
+ * cannot be given (selectors, bases in the upper half) are the interpreter's and the translator's, too.
  * Between direct_run's calls all guest state is where the interpreter has it.
  * Threading: the vCPU's thread. direct_kick: any. Shadows are changed with e->lock held (direct_space.h).
  */
@@ -34,8 +35,9 @@
 #define USER_CS 0x33
 #define USER_SS 0x2b
 #define FLAGS_FREE (RFLAGS_OSZAPC | RFLAGS_DF) /* moved in both directions */
-#define FLAGS_REPORTED (FLAGS_FREE | RFLAGS_AC | RFLAGS_ID | RFLAGS_TF | RFLAGS_NT)
-#define FLAGS_UNWANTED (RFLAGS_TF | RFLAGS_NT | RFLAGS_VM | RFLAGS_RF | RFLAGS_VIF | RFLAGS_VIP | RFLAGS_IOPL)
+#define FLAGS_FIXED (RFLAGS_ID | RFLAGS_NT)    /* the process has them as its code made them; nobody can set them from outside */
+#define FLAGS_REPORTED (FLAGS_FREE | FLAGS_FIXED | RFLAGS_AC | RFLAGS_TF)
+#define FLAGS_UNWANTED (RFLAGS_TF | RFLAGS_AC | RFLAGS_VM | RFLAGS_RF | RFLAGS_VIF | RFLAGS_VIP | RFLAGS_IOPL)
 #define INSN_BYTES_MAX 15u
 
 /* What is known of one guest process, by the root of its page tables. */
@@ -46,11 +48,12 @@ struct process {
     uint64_t held_until;   /* by the TSC: translated code until then */
     struct direct_space *space; /* NULL: none now */
     unsigned asid;         /* under which the space was used last */
-    uint64_t id_flag;      /* RFLAGS.ID as the space's process has it, which nobody can set from outside */
 };
 
 struct direct {
     bool always; /* for tests: every process, at once */
+    bool impossible;
+    uint64_t host_xcr0; /* asking costs a VM exit */
     uint64_t tsc_us;
     uint64_t overhead_tsc; /* of one run that does nothing */
     uint64_t clock;
@@ -81,6 +84,7 @@ int direct_create(struct bt_vcpu *b, enum engine_direct use)
     if (!d)
         return -ENOMEM;
     d->always = use == DIRECT_ALWAYS;
+    d->host_xcr0 = host_xcr0();
     d->tsc_us = inputs_tsc_khz() / 1000 + 1;
     d->fault_address = ~0ull;
     d->pinned = -1;
@@ -182,11 +186,21 @@ static void hold(const struct direct *d, struct process *p, uint64_t us)
     p->held_until = tsc() + us * d->tsc_us;
 }
 
-/* Not on this host, or not for this thread: the reason once, and never again. */
-static void give_up(struct bt_vcpu *b, const struct error *err)
+/* The first time: not on this host, and no processor tries again. Later: not now, for want of something that may come back. */
+static void start_failed(struct bt_vcpu *b, struct process *p, const struct error *err)
 {
-    log_info("user code is translated, not executed directly: %s", err->text);
-    direct_destroy(b);
+    struct direct *d = b->direct;
+    struct bt_engine *e = b->engine;
+    hold(d, p, HOLD_US_FAILED);
+    if (d->runs[DIRECT_STARTED])
+        return;
+    d->impossible = true;
+    pthread_mutex_lock(&e->lock);
+    bool first = e->direct != DIRECT_OFF;
+    e->direct = DIRECT_OFF;
+    pthread_mutex_unlock(&e->lock);
+    if (first)
+        log_info("user code is translated, not executed directly: %s", err->text);
 }
 
 /* ---- which process ---- */
@@ -225,17 +239,13 @@ static struct process *process_get(struct bt_vcpu *b, gpa_t root)
     return p;
 }
 
-static bool same_vectors(const struct cpu_state *cpu)
-{
-    static const uint64_t all = XCR0_SUPPORTED;
-    return (cpu->cr4 & CR4_OSXSAVE) && (cpu->xcr0 & all) == (host_xcr0() & all);
-}
-
 /* Could this guest's user code tell? */
 static bool guest_fits(const struct bt_vcpu *b)
 {
+    static const uint64_t wanted = CR4_OSFXSR | CR4_OSXMMEXCPT | CR4_OSXSAVE | CR4_FSGSBASE;
     const struct cpu_state *cpu = &b->c.v.cpu;
-    return (cpu->efer & EFER_LMA) && (cpu->efer & EFER_SCE) && (cpu->cr4 & CR4_FSGSBASE) && !(cpu->cr4 & CR4_PKE) && same_vectors(cpu) && inputs_tsc_is_host();
+    return (cpu->efer & EFER_LMA) && (cpu->efer & EFER_SCE) && (cpu->cr4 & (wanted | CR4_PKE | CR4_TSD)) == wanted && !(cpu->cr0 & (CR0_TS | CR0_EM)) &&
+           cpu->xcr0 == b->direct->host_xcr0 && inputs_tsc_is_host() && inputs_random_is_host();
 }
 
 static struct process *oldest_with_space(struct direct *d)
@@ -247,25 +257,24 @@ static struct process *oldest_with_space(struct direct *d)
     return oldest;
 }
 
-/* Makes a shadow for CR3's process. b->direct may be gone afterwards. */
+/* Makes a shadow for CR3's process. */
 static void process_start(struct bt_vcpu *b, struct process *p)
 {
     struct direct *d = b->direct;
     struct direct_space *space;
     struct error err;
-    if (d->has_tracer && !pthread_equal(d->tracer, pthread_self()))
+    if (d->impossible || (d->has_tracer && !pthread_equal(d->tracer, pthread_self())))
         return;
     if (!d->has_tracer)
         child_stops_silence();
     space = d->spaces == SPACES ? space_take(b, oldest_with_space(d)) : NULL;
-    if (!space && direct_space_create(&space, b->engine, !b->c.v.cpu.tsc_offset, &err)) {
-        give_up(b, &err);
+    if (!space && direct_space_create(&space, b->engine, &err)) {
+        start_failed(b, p, &err);
         return;
     }
     d->has_tracer = true;
     d->tracer = pthread_self();
     p->asid = asid_of(&b->c.v.cpu);
-    p->id_flag = 0;
     p->hold_tsc = p->held_until = 0;
     pthread_mutex_lock(&b->engine->lock);
     p->space = space;
@@ -396,7 +405,6 @@ static void registers_get(struct bt_vcpu *b, const struct user_regs_struct *regs
     base_get(b, SEG_FS, regs->fs_base);
     base_get(b, SEG_GS, regs->gs_base);
     flags_set(&b->c, (flags_get(&b->c) & ~FLAGS_REPORTED) | (regs->eflags & FLAGS_REPORTED));
-    b->direct->current->id_flag = regs->eflags & RFLAGS_ID;
 }
 
 /* User code may have loaded others: with the guest's descriptors, as it would have. May raise. */
@@ -419,19 +427,32 @@ static void selectors_get(struct bt_vcpu *b, const struct user_regs_struct *regs
         far_jump(c, (uint16_t)regs->cs, regs->rip, 8);
 }
 
-static bool selector_is_plain(uint16_t selector)
+static bool selector_is_plain(uint64_t selector)
 {
     return !selector || selector == USER_SS;
+}
+
+/* The host's kernel takes no other bases, and of selectors not all others. */
+static bool segments_are_plain(const struct user_regs_struct *regs)
+{
+    return regs->cs == USER_CS && regs->ss == USER_SS && selector_is_plain(regs->ds) && selector_is_plain(regs->es) && selector_is_plain(regs->fs) &&
+           selector_is_plain(regs->gs) && regs->fs_base < DIRECT_ADDRESS_LIMIT && regs->gs_base < DIRECT_ADDRESS_LIMIT;
+}
+
+static bool guest_segments_are_plain(const struct cpu_state *cpu)
+{
+    const struct user_regs_struct regs = {.cs = cpu->seg[SEG_CS].selector, .ss = cpu->seg[SEG_SS].selector, .ds = cpu->seg[SEG_DS].selector, .es = cpu->seg[SEG_ES].selector,
+        .fs = cpu->seg[SEG_FS].selector, .gs = cpu->seg[SEG_GS].selector, .fs_base = cpu->seg[SEG_FS].base, .gs_base = cpu->seg[SEG_GS].base};
+    return segments_are_plain(&regs);
 }
 
 bool direct_wanted(const struct bt_vcpu *b)
 {
     const struct direct *d = b->direct;
     const struct cpu_state *cpu = &b->c.v.cpu;
-    return b->c.cpl == 3 && !d->held && b->c.code_bits == 64 && !b->c.slow && !b->c.careful && cpu->seg[SEG_CS].selector == USER_CS && cpu->seg[SEG_SS].selector == USER_SS &&
-           selector_is_plain(cpu->seg[SEG_DS].selector) && selector_is_plain(cpu->seg[SEG_ES].selector) && selector_is_plain(cpu->seg[SEG_FS].selector) &&
-           selector_is_plain(cpu->seg[SEG_GS].selector) && cpu->gpr[GPR_RIP] < DIRECT_ADDRESS_LIMIT && !(cpu->rflags & (FLAGS_UNWANTED | RFLAGS_AC)) &&
-           (cpu->rflags & RFLAGS_IF) && (cpu->rflags & RFLAGS_ID) == d->current->id_flag && !(cpu->cr4 & CR4_TSD) && pthread_equal(d->tracer, pthread_self());
+    return b->c.cpl == 3 && !d->held && b->c.code_bits == 64 && !b->c.slow && !b->c.careful && guest_segments_are_plain(cpu) && guest_fits(b) &&
+           d->current->root == root_of(cpu) && cpu->gpr[GPR_RIP] < DIRECT_ADDRESS_LIMIT && !(cpu->rflags & FLAGS_UNWANTED) && (cpu->rflags & RFLAGS_IF) &&
+           (cpu->rflags & FLAGS_FIXED) == direct_child_fixed_flags(direct_space_child(d->current->space)) && pthread_equal(d->tracer, pthread_self());
 }
 
 /* The current address space runs so, if it is in user mode at all. */
@@ -531,20 +552,20 @@ static void system_call(struct bt_vcpu *b, const struct user_regs_struct *regs)
         interp_run_insn(&b->c, &syscall_insn);
 }
 
-/* SIGTRAP: RIP is behind INT3 and the like, or TF was set by the instruction before. */
+/* RIP is behind INT3 in one of its two forms, or INT1. */
 static void trap(struct bt_vcpu *b)
 {
-    struct icpu *c = &b->c;
-    uint64_t *rip = &c->v.cpu.gpr[GPR_RIP];
+    uint64_t *rip = &b->c.v.cpu.gpr[GPR_RIP];
     uint8_t bytes[2] = {0};
     unsigned got = fetch(b, *rip - 2, bytes, 2);
-    if (c->v.cpu.rflags & RFLAGS_TF) {
-        c->fault = (struct fault){.vector = VECTOR_DB, .dr6 = DR6_BS};
-        exception_deliver(c);
-        return;
-    }
     *rip -= got == 2 && bytes[0] == 0xcd && bytes[1] == 3 ? 2 : 1;
-    interp_run_one(c);
+    interp_run_one(&b->c);
+}
+
+static void single_step(struct bt_vcpu *b)
+{
+    b->c.fault = (struct fault){.vector = VECTOR_DB, .dr6 = DR6_BS};
+    exception_deliver(&b->c);
 }
 
 /* ---- running ---- */
@@ -660,7 +681,7 @@ static bool space_run(struct bt_vcpu *b, struct process *p, struct user_regs_str
     for (;;) {
         uint64_t took;
         *stop = run_once(b, child, regs, &took);
-        if (*stop == DIRECT_GONE)
+        if (*stop == DIRECT_GONE || *stop == DIRECT_REFUSED)
             return false;
         registers_get(b, regs);
         if (*stop != DIRECT_FAULT) {
@@ -680,6 +701,8 @@ static bool space_run(struct bt_vcpu *b, struct process *p, struct user_regs_str
             *stop = DIRECT_KICKED; /* before the instruction that faulted */
             return false;
         }
+        if (!segments_are_plain(regs))
+            return true;
     }
 }
 
@@ -717,6 +740,8 @@ enum direct_result direct_run(struct bt_vcpu *b)
         system_call(b, &regs);
     else if (stop == DIRECT_TRAP)
         trap(b);
+    else if (stop == DIRECT_STEP)
+        single_step(b);
     else if (stop == DIRECT_FAULT && !d->held)
         interp_run_one(&b->c);
     return DIRECT_DONE;

@@ -29,6 +29,9 @@
 #include <time.h>
 #include <unistd.h>
 
+#undef PF_W /* of a program header; cpu.h's is of a page fault */
+#include "arch/cpu.h"
+
 #define PAGE 4096u
 #define KICK_SIGNAL SIGUSR1
 #define SYSCALL_STOP (SIGTRAP | 0x80)
@@ -40,6 +43,9 @@
 #define PTRACE_SIGMASK_SET ((enum __ptrace_request)0x420b)
 #define XSTATE_BYTES_MAX 16384u
 #define HEADER_BYTES 128u /* of the ELF file: its header and one program header */
+#define FIXED_FLAGS (RFLAGS_ID | RFLAGS_NT)
+#define XSAVE_SOFTWARE 464u /* to 511: not the processor's; the kernel puts marks of its own there */
+#define XSAVE_HEADER 512u
 
 /* One call of the list: the loop's layout. */
 struct command {
@@ -71,14 +77,20 @@ static const uint8_t loop_code[] = {
 #define LOOP_SYSCALL 0x20u
 #define LOOP_SYSCALL_END 0x22u
 
-/* What the loop calls, exactly. */
+/*
+ * What the loop calls, exactly. The kernel itself does the calls of the vsyscall page for code that jumps there, without asking the tracer (SYSEMU) but asking the filter: these
+ * become a signal, and are the guest's to do. Nothing else gets as far as the filter.
+ */
 #define LOAD(field) BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, field))
 #define IF_EQUAL(value, then, otherwise) BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, value, then, otherwise)
 static const struct sock_filter filter[] = {
     LOAD(arch),
-    IF_EQUAL(AUDIT_ARCH_X86_64, 0, 8),
+    IF_EQUAL(AUDIT_ARCH_X86_64, 0, 11),
     LOAD(nr),
-    IF_EQUAL(SYS_munmap, 5, 0),
+    IF_EQUAL(SYS_munmap, 8, 0),
+    IF_EQUAL(SYS_gettimeofday, 9, 0),
+    IF_EQUAL(SYS_time, 8, 0),
+    IF_EQUAL(SYS_getcpu, 7, 0),
     IF_EQUAL(SYS_mmap, 0, 5),
     LOAD(args[3]),
     IF_EQUAL(MAP_FLAGS, 0, 3),
@@ -86,6 +98,7 @@ static const struct sock_filter filter[] = {
     IF_EQUAL(RAM_FD, 0, 1),
     BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
     BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS),
+    BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_TRAP),
 };
 #define FILTER_LENGTH (sizeof(filter) / sizeof(filter[0]))
 
@@ -107,6 +120,7 @@ struct direct_child {
     uint8_t *vectors;      /* as the process has them, when known */
     bool vectors_known;
     uint64_t fault_address;
+    uint64_t fixed_flags; /* those of FIXED_FLAGS that are set in it */
     int error; /* of a list that did not fit, so was executed before its time */
     int cpu;
 };
@@ -212,15 +226,20 @@ static long inject(struct direct_child *child, long number, uint64_t a, uint64_t
     int status;
     regs.rax = (uint64_t)number;
     regs.rdi = a, regs.rsi = b, regs.rdx = c, regs.r10 = d, regs.r8 = e, regs.r9 = f;
-    if (ptrace(PTRACE_SETREGS, child->pid, NULL, &regs) || ptrace(PTRACE_SINGLESTEP, child->pid, NULL, NULL) || !wait_stop(child, &status) ||
-        ptrace(PTRACE_GETREGS, child->pid, NULL, &regs) || regs.rip != code_address(child, LOOP_SYSCALL_END))
+    if (ptrace(PTRACE_SETREGS, child->pid, NULL, &regs))
+        return -ESRCH;
+    do /* signals from outside may come first, and are dropped */
+        if (ptrace(PTRACE_SINGLESTEP, child->pid, NULL, NULL) || !wait_stop(child, &status))
+            return -ESRCH;
+    while (WSTOPSIG(status) != SIGTRAP && WSTOPSIG(status) != SIGSEGV);
+    if (ptrace(PTRACE_GETREGS, child->pid, NULL, &regs) || regs.rip != code_address(child, LOOP_SYSCALL_END))
         return -ESRCH;
     return (long)regs.rax;
 }
 
 /* ---- setting up ---- */
 
-static int inject_all(struct direct_child *child, bool rdtsc, const char **what)
+static int inject_all(struct direct_child *child, const char **what)
 {
     const uint64_t page = child->hidden, list = page + PAGE, end = page + DIRECT_HIDDEN_BYTES;
     const struct {
@@ -235,7 +254,7 @@ static int inject_all(struct direct_child *child, bool rdtsc, const char **what)
         {"close_range", SYS_close_range, RAM_FD + 1, ~0u, 0, 0, 0, 0},
         {"setsid", SYS_setsid, 0, 0, 0, 0, 0, 0},
         {"PR_SET_PDEATHSIG", SYS_prctl, PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0, 0},
-        {"PR_SET_TSC", SYS_prctl, PR_SET_TSC, rdtsc ? PR_TSC_ENABLE : PR_TSC_SIGSEGV, 0, 0, 0, 0},
+        {"PR_SET_TSC", SYS_prctl, PR_SET_TSC, PR_TSC_SIGSEGV, 0, 0, 0, 0},
         {"PR_SET_NO_NEW_PRIVS", SYS_prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0, 0},
         {"seccomp", SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, page + offsetof(struct hidden_page, program), 0, 0, 0},
     };
@@ -249,12 +268,11 @@ static int inject_all(struct direct_child *child, bool rdtsc, const char **what)
     return 0;
 }
 
-static int set_up(struct direct_child *child, bool rdtsc, const char **what)
+static int set_up(struct direct_child *child, const char **what)
 {
-    static uint8_t probe[XSTATE_BYTES_MAX];
     const struct rlimit no_core = {0, 0};
     uint64_t no_signals = 0;
-    struct iovec io = {probe, sizeof(probe)};
+    struct iovec io = {child->vectors, XSTATE_BYTES_MAX};
     int status;
     *what = "the first stop";
     if (!wait_stop(child, &status) || WSTOPSIG(status) != SIGTRAP)
@@ -264,18 +282,20 @@ static int set_up(struct direct_child *child, bool rdtsc, const char **what)
         prlimit(child->pid, RLIMIT_CORE, &no_core, NULL) || ptrace(PTRACE_GETREGSET, child->pid, NT_X86_XSTATE, &io))
         return -errno;
     child->xstate_bytes = (unsigned)io.iov_len;
-    child->vectors = calloc(1, XSTATE_BYTES_MAX);
-    if (!child->vectors)
-        return -ENOMEM;
-    return inject_all(child, rdtsc, what);
+    return inject_all(child, what);
 }
 
-int direct_child_create(struct direct_child **out, int ram_fd, bool rdtsc, struct error *err)
+int direct_child_create(struct direct_child **out, int ram_fd, struct error *err)
 {
     const char *what = "a process";
     struct direct_child *child = calloc(1, sizeof(*child));
-    if (!child)
+    uint8_t *vectors = calloc(1, XSTATE_BYTES_MAX);
+    if (!child || !vectors) {
+        free(child);
+        free(vectors);
         return error_set(err, -ENOMEM, "no memory for a process");
+    }
+    child->vectors = vectors;
     child->hidden = address_choose();
     child->cpu = -1;
     int rc = 0, program = program_create(child->hidden), list = list_create(child);
@@ -285,7 +305,7 @@ int direct_child_create(struct direct_child **out, int ram_fd, bool rdtsc, struc
         child->pid = vfork();
         if (!child->pid)
             child_begin(program, ram_fd, list);
-        rc = child->pid < 0 ? -errno : set_up(child, rdtsc, &what);
+        rc = child->pid < 0 ? -errno : set_up(child, &what);
     }
     if (program >= 0)
         close(program);
@@ -353,31 +373,59 @@ int direct_child_flush(struct direct_child *child)
 
 /* ---- running ---- */
 
-enum direct_stop direct_child_run(struct direct_child *child, struct user_regs_struct *regs)
+/* A signal of the processor's making. Those that somebody sent say nothing about the code, whichever they are. */
+static enum direct_stop stop_of_signal(struct direct_child *child, int signal, struct user_regs_struct *regs)
 {
     siginfo_t info;
+    if (ptrace(PTRACE_GETSIGINFO, child->pid, NULL, &info))
+        return DIRECT_GONE;
+    if (info.si_code <= 0)
+        return DIRECT_KICKED;
+    switch (signal) {
+    case SIGSEGV:
+    case SIGBUS:
+        if (info.si_code != SI_KERNEL)
+            child->fault_address = (uint64_t)(uintptr_t)info.si_addr;
+        return DIRECT_FAULT;
+    case SIGTRAP:
+        return info.si_code == TRAP_TRACE ? DIRECT_STEP : DIRECT_TRAP;
+    case SIGSYS: /* a vsyscall: it has returned already, to where the jump there was to return */
+        regs->rip = (uint64_t)(uintptr_t)info.si_call_addr;
+        regs->rsp -= 8;
+        return DIRECT_FAULT;
+    default:
+        return DIRECT_FAULT;
+    }
+}
+
+enum direct_stop direct_child_run(struct direct_child *child, struct user_regs_struct *regs)
+{
     int status;
     regs->orig_rax = ~0ull;
-    if (ptrace(PTRACE_SETREGS, child->pid, NULL, regs) || ptrace(PTRACE_SYSEMU, child->pid, NULL, NULL) || !wait_stop(child, &status) ||
-        ptrace(PTRACE_GETREGS, child->pid, NULL, regs))
+    if (ptrace(PTRACE_SETREGS, child->pid, NULL, regs))
+        return errno == ESRCH ? DIRECT_GONE : DIRECT_REFUSED;
+    if (ptrace(PTRACE_SYSEMU, child->pid, NULL, NULL) || !wait_stop(child, &status) || ptrace(PTRACE_GETREGS, child->pid, NULL, regs))
         return DIRECT_GONE;
+    child->fixed_flags = regs->eflags & FIXED_FLAGS;
     child->fault_address = ~0ull;
     switch (WSTOPSIG(status)) {
     case SYSCALL_STOP:
         return DIRECT_SYSCALL;
     case SIGSEGV:
     case SIGBUS:
-        if (!ptrace(PTRACE_GETSIGINFO, child->pid, NULL, &info) && info.si_code != SI_KERNEL)
-            child->fault_address = (uint64_t)(uintptr_t)info.si_addr;
-        return DIRECT_FAULT;
     case SIGFPE:
     case SIGILL:
-        return DIRECT_FAULT;
     case SIGTRAP:
-        return DIRECT_TRAP;
+    case SIGSYS:
+        return stop_of_signal(child, WSTOPSIG(status), regs);
     default:
         return DIRECT_KICKED;
     }
+}
+
+uint64_t direct_child_fixed_flags(const struct direct_child *child)
+{
+    return child->fixed_flags;
 }
 
 uint64_t direct_child_fault_address(const struct direct_child *child)
@@ -400,7 +448,12 @@ int direct_child_vectors_set(struct direct_child *child, void *xsave, unsigned b
 int direct_child_vectors_get(struct direct_child *child, void *xsave, unsigned bytes)
 {
     struct iovec io = {child->vectors, child->xstate_bytes};
+    uint64_t components;
     child->vectors_known = !ptrace(PTRACE_GETREGSET, child->pid, NT_X86_XSTATE, &io);
+    memset(child->vectors + XSAVE_SOFTWARE, 0, XSAVE_HEADER - XSAVE_SOFTWARE);
+    memcpy(&components, child->vectors + XSAVE_HEADER, sizeof(components));
+    components &= XCR0_SUPPORTED; /* the host has more, such as protection keys */
+    memcpy(child->vectors + XSAVE_HEADER, &components, sizeof(components));
     memcpy(xsave, child->vectors, bytes < child->xstate_bytes ? bytes : child->xstate_bytes);
     return child->vectors_known ? 0 : -errno;
 }

@@ -15,21 +15,24 @@
 
 #include "util/error.h"
 
+#define DIRECT_ADDRESS_FIRST 0x10000ull        /* what lies below may be forbidden (vm.mmap_min_addr) */
 #define DIRECT_ADDRESS_LIMIT 0x7ffffffff000ull /* what lies above cannot be mapped */
 #define DIRECT_HIDDEN_BYTES 0x21000ull
 
 enum direct_stop {
     DIRECT_SYSCALL, /* system call instruction executed: RIP is behind it, orig_rax has the guest's RAX */
     DIRECT_FAULT,   /* an exception: the instruction at RIP has had no effect */
-    DIRECT_TRAP,    /* INT3 and the like, RIP behind it, or TF */
+    DIRECT_TRAP,    /* INT3 and the like: RIP is behind it */
+    DIRECT_STEP,    /* TF was set before the last instruction */
     DIRECT_KICKED,  /* direct_child_kick, or somebody's signal */
+    DIRECT_REFUSED, /* the kernel does not take these registers: nothing has run */
     DIRECT_GONE,    /* the process was killed: its registers are lost */
 };
 
 struct direct_child;
 
-/* ram_fd: guest memory. rdtsc: may RDTSC give the host's counter? -errno: not on this host, with the reason in *err. */
-int direct_child_create(struct direct_child **child, int ram_fd, bool rdtsc, struct error *err) __attribute__((warn_unused_result));
+/* ram_fd: guest memory. -errno: not on this host, or not now, with the reason in *err. */
+int direct_child_create(struct direct_child **child, int ram_fd, struct error *err) __attribute__((warn_unused_result));
 void direct_child_destroy(struct direct_child *child);
 
 /* Queues: [address, +bytes) becomes the RAM at `offset` with PROT_* rights; prot 0: nothing. Page aligned. */
@@ -39,8 +42,12 @@ void direct_child_unmap_all(struct direct_child *child);
 /* Does what is queued. -errno: not all of it was done, and the address space must be thrown away. */
 int direct_child_flush(struct direct_child *child) __attribute__((warn_unused_result));
 
-/* Runs until a stop. *regs: in and out; of RFLAGS those bits that user code may change. */
+/*
+ * Runs until a stop. *regs: in and out; of RFLAGS those bits that user code may change, but for ID and NT: they stay what the process's code made them, and are as
+ * direct_child_fixed_flags says. RDTSC faults.
+ */
 enum direct_stop direct_child_run(struct direct_child *child, struct user_regs_struct *regs);
+uint64_t direct_child_fixed_flags(const struct direct_child *child);
 /* DIRECT_FAULT was a memory access: its address; ~0: another exception. */
 uint64_t direct_child_fault_address(const struct direct_child *child);
 /* The x87/SSE/AVX state in the standard XSAVE layout, `bytes` of it at most. 0 or -errno. */

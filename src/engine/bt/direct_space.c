@@ -60,7 +60,7 @@ struct run {
 
 /* ---- creation ---- */
 
-int direct_space_create(struct direct_space **out, struct bt_engine *e, bool rdtsc, struct error *err)
+int direct_space_create(struct direct_space **out, struct bt_engine *e, struct error *err)
 {
     struct direct_space *space = calloc(1, sizeof(*space));
     uint64_t pages = e->layout.ram_bytes / PAGE_SIZE_BYTES;
@@ -73,7 +73,7 @@ int direct_space_create(struct direct_space **out, struct bt_engine *e, bool rdt
         space->stale = true;
     int rc = space && space->leaf && space->writable ? 0 : error_set(err, -ENOMEM, "no memory for a shadow");
     if (!rc)
-        rc = direct_child_create(&space->child, physmap_fd(e->interp.memory), rdtsc, err);
+        rc = direct_child_create(&space->child, physmap_fd(e->interp.memory), err);
     if (rc && space)
         direct_space_destroy(space);
     else if (!rc)

@@ -21,7 +21,7 @@ enum direct_fill {
 struct direct_space;
 
 /* For the address space whose CR3 has the root `root`. */
-int direct_space_create(struct direct_space **space, struct bt_engine *e, bool rdtsc, struct error *err) __attribute__((warn_unused_result));
+int direct_space_create(struct direct_space **space, struct bt_engine *e, struct error *err) __attribute__((warn_unused_result));
 void direct_space_destroy(struct direct_space *space); /* not with e->lock held */
 /* As just made, for another guest process. -errno: of no more use. Not with e->lock held. */
 int direct_space_reset(struct direct_space *space) __attribute__((warn_unused_result));
