@@ -308,7 +308,29 @@ static uint64_t user_page(uint64_t rights, uint64_t leaf, gpa_t gpa)
     return gpa | PAGING_MAY_READ | ((rights & ENTRY_RW) && (leaf & ENTRY_D) ? PAGING_MAY_WRITE : 0) | (rights & ENTRY_NX ? 0 : PAGING_MAY_EXECUTE);
 }
 
-void paging_user_region(struct physmap *memory, const struct cpu_state *cpu, unsigned max_phys_bits, gva_t gva, uint64_t entry[PAGING_REGION_PAGES])
+bool paging_is_free(struct physmap *memory, const struct cpu_state *cpu, unsigned max_phys_bits, gva_t gva, uint64_t bytes)
+{
+    struct walk w = {.memory = memory, .cpu = cpu};
+    gpa_t table;
+    for (gva_t end = gva + bytes; gva < end;) {
+        if (!walk_root(&w, gva, max_phys_bits, &table))
+            return true;
+        unsigned shift = 0;
+        for (unsigned level = LEVELS_MAX; level; level--) {
+            shift = level_shift(w.mode, level);
+            uint64_t entry = entry_read(&w, table + (gva >> shift & 511) * 8);
+            if (!(entry & ENTRY_P))
+                break;
+            if (level == 1 || (entry & ENTRY_PS))
+                return false;
+            table = entry & ADDRESS_BITS;
+        }
+        gva = ((gva >> shift) + 1) << shift;
+    }
+    return true;
+}
+
+uint64_t paging_user_region(struct physmap *memory, const struct cpu_state *cpu, unsigned max_phys_bits, gva_t gva, uint64_t entry[PAGING_REGION_PAGES])
 {
     struct walk w = {.memory = memory, .cpu = cpu};
     uint64_t rights = ENTRY_RW | ENTRY_US | ENTRY_A, leaf = 0;
@@ -317,13 +339,13 @@ void paging_user_region(struct physmap *memory, const struct cpu_state *cpu, uns
     for (unsigned n = 0; n < PAGING_REGION_PAGES; n++)
         entry[n] = 0;
     if (!walk_root(&w, gva, max_phys_bits, &table))
-        return;
+        return PAGE_SIZE_BYTES;
     for (level = LEVELS_MAX; level > 1; level--) {
         unsigned shift = level_shift(w.mode, level);
         leaf = entry_read(&w, table + (gva >> shift & 511) * 8);
         bool large = leaf & ENTRY_PS;
         if (!(leaf & ENTRY_P) || (leaf & w.reserved) || (large && (!(w.mode->leaf_levels >> level & 1) || (leaf & large_page_reserved(&w, shift, max_phys_bits)))))
-            return;
+            return 1ull << shift;
         rights = (rights & (leaf | ENTRY_NX)) | (leaf & ENTRY_NX);
         table = leaf & ADDRESS_BITS;
         if (large) {
@@ -342,4 +364,5 @@ void paging_user_region(struct physmap *memory, const struct cpu_state *cpu, uns
                 entry[n] = user_page((rights & (leaf | ENTRY_NX)) | (leaf & ENTRY_NX), leaf, leaf & ADDRESS_BITS);
         }
     }
+    return 1ull << level_shift(w.mode, level);
 }

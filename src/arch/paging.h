@@ -43,13 +43,15 @@ int paging_walk_group(struct physmap *memory, const struct cpu_state *cpu, unsig
 
 /*
  * What user code may do in the 2 MiB around gva without any bit in the tables left to set: of each 4 KiB page the gpa, with PAGING_MAY_*; 0: nothing. Of 4-level tables only
- * (EFER.LMA), at CR3 `root`. Changes nothing.
+ * (EFER.LMA). Changes nothing. The pages' size, which is that of what holds no pages, too; 4 KiB where there is a table.
  */
 #define PAGING_REGION_BYTES (2ull << 20)
 #define PAGING_REGION_PAGES 512u
 #define PAGING_MAY_READ 1u
 #define PAGING_MAY_WRITE 2u
 #define PAGING_MAY_EXECUTE 4u
-void paging_user_region(struct physmap *memory, const struct cpu_state *cpu, unsigned max_phys_bits, gva_t gva, uint64_t entry[PAGING_REGION_PAGES]);
+uint64_t paging_user_region(struct physmap *memory, const struct cpu_state *cpu, unsigned max_phys_bits, gva_t gva, uint64_t entry[PAGING_REGION_PAGES]);
+/* Has [gva, +bytes) no page at all, by the same tables? Nor one that may not be used. */
+bool paging_is_free(struct physmap *memory, const struct cpu_state *cpu, unsigned max_phys_bits, gva_t gva, uint64_t bytes);
 
 #endif

@@ -3,7 +3,8 @@
  *
  * Kept in leaves of 2 MiB. What is mapped is compared with what the tables say whenever the guest has invalidated it, and the difference is queued for the process,
  * neighbours in one mapping where their RAM lies side by side.
- * Invariant: a page of RAM that is writable in some shadow has BT_CODE_DIRECT, and its bit in that shadow's `writable`.
+ * Invariant: a page of RAM that is writable in some shadow, perhaps at several addresses, has BT_CODE_DIRECT and its bit in that shadow's `writable`. Both are cleared only by
+ * direct_space_release, which makes the shadow stale: catching up sets them again where the page stays writable.
  * Threading: direct_space.h.
  */
 #include "engine/bt/direct_space.h"
@@ -29,6 +30,7 @@
 struct leaf {
     gva_t region;
     unsigned mapped;
+    bool large; /* some of it may have come from one page of 2 MiB */
     uint64_t entry[PAGING_REGION_PAGES]; /* RAM offset | PAGING_MAY_*; 0: not mapped */
 };
 
@@ -43,11 +45,12 @@ struct direct_space {
     struct leaf **leaf; /* hash table */
     unsigned leaves;
     uint64_t pages;
-    uint64_t *writable; /* bit per page of RAM */
+    uint64_t *writable; /* bit per page of RAM: perhaps */
     uint8_t turns[TURNS]; /* by pages, hashed: how often they went from written to executed and back */
     struct wanted wanted[WANTED_MAX];
     unsigned wanted_count;
     bool stale;
+    bool huge; /* something may have come from a larger page */
     bool entered;
     bool unusable;
 };
@@ -152,18 +155,19 @@ static struct leaf *leaf_get(struct direct_space *space, gva_t gva)
 
 /* ---- what a page may be mapped as ---- */
 
-static void writable_set(struct direct_space *space, uint64_t ram_offset, bool on)
+static void writable_note(struct direct_space *space, uint64_t ram_offset)
 {
-    uint64_t page = ram_offset / PAGE_SIZE_BYTES, bit = 1ull << page % 64;
-    if (on)
-        space->writable[page / 64] |= bit;
-    else
-        space->writable[page / 64] &= ~bit;
+    uint64_t page = ram_offset / PAGE_SIZE_BYTES;
+    space->writable[page / 64] |= 1ull << page % 64;
+    space->engine->code_flags[page] |= BT_CODE_DIRECT;
 }
 
-static bool is_hidden(const struct direct_space *space, gva_t gva)
+/* Where the guest's tables can be followed. Something of the guest's where the process has its own page: another process then, with its page elsewhere. */
+static bool is_usable(struct direct_space *space, gva_t gva)
 {
-    return gva - direct_child_hidden(space->child) < DIRECT_HIDDEN_BYTES;
+    bool hidden = gva - direct_child_hidden(space->child) < DIRECT_HIDDEN_BYTES;
+    space->unusable |= hidden;
+    return !hidden && gva >= DIRECT_ADDRESS_FIRST && gva < DIRECT_ADDRESS_LIMIT;
 }
 
 static uint8_t *turns_of(struct direct_space *space, gva_t gva)
@@ -193,13 +197,7 @@ static uint64_t entry_wanted(struct direct_space *space, gva_t gva, uint64_t gue
     struct physmap *memory = e->interp.memory;
     uint64_t offset, rights = guest & ENTRY_RIGHTS;
     gpa_t gpa = guest & ~PAGE_MASK_BITS;
-    if (!guest)
-        return 0;
-    if (is_hidden(space, gva)) {
-        space->unusable = true;
-        return 0;
-    }
-    if (!physmap_offset(memory, gpa, PAGE_SIZE_BYTES, &offset))
+    if (!guest || !is_usable(space, gva) || !physmap_offset(memory, gpa, PAGE_SIZE_BYTES, &offset))
         return 0;
     uint8_t *flags = &e->code_flags[offset / PAGE_SIZE_BYTES];
     if (physmap_is_rom(memory, gpa) || (*flags & BT_CODE_PRESENT))
@@ -234,15 +232,10 @@ static void run_add(struct direct_space *space, struct run *run, gva_t at, uint6
 
 static void entry_set(struct direct_space *space, struct leaf *leaf, unsigned n, uint64_t entry)
 {
-    struct bt_engine *e = space->engine;
-    uint64_t *slot = &leaf->entry[n], offset = entry & ~(uint64_t)ENTRY_RIGHTS;
-    if (*slot & PAGING_MAY_WRITE)
-        writable_set(space, *slot & ~(uint64_t)ENTRY_RIGHTS, false);
-    if (entry & PAGING_MAY_WRITE) {
-        writable_set(space, offset, true);
-        e->code_flags[offset / PAGE_SIZE_BYTES] |= BT_CODE_DIRECT;
-        physmap_mark_written(e->interp.memory, physmap_gpa(e->interp.memory, offset), PAGE_SIZE_BYTES);
-    }
+    struct physmap *memory = space->engine->interp.memory;
+    uint64_t *slot = &leaf->entry[n];
+    if (entry & PAGING_MAY_WRITE)
+        physmap_mark_written(memory, physmap_gpa(memory, entry & ~(uint64_t)ENTRY_RIGHTS), PAGE_SIZE_BYTES);
     leaf->mapped += (entry != 0) - (*slot != 0);
     space->pages += (uint64_t)((entry != 0) - (*slot != 0));
     *slot = entry;
@@ -253,10 +246,14 @@ static void leaf_sync(struct direct_space *space, struct bt_vcpu *b, struct leaf
 {
     uint64_t guest[PAGING_REGION_PAGES];
     struct run run = {0};
-    paging_user_region(b->c.v.memory, &b->c.v.cpu, b->c.max_phys_bits, leaf->region, guest);
+    uint64_t page_bytes = paging_user_region(b->c.v.memory, &b->c.v.cpu, b->c.max_phys_bits, leaf->region, guest);
+    leaf->large = page_bytes == PAGING_REGION_BYTES || (leaf->large && count < PAGING_REGION_PAGES);
+    space->huge |= page_bytes > PAGING_REGION_BYTES;
     for (unsigned n = first; n < first + count; n++) {
         gva_t at = leaf->region + n * PAGE_SIZE_BYTES;
         uint64_t old = leaf->entry[n], new = old || add ? entry_wanted(space, at, guest[n], old, n == wanted ? access : PAGING_READ) : 0;
+        if (new & PAGING_MAY_WRITE)
+            writable_note(space, new & ~(uint64_t)ENTRY_RIGHTS);
         if (new == old)
             continue;
         entry_set(space, leaf, n, new);
@@ -269,6 +266,8 @@ static void page_sync(struct direct_space *space, struct bt_vcpu *b, gva_t gva, 
 {
     struct leaf *leaf = add ? leaf_get(space, gva) : *leaf_slot(space, gva & ~(PAGING_REGION_BYTES - 1));
     unsigned n = gva >> 12 & (PAGING_REGION_PAGES - 1);
+    if (leaf && leaf->large)
+        around = PAGING_REGION_PAGES;
     if (leaf)
         leaf_sync(space, b, leaf, n & ~(around - 1), around, add, n, PAGING_READ);
 }
@@ -298,7 +297,10 @@ static void page_note(struct direct_space *space, gva_t gva, bool add)
 
 void direct_space_stale_page(struct direct_space *space, gva_t gva)
 {
-    page_note(space, gva, false);
+    if (space->huge)
+        space->stale = true;
+    else
+        page_note(space, gva, false);
 }
 
 void direct_space_want(struct direct_space *space, gva_t gva)
@@ -308,11 +310,12 @@ void direct_space_want(struct direct_space *space, gva_t gva)
 
 bool direct_space_release(struct direct_space *space, uint64_t ram_offset)
 {
-    uint64_t page = ram_offset / PAGE_SIZE_BYTES;
-    if (!(space->writable[page / 64] >> page % 64 & 1))
+    uint64_t page = ram_offset / PAGE_SIZE_BYTES, bit = 1ull << page % 64;
+    if (!(space->writable[page / 64] & bit))
         return true;
     if (space->entered)
         return false;
+    space->writable[page / 64] &= ~bit;
     space->stale = true; /* by the next way in the page has translations */
     return true;
 }
@@ -321,6 +324,8 @@ bool direct_space_release(struct direct_space *space, uint64_t ram_offset)
 
 static void catch_up(struct direct_space *space, struct bt_vcpu *b)
 {
+    if (space->stale)
+        space->huge = false;
     if (space->stale)
         for (unsigned n = 0; n < LEAF_SLOTS; n++)
             if (space->leaf[n] && space->leaf[n]->mapped)
@@ -331,20 +336,9 @@ static void catch_up(struct direct_space *space, struct bt_vcpu *b)
     space->wanted_count = 0;
 }
 
-/* The guest's tables have something where the process has its own page. */
-static bool hidden_is_free(const struct direct_space *space, const struct bt_vcpu *b)
-{
-    struct paging_result page;
-    uint32_t error;
-    for (uint64_t at = 0; at < DIRECT_HIDDEN_BYTES; at += PAGE_SIZE_BYTES)
-        if (!paging_walk(b->c.v.memory, &b->c.v.cpu, b->c.max_phys_bits, direct_child_hidden(space->child) + at, PAGING_READ | PAGING_USER | PAGING_NO_UPDATE, &page, &error))
-            return false;
-    return true;
-}
-
 bool direct_space_enter(struct direct_space *space, struct bt_vcpu *b)
 {
-    if (space->stale && !hidden_is_free(space, b))
+    if (!paging_is_free(b->c.v.memory, &b->c.v.cpu, b->c.max_phys_bits, direct_child_hidden(space->child), DIRECT_HIDDEN_BYTES))
         space->unusable = true;
     catch_up(space, b);
     space->entered = true;
@@ -370,8 +364,7 @@ enum direct_fill direct_space_fill(struct direct_space *space, struct bt_vcpu *b
     struct paging_result page;
     uint64_t offset;
     uint32_t error;
-    if (gva >= DIRECT_ADDRESS_LIMIT || is_hidden(space, gva) ||
-        paging_walk(b->c.v.memory, &b->c.v.cpu, b->c.max_phys_bits, gva, access | PAGING_USER, &page, &error) ||
+    if (gva >= DIRECT_ADDRESS_LIMIT || paging_walk(b->c.v.memory, &b->c.v.cpu, b->c.max_phys_bits, gva, access | PAGING_USER, &page, &error) || !is_usable(space, gva) ||
         !physmap_offset(b->c.v.memory, page.gpa & ~PAGE_MASK_BITS, PAGE_SIZE_BYTES, &offset))
         return DIRECT_FILL_NOT;
     struct leaf *leaf = leaf_get(space, gva);

@@ -38,7 +38,7 @@ bool direct_space_enter(struct direct_space *space, struct bt_vcpu *b);
 void direct_space_left(struct direct_space *space);
 /* For a fault, while entered: user access PAGING_READ, PAGING_WRITE or PAGING_FETCH to gva. */
 enum direct_fill direct_space_fill(struct direct_space *space, struct bt_vcpu *b, gva_t gva, unsigned access);
-/* Any thread, e->lock held: the RAM page is about to be translated. False: a process writes to it now. */
+/* Any thread, e->lock held: the RAM page is about to be translated. False: a process may be writing to it now. */
 bool direct_space_release(struct direct_space *space, uint64_t ram_offset);
 
 uint64_t direct_space_pages(const struct direct_space *space); /* mapped */
