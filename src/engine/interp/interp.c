@@ -55,6 +55,8 @@ void interp_mode_changed(struct icpu *c)
     struct cpu_state *cpu = &c->v.cpu;
     bool bits64 = cpu_in_64bit_mode(cpu);
     c->code_bits = bits64 ? 64 : cpu->seg[SEG_CS].attributes & SEG_ATTR_DB ? 32 : 16;
+    for (unsigned n = GPR_RAX; n <= GPR_RDI && !bits64; n++)
+        cpu->gpr[n] = (uint32_t)cpu->gpr[n]; /* undefined outside 64-bit mode (SDM vol. 1, 3.4.1.1); translated code wants zeros */
     c->stack_mask = bits64 ? ~0ull : cpu->seg[SEG_SS].attributes & SEG_ATTR_DB ? 0xffffffffu : 0xffffu;
     c->cpl = cpu_cpl(cpu);
     for (unsigned n = 0; n < SEG_FS; n++)
