@@ -10,6 +10,11 @@
 
 /* ---- memory operands ---- */
 
+void emit_lea_in_mode(struct translation *t, unsigned to, unsigned base, unsigned index, unsigned scale, int32_t disp)
+{
+    emit_op_mem(&t->out, !t->legacy, 0x8d, to, base, index, scale, disp);
+}
+
 static void emit_effective_address(struct translation *t, const struct tinsn *i, unsigned to)
 {
     struct emitter *out = &t->out;
@@ -17,18 +22,32 @@ static void emit_effective_address(struct translation *t, const struct tinsn *i,
         emit_load_gs(out, to, BT_CTX(page_va));
         emit_lea(out, to, to, EMIT_NONE, 0, i->disp + i->offset + i->length);
     } else if (i->base == TI_NONE && i->index == TI_NONE) {
-        if (i->address32)
+        if (i->address32 || i->legacy)
             emit_mov_imm32(out, to, (uint32_t)i->disp);
         else
             emit_mov_simm32(out, to, i->disp);
     } else {
-        emit_op_mem(out, !i->address32, 0x8d, to, i->base, i->index, i->scale, i->disp);
+        emit_op_mem(out, !i->address32 && !i->legacy, 0x8d, to, i->base, i->index, i->scale, i->disp);
     }
 }
 
 static int32_t segment_base_field(const struct tinsn *i)
 {
     return i->segment == TI_FS ? BT_CTX(c.segment_base[SEG_FS]) : BT_CTX(c.segment_base[SEG_GS]);
+}
+
+/* Adds the segment's base to the address in `ea`. */
+static void emit_segment_base(struct translation *t, const struct tinsn *i, unsigned ea, unsigned scratch)
+{
+    if (i->segment == TI_FLAT)
+        return;
+    if (t->legacy && !t->guarded[i->segment]) {
+        emit_load_gs(&t->out, scratch, i->segment == TI_FS ? BT_CTX(segment_guard[0]) : BT_CTX(segment_guard[1]));
+        emit_op_mem(&t->out, false, 0x8b, scratch, scratch, EMIT_NONE, 0, 0);
+        t->guarded[i->segment] = true;
+    }
+    emit_load_gs(&t->out, scratch, segment_base_field(i));
+    emit_lea_in_mode(t, ea, ea, scratch, 0, 0);
 }
 
 /* V of the page of the address in `from` into `to`, after checking that `size` bytes do not cross into another. */
@@ -98,14 +117,18 @@ static struct address emit_group_access(struct translation *t, const struct tins
         unsigned from = g->base;
         if (g->low) {
             from = t->s[1];
-            emit_lea(&t->out, from, g->base, EMIT_NONE, 0, g->low);
+            emit_lea_in_mode(t, from, g->base, EMIT_NONE, 0, g->low);
         }
         emit_group_check(t, i, from, (unsigned)(g->high - g->low));
         emit_lookup(t, g->v, from, 1);
+        if (t->legacy)
+            emit_lea(&t->out, g->v, from, g->v, 0, 0);
         g->fresh = false;
     } else {
         *v_register = g->v;
     }
+    if (t->legacy)
+        return (struct address){g->v, EMIT_NONE, disp - g->low};
     return (struct address){g->base, g->v, disp};
 }
 
@@ -120,16 +143,32 @@ struct address emit_access(struct translation *t, const struct tinsn *i, struct 
         ea = i->base;
     } else {
         emit_effective_address(t, i, ea);
-        if (i->segment != TI_FLAT) {
-            emit_load_gs(&t->out, v, segment_base_field(i));
-            emit_lea(&t->out, ea, ea, v, 0, 0);
-        }
+        emit_segment_base(t, i, ea, v);
     }
     if (size > 1 && cache_marked(t->e, t->page, i->offset, BT_MARK_CROSSES) && v != GPR_RCX) {
         emit_crossing_branch(t, i, ea, size);
         size = 1;
     }
     emit_lookup(t, v, ea, size);
+    return (struct address){ea, v, 0};
+}
+
+/* The same in 32-bit code, where the unit's address wraps around: the distance, of which `units` has the number of units, is taken off its host address again. */
+static struct address emit_bit_string_legacy(struct translation *t, const struct tinsn *i, unsigned units)
+{
+    struct emitter *out = &t->out;
+    unsigned kept = t->s[2], v = t->s[0], ea = t->s[1], size = i->mem_size, shift = (unsigned)__builtin_ctz(size);
+    emit_mov(out, kept, units);
+    emit_effective_address(t, i, ea);
+    emit_lea_in_mode(t, ea, ea, kept, shift, 0);
+    emit_segment_base(t, i, ea, v);
+    if (cache_marked(t->e, t->page, i->offset, BT_MARK_CROSSES)) {
+        emit_crossing_branch(t, i, ea, size);
+        size = 1;
+    }
+    emit_lookup(t, v, ea, size);
+    emit_op_reg(out, true, 0xf7, 2, kept); /* not: -1 - units */
+    emit_lea(out, ea, ea, kept, shift, (int32_t)i->mem_size);
     return (struct address){ea, v, 0};
 }
 
@@ -147,12 +186,11 @@ struct address emit_bit_string_access(struct translation *t, const struct tinsn 
         emit_movsx16(out, v, i->reg);
     emit_mov_imm32(out, ea, shift + 3);
     emit_sarx(out, v, v, ea);
+    if (t->legacy)
+        return emit_bit_string_legacy(t, i, v);
     emit_effective_address(t, i, ea);
     emit_lea(out, ea, ea, v, shift, 0);
-    if (i->segment != TI_FLAT) {
-        emit_load_gs(out, v, segment_base_field(i));
-        emit_lea(out, ea, ea, v, 0, 0);
-    }
+    emit_segment_base(t, i, ea, v);
     if (cache_marked(t->e, t->page, i->offset, BT_MARK_CROSSES) && v != GPR_RCX) {
         emit_crossing_branch(t, i, ea, size);
         size = 1;
@@ -222,46 +260,76 @@ void emit_copy(struct translation *t, const struct tinsn *i)
     t->out.at += i->length;
 }
 
+/* MOV between rAX and memory, as the form with ModRM. */
+void emit_moffs(struct translation *t, const struct tinsn *i, struct address a)
+{
+    if (i->mem_size == 2)
+        emit8(&t->out, 0x66);
+    emit_op_mem(&t->out, false, (i->mem_write ? 0x88u : 0x8au) + (i->mem_size > 1), GPR_RAX, a.base, a.index, 0, a.disp);
+}
+
+/* INC and DEC of a register, whose short forms are REX prefixes in 64-bit mode. */
+void emit_count(struct translation *t, const struct tinsn *i)
+{
+    if (i->mem_size == 2)
+        emit8(&t->out, 0x66);
+    emit_op_reg(&t->out, false, 0xff, i->condition, i->reg);
+}
+
 /* ---- the stack ---- */
 
 void emit_rsp_add(struct translation *t, int32_t by)
 {
-    emit_lea(&t->out, GPR_RSP, GPR_RSP, EMIT_NONE, 0, by);
+    emit_lea_in_mode(t, GPR_RSP, GPR_RSP, EMIT_NONE, 0, by);
 }
 
-/* The 8 bytes at [base + disp] that the instruction implies; uses s[0], and s[1] when `disp` is not zero. */
+/* The slot at [base + disp] that the instruction implies; uses s[0], and s[1] when `disp` is not zero: in 32-bit code until the access is made. */
 struct address emit_stack_access(struct translation *t, struct bt_site *site, unsigned base, int32_t disp)
 {
-    struct group *g = group_find(t, base, disp, 8);
+    const struct tinsn *i = &t->insn[t->at];
+    struct group *g = group_find(t, base, disp, stack_bytes(i));
     if (g)
-        return emit_group_access(t, &t->insn[t->at], g, disp, &site->v_stack);
+        return emit_group_access(t, i, g, disp, &site->v_stack);
     unsigned from = base;
     if (disp) {
         from = t->s[1];
-        emit_lea(&t->out, from, base, EMIT_NONE, 0, disp);
+        emit_lea_in_mode(t, from, base, EMIT_NONE, 0, disp);
     }
-    emit_lookup(t, t->s[0], from, 8);
+    emit_lookup(t, t->s[0], from, stack_bytes(i));
+    if (t->legacy) /* the very address that was looked up: base + disp may be another modulo 2^64 */
+        return (struct address){from, t->s[0], 0};
     return (struct address){base, t->s[0], disp};
 }
 
 void emit_at(struct translation *t, unsigned opcode, unsigned reg, struct address a)
 {
-    emit_op_mem(&t->out, true, opcode, reg, a.base, a.index, 0, a.disp);
+    emit_op_mem(&t->out, !t->legacy, opcode, reg, a.base, a.index, 0, a.disp);
+}
+
+/* Where a push writes. */
+struct address emit_push_access(struct translation *t, struct bt_site *site)
+{
+    return emit_stack_access(t, site, GPR_RSP, -(int32_t)stack_bytes(&t->insn[t->at]));
+}
+
+void emit_push_done(struct translation *t)
+{
+    emit_rsp_add(t, -(int32_t)stack_bytes(&t->insn[t->at]));
 }
 
 void emit_push_reg(struct translation *t, struct bt_site *site, unsigned reg)
 {
-    emit_at(t, 0x89, reg, emit_stack_access(t, site, GPR_RSP, -8));
-    emit_rsp_add(t, -8);
+    emit_at(t, 0x89, reg, emit_push_access(t, site));
+    emit_push_done(t);
 }
 
 void emit_push_rip(struct translation *t, struct bt_site *site, int32_t offset)
 {
-    struct address a = emit_stack_access(t, site, GPR_RSP, -8);
-    emit_load_gs(&t->out, t->s[1], BT_CTX(page_va));
-    emit_lea(&t->out, t->s[1], t->s[1], EMIT_NONE, 0, offset);
-    emit_at(t, 0x89, t->s[1], a);
-    emit_rsp_add(t, -8);
+    struct address a = emit_push_access(t, site);
+    emit_load_gs(&t->out, t->s[2], BT_CTX(page_va));
+    emit_lea_in_mode(t, t->s[2], t->s[2], EMIT_NONE, 0, offset - (t->legacy ? (int32_t)BT_CODE_BIAS : 0));
+    emit_at(t, 0x89, t->s[2], a);
+    emit_push_done(t);
 }
 
 void emit_pop_to(struct translation *t, struct bt_site *site, unsigned to)

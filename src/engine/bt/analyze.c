@@ -55,19 +55,37 @@ static void note_register(struct tinsn *t, const ZydisDecodedOperand *op)
         t->reads |= bit(n);
 }
 
+/* 32-bit code: whether the segment is one that translated code may use; FS and GS are looked at when it runs. In 64-bit code these alone matter. */
+static bool note_segment(struct tinsn *t, const ZydisDecodedOperand *op, unsigned flat)
+{
+    t->segment = op->mem.segment == ZYDIS_REGISTER_FS ? TI_FS : op->mem.segment == ZYDIS_REGISTER_GS ? TI_GS : TI_FLAT;
+    if (!t->legacy || op->mem.type == ZYDIS_MEMOP_TYPE_AGEN)
+        return true;
+    switch (op->mem.segment) {
+    case ZYDIS_REGISTER_ES:
+        return flat >> SEG_ES & 1;
+    case ZYDIS_REGISTER_SS:
+        return flat >> SEG_SS & 1;
+    case ZYDIS_REGISTER_DS:
+        return flat >> SEG_DS & 1;
+    default:
+        return t->segment != TI_FLAT; /* CS: rare */
+    }
+}
+
 /* False: an address that is not computed from general registers. */
-static bool note_memory(struct tinsn *t, const ZydisDecodedInstruction *zi, const ZydisDecodedOperand *op)
+static bool note_memory(struct tinsn *t, const ZydisDecodedInstruction *zi, const ZydisDecodedOperand *op, unsigned flat)
 {
     bool high = false;
     t->memory = true;
     t->mem_read = op->actions & ZYDIS_OPERAND_ACTION_MASK_READ;
     t->mem_write = op->actions & ZYDIS_OPERAND_ACTION_MASK_WRITE;
     t->mem_size = op->size / 8;
-    t->address32 = zi->address_width == 32;
+    t->address32 = zi->address_width == 32 && !t->legacy;
     t->scale = op->mem.scale >= 8 ? 3 : op->mem.scale >= 4 ? 2 : op->mem.scale >= 2 ? 1 : 0;
     t->disp = (int32_t)op->mem.disp.value;
     t->base = t->index = TI_NONE;
-    if (zi->address_width == 16 || op->mem.disp.value != t->disp)
+    if (zi->address_width == 16 || (!t->legacy && op->mem.disp.value != t->disp))
         return false;
     if (op->mem.base == ZYDIS_REGISTER_RIP)
         t->rip_relative = true;
@@ -83,24 +101,25 @@ static bool note_memory(struct tinsn *t, const ZydisDecodedInstruction *zi, cons
     /* Zydis 4.0 invents a base of R13D, see drop_false_base in the interpreter's decode.c. */
     if (zi->attributes & ZYDIS_ATTRIB_HAS_SIB && zi->raw.modrm.mod == 0 && zi->raw.sib.base == 5)
         t->base = TI_NONE, t->disp = (int32_t)zi->raw.disp.value;
-    if (op->mem.segment == ZYDIS_REGISTER_FS)
-        t->segment = TI_FS;
-    else if (op->mem.segment == ZYDIS_REGISTER_GS)
-        t->segment = TI_GS;
     t->reads |= (uint16_t)(bit(t->base) | bit(t->index));
-    return !(t->rip_relative && t->address32);
+    return note_segment(t, op, flat) && !(t->rip_relative && t->address32);
 }
 
-static bool operands_note(struct tinsn *t, const struct decode *d, const ZydisDecodedOperand **memory)
+static bool is_moffs(const struct tinsn *t, const ZydisDecodedOperand *op)
+{
+    return t->legacy && op->encoding == ZYDIS_OPERAND_ENCODING_DISP16_32_64;
+}
+
+static bool operands_note(struct tinsn *t, const struct decode *d, unsigned flat, const ZydisDecodedOperand **memory)
 {
     *memory = NULL;
     for (unsigned n = 0; n < d->zi.operand_count; n++) {
         const ZydisDecodedOperand *op = &d->op[n];
         if (op->type == ZYDIS_OPERAND_TYPE_REGISTER) {
             note_register(t, op);
-        } else if (op->type == ZYDIS_OPERAND_TYPE_MEMORY && op->encoding == ZYDIS_OPERAND_ENCODING_MODRM_RM &&
+        } else if (op->type == ZYDIS_OPERAND_TYPE_MEMORY && (op->encoding == ZYDIS_OPERAND_ENCODING_MODRM_RM || is_moffs(t, op)) &&
                    (op->mem.type == ZYDIS_MEMOP_TYPE_MEM || op->mem.type == ZYDIS_MEMOP_TYPE_AGEN)) {
-            if (*memory || !note_memory(t, &d->zi, op))
+            if (*memory || !note_memory(t, &d->zi, op, flat))
                 return false;
             *memory = op;
         }
@@ -198,7 +217,7 @@ static void branch(struct tinsn *t, const struct decode *d, enum tinsn_kind dire
 {
     const ZydisDecodedOperand *op = &d->op[0];
     bool high = false;
-    if (d->zi.meta.branch_type == ZYDIS_BRANCH_TYPE_FAR || d->zi.operand_width == 16 || (d->zi.operand_width != 64 && op->type != ZYDIS_OPERAND_TYPE_IMMEDIATE)) {
+    if (d->zi.meta.branch_type == ZYDIS_BRANCH_TYPE_FAR || d->zi.operand_width == 16 || (d->zi.operand_width != d->code_bits && op->type != ZYDIS_OPERAND_TYPE_IMMEDIATE)) {
         exit_with(t, BT_EXIT_interp);
         return;
     }
@@ -222,20 +241,29 @@ static void branch(struct tinsn *t, const struct decode *d, enum tinsn_kind dire
     }
 }
 
+/* A general register as wide as the code's own. */
+static bool is_whole(const struct decode *d, const ZydisDecodedOperand *op)
+{
+    return op->type == ZYDIS_OPERAND_TYPE_REGISTER && ZydisRegisterGetClass(op->reg.value) == (d->code_bits == 64 ? ZYDIS_REGCLASS_GPR64 : ZYDIS_REGCLASS_GPR32);
+}
+
 static void push(struct tinsn *t, const struct decode *d)
 {
     const ZydisDecodedOperand *op = &d->op[0];
     exit_with(t, BT_EXIT_interp);
-    if (d->zi.operand_width != 64)
+    if (d->zi.operand_width != d->code_bits)
         return;
     if (op->type == ZYDIS_OPERAND_TYPE_MEMORY) {
         t->kind = TI_PUSH_MEM;
     } else if (op->type == ZYDIS_OPERAND_TYPE_IMMEDIATE) {
         t->imm = (int32_t)op->imm.value.s;
         t->kind = TI_PUSH_IMM;
-    } else if (op->type == ZYDIS_OPERAND_TYPE_REGISTER && ZydisRegisterGetClass(op->reg.value) == ZYDIS_REGCLASS_GPR64) {
+    } else if (is_whole(d, op)) {
         t->reg = (uint8_t)ZydisRegisterGetId(op->reg.value);
         t->kind = TI_PUSH_REG;
+    } else if (t->legacy && op->type == ZYDIS_OPERAND_TYPE_REGISTER && ZydisRegisterGetClass(op->reg.value) == ZYDIS_REGCLASS_SEGMENT) {
+        t->imm = BT_CTX(c.v.cpu.seg[SEG_ES].selector) + (op->reg.value - ZYDIS_REGISTER_ES) * (int32_t)sizeof(struct segment);
+        t->kind = TI_PUSH_SELECTOR;
     }
 }
 
@@ -243,7 +271,7 @@ static void pop(struct tinsn *t, const struct decode *d)
 {
     const ZydisDecodedOperand *op = &d->op[0];
     exit_with(t, BT_EXIT_interp);
-    if (op->type == ZYDIS_OPERAND_TYPE_REGISTER && ZydisRegisterGetClass(op->reg.value) == ZYDIS_REGCLASS_GPR64) {
+    if (is_whole(d, op)) {
         t->reg = (uint8_t)ZydisRegisterGetId(op->reg.value);
         t->kind = TI_POP_REG;
     }
@@ -303,8 +331,20 @@ static bool string_prefixes(const struct decode *d, bool *repeated)
     return true;
 }
 
+/* The segments of a string instruction's operands, ES and perhaps another than DS. */
+static bool string_segments(const struct decode *d, const struct bt_mode *mode)
+{
+    if (mode->code_bits == 64)
+        return true;
+    struct tinsn t = {.legacy = true};
+    for (unsigned n = 0; n < d->zi.operand_count; n++)
+        if (d->op[n].type == ZYDIS_OPERAND_TYPE_MEMORY && !note_segment(&t, &d->op[n], mode->flat))
+            return false;
+    return true;
+}
+
 /* True: a string instruction, translated or not. */
-static bool string_insn(struct tinsn *t, const struct decode *d)
+static bool string_insn(struct tinsn *t, const struct decode *d, const struct bt_mode *mode)
 {
     static const uint16_t named[] = {
         [STRING_MOVS] = 1u << GPR_RSI | 1u << GPR_RDI, [STRING_STOS] = 1u << GPR_RAX | 1u << GPR_RDI, [STRING_LODS] = 1u << GPR_RAX | 1u << GPR_RSI,
@@ -313,7 +353,9 @@ static bool string_insn(struct tinsn *t, const struct decode *d)
     enum string_op op;
     if (!string_op_of(d, &op))
         return false;
-    if (!string_prefixes(d, &t->repeated) || d->zi.address_width != 64 || (t->repeated && op != STRING_MOVS && op != STRING_STOS))
+    if (!string_prefixes(d, &t->repeated) || d->zi.address_width != d->code_bits || (t->repeated && op != STRING_MOVS && op != STRING_STOS))
+        return true;
+    if (!string_segments(d, mode))
         return true;
     t->kind = TI_STRING;
     t->condition = (uint8_t)op;
@@ -355,6 +397,8 @@ static bool state_move(struct tinsn *t, const struct decode *d, bool user)
         return false;
     if (d->op[0].size == 16)
         kind = TI_LOAD_SELECTOR16;
+    else if (kind == TI_LOAD_STATE && t->legacy)
+        kind = TI_LOAD_STATE32;
     bool high = false;
     t->reg = (uint8_t)gpr_number(d->op[0].reg.value, &high);
     t->imm = field;
@@ -402,19 +446,19 @@ static bool system_state(struct tinsn *t, const struct decode *d, const struct b
         return !mode->user;
     case ZYDIS_MNEMONIC_SWAPGS:
         t->kind = TI_SWAPGS;
-        return !mode->user;
+        return !mode->user && mode->code_bits == 64;
     case ZYDIS_MNEMONIC_STAC:
     case ZYDIS_MNEMONIC_CLAC:
         t->kind = d->zi.mnemonic == ZYDIS_MNEMONIC_STAC ? TI_STAC : TI_CLAC;
         return !mode->user;
     case ZYDIS_MNEMONIC_SYSCALL:
         t->kind = TI_SYSCALL;
-        if (!mode->user)
+        if (!mode->user || mode->code_bits != 64)
             exit_with(t, BT_EXIT_syscall);
         return true;
     case ZYDIS_MNEMONIC_SYSRET:
         t->kind = TI_SYSRET;
-        if (mode->user || !d->zi.raw.rex.W)
+        if (mode->user || mode->code_bits != 64 || !d->zi.raw.rex.W)
             exit_with(t, BT_EXIT_sysret);
         return true;
     case ZYDIS_MNEMONIC_RDTSC:
@@ -425,7 +469,7 @@ static bool system_state(struct tinsn *t, const struct decode *d, const struct b
     case ZYDIS_MNEMONIC_RDGSBASE:
     case ZYDIS_MNEMONIC_WRFSBASE:
     case ZYDIS_MNEMONIC_WRGSBASE:
-        return base_move(t, d, mode->cr4 & BT_MODE_FSGSBASE);
+        return base_move(t, d, mode->cr4 & BT_MODE_FSGSBASE && mode->code_bits == 64);
     case ZYDIS_MNEMONIC_MOV:
         return state_move(t, d, mode->user);
     case ZYDIS_MNEMONIC_BT:
@@ -450,11 +494,14 @@ static bool special(struct tinsn *t, const struct decode *d)
         return true;
     case ZYDIS_MNEMONIC_LEAVE:
         t->kind = TI_LEAVE;
-        if (d->zi.operand_width != 64)
+        if (d->zi.operand_width != d->code_bits)
             exit_with(t, BT_EXIT_interp);
         return true;
     case ZYDIS_MNEMONIC_PUSHFQ:
+    case ZYDIS_MNEMONIC_PUSHFD:
         t->kind = TI_PUSHF;
+        if (d->zi.operand_width != d->code_bits)
+            exit_with(t, BT_EXIT_interp);
         t->flags_read = RFLAGS_OSZAPC;
         return true;
     case ZYDIS_MNEMONIC_JMP:
@@ -466,7 +513,7 @@ static bool special(struct tinsn *t, const struct decode *d)
     case ZYDIS_MNEMONIC_RET:
         t->kind = TI_RET;
         t->imm = d->op[0].type == ZYDIS_OPERAND_TYPE_IMMEDIATE ? (int32_t)(d->op[0].imm.value.u & 0xffff) : 0;
-        if (d->zi.meta.branch_type == ZYDIS_BRANCH_TYPE_FAR || d->zi.operand_width != 64)
+        if (d->zi.meta.branch_type == ZYDIS_BRANCH_TYPE_FAR || d->zi.operand_width != d->code_bits)
             exit_with(t, BT_EXIT_interp);
         return true;
     case ZYDIS_MNEMONIC_LOOP:
@@ -475,6 +522,8 @@ static bool special(struct tinsn *t, const struct decode *d)
     case ZYDIS_MNEMONIC_JRCXZ:
     case ZYDIS_MNEMONIC_JECXZ:
         branch(t, d, TI_LOOP, TI_EXIT, TI_EXIT);
+        if (d->zi.address_width == 16)
+            exit_with(t, BT_EXIT_interp);
         return true;
     case ZYDIS_MNEMONIC_IRETQ:
         exit_with(t, BT_EXIT_iret);
@@ -514,7 +563,7 @@ static void flags_note(struct tinsn *t, const struct decode *d)
 static void adjustment_note(struct tinsn *t, const struct decode *d)
 {
     bool high = false;
-    if (d->op[0].type != ZYDIS_OPERAND_TYPE_REGISTER || d->op[0].size != 64)
+    if (d->op[0].type != ZYDIS_OPERAND_TYPE_REGISTER || d->op[0].size != d->code_bits)
         return;
     unsigned reg = gpr_number(d->op[0].reg.value, &high);
     switch (d->zi.mnemonic) {
@@ -541,6 +590,68 @@ static void adjustment_note(struct tinsn *t, const struct decode *d)
     t->adjusts = (uint8_t)reg;
 }
 
+/* ---- 32-bit code ---- */
+
+/* W makes their operand in memory wide, in 64-bit mode only. */
+static bool is_widened_by_w(ZydisMnemonic mnemonic)
+{
+    switch (mnemonic) {
+    case ZYDIS_MNEMONIC_VMOVD:
+    case ZYDIS_MNEMONIC_VPEXTRD:
+    case ZYDIS_MNEMONIC_VPINSRD:
+    case ZYDIS_MNEMONIC_VCVTSI2SD:
+    case ZYDIS_MNEMONIC_VCVTSI2SH:
+    case ZYDIS_MNEMONIC_VCVTSI2SS:
+    case ZYDIS_MNEMONIC_VCVTUSI2SD:
+    case ZYDIS_MNEMONIC_VCVTUSI2SH:
+    case ZYDIS_MNEMONIC_VCVTUSI2SS:
+        return true;
+    default:
+        return false;
+    }
+}
+
+/* Bits of VEX and EVEX that mean nothing there but do in 64-bit mode (SDM vol. 2A, 2.3 and 2.7): as assemblers leave them? */
+static bool extension_is_usual(const struct tinsn *t, const struct decode *d)
+{
+    const uint8_t *p = d->bytes + t->opcode_at;
+    bool evex = d->zi.encoding == ZYDIS_INSTRUCTION_ENCODING_EVEX, w = p[0] != 0xc5 && p[2] & 0x80;
+    if (p[0] != 0xc5 && ((p[1] & 0x20) == 0 || (evex && ((p[1] & 0x10) == 0 || (p[3] & 8) == 0))))
+        return false;
+    if ((p[p[0] == 0xc5 ? 1 : 2] & 0x40) == 0)
+        return false;
+    for (unsigned n = 0; n < d->zi.operand_count; n++) {
+        const ZydisDecodedOperand *op = &d->op[n];
+        if (op->encoding == ZYDIS_OPERAND_ENCODING_IS4 && d->bytes[d->zi.length - 1] & 0x80)
+            return false;
+        if (w && op->type == ZYDIS_OPERAND_TYPE_REGISTER && op->visibility == ZYDIS_OPERAND_VISIBILITY_EXPLICIT && ZydisRegisterGetClass(op->reg.value) == ZYDIS_REGCLASS_GPR32)
+            return false;
+    }
+    return !w || !is_widened_by_w(d->zi.mnemonic);
+}
+
+/* False: what is encoded otherwise in 64-bit mode, and has no kind of its own. */
+static bool has_encoding(struct tinsn *t, const struct decode *d)
+{
+    const ZydisDecodedInstruction *zi = &d->zi;
+    if (zi->encoding == ZYDIS_INSTRUCTION_ENCODING_3DNOW || zi->encoding == ZYDIS_INSTRUCTION_ENCODING_XOP)
+        return false;
+    if (zi->encoding != ZYDIS_INSTRUCTION_ENCODING_LEGACY)
+        return extension_is_usual(t, d);
+    bool one_byte = zi->opcode_map == ZYDIS_OPCODE_MAP_DEFAULT;
+    if (one_byte && (zi->opcode & 0xf0) == 0x40) {
+        t->kind = TI_COUNT;
+        t->condition = zi->opcode >> 3 & 1;
+        t->reg = zi->opcode & 7;
+        t->mem_size = zi->operand_width / 8;
+    } else if (one_byte && (zi->opcode & 0xfc) == 0xa0) {
+        t->kind = TI_MOFFS;
+        t->reg = GPR_RAX;
+    }
+    bool absolute = zi->attributes & ZYDIS_ATTRIB_HAS_MODRM && zi->raw.modrm.mod == 0 && zi->raw.modrm.rm == 5; /* relative to RIP there */
+    return !(one_byte && zi->opcode == 0x82) && !(absolute && zi->mnemonic == ZYDIS_MNEMONIC_LEA);
+}
+
 static void classify(const struct analyze_context *a, struct tinsn *t, const struct decode *d)
 {
     const ZydisDecodedOperand *memory;
@@ -549,13 +660,13 @@ static void classify(const struct analyze_context *a, struct tinsn *t, const str
         t->kind = TI_SKIP;
         return;
     }
-    if (string_insn(t, d)) {
+    if (string_insn(t, d, &a->mode)) {
         flags_note(t, d);
         return;
     }
     if (d->zi.attributes & (ZYDIS_ATTRIB_HAS_REP | ZYDIS_ATTRIB_HAS_REPE | ZYDIS_ATTRIB_HAS_REPNE | ZYDIS_ATTRIB_HAS_XACQUIRE | ZYDIS_ATTRIB_HAS_XRELEASE))
         return; /* lock elision is not offered, and the host must not begin a transaction */
-    if (!operands_note(t, d, &memory))
+    if (!operands_note(t, d, a->mode.flat, &memory))
         return;
     encoding_note(t, d);
     flags_note(t, d);
@@ -563,6 +674,8 @@ static void classify(const struct analyze_context *a, struct tinsn *t, const str
     if (special(t, d) || system_state(t, d, &a->mode))
         return;
     exit_with(t, BT_EXIT_interp);
+    if (t->legacy && (!has_encoding(t, d) || t->kind != TI_EXIT))
+        return;
     t->traps = !is_plain(d) || d->zi.mnemonic == ZYDIS_MNEMONIC_DIV || d->zi.mnemonic == ZYDIS_MNEMONIC_IDIV;
     if (!is_plain(d) && !is_native(a, t, d))
         return;
@@ -648,6 +761,7 @@ void analyze_insn(const struct analyze_context *a, const uint8_t *bytes, unsigne
     memset(out, 0, sizeof(*out));
     out->offset = (uint16_t)offset;
     out->base = out->index = out->reg = out->adjusts = TI_NONE;
+    out->legacy = a->mode.code_bits == 32;
     exit_with(out, BT_EXIT_interp);
     decoder_init(&decoder, a->mode.code_bits);
     if (!ZYAN_SUCCESS(ZydisDecoderDecodeFull(&decoder, bytes, available < 15 ? available : 15, &d.zi, d.op)))

@@ -19,7 +19,7 @@
 #include "util/log.h"
 
 #define CROSSING_PATIENCE 2   /* times that a site may cross pages by a signal before it is translated in another way */
-#define MMIO_PATIENCE 6       /* the same for MMIO */
+#define MMIO_PATIENCE 6       /* the same for MMIO, and segments that are not flat */
 #define JUMP_BYTES 5u
 #define DR7_ENABLES 0xffull
 #define THRASH_BLOCKS 32      /* interpreted at a stretch on a page that keeps changing */
@@ -29,6 +29,13 @@
 
 #define FLAGS_UNUSABLE (RFLAGS_TF | RFLAGS_NT | RFLAGS_VM | RFLAGS_RF | RFLAGS_VIF | RFLAGS_VIP | RFLAGS_IOPL | RFLAGS_DF)
 
+/* Code and stack may be anywhere in 4 GiB. */
+static bool is_flat_32bit(const struct icpu *c)
+{
+    unsigned needed = 1u << SEG_CS | 1u << SEG_SS;
+    return c->code_bits == 32 && c->stack_mask == 0xffffffff && (bt_flat_segments(&c->v.cpu) & needed) == needed && !(c->v.cpu.gpr[GPR_RIP] >> 32);
+}
+
 bool bt_usable(const struct bt_vcpu *b)
 {
     const struct icpu *c = &b->c;
@@ -37,13 +44,13 @@ bool bt_usable(const struct bt_vcpu *b)
         return false;
     if (c->cpl != 0 && (c->cpl != 3 || (cpu->rflags & RFLAGS_AC)))
         return false;
-    return c->code_bits == 64;
+    return c->code_bits == 64 || is_flat_32bit(c);
 }
 
 /* The exec table's first page is never readable, and a signal for each jump is slower than the interpreter. */
-static bool is_dispatched(gva_t rip)
+static bool is_dispatched(const struct icpu *c)
 {
-    return bt_exec_index(rip) >= PAGE_SIZE_BYTES / 8;
+    return c->code_bits == 32 || bt_exec_index(c->v.cpu.gpr[GPR_RIP]) >= PAGE_SIZE_BYTES / 8;
 }
 
 /* ---- on the way in and out ---- */
@@ -70,7 +77,7 @@ void bt_settle(struct bt_vcpu *b)
         b->transition = BT_NO_TRANSITION;
         syscall_segments_load(c, user);
         c->cpl = user ? 3 : 0;
-        b->mode = bt_mode_of(c, user);
+        b->mode = bt_mode_of(c, user, 64);
     }
     enum tlb_view view = c->cpl ? VIEW_USER : b->ac && c->v.cpu.cr4 & CR4_SMAP ? VIEW_SUPERVISOR_AC : VIEW_SUPERVISOR;
     if (view != c->view) {
@@ -87,7 +94,7 @@ static void system_calls_prepare(struct bt_vcpu *b)
 {
     const struct cpu_state *cpu = &b->c.v.cpu;
     const struct bt_stubs *stubs = &b->engine->stubs;
-    bool possible = cpu->efer & EFER_SCE && (cpu->msr_sfmask & SYSCALL_CLEARS) == SYSCALL_CLEARS;
+    bool possible = cpu->efer & EFER_SCE && (cpu->msr_sfmask & SYSCALL_CLEARS) == SYSCALL_CLEARS && tables_are_long(b);
     uintptr_t tc = (uintptr_t)b->engine->layout.tc_exec;
     b->syscall_stub = tc + (possible ? stubs->syscall : stubs->syscall_slow);
     b->sysret_stub = tc + (possible && !direct_active(b) ? stubs->sysret : stubs->sysret_slow);
@@ -133,6 +140,22 @@ static bool exec_again(struct bt_vcpu *b)
     return true;
 }
 
+/* One stay inside. Of 32-bit code's registers R8 to R15 are none, and hold anything afterwards. */
+static enum bt_exit stay(struct bt_vcpu *b)
+{
+    uint64_t *gpr = b->c.v.cpu.gpr, kept[8];
+    bool legacy = b->mode.code_bits == 32;
+    gpr[GPR_RIP] = bt_code_address(&b->mode, gpr[GPR_RIP]);
+    for (unsigned n = 0; legacy && n < 8; n++)
+        kept[n] = gpr[GPR_R8 + n];
+    enum bt_exit why = bt_enter(b);
+    for (unsigned n = 0; legacy && n < 8; n++)
+        gpr[GPR_R8 + n] = kept[n];
+    gpr[GPR_RIP] = bt_code_linear(&b->mode, gpr[GPR_RIP]);
+    bt_settle(b);
+    return why;
+}
+
 /* Runs translated code from the current rip. *entry tells the epoch afterwards: what was left belongs to it. */
 static enum bt_exit enter(struct bt_vcpu *b, struct entry *entry)
 {
@@ -141,7 +164,6 @@ static enum bt_exit enter(struct bt_vcpu *b, struct entry *entry)
     simd_load(&b->c);
     native_pointers_lost(&b->c);
     flags_in(b);
-    system_calls_prepare(b);
     polls_reset(b);
     cache_enter(b);
     uint64_t epoch = __atomic_load_n(&e->epoch, __ATOMIC_ACQUIRE), generation = epoch + __atomic_load_n(&e->rewrites, __ATOMIC_ACQUIRE);
@@ -150,6 +172,7 @@ static enum bt_exit enter(struct bt_vcpu *b, struct entry *entry)
         b->serialized = generation;
     }
     tables_select(b);
+    system_calls_prepare(b);
     if (b->fill_next) {
         tables_fill_page(b, b->fill_next);
         b->fill_next = 0;
@@ -159,10 +182,9 @@ static enum bt_exit enter(struct bt_vcpu *b, struct entry *entry)
         uint32_t start = entry->tc_start && same ? entry->tc_start : e->stubs.lookup;
         b->enter_target = (uintptr_t)e->layout.tc_exec + start;
         b->fault_tc = 0;
-        do {
-            why = bt_enter(b);
-            bt_settle(b);
-        } while (why == BT_EXIT_miss && exec_again(b));
+        do
+            why = stay(b);
+        while (why == BT_EXIT_miss && exec_again(b));
     }
     entry->epoch = epoch;
     entry->tc_start = 0;
@@ -181,7 +203,7 @@ static uint64_t next_page(struct bt_vcpu *b, unsigned start)
 {
     uint64_t ram_offset;
     gva_t next = (b->c.v.cpu.gpr[GPR_RIP] | PAGE_MASK_BITS) + 1;
-    if (start < REACHES_END || tables_fetch(b, next, &ram_offset))
+    if (start < REACHES_END || (b->mode.code_bits == 32 && next >> 32) || tables_fetch(b, next, &ram_offset))
         return ~0ull;
     return ram_offset & ~PAGE_MASK_BITS;
 }
@@ -414,13 +436,13 @@ static bool exit_data(struct bt_vcpu *b, struct entry *entry)
 {
     const uint64_t *counters = b->c.v.counters;
     uint64_t mmio = counters[COUNTER_mmio_reads] + counters[COUNTER_mmio_writes];
-    bool crossing = b->fault_crossing;
+    bool crossing = b->fault_crossing, opaque = b->fault_opaque;
     uint32_t tc = b->fault_tc;
     uint64_t epoch = entry->epoch;
     interp_run_one(&b->c);
     if (!tc) /* left without a signal: translated in the other way already */
         return false;
-    if (crossing || counters[COUNTER_mmio_reads] + counters[COUNTER_mmio_writes] != mmio)
+    if (crossing || opaque || counters[COUNTER_mmio_reads] + counters[COUNTER_mmio_writes] != mmio)
         site_note(b, tc, epoch, crossing);
     return false;
 }
@@ -490,11 +512,20 @@ static void debug_turn(struct bt_vcpu *b)
     b->engine->debug.turn(b, b->engine->debug.opaque);
 }
 
+static void segment_guards_set(struct bt_vcpu *b)
+{
+    unsigned flat = bt_flat_segments(&b->c.v.cpu);
+    b->segment_guard[0] = flat >> SEG_FS & 1 ? b->poll_quiet : b->engine->layout.poison;
+    b->segment_guard[1] = flat >> SEG_GS & 1 ? b->poll_quiet : b->engine->layout.poison;
+}
+
 static void run_translated(struct bt_vcpu *b)
 {
     struct entry entry = {0};
     enum bt_exit why;
-    b->mode = bt_mode_of(&b->c, b->c.cpl == 3);
+    if (b->c.code_bits == 32)
+        segment_guards_set(b);
+    b->mode = bt_mode_of(&b->c, b->c.cpl == 3, b->c.code_bits);
     do {
         if (unlikely(b->engine->debug.turn != NULL))
             debug_turn(b);
@@ -532,7 +563,7 @@ static __attribute__((noinline)) enum engine_exit run_loop(struct bt_vcpu *b)
         } else if (direct_active(b) && direct_wanted(b)) {
             if (direct_run(b) == DIRECT_LOST)
                 return ENGINE_EXIT_ERROR;
-        } else if (!bt_usable(b) || !is_dispatched(c->v.cpu.gpr[GPR_RIP])) {
+        } else if (!bt_usable(b) || !is_dispatched(c)) {
             c->tally = b->interpreted[BT_TALLY_MODE];
             interp_run_next(c);
         } else {

@@ -17,10 +17,13 @@
  *   A V or E under a wrong tag, and poison, address memory that is never mapped (layout.c), so the access faults.
  * - R10 and R11 are scratch at block boundaries: the guest's own are in cpu.gpr[]. Inside a block any two registers may take
  *   that role (struct bt_site.spilled).
- * - A dynamic transfer (return, indirect or cross-page jump) has the target's linear address in R11; a dynamic entry derives page_va from it. Direct jumps
+ * - A dynamic transfer (return, indirect or cross-page jump) has the target's *code address* in R11; a dynamic entry derives page_va from it. That is the linear address, in 32-bit code
+ *   plus BT_CODE_BIAS, because 32-bit systems do run code in the first 2 MiB, which the exec table leaves out. Direct jumps
  *   inside a page go to chain entries and are patched in place, or to places in their own block where jumps join, whose state is that of chain entries. No direct jump ever leaves its page, so dropping a page is zeroing its DT.
  * - An access that could cross a page first reads one byte at gs:[BT_CHECK + (gva & 0xfff) + size - 1]: the page at BT_CHECK is readable, the next one is not, so it
  *   faults exactly when the access crosses. No flags, no branch. (EFLAGS.AC is not used: a site that does misalign could not be run with it at all.)
+ * - 32-bit code runs in 64-bit mode like all of TC. The upper halves of RAX to RDI are zero there (interp_mode_changed clears them, and nothing that is translated sets them), so a
+ *   register is a linear address; sums are cut to 32 bits before they are looked up. R8 to R15 are scratch throughout, and the guest's own are put back by who entered.
  * - C code runs with DF clear.
  * - Every host instruction that can fault belongs to a site that says how to get the precise guest state back.
  *
@@ -96,22 +99,49 @@ struct bt_mode {
     uint8_t user;      /* CPL 3 */
     uint8_t simd_blocked; /* icpu.simd_blocked */
     uint8_t cr4;       /* BT_MODE_* */
-    uint8_t flat;      /* 32-bit: bit n set: segment n has base 0 and limit 4 GiB; 64-bit: 0 */
+    uint8_t flat;      /* 32-bit: BT_MODE_SEGMENTS of bt_flat_segments; 64-bit: 0 */
 };
 
+/* Not FS and GS, which systems load on their way in and out: segment_guard is for these. */
+#define BT_MODE_SEGMENTS (1u << SEG_ES | 1u << SEG_CS | 1u << SEG_SS | 1u << SEG_DS)
 #define BT_MODE_TSD 1u      /* RDTSC is not for this CPL */
 #define BT_MODE_FSGSBASE 2u /* RDFSBASE and the like exist */
 
+/* Bit n: segment n can be read and written anywhere (CS: only fetched from), and its base is 0; that of FS and GS may be any. */
+static inline uint8_t bt_flat_segments(const struct cpu_state *cpu)
+{
+    unsigned flat = 0;
+    for (unsigned n = 0; n < SEG_COUNT; n++) {
+        const struct segment *s = &cpu->seg[n];
+        bool based = n < SEG_FS && s->base, writable = (s->attributes & (SEG_ATTR_CODE | SEG_ATTR_DC | SEG_ATTR_RW)) == SEG_ATTR_RW;
+        if (!s->unusable && s->limit == 0xffffffff && !based && (n == SEG_CS || writable))
+            flat |= 1u << n;
+    }
+    return (uint8_t)flat;
+}
+
 /* In user mode, or at CPL 0, with the control registers as they are. */
-static inline struct bt_mode bt_mode_of(const struct icpu *c, bool user)
+static inline struct bt_mode bt_mode_of(const struct icpu *c, bool user, unsigned code_bits)
 {
     uint64_t cr4 = c->v.cpu.cr4;
     return (struct bt_mode){
-        .code_bits = (uint8_t)c->code_bits,
+        .code_bits = (uint8_t)code_bits,
         .user = user,
+        .flat = code_bits == 32 ? bt_flat_segments(&c->v.cpu) & BT_MODE_SEGMENTS : 0,
         .simd_blocked = (uint8_t)c->simd_blocked,
         .cr4 = (uint8_t)((user && cr4 & CR4_TSD ? BT_MODE_TSD : 0) | (cr4 & CR4_FSGSBASE ? BT_MODE_FSGSBASE : 0)),
     };
+}
+
+/* Linear addresses of code as translated code has them, and back. */
+#define BT_CODE_BIAS (1ull << 30)
+static inline uint64_t bt_code_address(const struct bt_mode *mode, gva_t rip)
+{
+    return mode->code_bits == 64 ? rip : rip + BT_CODE_BIAS;
+}
+static inline gva_t bt_code_linear(const struct bt_mode *mode, uint64_t address)
+{
+    return mode->code_bits == 64 ? address : (uint32_t)(address - BT_CODE_BIAS);
 }
 
 struct bt_block;
@@ -299,7 +329,7 @@ struct bt_vcpu {
     struct icpu c; /* first */
 
     /* Read and written by translated code through GS. */
-    uint64_t page_va;      /* linear address of the running block's page */
+    uint64_t page_va;      /* code address of the running block's page */
     _Atomic uint64_t exec_mask;     /* BT_EXEC_MASK; 0 when kicked */
     _Atomic uintptr_t poll;         /* address that loop back-edges read 4 bytes from: &poll_word of this view-independent mapping, or layout.poison when kicked */
     _Atomic uintptr_t poll_sti;     /* the same after instructions that set IF; layout.poison also while an interrupt waits for IF */
@@ -313,6 +343,7 @@ struct bt_vcpu {
     uint64_t ac;           /* the guest's RFLAGS.AC, while cpu.rflags has it clear; says with the CPL which view is in GS */
     uint64_t transition;   /* enum bt_transition: SYSCALL or SYSRET done by translated code that bt_settle has to finish */
     uint64_t syscall_stub, sysret_stub; /* host addresses that do these, or leave */
+    uintptr_t segment_guard[2]; /* FS, GS: 32-bit code that is about to use one reads 4 bytes from: poll_quiet, or layout.poison when the segment is not flat. Changes outside only */
 #define STRING_RDI_END 2
 #define STRING_RSI_END 3
     uint64_t scratch[8];   /* spills inside one instruction's translation */
@@ -338,6 +369,7 @@ struct bt_vcpu {
     uint64_t fill_next;       /* linear address whose guest page fault was delivered last, to be filled on the way back; 0: none */
     uint32_t fault_tc;        /* TC offset where a signal left translated code from; 0: no signal did */
     bool fault_crossing;      /* it was the page-crossing check */
+    bool fault_opaque;        /* what is accessed could not be told: such as by a segment with a limit */
     uint64_t serialized;      /* epoch + rewrites of the code that this processor surely sees */
     unsigned interp_blocks;   /* left for the interpreter before translated code is tried again */
     uint64_t thrash_visits;   /* to pages that are not translated because they keep changing */
@@ -376,6 +408,8 @@ void tables_destroy(struct bt_vcpu *b); /* frees b */
 /* Makes the view for the current mode, privilege and address space current: sets b->view, b->table and GS base. Called before every entry; cheap when nothing changed.
  * Also drops exec entries that belong to another bt_mode or an older epoch of the cache. */
 void tables_select(struct bt_vcpu *b);
+/* Are the views that were made current by that all for 64-bit code, so that translated code may change between them? */
+bool tables_are_long(const struct bt_vcpu *b);
 /* c.view has changed inside translated code, and GS with it: b->view and b->table follow. */
 void tables_settle(struct bt_vcpu *b);
 /* Walks the guest's page tables for an access at the current privilege and fills entries of the current view (and neighbours). Never raises. Page faults, MMIO: BT_FILL_SLOW.

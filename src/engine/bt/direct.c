@@ -714,7 +714,7 @@ enum direct_result direct_run(struct bt_vcpu *b)
     struct user_regs_struct regs = {0};
     enum direct_stop stop = DIRECT_KICKED;
     simd_save(&b->c);
-    b->mode = bt_mode_of(&b->c, true);
+    b->mode = bt_mode_of(&b->c, true, 64);
     registers_put(b, &regs);
     pin(b, child);
     bool good = !space_enter(b, p->space);

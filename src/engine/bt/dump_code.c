@@ -104,7 +104,7 @@ static const struct {
 } fields[] = {
 #define FIELD(field) {#field, BT_CTX(field), sizeof(((struct bt_vcpu *)0)->field)}
     FIELD(page_va), FIELD(exec_mask), FIELD(poll), FIELD(poll_sti), FIELD(host_rsp), FIELD(host_flags), FIELD(enter_target), FIELD(link_site),
-    FIELD(scratch), FIELD(mask_low12), FIELD(mask_bit12), FIELD(mask_arith), FIELD(c.v.cpu.rflags), FIELD(c.v.cpu),
+    FIELD(segment_guard), FIELD(scratch), FIELD(mask_low12), FIELD(mask_bit12), FIELD(mask_arith), FIELD(c.v.cpu.rflags), FIELD(c.v.cpu),
 #undef FIELD
 };
 

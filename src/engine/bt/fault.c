@@ -72,12 +72,7 @@ static bool locate(struct bt_fault *f)
     return f->site != NULL;
 }
 
-static uint64_t address_of_mode(const struct bt_vcpu *b, uint64_t rip)
-{
-    return b->mode.code_bits == 64 ? rip : (uint32_t)rip;
-}
-
-/* The guest's general registers as they were before the site's instruction. */
+/* The guest's general registers as they were before the site's instruction. RIP is a code address until translated code is left. */
 static void registers_save(const struct bt_fault *f)
 {
     uint64_t *gpr = f->b->c.v.cpu.gpr;
@@ -91,7 +86,7 @@ static void insn_save(const struct bt_fault *f)
     uint64_t *gpr = f->b->c.v.cpu.gpr;
     registers_save(f);
     gpr[GPR_RSP] -= (uint64_t)(int64_t)f->site->rsp_adjust;
-    gpr[GPR_RIP] = address_of_mode(f->b, f->b->page_va + f->site->page_offset);
+    gpr[GPR_RIP] = f->b->page_va + f->site->page_offset;
 }
 
 /* The guest's registers are saved; returning from the signal is now leaving translated code. */
@@ -124,7 +119,7 @@ static bool leave_jump(struct bt_fault *f)
         return leave(f, BT_EXIT_interp);
     }
     registers_save(f);
-    b->c.v.cpu.gpr[GPR_RIP] = address_of_mode(b, target);
+    b->c.v.cpu.gpr[GPR_RIP] = target;
     return leave(f, atomic_load(&b->exec_mask) ? BT_EXIT_miss : BT_EXIT_attention);
 }
 
@@ -203,6 +198,18 @@ static bool was_accessed(const struct bt_fault *f, unsigned v, gva_t gva)
     return f->memory && !(((f->address - (uintptr_t)f->regs[greg_of[v]]) ^ gva) & ~PAGE_MASK_BITS);
 }
 
+/* Register v, which had V of the page of gva from an instruction before, gets the one that was filled in. In 32-bit code it had a host address in that page (struct group). */
+static void register_refresh(struct bt_fault *f, unsigned v, gva_t gva)
+{
+    struct bt_vcpu *b = f->b;
+    greg_t *reg = &f->regs[greg_of[v]];
+    uintptr_t held = (uintptr_t)*reg;
+    if (b->mode.code_bits == 64 && was_accessed(f, v, gva))
+        *reg = (greg_t)tables_v(b, gva);
+    else if (b->mode.code_bits == 32 && f->memory && !((f->address ^ held) & ~PAGE_MASK_BITS))
+        *reg = (greg_t)((gva & ~PAGE_MASK_BITS) + tables_v(b, gva) + (held & PAGE_MASK_BITS));
+}
+
 static bool fill(struct bt_fault *f)
 {
     struct bt_vcpu *b = f->b;
@@ -212,6 +219,7 @@ static bool fill(struct bt_fault *f)
     uint8_t bytes[INSN_BYTES_MAX];
     unsigned available = insn_fetch(b->engine, f->block->page, offset, bytes);
     int count = translate_accesses(b, bytes, available, access);
+    b->fault_opaque = count < 0;
     if (count <= 0 || retries_exhausted(f, access, count))
         return leave(f, BT_EXIT_data);
     for (int n = 0; n < count; n++)
@@ -221,8 +229,8 @@ static bool fill(struct bt_fault *f)
         }
     for (int n = 0; n < count; n++) {
         unsigned v = access[n].stack ? f->site->v_stack : f->site->v_memory;
-        if (v != BT_NO_REGISTER && was_accessed(f, v, access[n].gva))
-            f->regs[greg_of[v]] = (greg_t)tables_v(b, access[n].gva);
+        if (v != BT_NO_REGISTER)
+            register_refresh(f, v, access[n].gva);
     }
     return start_again(f);
 }
@@ -231,10 +239,10 @@ static bool fill(struct bt_fault *f)
 static void string_stop(struct bt_fault *f)
 {
     const uint64_t *end = f->b->scratch;
-    uint64_t left = (uint64_t)f->regs[REG_RCX] * f->site->v_memory;
-    f->regs[REG_RDI] = (greg_t)(end[STRING_RDI_END] - left);
+    uint64_t left = (uint64_t)f->regs[REG_RCX] * f->site->v_memory, mask = f->b->mode.code_bits == 64 ? ~0ull : UINT32_MAX;
+    f->regs[REG_RDI] = (greg_t)((end[STRING_RDI_END] - left) & mask);
     if (f->site->v_stack)
-        f->regs[REG_RSI] = (greg_t)(end[STRING_RSI_END] - left);
+        f->regs[REG_RSI] = (greg_t)((end[STRING_RSI_END] - left) & mask);
     f->site--;
 }
 
@@ -275,7 +283,7 @@ static bool translated_fault(struct bt_vcpu *b, greg_t *regs, uintptr_t address)
         string_stop(&f);
     bool live = b->c.simd_live;
     b->c.simd_live = false;
-    b->fault_crossing = false;
+    b->fault_crossing = b->fault_opaque = false;
     bool ours;
     if (trap == VECTOR_PF || trap == VECTOR_GP || trap == VECTOR_SS)
         ours = memory_fault(&f);

@@ -40,7 +40,7 @@ void forms_destroy(struct bt_forms *forms)
 
 /* ---- where a form ends ---- */
 
-/* Bit per opcode, 64-bit mode: has ModRM (SDM vol. 2D, tables; what is not defined there is never stored). */
+/* Bit per opcode, 64-bit mode: has ModRM (SDM vol. 2D, tables; what is not defined there is never stored). Those of 32-bit code have it or not just the same. */
 static const uint32_t has_modrm[8] = {0x0f0f0f0f, 0x0f0f0f0f, 0x00000000, 0x00000a08, 0x0000ffff, 0x00000000, 0xff0f00c3, 0xc0c00000};
 static const uint32_t has_modrm_0f[8] = {0xffffb41f, 0xff00ffff, 0xffffffff, 0xff7fffff, 0xffff0000, 0xfffff8f8, 0xffff00ff, 0xffffffff};
 
@@ -49,20 +49,22 @@ static bool bit_of(const uint32_t bits[8], uint8_t byte)
     return bits[byte >> 5] >> (byte & 31) & 1;
 }
 
-static bool is_prefix(uint8_t byte)
+static bool is_prefix(uint8_t byte, bool narrow)
 {
     static const uint32_t prefixes[8] = {0, 0x40404040, 0x0000ffff, 0x000000f0, 0, 0, 0, 0x000d0000}; /* segments; REX; 64..67; LOCK, REPNE, REP */
-    return bit_of(prefixes, byte);
+    return bit_of(prefixes, byte) && !(narrow && (byte & 0xf0) == 0x40);
 }
 
-/* Number of bytes up to the first value, of at least 16 that can be read; 0: too long, or of no interest. */
-static unsigned form_length(const uint8_t *p)
+/* Number of bytes up to the first value, of at least 16 that can be read; 0: too long, or of no interest. narrow: in 32-bit code. */
+static unsigned form_length(const uint8_t *p, bool narrow)
 {
     unsigned n = 0;
-    while (n < 5 && is_prefix(p[n]))
+    while (n < 5 && is_prefix(p[n], narrow))
         n++;
     bool modrm = true;
     uint8_t opcode = p[n++];
+    if (narrow && (opcode == 0xc4 || opcode == 0xc5 || opcode == 0x62) && p[n] < 0xc0)
+        return 0; /* LES, LDS, BOUND */
     switch (opcode) {
     case 0x0f:
         opcode = p[n++];
@@ -100,7 +102,7 @@ static bool key_make(const struct bt_mode *mode, const uint8_t *bytes, struct fo
 {
     uint64_t word[2], kept;
     uint8_t bits[8] = {0, 0, 0, mode->code_bits, mode->user, mode->simd_blocked, mode->cr4, mode->flat};
-    *length = mode->code_bits == 64 ? form_length(bytes) : 0;
+    *length = form_length(bytes, mode->code_bits == 32);
     memcpy(word, bytes, sizeof(word));
     memcpy(&kept, bits, sizeof(kept));
     unsigned low = *length < 8 ? *length : 8, high = *length - low;

@@ -17,7 +17,7 @@ static unsigned distance_to_use(const struct translation *t, unsigned reg)
     for (; n < t->count && !is_join(t, n); n++)
         if ((t->insn[n].reads | t->insn[n].writes) & BIT(reg))
             return n;
-    return n + (reg == 11 || reg == 10); /* where the block ends or jumps join all but these must be back */
+    return n + (t->canonical >> reg & 1); /* where the block ends or jumps join all but these must be back */
 }
 
 uint16_t pinned(const struct translation *t)
@@ -52,8 +52,8 @@ static unsigned register_spill(struct translation *t, uint16_t kept, bool low)
 unsigned register_scratch(struct translation *t, uint16_t named, uint16_t taken, bool low)
 {
     uint16_t usable = t->free & ~taken & (low ? 0xff : 0xffff);
-    if (usable & CANONICAL)
-        usable &= CANONICAL;
+    if (usable & t->canonical)
+        usable &= t->canonical;
     return usable ? (unsigned)__builtin_ctz(usable) : register_spill(t, named | taken, low);
 }
 
@@ -71,15 +71,15 @@ void registers_return(struct translation *t, uint16_t named)
         }
 }
 
-/* Emits what makes R10 and R11 the scratch registers, from the state given. */
-void canonical_emit(struct emitter *out, uint16_t free, uint16_t clean)
+/* Emits what makes those scratch that are at block boundaries, from the state given. */
+void canonical_emit(struct translation *t, uint16_t free, uint16_t clean)
 {
     for (unsigned r = 0; r < 16; r++) {
-        if (CANONICAL & BIT(r)) {
+        if (t->canonical & BIT(r)) {
             if (!((free | clean) & BIT(r)))
-                emit_store_gs(out, r, BT_CTX_GPR(r));
+                emit_store_gs(&t->out, r, BT_CTX_GPR(r));
         } else if (free & BIT(r)) {
-            emit_load_gs(out, r, BT_CTX_GPR(r));
+            emit_load_gs(&t->out, r, BT_CTX_GPR(r));
         }
     }
 }
@@ -92,10 +92,10 @@ void groups_forget(struct translation *t)
 
 void canonicalize(struct translation *t)
 {
-    canonical_emit(&t->out, t->free, t->clean);
-    t->free = CANONICAL;
+    canonical_emit(t, t->free, t->clean);
+    t->free = t->canonical;
     t->s[0] = GPR_R10;
-    t->s[1] = GPR_R11;
+    t->s[1] = t->s[2] = GPR_R11;
     groups_forget(t);
 }
 
@@ -106,7 +106,7 @@ bool has_plain_base(const struct tinsn *i)
     return i->memory && i->kind != TI_BIT_STRING && i->base != TI_NONE && i->index == TI_NONE && !i->address32 && i->segment == TI_FLAT && !i->rip_relative;
 }
 
-/* The access that the instruction implies: its base register, or TI_NONE, and its displacement; all are 8 bytes. */
+/* The access that the instruction implies: its base register, or TI_NONE, and its displacement; all are stack_bytes. */
 static unsigned implied_base(const struct tinsn *i, int32_t *disp)
 {
     *disp = 0;
@@ -114,11 +114,12 @@ static unsigned implied_base(const struct tinsn *i, int32_t *disp)
     case TI_PUSH_REG:
     case TI_PUSH_IMM:
     case TI_PUSH_MEM:
+    case TI_PUSH_SELECTOR:
     case TI_PUSHF:
     case TI_CALL:
     case TI_CALL_REG:
     case TI_CALL_MEM:
-        *disp = -8;
+        *disp = -(int32_t)stack_bytes(i);
         return GPR_RSP;
     case TI_POP_REG:
     case TI_RET:
@@ -138,7 +139,7 @@ static bool register_moves(const struct tinsn *i, unsigned reg, int32_t *by)
         return true;
     int32_t disp;
     if (reg == GPR_RSP && i->kind != TI_LEAVE && implied_base(i, &disp) == GPR_RSP) {
-        *by = disp ? disp : 8;
+        *by = disp ? disp : (int32_t)stack_bytes(i);
         return !(i->kind == TI_POP_REG && i->reg == GPR_RSP);
     }
     *by = i->adjust;
@@ -168,7 +169,7 @@ static unsigned group_look_ahead(const struct translation *t, unsigned base, str
             more++;
         }
         if (implied_base(i, &disp) == base) {
-            range_add(&wider, moved + disp, 8);
+            range_add(&wider, moved + disp, stack_bytes(i));
             more++;
         }
         if (more && wider.high - wider.low > t->e->debug.group_span)
@@ -231,7 +232,7 @@ void groups_provide(struct translation *t, const struct tinsn *i)
         group_provide(t, i, i->base, i->disp, i->mem_size);
     unsigned base = implied_base(i, &disp);
     if (base != TI_NONE)
-        group_provide(t, i, base, disp, 8);
+        group_provide(t, i, base, disp, stack_bytes(i));
 }
 
 /* After the instruction: the ranges follow their base registers. */

@@ -67,9 +67,9 @@ static void emit_one(struct translation *t, const struct tinsn *i)
         emit_element(out, size, op == STRING_SCAS ? 0x3a : 0x88, op == STRING_MOVS ? value : GPR_RAX, GPR_RDI, v);
     }
     if (uses_destination(op))
-        emit_lea(out, GPR_RDI, GPR_RDI, EMIT_NONE, 0, (int32_t)size);
+        emit_lea_in_mode(t, GPR_RDI, GPR_RDI, EMIT_NONE, 0, (int32_t)size);
     if (uses_source(op))
-        emit_lea(out, GPR_RSI, GPR_RSI, EMIT_NONE, 0, (int32_t)size);
+        emit_lea_in_mode(t, GPR_RSI, GPR_RSI, EMIT_NONE, 0, (int32_t)size);
 }
 
 /* ---- repeated ---- */
@@ -84,7 +84,7 @@ static void emit_beyond(struct translation *t, unsigned to, unsigned reg, unsign
 
 static void emit_end_note(struct translation *t, unsigned reg, unsigned shift, unsigned number)
 {
-    emit_lea(&t->out, t->s[0], reg, GPR_RCX, shift, 0);
+    emit_lea_in_mode(t, t->s[0], reg, GPR_RCX, shift, 0);
     emit_store_gs(&t->out, t->s[0], BT_CTX(scratch) + 8 * (int32_t)number);
 }
 

@@ -22,10 +22,10 @@ static void emit_pushf(struct translation *t, struct bt_site *site)
     emit_load_gs(out, t->s[0], BT_CTX(ac));
     emit_lea(out, t->s[1], t->s[1], t->s[0], 0, 0);
     emit_store_gs(out, t->s[1], BT_CTX(scratch[0]));
-    struct address a = emit_stack_access(t, site, GPR_RSP, -8);
-    emit_load_gs(out, t->s[1], BT_CTX(scratch[0]));
-    emit_at(t, 0x89, t->s[1], a);
-    emit_rsp_add(t, -8);
+    struct address a = emit_push_access(t, site);
+    emit_load_gs(out, t->s[2], BT_CTX(scratch[0]));
+    emit_at(t, 0x89, t->s[2], a);
+    emit_push_done(t);
 }
 
 /* ---- interrupts ---- */

@@ -79,6 +79,7 @@ struct bt_tables {
     struct bt_view *ready[VIEW_COUNT]; /* of the current address space, by enum tlb_view, clean; what is in bt_vcpu.table_of */
     uint64_t key, epoch; /* what those were made ready for */
     bool stale;          /* marks to be obeyed first */
+    bool mixed;          /* not all of `ready` are for 64-bit code */
     struct chunk *chunk; /* chunk_limit + 1 of them; number 0 is never used */
     unsigned chunk_limit, chunk_count, chunk_touched;
     uint16_t chunk_free;
@@ -473,21 +474,20 @@ int tables_fetch(struct bt_vcpu *b, gva_t gva, uint64_t *ram_offset)
 }
 
 /* After an address space was dropped, its translations come back a group at a time. */
-static void exec_set_neighbours(struct bt_vcpu *b, struct table *table, gva_t page)
+static void exec_set_neighbours(struct bt_vcpu *b, struct table *table, uint64_t page)
 {
     struct bt_tables *t = b->tables;
-    gva_t first = page & ~(PAGING_GROUP * PAGE_SIZE_BYTES - 1);
+    uint64_t first = page & ~(PAGING_GROUP * PAGE_SIZE_BYTES - 1);
     for (unsigned left = t->fetch_group.readable; left; left &= left - 1) {
         unsigned n = (unsigned)__builtin_ctz(left);
-        gva_t gva = first + n * PAGE_SIZE_BYTES;
-        uint64_t entry = entry_number(table, gva), offset;
-        if (table->entry[entry] != exec_poison(&b->engine->layout, gva, entry))
+        uint64_t address = first + n * PAGE_SIZE_BYTES, entry = entry_number(table, address), offset;
+        if (table->entry[entry] != exec_poison(&b->engine->layout, address, entry))
             continue;
         if (!physmap_offset(b->c.v.memory, t->fetch_group.gpa[n], PAGE_SIZE_BYTES, &offset))
             continue;
         const uint32_t *dt = cache_dt(b->engine, offset, &b->mode);
         if (dt)
-            table->entry[entry] = (uintptr_t)dt - gva * 4;
+            table->entry[entry] = (uintptr_t)dt - address * 4;
     }
 }
 
@@ -495,17 +495,16 @@ void tables_exec_set(struct bt_vcpu *b, gva_t gva, const uint32_t *dt)
 {
     struct bt_tables *t = b->tables;
     struct bt_view *view = view_current(b);
-    gva_t page = gva & ~PAGE_MASK_BITS;
-    uint64_t entry = entry_number(&view->exec, gva), offset;
+    uint64_t address = bt_code_address(&view->mode, gva), page = address & ~PAGE_MASK_BITS, entry = entry_number(&view->exec, address), offset;
     if (entry < EXEC_ENTRIES_UNUSED)
         return;
-    if (t->fetch_page != page && tables_fetch(b, gva, &offset))
+    if (t->fetch_page != (gva & ~PAGE_MASK_BITS) && tables_fetch(b, gva, &offset))
         return;
-    struct chunk *c = chunk_get(b, view, &view->exec, gva);
+    struct chunk *c = chunk_get(b, view, &view->exec, address);
     if (!c)
         return;
     if (!(c->filled[0] | c->filled[1]))
-        chunk_tag(&b->engine->layout, &view->exec, c, gva);
+        chunk_tag(&b->engine->layout, &view->exec, c, address);
     view->exec.entry[entry] = (uintptr_t)dt - page * 4;
     exec_set_neighbours(b, &view->exec, page);
     bool global = t->fetch.global && (!t->fetch_group.readable || t->fetch_group.all_global);
@@ -515,18 +514,20 @@ void tables_exec_set(struct bt_vcpu *b, gva_t gva, const uint32_t *dt)
 
 const uint32_t *tables_exec_find(struct bt_vcpu *b, gva_t gva)
 {
-    const struct table *table = &view_current(b)->exec;
-    uint64_t entry = entry_number(table, gva);
+    const struct bt_view *view = view_current(b);
+    const struct table *table = &view->exec;
+    uint64_t address = bt_code_address(&view->mode, gva), entry = entry_number(table, address);
     if (entry < EXEC_ENTRIES_UNUSED || !chunk_at(b->tables, table, entry))
         return NULL;
-    uint64_t at = table->entry[entry] + (gva & ~PAGE_MASK_BITS) * 4, in_pool = at - (uintptr_t)b->engine->layout.dt_pool;
+    uint64_t at = table->entry[entry] + (address & ~PAGE_MASK_BITS) * 4, in_pool = at - (uintptr_t)b->engine->layout.dt_pool;
     return in_pool >= BT_DT_BYTES && in_pool < BT_DT_POOL_BYTES && !(in_pool % BT_DT_BYTES) ? (const uint32_t *)at : NULL;
 }
 
 bool tables_exec_again(struct bt_vcpu *b, gva_t gva)
 {
     uint64_t offset;
-    if (entry_number(&view_current(b)->exec, gva) < EXEC_ENTRIES_UNUSED || tables_fetch(b, gva, &offset))
+    const struct bt_view *view = view_current(b);
+    if (entry_number(&view->exec, bt_code_address(&view->mode, gva)) < EXEC_ENTRIES_UNUSED || tables_fetch(b, gva, &offset))
         return false;
     const uint32_t *dt = cache_dt(b->engine, offset & ~PAGE_MASK_BITS, &b->mode);
     if (!dt || !__atomic_load_n(&dt[gva & PAGE_MASK_BITS], __ATOMIC_RELAXED))
@@ -612,13 +613,26 @@ static void gs_base_set(const uint8_t *base)
 static uint64_t views_key(const struct bt_vcpu *b)
 {
     const struct cpu_state *cpu = &b->c.v.cpu;
-    return current_asid(cpu) | cpu->cr4 << 12 | (uint64_t)b->c.simd_blocked << 48 | (uint64_t)b->c.code_bits << 56;
+    uint64_t key = current_asid(cpu) | cpu->cr4 << 12 | (uint64_t)b->c.simd_blocked << 48 | (uint64_t)b->c.code_bits << 56;
+    if (b->c.code_bits == 32)
+        key |= (uint64_t)(bt_flat_segments(cpu) & BT_MODE_SEGMENTS) << 40;
+    return b->tables->mixed ? key | 1ull << 52 | (uint64_t)(b->c.view == VIEW_USER) << 53 : key;
+}
+
+/* The mode of the code that runs in view n. 32-bit code is not entered from inside translated code, so views for it stay as they are while others are in use, and are kept from being
+ * entered by tables_are_long. */
+static struct bt_mode view_mode(const struct bt_vcpu *b, enum tlb_view n, const struct bt_view *view)
+{
+    bool user = n == VIEW_USER;
+    if (user == (b->c.view == VIEW_USER))
+        return bt_mode_of(&b->c, user, b->c.code_bits);
+    return view->mode.code_bits == 32 ? view->mode : bt_mode_of(&b->c, user, 64);
 }
 
 static void view_ready(struct bt_vcpu *b, enum tlb_view n, struct bt_view *view, uint64_t epoch)
 {
     struct bt_tables *t = b->tables;
-    struct bt_mode mode = bt_mode_of(&b->c, n == VIEW_USER);
+    struct bt_mode mode = view_mode(b, n, view);
     unsigned asid = current_asid(&b->c.v.cpu);
     if (view->asid != asid) {
         view->drop_non_global = true;
@@ -637,7 +651,7 @@ static void view_ready(struct bt_vcpu *b, enum tlb_view n, struct bt_view *view,
 }
 
 /* All views of the current address space, so that translated code can change between them. */
-static void views_ready(struct bt_vcpu *b, uint64_t epoch, uint64_t key)
+static void views_ready(struct bt_vcpu *b, uint64_t epoch)
 {
     struct bt_tables *t = b->tables;
     bool smap = b->c.v.cpu.cr4 & CR4_SMAP;
@@ -645,17 +659,25 @@ static void views_ready(struct bt_vcpu *b, uint64_t epoch, uint64_t key)
     view_ready(b, VIEW_USER, user_view(t, space), epoch);
     view_ready(b, VIEW_SUPERVISOR_AC, smap ? supervisor_ac_view(t, space) : &t->view[0], epoch);
     view_ready(b, VIEW_SUPERVISOR, &t->view[0], epoch);
+    t->mixed = false;
+    for (unsigned n = 0; n < VIEW_COUNT; n++)
+        t->mixed |= t->ready[n]->mode.code_bits != 64;
     t->epoch = epoch;
-    t->key = key;
+    t->key = views_key(b);
     t->stale = false;
+}
+
+bool tables_are_long(const struct bt_vcpu *b)
+{
+    return !b->tables->mixed;
 }
 
 static struct bt_view *view_current(struct bt_vcpu *b)
 {
     struct bt_tables *t = b->tables;
-    uint64_t epoch = __atomic_load_n(&b->engine->epoch, __ATOMIC_ACQUIRE), key = views_key(b);
-    if (unlikely(t->stale || t->epoch != epoch || t->key != key))
-        views_ready(b, epoch, key);
+    uint64_t epoch = __atomic_load_n(&b->engine->epoch, __ATOMIC_ACQUIRE);
+    if (unlikely(t->stale || t->epoch != epoch || t->key != views_key(b)))
+        views_ready(b, epoch);
     b->view = t->ready[b->c.view];
     b->table = b->view->base;
     return b->view;
@@ -705,7 +727,7 @@ void tables_flush_page(struct icpu *c, gva_t gva)
         if (!view->used || view->drop_all)
             continue;
         table_drop_page(b->tables, &b->engine->layout, &view->data, gva);
-        table_drop_page(b->tables, &b->engine->layout, &view->exec, gva);
+        table_drop_page(b->tables, &b->engine->layout, &view->exec, bt_code_address(&view->mode, gva));
     }
 }
 

@@ -58,7 +58,7 @@ static void emit_rip(struct translation *t, int32_t offset)
 /* `rsp_adjust`: what the branch at `offset` has already added to RSP. */
 static void emit_transfer_from(struct translation *t, unsigned offset, int rsp_adjust)
 {
-    struct bt_site *site = site_add(t, SITE_JUMP, offset, CANONICAL);
+    struct bt_site *site = site_add(t, SITE_JUMP, offset, t->canonical);
     site->rsp_adjust = (int8_t)rsp_adjust;
     emit_transfer(&t->out, (uint32_t)(uintptr_t)t->e->layout.tc_exec);
 }
@@ -99,7 +99,7 @@ static void emit_link_exit(struct translation *t, const uint8_t *displacement, i
 
 void emit_next_page_check(struct translation *t, const struct tinsn *i)
 {
-    site_add(t, SITE_NEXT_PAGE, i->offset, CANONICAL);
+    site_add(t, SITE_NEXT_PAGE, i->offset, t->canonical);
     emit_rip(t, (int32_t)PAGE_SIZE_BYTES);
     emit_load_e(&t->out);
     emit_op_mem(&t->out, false, 0x8b, 10, 10, 11, 2, (int32_t)(t->e->layout.witness - (const uint8_t *)t->next->dt));
@@ -108,7 +108,7 @@ void emit_next_page_check(struct translation *t, const struct tinsn *i)
 /* Direct jump to the linear address in R11, in another page, from canonical state: struct bt_link. */
 static void emit_transfer_far(struct translation *t, const struct tinsn *i, int32_t target, int rsp_adjust)
 {
-    struct bt_site *site = site_add(t, SITE_JUMP, i->offset, CANONICAL);
+    struct bt_site *site = site_add(t, SITE_JUMP, i->offset, t->canonical);
     site->rsp_adjust = (int8_t)rsp_adjust;
     emit_load_e(&t->out);
     while (((uintptr_t)t->out.at + 4) % 64 > 60 || ((uintptr_t)t->out.at + 9) % 64 > 60) /* as align_displacement */
@@ -160,7 +160,7 @@ void deferred_emit(struct translation *t, const struct deferred *d)
         link_far_early(t, d->target, displacement);
         return;
     }
-    canonical_emit(&t->out, d->free, d->clean);
+    canonical_emit(t, d->free, d->clean);
     const uint8_t *chain = d->kind == DEFER_BRANCH && in_page(d->target) ? chain_of(t, d->target) : NULL;
     if (chain && t->out.at == before) {
         *(uint32_t *)displacement = (uint32_t)(chain - (displacement + 4));
@@ -208,7 +208,7 @@ void emit_goto(struct translation *t, const struct tinsn *i, int32_t target)
 
 /* ---- control transfers ---- */
 
-/* To the address in register `reg` (scratch[0] when EMIT_NONE), which the exchange of registers may have put into cpu.gpr[]. */
+/* To the address in register `reg` (the code address in scratch[0] when EMIT_NONE), which the exchange of registers may have put into cpu.gpr[]. */
 void emit_transfer_indirect(struct translation *t, const struct tinsn *i, unsigned reg, int rsp_adjust)
 {
     canonicalize(t);
@@ -216,27 +216,39 @@ void emit_transfer_indirect(struct translation *t, const struct tinsn *i, unsign
         emit_load_gs(&t->out, 11, BT_CTX(scratch[0]));
     else if (reg == 10 || reg == 11)
         emit_load_gs(&t->out, 11, BT_CTX_GPR(reg));
+    else if (t->legacy)
+        emit_lea(&t->out, 11, reg, EMIT_NONE, 0, (int32_t)BT_CODE_BIAS);
     else
         emit_mov(&t->out, 11, reg);
     emit_transfer_from(t, i->offset, rsp_adjust);
 }
 
+/* What was read to go there becomes a code address. */
+static void emit_code_address(struct translation *t, unsigned reg)
+{
+    if (t->legacy)
+        emit_lea(&t->out, reg, reg, EMIT_NONE, 0, (int32_t)BT_CODE_BIAS);
+}
+
 void emit_target_load(struct translation *t, const struct tinsn *i, struct bt_site *site)
 {
     emit_at(t, 0x8b, t->s[0], emit_access(t, i, site));
+    emit_code_address(t, t->s[0]);
     emit_store_gs(&t->out, t->s[0], BT_CTX(scratch[0]));
 }
 
 void emit_ret(struct translation *t, const struct tinsn *i, struct bt_site *site)
 {
-    int32_t release = 8 + i->imm;
+    int32_t release = (int32_t)stack_bytes(i) + i->imm;
     if ((t->free & ~pinned(t)) & BIT(GPR_R11)) {
         emit_pop_to(t, site, GPR_R11);
+        emit_code_address(t, GPR_R11);
         emit_rsp_add(t, release);
         canonicalize(t);
         emit_transfer_from(t, i->offset, release);
     } else {
         emit_pop_to(t, site, t->s[1]);
+        emit_code_address(t, t->s[1]);
         emit_rsp_add(t, release);
         emit_store_gs(&t->out, t->s[1], BT_CTX(scratch[0]));
         emit_transfer_indirect(t, i, EMIT_NONE, release);
@@ -251,7 +263,7 @@ void emit_call(struct translation *t, const struct tinsn *i, struct bt_site *sit
         emit_target_load(t, i, site);
     emit_push_rip(t, site, i->offset + i->length);
     if (i->kind == TI_CALL) {
-        bool has_return = t->free == CANONICAL && t->s[1] == GPR_R11; /* R11 holds the return address still */
+        bool has_return = !t->legacy && t->free == CANONICAL && t->s[1] == GPR_R11; /* R11 holds the return address still */
         canonicalize(t);
         if (in_page(i->target)) {
             emit_goto(t, i, i->target);
@@ -260,10 +272,10 @@ void emit_call(struct translation *t, const struct tinsn *i, struct bt_site *sit
                 emit_lea(&t->out, GPR_R11, GPR_R11, EMIT_NONE, 0, i->target - (i->offset + i->length));
             else
                 emit_rip(t, i->target);
-            emit_transfer_far(t, i, i->target, -8);
+            emit_transfer_far(t, i, i->target, -(int)stack_bytes(i));
         }
     } else {
-        emit_transfer_indirect(t, i, i->kind == TI_CALL_REG ? i->reg : EMIT_NONE, -8);
+        emit_transfer_indirect(t, i, i->kind == TI_CALL_REG ? i->reg : EMIT_NONE, -(int)stack_bytes(i));
     }
 }
 
@@ -284,7 +296,9 @@ void emit_loop(struct translation *t, const struct tinsn *i)
 {
     emit_poll(t, BT_CTX(poll));
     const uint8_t *p = insn_bytes(t, i);
-    for (unsigned n = 0; n + 2 < i->length; n++)
+    if (t->legacy)
+        emit8(&t->out, 0x67); /* ECX counts */
+    for (unsigned n = 0; n + 2 < i->length && !t->legacy; n++)
         if (p[n] == 0x67) /* of the prefixes this one matters; on AMD's processors 66 would cut RIP to 16 bits */
             emit8(&t->out, p[n]);
     emit8(&t->out, p[i->length - 2]);

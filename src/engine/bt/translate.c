@@ -23,13 +23,15 @@ static void registers_provide(struct translation *t, const struct tinsn *i)
             if (t->group[n].v != TI_NONE && t->group[n].v > 7)
                 t->group[n].v = TI_NONE;
     t->s[0] = (uint8_t)register_scratch(t, named, named | pinned(t), low);
-    t->s[1] = (uint8_t)register_scratch(t, named, named | pinned(t) | BIT(t->s[0]), low);
+    t->s[1] = t->s[2] = (uint8_t)register_scratch(t, named, named | pinned(t) | BIT(t->s[0]), low);
+    if (t->legacy)
+        t->s[2] = (uint8_t)register_scratch(t, named, named | pinned(t) | BIT(t->s[0]) | BIT(t->s[1]), false);
 }
 
 /* Others need no way back to the state before them. */
 static bool can_fault(const struct tinsn *i)
 {
-    return i->kind != TI_SKIP && i->kind != TI_LEA_RIP && (i->kind != TI_COPY || i->traps);
+    return i->kind != TI_SKIP && i->kind != TI_COUNT && i->kind != TI_LEA_RIP && (i->kind != TI_COPY || i->traps);
 }
 
 static void emit_insn(struct translation *t, const struct tinsn *i)
@@ -45,6 +47,12 @@ static void emit_insn(struct translation *t, const struct tinsn *i)
         break;
     case TI_SKIP:
         break;
+    case TI_COUNT:
+        emit_count(t, i);
+        break;
+    case TI_MOFFS:
+        emit_moffs(t, i, emit_access(t, i, site));
+        break;
     case TI_LEA_RIP:
         emit_load_gs(&t->out, i->reg, BT_CTX(page_va));
         emit_lea(&t->out, i->reg, i->reg, EMIT_NONE, 0, i->disp + i->offset + i->length);
@@ -53,27 +61,34 @@ static void emit_insn(struct translation *t, const struct tinsn *i)
         emit_push_reg(t, site, i->reg);
         break;
     case TI_PUSH_IMM:
-        emit_at(t, 0xc7, 0, emit_stack_access(t, site, GPR_RSP, -8));
+        emit_at(t, 0xc7, 0, emit_push_access(t, site));
         emit32(&t->out, (uint32_t)i->imm);
-        emit_rsp_add(t, -8);
+        emit_push_done(t);
         break;
     case TI_PUSH_MEM: {
         emit_at(t, 0x8b, t->s[1], emit_access(t, i, site));
         emit_store_gs(&t->out, t->s[1], BT_CTX(scratch[0]));
-        struct address a = emit_stack_access(t, site, GPR_RSP, -8);
-        emit_load_gs(&t->out, t->s[1], BT_CTX(scratch[0]));
-        emit_at(t, 0x89, t->s[1], a);
-        emit_rsp_add(t, -8);
+        struct address a = emit_push_access(t, site);
+        emit_load_gs(&t->out, t->s[2], BT_CTX(scratch[0]));
+        emit_at(t, 0x89, t->s[2], a);
+        emit_push_done(t);
+        break;
+    }
+    case TI_PUSH_SELECTOR: {
+        struct address a = emit_push_access(t, site);
+        emit_movzx16_gs(&t->out, t->s[2], i->imm);
+        emit_at(t, 0x89, t->s[2], a);
+        emit_push_done(t);
         break;
     }
     case TI_POP_REG:
         emit_pop_to(t, site, i->reg);
         if (i->reg != GPR_RSP)
-            emit_rsp_add(t, 8);
+            emit_rsp_add(t, (int32_t)stack_bytes(i));
         break;
     case TI_LEAVE:
         emit_at(t, 0x8b, t->s[1], emit_stack_access(t, site, GPR_RBP, 0));
-        emit_lea(&t->out, GPR_RSP, GPR_RBP, EMIT_NONE, 0, 8);
+        emit_lea_in_mode(t, GPR_RSP, GPR_RBP, EMIT_NONE, 0, (int32_t)stack_bytes(i));
         emit_mov(&t->out, GPR_RBP, t->s[1]);
         break;
     case TI_JCC:
@@ -196,9 +211,16 @@ static void joins_find(struct translation *t)
     }
 }
 
+/* What looks at the guards may have been jumped over. */
+static void guards_forget(struct translation *t)
+{
+    t->guarded[TI_FS] = t->guarded[TI_GS] = false;
+}
+
 static void join_emit(struct translation *t)
 {
     canonicalize(t);
+    guards_forget(t);
     t->clean = 0;
     t->join_at[t->at] = t->out.at;
 }
@@ -238,8 +260,10 @@ struct bt_block *translate_block(struct bt_engine *e, struct bt_page *page, unsi
     t.careful = careful;
     t.next_ram_offset = next_ram_offset;
     t.next = NULL;
-    t.free = CANONICAL;
+    t.legacy = page->mode.code_bits == 32;
+    t.free = t.canonical = t.legacy ? CANONICAL_LEGACY : CANONICAL;
     t.clean = 0;
+    guards_forget(&t);
     for (unsigned n = 0; n < GROUPS; n++)
         t.group[n].v = TI_NONE;
     t.count = t.at = t.sites = t.deferred_count = 0;
@@ -288,7 +312,7 @@ static gva_t operand_address(const struct bt_vcpu *b, const struct tinsn *i)
         ea = (uint32_t)ea;
     if (i->segment != TI_FLAT)
         ea += b->c.segment_base[i->segment == TI_FS ? SEG_FS : SEG_GS];
-    return ea;
+    return i->legacy ? (uint32_t)ea : ea;
 }
 
 /* Vector instructions may be masked; calls check their target, some before they push. */
@@ -299,21 +323,23 @@ static bool faults_exactly(const struct tinsn *i)
 
 static struct bt_access implied_access(const struct bt_vcpu *b, const struct tinsn *i)
 {
-    gva_t rsp = b->c.v.cpu.gpr[GPR_RSP];
+    gva_t rsp = b->c.v.cpu.gpr[GPR_RSP], pushed = rsp - stack_bytes(i);
+    uint16_t size = (uint16_t)stack_bytes(i);
     switch (i->kind) {
     case TI_PUSH_REG:
     case TI_PUSH_IMM:
     case TI_PUSH_MEM:
+    case TI_PUSH_SELECTOR:
     case TI_PUSHF:
     case TI_CALL:
     case TI_CALL_REG:
     case TI_CALL_MEM:
-        return (struct bt_access){rsp - 8, 8, .write = true};
+        return (struct bt_access){i->legacy ? (uint32_t)pushed : pushed, size, .write = true};
     case TI_POP_REG:
     case TI_RET:
-        return (struct bt_access){rsp, 8};
+        return (struct bt_access){rsp, size};
     case TI_LEAVE:
-        return (struct bt_access){b->c.v.cpu.gpr[GPR_RBP], 8};
+        return (struct bt_access){b->c.v.cpu.gpr[GPR_RBP], size};
     default:
         return (struct bt_access){0};
     }
@@ -329,12 +355,19 @@ static void access_decode(struct bt_vcpu *b, const uint8_t *bytes, unsigned avai
     pthread_mutex_unlock(&e->lock);
 }
 
+static bool segment_is_usable(const struct bt_vcpu *b, const struct tinsn *i)
+{
+    if (!i->legacy || i->segment == TI_FLAT)
+        return true;
+    return bt_flat_segments(&b->c.v.cpu) >> (i->segment == TI_FS ? SEG_FS : SEG_GS) & 1;
+}
+
 int translate_accesses(struct bt_vcpu *b, const uint8_t *bytes, unsigned available, struct bt_access access[4])
 {
     struct tinsn i;
     int count = 0;
     access_decode(b, bytes, available, &i);
-    if (i.kind == TI_EXIT)
+    if (i.kind == TI_EXIT || !segment_is_usable(b, &i))
         return -1;
     if (i.memory)
         access[count++] = (struct bt_access){operand_address(b, &i), i.mem_size, i.mem_write};
@@ -343,7 +376,7 @@ int translate_accesses(struct bt_vcpu *b, const uint8_t *bytes, unsigned availab
     if (i.kind == TI_STRING)
         count = (int)string_accesses(b, &i, access);
     if (i.kind == TI_BIT_STRING)
-        access[0].gva += (uint64_t)bit_string_distance(b, &i);
+        access[0].gva = (access[0].gva + (uint64_t)bit_string_distance(b, &i)) & (i.legacy ? UINT32_MAX : ~0ull);
     struct bt_access stack = implied_access(b, &i);
     if (stack.size) {
         access[count] = stack;

@@ -15,10 +15,14 @@ enum tinsn_kind {
     TI_COPY,   /* runs as it is: no memory operand */
     TI_MEMORY, /* its memory operand is rewritten */
     TI_SKIP,   /* no effect: NOP, PREFETCH */
+    /* Encodings that 64-bit mode does not have. */
+    TI_COUNT,  /* INC or DEC (`condition` 1) of `reg` */
+    TI_MOFFS,  /* MOV between rAX and memory at `disp` */
     TI_LEA_RIP,
     TI_PUSH_REG,
     TI_PUSH_IMM,
     TI_PUSH_MEM,
+    TI_PUSH_SELECTOR, /* 32-bit code: the 16 bits at gs:[imm], zero-extended */
     TI_POP_REG,
     TI_LEAVE,
     TI_PUSHF,
@@ -63,6 +67,7 @@ struct tinsn {
     uint16_t reads, writes; /* general registers, bit per number, partly written ones in both; address registers are read */
     /* The memory operand. */
     bool memory, rip_relative, address32, mem_read, mem_write;
+    bool legacy;    /* of 32-bit code: addresses have 32 bits and the stack's slots 4 bytes, address32 is not set */
     bool high_byte; /* AH CH DH BH is an operand: no REX may be added */
     uint8_t base, index, scale, segment;
     int32_t disp;
@@ -92,6 +97,11 @@ struct tinsn {
 const struct tinsn *forms_find(struct bt_forms *forms, const struct bt_mode *mode, const uint8_t *bytes); /* NULL: not known; good until the next forms_store */
 void forms_store(struct bt_forms *forms, const struct bt_mode *mode, const uint8_t *bytes, const struct tinsn *insn);
 
+static inline unsigned stack_bytes(const struct tinsn *i)
+{
+    return i->legacy ? 4 : 8;
+}
+
 struct analyze_context {
     struct icpu *c; /* any vCPU of the machine: for what CPUID offers */
     struct bt_mode mode;
@@ -110,9 +120,12 @@ void analyze_insn(const struct analyze_context *a, const uint8_t *bytes, unsigne
 
 #define GROUPS 2
 #define MOVED_MAX (4 * (int32_t)BT_GROUP_SPAN_MAX)
-#define CANONICAL (BIT(GPR_R10) | BIT(GPR_R11))
 
 #define BIT(r) ((uint16_t)(1u << (r)))
+
+/* What is scratch at block boundaries. */
+#define CANONICAL (BIT(GPR_R10) | BIT(GPR_R11))
+#define CANONICAL_LEGACY 0xff00u
 
 enum deferred_kind { DEFER_BRANCH, DEFER_EXIT, DEFER_FAR, DEFER_CAREFUL };
 
@@ -126,7 +139,8 @@ struct deferred {
     uint8_t *patch;  /* the 32-bit displacement that leads here */
 };
 
-/* Accesses at [base + low, base + high) lie in one page, whose V is in `v` from the first of them on. */
+/* Accesses at [base + low, base + high) lie in one page, whose V is in `v` from the first of them on. In 32-bit code it is the host address of the first byte: the base may wrap around as it
+ * is moved, and registers are plenty. */
 struct group {
     uint8_t base, v; /* v TI_NONE: not in use */
     bool fresh;      /* not looked up yet */
@@ -138,6 +152,9 @@ struct translation {
     struct bt_vcpu *b;          /* who has the page at page->gva; NULL: nobody */
     struct bt_page *page;
     bool careful;               /* no groups */
+    bool legacy;                /* 32-bit code */
+    uint16_t canonical;         /* CANONICAL or CANONICAL_LEGACY */
+    bool guarded[TI_GS + 1];    /* 32-bit code: the segment's guard has been looked at on every way here */
     uint64_t next_ram_offset;   /* of the page that follows in linear address space; ~0: unknown */
     const struct bt_page *next; /* the same, when the block's last instruction ends in it */
     uint8_t crossing[2 * INSN_BYTES_MAX]; /* that instruction's bytes */
@@ -149,7 +166,7 @@ struct translation {
     const uint8_t *chain; /* the block's own chain entry */
     uint64_t joins;       /* bit per instruction: the block's jumps lead there, to join_at, in canonical state */
     const uint8_t *join_at[INSNS_MAX];
-    uint8_t s[2];   /* two scratch registers for the instruction being translated */
+    uint8_t s[3];   /* scratch registers for the instruction being translated; the last one is another than s[1] in 32-bit code only, where s[1] may be part of a stack access */
     uint16_t free;  /* scratch registers: their guest values are in cpu.gpr[] */
     uint16_t clean; /* registers whose value in cpu.gpr[] is the current one */
     struct group group[GROUPS];
@@ -179,7 +196,7 @@ int insn_number(const struct translation *t, int32_t offset);
 uint16_t pinned(const struct translation *t);
 unsigned register_scratch(struct translation *t, uint16_t named, uint16_t taken, bool low);
 void registers_return(struct translation *t, uint16_t named);
-void canonical_emit(struct emitter *out, uint16_t free, uint16_t clean);
+void canonical_emit(struct translation *t, uint16_t free, uint16_t clean);
 void canonicalize(struct translation *t);
 void groups_forget(struct translation *t);
 bool has_plain_base(const struct tinsn *i);
@@ -190,15 +207,20 @@ void groups_move(struct translation *t, const struct tinsn *i);
 /* access.c */
 struct address emit_access(struct translation *t, const struct tinsn *i, struct bt_site *site);
 void emit_lookup(struct translation *t, unsigned to, unsigned from, unsigned size);
+void emit_lea_in_mode(struct translation *t, unsigned to, unsigned base, unsigned index, unsigned scale, int32_t disp); /* cut to 32 bits in 32-bit code */
 /* Leaves before the instruction, flags untouched, unless the register is 0. It is neither RCX nor named by the instruction. */
 void emit_leave_unless_zero(struct translation *t, const struct tinsn *i, unsigned reg, enum bt_exit why);
 struct address emit_bit_string_access(struct translation *t, const struct tinsn *i);
 const uint8_t *insn_bytes(const struct translation *t, const struct tinsn *i);
 void emit_rewritten(struct translation *t, const struct tinsn *i, struct address a);
 void emit_copy(struct translation *t, const struct tinsn *i);
+void emit_moffs(struct translation *t, const struct tinsn *i, struct address a);
+void emit_count(struct translation *t, const struct tinsn *i);
 void emit_rsp_add(struct translation *t, int32_t by);
 struct address emit_stack_access(struct translation *t, struct bt_site *site, unsigned base, int32_t disp);
 void emit_at(struct translation *t, unsigned opcode, unsigned reg, struct address a);
+struct address emit_push_access(struct translation *t, struct bt_site *site);
+void emit_push_done(struct translation *t);
 void emit_push_reg(struct translation *t, struct bt_site *site, unsigned reg);
 void emit_push_rip(struct translation *t, struct bt_site *site, int32_t offset);
 void emit_pop_to(struct translation *t, struct bt_site *site, unsigned to);

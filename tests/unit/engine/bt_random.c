@@ -36,7 +36,7 @@ static uint8_t *prefixes_put(uint8_t *p)
     return p;
 }
 
-unsigned bt_insn_put(uint8_t *p)
+unsigned bt_insn_put(uint8_t *p, bool narrow)
 {
     uint8_t *start = p;
     for (unsigned n = 0; n < BT_INSN_ROOM; n++)
@@ -57,7 +57,7 @@ unsigned bt_insn_put(uint8_t *p)
         p += 3;
     } else {
         uint16_t opcode = bt_below(8) ? usual[bt_below(sizeof(usual) / sizeof(usual[0]))] : (uint16_t)bt_below(0x400);
-        if (bt_below(2))
+        if (bt_below(2) && !narrow)
             *p++ = (uint8_t)(0x40 | bt_below(16));
         if (opcode >> 8)
             *p++ = 0x0f;

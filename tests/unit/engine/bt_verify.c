@@ -168,6 +168,23 @@ static const struct symbol *only(const struct sum *s, enum kind kind)
     return &m.symbol[s->term[0].symbol];
 }
 
+/* Of 32-bit code: RAX to RDI have no upper halves. */
+static bool legacy(void)
+{
+    return m.block->page->mode.code_bits == 32;
+}
+
+/* What a register of that holds, or 32 bits of a result: no sum. */
+static bool is_narrow(const struct sum *s)
+{
+    return s->count ? s->count == 1 && !s->constant && s->term[0].factor == 1 : !(s->constant >> 32);
+}
+
+static bool is_free(unsigned reg)
+{
+    return legacy() ? reg >= GPR_R8 : reg == GPR_R10 || reg == GPR_R11;
+}
+
 /* The symbol of that kind among the terms, once. */
 static const struct symbol *one_of(const struct sum *s, enum kind kind, unsigned *where)
 {
@@ -221,7 +238,7 @@ static bool is_read_only(int32_t field)
     static const int32_t fields[] = {
         BT_CTX(c.v.cpu.rflags), BT_CTX(ac), BT_CTX(c.v.cpu.cr0), BT_CTX(c.v.cpu.cr2), BT_CTX(c.v.cpu.cr3), BT_CTX(c.v.cpu.cr4), BT_CTX(c.v.cpu.tsc_offset),
         BT_CTX(c.v.cpu.msr_tsc_aux), BT_CTX(c.v.cpu.seg[SEG_ES].selector), BT_CTX(c.v.cpu.seg[SEG_DS].selector), BT_CTX(c.v.cpu.seg[SEG_FS].selector),
-        BT_CTX(c.v.cpu.seg[SEG_GS].selector),
+        BT_CTX(c.v.cpu.seg[SEG_GS].selector), BT_CTX(c.v.cpu.seg[SEG_CS].selector), BT_CTX(c.v.cpu.seg[SEG_SS].selector),
     };
     for (unsigned n = 0; n < sizeof(fields) / sizeof(fields[0]); n++)
         if (fields[n] == field)
@@ -231,7 +248,7 @@ static bool is_read_only(int32_t field)
 
 static enum kind field_kind(int32_t field)
 {
-    if (field == BT_CTX(poll) || field == BT_CTX(poll_sti))
+    if (field == BT_CTX(poll) || field == BT_CTX(poll_sti) || field == BT_CTX(segment_guard[0]) || field == BT_CTX(segment_guard[1]))
         return POLL;
     if (field == BT_CTX(host_rsp))
         return HOST_RSP;
@@ -420,6 +437,8 @@ static bool gs_table(const ZydisDecodedOperand *memory)
     int64_t disp = memory->mem.disp.value;
     bool scaled = memory->mem.base == ZYDIS_REGISTER_NONE && memory->mem.scale == 8;
     if (m.zi.mnemonic == ZYDIS_MNEMONIC_MOV && is64(m.op[0].reg.value) && scaled && m.zi.address_width == 32 && !disp && (s = only(&index, ROR12))) {
+        if (legacy() && !is_narrow(&s->of))
+            return fail("an address of 32-bit code with more than 32 bits");
         set(m.op[0].reg.value, made(V, m.now.view, s->of));
         return true;
     }
@@ -590,6 +609,13 @@ static bool own(bool *done)
         set(m.op[0].reg.value, added(from, constant(counts ? 1 : m.op[1].imm.value.u), less ? ~0ull : 1));
         return true;
     }
+    case ZYDIS_MNEMONIC_NOT: {
+        struct sum from = reg_sum(m.op[0].reg.value);
+        if (!wide || secret(&from))
+            break;
+        set(m.op[0].reg.value, added(constant(~0ull), from, ~0ull));
+        return true;
+    }
     case ZYDIS_MNEMONIC_MOVSXD:
     case ZYDIS_MNEMONIC_MOVSX:
         if (wide && m.op[1].type == ZYDIS_OPERAND_TYPE_REGISTER && m.op[1].size >= 16) {
@@ -731,8 +757,11 @@ static bool guests(const ZydisDecodedOperand *memory)
 static bool canonical(void)
 {
     for (unsigned n = 0; n < 16; n++)
-        if (n != GPR_R10 && n != GPR_R11 && secret(&m.now.reg[n]))
+        if (!is_free(n) && secret(&m.now.reg[n]))
             return fail("leaves with a host value in register %u", n);
+    for (unsigned n = 0; legacy() && n < GPR_R8; n++)
+        if (!is_narrow(&m.now.reg[n]))
+            return fail("leaves 32-bit code with more in register %u", n);
     if (!m.now.entered)
         return fail("leaves before page_va is set");
     for (unsigned n = 0; n < m.now.fields; n++)
@@ -865,7 +894,7 @@ static void start(void)
 {
     memset(&m.now, 0, sizeof(m.now));
     for (unsigned n = 0; n < 16; n++)
-        m.now.reg[n] = unknown(n == GPR_R10 || n == GPR_R11 ? HOST : PLAIN);
+        m.now.reg[n] = unknown(is_free(n) ? HOST : PLAIN);
     m.now.entered = true;
 }
 

@@ -212,7 +212,7 @@ static void one(const struct analyze_context *a)
 {
     uint8_t bytes[BT_INSN_ROOM], insn[32];
     struct tinsn i;
-    bt_insn_put(bytes);
+    bt_insn_put(bytes, false);
     analyze_insn(a, bytes, 15, 0, &i);
     if (i.kind != TI_COPY && i.kind != TI_MEMORY)
         return;

@@ -79,6 +79,7 @@ static int setup(void **state)
     c->v.cpu.cr4 = CR4_PAE | CR4_PGE | CR4_SMEP | CR4_SMAP;
     c->v.cpu.efer = EFER_LME | EFER_LMA | EFER_NXE;
     f->b->mode.code_bits = 64;
+    c->code_bits = 64;
     tables_select(f->b);
     *state = f;
     return 0;
@@ -527,6 +528,39 @@ static void another_mode_or_epoch_drops_code_only(void **state)
     assert_int_equal(read_at(f, gva), pattern(DATA));
 }
 
+/* 32-bit processes on a 64-bit kernel: nothing is lost by going back and forth, and translated code does not change views by itself meanwhile. */
+static void code_of_another_width_waits(void **state)
+{
+    struct fixture *f = *state;
+    gva_t gva = USER + 0x1000;
+    map(f, gva, DATA | USED | US);
+    map(f, KERNEL, (DATA + 0x1000) | USED | G);
+    dt_at(&f->engine, 1)[0] = 77;
+    dt_at(&f->engine, 2)[0] = 78;
+    tables_exec_set(f->b, KERNEL, dt_at(&f->engine, 2));
+    assert_true(tables_are_long(f->b));
+    f->b->c.code_bits = f->b->mode.code_bits = 32;
+    as(f, VIEW_USER);
+    tables_exec_set(f->b, gva, dt_at(&f->engine, 1));
+    assert_int_equal(jump_to(f, gva + BT_CODE_BIAS), 77);
+    assert_int_equal(jump_to(f, gva), 0);
+    for (unsigned n = 0; n < 3; n++) {
+        f->b->c.code_bits = f->b->mode.code_bits = 64;
+        as(f, VIEW_SUPERVISOR);
+        assert_false(tables_are_long(f->b));
+        assert_int_equal(jump_to(f, KERNEL), 78);
+        f->b->c.code_bits = f->b->mode.code_bits = 32;
+        as(f, VIEW_USER);
+        assert_int_equal(jump_to(f, gva + BT_CODE_BIAS), 77);
+    }
+    tables_flush_page(&f->b->c, gva);
+    assert_int_equal(jump_to(f, gva + BT_CODE_BIAS), 0);
+    f->b->c.code_bits = f->b->mode.code_bits = 64;
+    as(f, VIEW_USER);
+    assert_true(tables_are_long(f->b));
+    assert_int_equal(jump_to(f, gva), 0);
+}
+
 /* ---- views and flushes ---- */
 
 static void privileges_do_not_mix(void **state)
@@ -860,6 +894,7 @@ int main(void)
         TEST(jumps_to_neighbours),
         TEST(a_kicked_jump_faults),
         TEST(another_mode_or_epoch_drops_code_only),
+        TEST(code_of_another_width_waits),
         TEST(privileges_do_not_mix),
         TEST(flushes_keep_what_they_may),
         TEST(address_spaces_are_kept_apart),

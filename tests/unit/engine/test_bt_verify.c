@@ -20,16 +20,20 @@
 
 #define CODE 0x100000u
 #define CODE_BYTES 0x8000u
-#define ROUNDS 25u
+#define ROUNDS 36u
 
 static struct tiny_vm vm;
 
 /* ---- random code ---- */
 
+static bool narrow; /* 32-bit code */
+
+/* The first byte may be a REX prefix, which 32-bit code does not have. */
 static uint8_t *bytes_put(uint8_t *p, unsigned count, const uint8_t *bytes)
 {
-    memcpy(p, bytes, count);
-    return p + count;
+    unsigned skip = narrow && (bytes[0] & 0xf0) == 0x40;
+    memcpy(p, bytes + skip, count - skip);
+    return p + count - skip;
 }
 
 /* What makes and breaks groups: accesses off one base that is moved now and then, pushes and pops, changes of SMAP's rights. Any valid instructions may come between. */
@@ -74,13 +78,13 @@ static void code_make(uint8_t *code, unsigned bytes)
 {
     ZydisDecoder decoder;
     ZydisDecodedInstruction zi;
-    ZydisDecoderInit(&decoder, ZYDIS_MACHINE_MODE_LONG_64, ZYDIS_STACK_WIDTH_64);
+    decoder_init(&decoder, narrow ? 32 : 64);
     for (unsigned at = 0; at + 128 < bytes;) {
         if (!bt_below(12)) {
             at += group_put(code + at);
             continue;
         }
-        unsigned length = bt_insn_put(code + at);
+        unsigned length = bt_insn_put(code + at, narrow);
         bool valid = ZYAN_SUCCESS(ZydisDecoderDecodeInstruction(&decoder, NULL, code + at, 15, &zi));
         if (!valid && bt_below(16))
             continue;
@@ -151,8 +155,11 @@ static void random_code(void **state)
         cache_flush(e);
         cache_exclusive_end(e, NULL);
         memset(e->marks, 0, BT_MARKS * sizeof(*e->marks));
+        narrow = round % 3 == 2;
         code_make(tiny_vm_at(&vm, CODE), CODE_BYTES);
-        struct bt_mode mode = {.code_bits = 64, .user = (uint8_t)(round & 1), .simd_blocked = bt_below(3) ? 0 : (uint8_t)bt_below(16), .cr4 = (uint8_t)bt_below(4)};
+        struct bt_mode mode = {.code_bits = narrow ? 32 : 64, .user = (uint8_t)(round & 1), .simd_blocked = bt_below(3) ? 0 : (uint8_t)bt_below(16), .cr4 = (uint8_t)bt_below(4)};
+        if (narrow)
+            mode.flat = (uint8_t)(bt_below(2) ? BT_MODE_SEGMENTS : 1u << SEG_CS | 1u << SEG_SS | (bt_below(64) & BT_MODE_SEGMENTS));
         e->debug.group_span = (uint16_t)(bt_below(3) ? BT_GROUP_SPAN_MAX : bt_below(BT_GROUP_SPAN_MAX));
         e->debug.block_insns = (uint16_t)(bt_below(3) ? BT_BLOCK_INSNS_MAX : 1 + bt_below(BT_BLOCK_INSNS_MAX));
         for (unsigned offset = 0; offset < CODE_BYTES; offset += 1 + bt_below(40), count++)
@@ -183,13 +190,19 @@ static void known_cases(void **state)
         {"xacquire lock add [rbx], eax", {0xf2, 0xf0, 0x01, 0x03}},
         {"data16 loop", {0x66, 0xe2, 0xfe}},
         {"vmovdqu64 zmm0, [r13 + 64]", {0x62, 0xd1, 0xfe, 0x48, 0x6f, 0x45, 0x01}},
+        {"inc ecx; dec di", {0x41, 0x66, 0x4f}},
+        {"mov eax, [moffs]; mov [moffs], al", {0xa1, 0x78, 0x56, 0x34, 0xf2, 0xa2, 0x11, 0x22, 0x33, 0x44}},
+        {"push esp; pop esp; leave", {0x54, 0x5c, 0xc9}},
+        {"push ds; push eax; pop ecx; pop edx", {0x1e, 0x50, 0x59, 0x5a, 0xc3}},
+        {"lea eax, [disp32]", {0x8d, 0x05, 0x78, 0x56, 0x34, 0x12}},
+        {"jz over; mov eax, gs:[ecx]; over: mov eax, gs:[edx]", {0x74, 0x03, 0x65, 0x8b, 0x01, 0x65, 0x8b, 0x02}},
         {"vpgatherdd ymm0, [rax + ymm1], ymm2", {0xc4, 0xe2, 0x6d, 0x90, 0x04, 0x08}},
     };
     struct bt_engine *e = (struct bt_engine *)vm.engine;
     for (unsigned n = 0; n < sizeof(cases) / sizeof(cases[0]); n++)
-        for (unsigned user = 0; user < 2; user++)
+        for (unsigned kind = 0; kind < 4; kind++)
             for (unsigned crosses = 0; crosses < 2; crosses++) {
-                struct bt_mode mode = {.code_bits = 64, .user = (uint8_t)user};
+                struct bt_mode mode = {.code_bits = kind & 2 ? 32 : 64, .user = kind & 1, .flat = kind & 2 ? BT_MODE_SEGMENTS : 0};
                 uint8_t *at = (uint8_t *)tiny_vm_at(&vm, CODE) + 64 * n;
                 cache_memory_changed(e, CODE, 0x1000);
                 memset(at, 0x90, 64);
@@ -235,13 +248,14 @@ static void largest_blocks(void **state)
     for (unsigned n = 0; n < 6000; n++) {
         uint8_t bytes[2][32];
         unsigned length[2], at = 0;
-        struct bt_mode mode = {.code_bits = 64, .cr4 = BT_MODE_FSGSBASE};
+        narrow = n % 3 == 2;
+        struct bt_mode mode = {.code_bits = narrow ? 32 : 64, .cr4 = BT_MODE_FSGSBASE, .flat = narrow ? BT_MODE_SEGMENTS : 0};
         ZydisDecoder decoder;
         ZydisDecodedInstruction zi;
-        ZydisDecoderInit(&decoder, ZYDIS_MACHINE_MODE_LONG_64, ZYDIS_STACK_WIDTH_64);
+        decoder_init(&decoder, mode.code_bits);
         for (unsigned k = 0; k < 2; k++) {
             do
-                bt_insn_put(bytes[k]);
+                bt_insn_put(bytes[k], narrow);
             while (!ZYAN_SUCCESS(ZydisDecoderDecodeInstruction(&decoder, NULL, bytes[k], 15, &zi)) || zi.meta.branch_type != ZYDIS_BRANCH_TYPE_NONE);
             length[k] = zi.length;
         }
