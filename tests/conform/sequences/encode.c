@@ -50,9 +50,17 @@ static const struct form bit_forms[] = { /* VEX encoded, on general registers; k
 };
 
 /* Without ModRM: first byte, last, the number drawn from them has this weight. */
-static const struct {
+struct short_form {
     uint8_t first, last, weight;
-} short_forms[] = {
+};
+
+/* 32-bit code only. */
+static const struct short_form narrow_forms[] = {
+    {0x40, 0x4f, 12}, {0x06, 0x07, 1}, {0x0e, 0x0e, 1}, {0x16, 0x17, 1}, {0x1e, 0x1f, 1}, {0x60, 0x61, 2}, {0x27, 0x27, 1}, {0x2f, 0x2f, 1},
+    {0x37, 0x37, 1},  {0x3f, 0x3f, 1}, {0xd4, 0xd6, 1}, {0xce, 0xce, 1}, {0xa0, 0xa3, 8},
+};
+
+static const struct short_form short_forms[] = {
     {0x04, 0x05, 1}, {0x2c, 0x2d, 1}, {0x3c, 0x3d, 1}, {0x50, 0x57, 14}, {0x58, 0x5f, 12}, {0x68, 0x68, 2}, {0x6a, 0x6a, 2}, {0x90, 0x97, 3},
     {0x98, 0x99, 3}, {0x9c, 0x9c, 2}, {0x9e, 0x9f, 2}, {0xa0, 0xa3, 1}, {0xa8, 0xa9, 1}, {0xb0, 0xb7, 3}, {0xb8, 0xbf, 3}, {0xc8, 0xc9, 2},
     {0xd7, 0xd7, 1}, {0xf5, 0xf5, 1}, {0xf8, 0xf9, 2}, {0xfc, 0xfd, 1}, {0xa4, 0xa7, 7}, {0xaa, 0xaf, 7},
@@ -141,7 +149,7 @@ static void legacy_put(struct generator *g, uint8_t *p, const struct form *f, co
     if (lock)
         *p++ = 0xf0;
     bool stick = sticks(g);
-    if (stick || encode_pick(g, 4)) {
+    if (!rules->narrow && (stick || encode_pick(g, 4))) {
         *p = (uint8_t)(0x40 | (*p & 15));
         if (stick)
             *p = (uint8_t)((*p & 0xfe) | rules->base >> 3);
@@ -168,11 +176,15 @@ static void vex_put(struct generator *g, uint8_t *p, const struct form *f, const
         *p = (uint8_t)((*p & 0xe0) | f->map);
         if (stick)
             *p = (uint8_t)((*p & 0xdf) | (rules->base > 7 ? 0 : 0x20));
+        if (rules->narrow)
+            *p |= 0xc0;
         p++;
     }
     *p = (uint8_t)((*p & 0xfc) | pp_of(f->prefix) | (encode_pick(g, 2) ? 0x78 : 0));
     if (scalar)
         *p &= 0xfb;
+    if (rules->narrow && two)
+        *p |= 0xc0;
     p++;
     *p++ = opcode_pick(g, f);
     modrm_put(g, p, f->digit, stick ? rules->base & 7u : ANY);
@@ -186,6 +198,8 @@ static void evex_put(struct generator *g, uint8_t *p, const struct form *f, cons
     *p = (uint8_t)((*p & 0xf0) | f->map);
     if (stick)
         *p = (uint8_t)((*p & 0xdf) | (rules->base > 7 ? 0 : 0x20));
+    if (rules->narrow)
+        *p |= 0xc0;
     p++;
     *p = (uint8_t)((*p & 0xf8) | 4 | pp_of(f->prefix) | (encode_pick(g, 2) ? 0x78 : 0));
     p++;
@@ -198,15 +212,21 @@ static void evex_put(struct generator *g, uint8_t *p, const struct form *f, cons
     modrm_put(g, p, f->digit, stick ? rules->base & 7u : ANY);
 }
 
-static void short_put(struct generator *g, uint8_t *p, const struct encode_rules *rules)
+static uint8_t short_pick(struct generator *g, const struct short_form *forms, unsigned count)
 {
     unsigned total = 0, n = 0;
-    for (unsigned k = 0; k < sizeof short_forms / sizeof *short_forms; k++)
-        total += short_forms[k].weight;
+    for (unsigned k = 0; k < count; k++)
+        total += forms[k].weight;
     unsigned left = encode_pick(g, total);
-    while (left >= short_forms[n].weight)
-        left -= short_forms[n++].weight;
-    uint8_t opcode = (uint8_t)(short_forms[n].first + encode_pick(g, short_forms[n].last - short_forms[n].first + 1u));
+    while (left >= forms[n].weight)
+        left -= forms[n++].weight;
+    return (uint8_t)(forms[n].first + encode_pick(g, forms[n].last - forms[n].first + 1u));
+}
+
+static void short_put(struct generator *g, uint8_t *p, const struct encode_rules *rules)
+{
+    uint8_t opcode = rules->narrow && !encode_pick(g, 4) ? short_pick(g, narrow_forms, sizeof narrow_forms / sizeof *narrow_forms)
+                                                         : short_pick(g, short_forms, sizeof short_forms / sizeof *short_forms);
     bool string = opcode >= 0xa4 && opcode <= 0xaf && (opcode & 0xfe) != 0xa8;
     if (!encode_pick(g, 8))
         p = prefixes_put(g, p, rules);
@@ -214,7 +234,7 @@ static void short_put(struct generator *g, uint8_t *p, const struct encode_rules
         *p++ = 0x66;
     if (string && encode_pick(g, 3))
         *p++ = encode_pick(g, 4) ? 0xf3 : 0xf2;
-    if (encode_pick(g, 2)) {
+    if (!rules->narrow && encode_pick(g, 2)) {
         *p = (uint8_t)(0x40 | (*p & 15));
         p++;
     }
@@ -240,12 +260,23 @@ static bool is_allowed(const struct encode_rules *rules, const struct encoded *e
     case ZYDIS_MNEMONIC_PUSHFQ:
     case ZYDIS_MNEMONIC_PUSHF:
         return !rules->native;
+    case ZYDIS_MNEMONIC_CALL:
+    case ZYDIS_MNEMONIC_JMP:
+        return e->op[0].type != ZYDIS_OPERAND_TYPE_POINTER;
     default:
         break;
     }
     if (rules->user)
         return true;
     return !(e->zi.attributes & ZYDIS_ATTRIB_IS_PRIVILEGED) && e->zi.meta.category != ZYDIS_CATEGORY_IO && e->zi.meta.category != ZYDIS_CATEGORY_IOSTRINGOP;
+}
+
+void encode_width(struct generator *g, bool narrow)
+{
+    if (narrow)
+        ZydisDecoderInit(&g->decoder, ZYDIS_MACHINE_MODE_LEGACY_32, ZYDIS_STACK_WIDTH_32);
+    else
+        ZydisDecoderInit(&g->decoder, ZYDIS_MACHINE_MODE_LONG_64, ZYDIS_STACK_WIDTH_64);
 }
 
 bool encode_decode(struct generator *g, struct encoded *e)

@@ -322,6 +322,9 @@ void engines_outcome(struct tiny_vm *vm, const struct generator *g, struct outco
     to->cr2 = cpu->cr2;
     to->cs = cpu->seg[SEG_CS];
     to->ss = cpu->seg[SEG_SS];
+    static const uint8_t data[] = {SEG_ES, SEG_DS, SEG_FS, SEG_GS};
+    for (unsigned n = 0; n < 4; n++)
+        to->data[n] = cpu->seg[data[n]];
     to->fs_base = cpu->seg[SEG_FS].base;
     to->gs_base = cpu->seg[SEG_GS].base;
     to->mmio_reads = vm->mmio_reads;
@@ -343,6 +346,7 @@ void engines_outcome(struct tiny_vm *vm, const struct generator *g, struct outco
     }
     to->error = frame[0];
     to->rip = frame[1];
+    to->narrow = (frame[2] & 0xfffc) == (TINY_CS32 & ~3) || (frame[2] & 0xfffc) == (TINY_USER_CS32 & ~3);
     to->rflags = frame[3];
     to->rsp = frame[4];
 }

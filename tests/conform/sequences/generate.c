@@ -69,9 +69,15 @@ struct queued *queue_add(struct making *m, const void *bytes, unsigned length)
     return q;
 }
 
+struct queued *queue_template(struct making *m, const void *bytes, unsigned length)
+{
+    unsigned skip = m->rules.narrow && (*(const uint8_t *)bytes & 0xf0) == 0x40;
+    return queue_add(m, (const uint8_t *)bytes + skip, length - skip);
+}
+
 static void queue_relative(struct making *m, const void *bytes, unsigned length, gva_t target)
 {
-    struct queued *q = queue_add(m, bytes, length);
+    struct queued *q = queue_template(m, bytes, length);
     q->relative = true;
     q->target = target;
 }
@@ -80,11 +86,11 @@ void queue_mov(struct making *m, unsigned reg, uint64_t value)
 {
     uint8_t code[10] = {(uint8_t)(0x48 | reg >> 3), (uint8_t)(0xb8 | (reg & 7))};
     memcpy(code + 2, &value, 8);
-    if (value >> 32) {
+    if (value >> 32 && !m->rules.narrow) {
         queue_add(m, code, 10);
     } else {
         code[0] = (uint8_t)(0x40 | reg >> 3);
-        queue_add(m, code, 6);
+        queue_template(m, code, 6);
     }
 }
 
@@ -118,7 +124,7 @@ static gva_t ordinary_page(struct making *m)
 {
     for (unsigned tries = 0; tries < 30; tries++) {
         const struct page *page = &m->w->page[encode_pick(m->g, m->w->page_count)];
-        if (page->kind != PAGE_CODE && is_good(m, page->gva))
+        if (page->kind != PAGE_CODE && is_good(m, page->gva) && !(m->rules.narrow && page->gva >> 32))
             return page->gva;
     }
     return m->w->data;
@@ -143,6 +149,8 @@ gva_t target_pick(struct making *m, unsigned size, bool careful)
 static uint64_t segment_base(const struct making *m, ZydisRegister segment)
 {
     const struct segment *seg = m->vm->vcpu->cpu.seg;
+    if (m->rules.narrow)
+        return segment >= ZYDIS_REGISTER_ES && segment <= ZYDIS_REGISTER_GS ? seg[segment - ZYDIS_REGISTER_ES].base : 0;
     return segment == ZYDIS_REGISTER_FS ? seg[SEG_FS].base : segment == ZYDIS_REGISTER_GS ? seg[SEG_GS].base : 0;
 }
 
@@ -194,6 +202,8 @@ static bool aim_near(struct making *m, struct encoded *e, const ZydisDecodedOper
         op = encode_memory(e);
     }
     *target = at + (uint64_t)op->mem.disp.value;
+    if (m->rules.narrow)
+        *target = (uint32_t)*target;
     return is_good(m, *target) && (is_good(m, *target + size - 1) || !encode_pick(m->g, 10));
 }
 
@@ -211,10 +221,12 @@ static bool aim_explicit(struct making *m, struct encoded *e, bool *relative, gv
         return true;
     }
     unsigned base = encode_gpr(op->mem.base), index = encode_gpr(op->mem.index), scale = op->mem.scale;
-    if (base == m->rules.base && index == 16 && e->zi.address_width == 64 && encode_pick(m->g, 8) && aim_near(m, e, op, target))
+    if (base == m->rules.base && index == 16 && e->zi.address_width == (m->rules.narrow ? 32 : 64) && encode_pick(m->g, 8) && aim_near(m, e, op, target))
         return true;
     uint64_t wanted = *target - segment_base(m, op->mem.segment);
     wanted -= bit_string_distance(m, e);
+    if (m->rules.narrow)
+        wanted = (uint32_t)wanted;
     uint64_t scaled = index < 16 ? m->gpr[index] * scale : 0, disp = (uint64_t)op->mem.disp.value;
     if (e->zi.address_width == 32 && wanted >> 32)
         return !encode_pick(m->g, 8);
@@ -284,9 +296,9 @@ static void queue_base_register(struct making *m)
         gva_t at = encode_pick(m->g, 3) ? target_pick(m, 8, true) & ~7ull : (target_pick(m, 8, true) | PAGE_MASK_BITS) - encode_pick(m->g, 160);
         queue_mov(m, m->rules.base, m->rules.base == GPR_RSP ? at & ~7ull : at);
     } else if (what == 1 && low != 4) {
-        queue_add(m, (const uint8_t[]){(uint8_t)(wide | reg >> 3 << 2), 0x8d, (uint8_t)(0x40 | low << 3 | low), by}, 4); /* lea */
+        queue_template(m, (const uint8_t[]){(uint8_t)(wide | reg >> 3 << 2), 0x8d, (uint8_t)(0x40 | low << 3 | low), by}, 4); /* lea */
     } else {
-        queue_add(m, (const uint8_t[]){wide, 0x83, (uint8_t)((what == 2 ? 0xc0 : 0xe8) | low), by & 0xf8}, 4); /* add, sub */
+        queue_template(m, (const uint8_t[]){wide, 0x83, (uint8_t)((what == 2 ? 0xc0 : 0xe8) | low), by & 0xf8}, 4); /* add, sub */
     }
 }
 
@@ -316,7 +328,7 @@ static void queue_settling(struct making *m)
     unsigned regs = encode_pick(m->g, 64);
     uint8_t cmp[3] = {(uint8_t)(0x48 | encode_pick(m->g, 6)), 0x39, (uint8_t)(0xc0 | regs)};
     cmp[0] &= 0x4d;
-    queue_add(m, cmp, 3);
+    queue_template(m, cmp, 3);
 }
 
 /* Source and destination of a string instruction in the same memory, or their ends near pages' ends. */
@@ -386,10 +398,18 @@ static void queue_indirect(struct making *m, gva_t target, bool call)
     queue_mov(m, reg, target);
     if (!to_memory) {
         uint8_t code[3] = {(uint8_t)(0x40 | reg >> 3), 0xff, (uint8_t)((call ? 0xd0 : 0xe0) | (reg & 7))};
-        queue_add(m, code, 3);
+        queue_template(m, code, 3);
         return;
     }
     gva_t at = target_pick(m, 8, true) + slot % 2 * 8;
+    if (m->rules.narrow) { /* absolute there */
+        uint8_t store32[6] = {0x89, (uint8_t)(0x05 | reg << 3)}, jump32[6] = {0xff, call ? 0x15 : 0x25};
+        memcpy(store32 + 2, &at, 4);
+        memcpy(jump32 + 2, &at, 4);
+        queue_add(m, store32, 6);
+        queue_add(m, jump32, 6);
+        return;
+    }
     uint8_t store[7] = {(uint8_t)(0x48 | reg >> 3 << 2), 0x89, (uint8_t)(0x05 | (reg & 7) << 3)}; /* mov [rip + d], reg */
     uint8_t jump[6] = {0xff, call ? 0x15 : 0x25};
     queue_relative(m, store, 7, at);
@@ -399,7 +419,7 @@ static void queue_indirect(struct making *m, gva_t target, bool call)
 unsigned register_pick(struct making *m)
 {
     for (;;) {
-        unsigned reg = encode_pick(m->g, 16);
+        unsigned reg = encode_pick(m->g, m->rules.narrow ? 8 : 16);
         if (reg != GPR_RSP && !(m->loop_head && reg == m->loop_register))
             return reg;
     }
@@ -419,7 +439,7 @@ static void queue_return(struct making *m, gva_t target)
     uint8_t ret[3] = {0xc2, (uint8_t)(encode_pick(m->g, 16) * 8), 0};
     stack_provide(m, 8);
     queue_mov(m, reg, target);
-    queue_add(m, push, 2);
+    queue_template(m, push, 2);
     queue_add(m, encode_pick(m->g, 2) ? ret : (const uint8_t[]){0xc3, 0xcc, 0xcc}, 3);
 }
 
@@ -427,10 +447,10 @@ static void queue_return(struct making *m, gva_t target)
 static bool queue_plain_return(struct making *m)
 {
     gpa_t gpa;
-    uint64_t target;
+    uint64_t target = 0;
     if (!is_good(m, m->gpr[GPR_RSP]) || (m->gpr[GPR_RSP] & 4095) > 4088 || !world_walk(m->vm, m->gpr[GPR_RSP], PAGING_READ, &gpa))
         return false;
-    memcpy(&target, physmap_get(m->vm->memory, gpa, 8, PHYSMAP_READ), 8);
+    memcpy(&target, physmap_get(m->vm->memory, gpa, 8, PHYSMAP_READ), m->rules.narrow ? 4 : 8);
     if (world_code_offset(m->w, m->vm, target) < 0)
         return false;
     queue_add(m, "\xc3", 1);
@@ -473,7 +493,7 @@ static void queue_loop_close(struct making *m)
         return;
     }
     uint8_t dec[3] = {(uint8_t)(0x48 | reg >> 3), 0xff, (uint8_t)(0xc8 | (reg & 7))};
-    queue_add(m, dec, 3);
+    queue_template(m, dec, 3);
     queue_relative(m, "\x0f\x85\0\0\0\0", 6, head);
 }
 
@@ -543,6 +563,7 @@ static void line_write(struct making *m, struct queued *q)
     struct line *line = &s->line[s->lines++];
     line->gva = m->rip;
     line->length = (uint8_t)length;
+    line->narrow = m->rules.narrow;
     line->constants = q->e.zi.raw.disp.size ? q->e.zi.raw.disp.offset : q->e.zi.raw.imm[0].size ? q->e.zi.raw.imm[0].offset : 255;
     memcpy(line->bytes, q->e.bytes, length);
     code_write(m, line);
@@ -557,7 +578,7 @@ static void line_make(struct making *m)
         unsigned what = encode_pick(m->g, 36);
         if (what < 4)
             queue_transfer(m);
-        else if (what < (m->rules.user ? 5 : 8) && !m->w->native)
+        else if (what < (m->w->low ? 6 : m->rules.user ? 5 : 8) && !m->w->native)
             queue_system(m);
         else if (what < 11 && !m->loop_head)
             queue_base_register(m);
@@ -586,6 +607,18 @@ static void start_make(struct making *m)
     memcpy(cpu->xsave, state.xsave, sizeof cpu->xsave);
 }
 
+/* The code is of another width from here on; what was to come in the other one is forgotten. */
+static void width_follow(struct making *m, bool narrow)
+{
+    encode_width(m->g, narrow);
+    if (narrow == m->rules.narrow)
+        return;
+    m->rules.narrow = narrow;
+    m->queued = m->taken = 0;
+    m->loop_head = 0;
+    m->rules.base &= 7;
+}
+
 void sequence_make(struct sequence *s, struct generator *g, const struct world *w, uint64_t seed, uint64_t number, struct tiny_vm *vm)
 {
     static struct making m;
@@ -602,6 +635,7 @@ void sequence_make(struct sequence *s, struct generator *g, const struct world *
     world_restore(w, vm, true);
     sequence_place(s, w, vm);
     vm->vcpu->cpu = w->start; /* what is good to aim at depends on it */
+    width_follow(&m, !cpu_in_64bit_mode(&w->start));
     start_make(&m);
     engines_start(vm, s, true);
     const struct cpu_state *cpu = &vm->vcpu->cpu;
@@ -609,6 +643,7 @@ void sequence_make(struct sequence *s, struct generator *g, const struct world *
         m.rip = cpu->gpr[GPR_RIP];
         m.gpr = cpu->gpr;
         m.rules.user = cpu_cpl(cpu) == 3;
+        width_follow(&m, !cpu_in_64bit_mode(cpu));
         if (is_free(&m, m.rip) && (s->lines < m.wanted || m.taken < m.queued) && s->lines < sizeof s->line / sizeof *s->line)
             line_make(&m);
         vm->ops->step(vm->vcpu);

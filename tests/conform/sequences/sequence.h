@@ -27,6 +27,9 @@
 
 /* ---- worlds ---- */
 
+/* Descriptors besides tiny_vm.h's: data segments for ring 3 that 32-bit code cannot use like flat ones, but for the last: it has a base and 4 GiB. */
+enum { WORLD_LIMITED = 0x53, WORLD_BASED = 0x5b, WORLD_READ_ONLY = 0x63, WORLD_DOWN = 0x6b, WORLD_THREAD = 0x73, WORLD_GDT_LIMIT = 0x77 };
+
 enum page_kind { PAGE_ORDINARY, PAGE_READ_ONLY, PAGE_ABSENT, PAGE_OTHERS, PAGE_MMIO, PAGE_ROM, PAGE_RESERVED, PAGE_CODE };
 
 /* As it is in the first address space before the guest changes anything. */
@@ -40,6 +43,7 @@ struct world {
     uint64_t number;
     bool broken; /* could not be made */
     bool user, large, smc, native;
+    bool low;    /* all below 4 GiB: for 32-bit code, which begins and which 64-bit code may follow */
     bool fixing; /* handlers make absent pages present, clear CR0.TS, and return from interrupts */
     gva_t data, code[CODE_PAGES], twin_data, twin_code;
     struct page page[PAGES_MAX];
@@ -57,7 +61,7 @@ struct world {
 };
 
 /* Fills *w and the memory of both machines. */
-void world_make(struct world *w, struct generator *g, uint64_t seed, uint64_t number, struct tiny_vm *const vm[2]);
+void world_make(struct world *w, struct generator *g, uint64_t seed, uint64_t number, bool low, struct tiny_vm *const vm[2]);
 /* Where an access of the machine's current privilege and address space leads. False: to a fault. access: PAGING_READ, PAGING_WRITE, PAGING_FETCH. */
 bool world_walk(struct tiny_vm *vm, gva_t gva, unsigned access, gpa_t *gpa);
 /* Physical address of the page table entry for gva; 0: there is none. */
@@ -73,6 +77,7 @@ struct line {
     gva_t gva;
     int at[15]; /* of its bytes, see world_code_offset */
     uint8_t bytes[15], length;
+    bool narrow;       /* 32-bit code */
     uint8_t constants; /* the first byte of displacement and immediate; length: none */
 };
 
@@ -104,12 +109,14 @@ struct encoded {
 struct encode_rules {
     bool user;   /* leave out what is privileged */
     bool native; /* leave out what this process must not execute */
+    bool narrow; /* 32-bit code: no REX prefixes; `base` is below 8 */
     uint8_t base; /* the register that most memory operands are relative to */
 };
 
 /* A random instruction; operands anywhere. */
 void encode_random(struct generator *g, const struct encode_rules *rules, struct encoded *out);
 bool encode_decode(struct generator *g, struct encoded *e);
+void encode_width(struct generator *g, bool narrow); /* for decoding from here on */
 /* Gives the instruction a 32-bit displacement. */
 void encode_widen(struct generator *g, struct encoded *e);
 /* Its explicit memory operand, or NULL. */
@@ -142,6 +149,7 @@ struct making {
 };
 
 struct queued *queue_add(struct making *m, const void *bytes, unsigned length);
+struct queued *queue_template(struct making *m, const void *bytes, unsigned length); /* in 32-bit code without the REX prefix that it may begin with */
 void queue_mov(struct making *m, unsigned reg, uint64_t value);
 gva_t place_pick(struct making *m);                              /* somewhere to jump to */
 gva_t target_pick(struct making *m, unsigned size, bool careful); /* somewhere in data */
@@ -155,7 +163,8 @@ void queue_system(struct making *m);
 struct outcome {
     struct state state; /* rip, gpr, rflags and xsave */
     uint64_t cr2;
-    struct segment cs, ss;
+    struct segment cs, ss, data[4]; /* ES DS FS GS */
+    bool narrow;                     /* the exception came from 32-bit code */
     uint64_t fs_base, gs_base;
     unsigned mmio_reads, mmio_writes, mmio_size;
     gpa_t mmio_gpa;

@@ -1,5 +1,6 @@
 /*
- * The translator against the interpreter on random sequences: sequences --count N --seed S [--first CASE] [--minimise] [--list] [--findings N] [--jobs N].
+ * The translator against the interpreter on random sequences: sequences --count N --seed S [--first CASE] [--minimise] [--list] [--low] [--findings N] [--jobs N].
+ * Every fourth world is one below 4 GiB, where 32-bit code runs; with --low all are.
  *
  * A difference prints the case and how to repeat it, and exit status is 1. The case's number and the seed repeat it, provided that the whole world was not needed: `--first` at a
  * multiple of CASES_PER_WORLD repeats even what depends on the cases before. With --jobs several processes share the work, PIECE cases at a time.
@@ -27,7 +28,7 @@ struct comparison {
     struct sequence sequence;
     struct outcome right, wrong;
     uint64_t seed;
-    bool list, minimise;
+    bool list, minimise, low;
     unsigned findings_max;
 };
 
@@ -74,7 +75,7 @@ static bool outcomes_differ(const struct outcome *a, const struct outcome *b, st
     if (a->mmio_reads != b->mmio_reads || a->mmio_writes != b->mmio_writes || a->mmio_size != b->mmio_size || a->mmio_gpa != b->mmio_gpa ||
         a->mmio_value != b->mmio_value)
         return DIFFER(d, "MMIO: %u reads, %u writes; %u, %u", a->mmio_reads, a->mmio_writes, b->mmio_reads, b->mmio_writes);
-    if (memcmp(&a->cs, &b->cs, sizeof a->cs) || memcmp(&a->ss, &b->ss, sizeof a->ss) || a->fs_base != b->fs_base || a->gs_base != b->gs_base)
+    if (memcmp(&a->cs, &b->cs, sizeof a->cs) || memcmp(&a->ss, &b->ss, sizeof a->ss) || memcmp(a->data, b->data, sizeof a->data) || a->fs_base != b->fs_base || a->gs_base != b->gs_base)
         return DIFFER(d, "segments");
     return false;
 }
@@ -118,6 +119,7 @@ static bool culprit_decode(struct comparison *r, struct encoded *e)
         const uint8_t *byte = world_walk(&r->vm[0], r->right.rip + n, PAGING_READ | PAGING_AC, &gpa) ? physmap_get(r->vm[0].memory, gpa, 1, PHYSMAP_READ) : NULL;
         e->bytes[n] = byte ? *byte : 0xcc;
     }
+    encode_width(&r->generator, r->right.narrow);
     return encode_decode(&r->generator, e);
 }
 
@@ -195,6 +197,7 @@ static bool native_differs(struct comparison *r, struct difference *d)
     a->rflags &= flags, b->rflags &= flags;
     a->state.rflags = b->state.rflags = 0;
     a->state.gpr[GPR_RSP] = b->state.gpr[GPR_RSP] = 0;
+    memcpy(b->data, a->data, sizeof b->data);
     b->cs = a->cs, b->ss = a->ss, b->fs_base = a->fs_base, b->gs_base = a->gs_base;
     b->mmio_value = a->mmio_value, b->interrupt = a->interrupt;
     if (!faults_are_disputed(r)) {
@@ -265,7 +268,7 @@ static bool case_differs(struct comparison *r, struct difference *d)
 
 /* ---- reporting ---- */
 
-static void sequence_print(const struct comparison *r)
+static void sequence_print(struct comparison *r)
 {
     const struct sequence *s = &r->sequence;
     ZydisFormatter formatter;
@@ -278,6 +281,7 @@ static void sequence_print(const struct comparison *r)
         uint8_t bytes[16];
         memset(bytes, 0x90, sizeof bytes);
         memcpy(bytes, line->bytes, line->length);
+        encode_width(&r->generator, line->narrow);
         if (ZYAN_SUCCESS(ZydisDecoderDecodeFull(&r->generator.decoder, bytes, 15, &zi, op)))
             ZydisFormatterFormatInstruction(&formatter, &zi, op, zi.operand_count_visible, text, sizeof text, line->gva, NULL);
         printf("  %16llx ", (unsigned long long)line->gva);
@@ -290,16 +294,16 @@ static void sequence_print(const struct comparison *r)
 static void repeat_print(uint64_t number)
 {
     uint64_t first = number - number % CASES_PER_WORLD;
-    printf("  repeat: --seed %llu --first %llu --count %llu --minimise (or from case %llu on)\n", (unsigned long long)run.seed, (unsigned long long)first,
-           (unsigned long long)(number + 1 - first), (unsigned long long)(number - number % PIECE));
+    printf("  repeat: --seed %llu --first %llu --count %llu --minimise%s (or from case %llu on)\n", (unsigned long long)run.seed, (unsigned long long)first,
+           (unsigned long long)(number + 1 - first), run.low ? " --low" : "", (unsigned long long)(number - number % PIECE));
 }
 
-static void case_print(const struct comparison *r, const struct difference *d)
+static void case_print(struct comparison *r, const struct difference *d)
 {
     const struct world *w = &r->world;
     const struct cpu_state *cpu = &r->sequence.start;
     printf("case %llu, %s%s%s%s, %s: %s\n", (unsigned long long)r->sequence.number, w->user ? "user" : "supervisor", w->large ? ", large page" : "",
-           w->smc ? ", writable code" : w->native ? ", native" : w->fixing ? ", fixing" : w->roots > 1 ? ", two address spaces" : "", r->sequence.interrupt >= 0 ? ", interrupt" : "",
+           w->low ? ", below 4 GiB" : w->smc ? ", writable code" : w->native ? ", native" : w->fixing ? ", fixing" : w->roots > 1 ? ", two address spaces" : "", r->sequence.interrupt >= 0 ? ", interrupt" : "",
            run_names[d->kind], d->text);
     for (unsigned n = 0; n < 16; n++)
         printf("%s%2u %016llx", n % 4 ? "  " : n ? "\n  " : "  ", n, (unsigned long long)cpu->gpr[n]);
@@ -365,7 +369,7 @@ static void one_case(struct comparison *r, uint64_t number)
     jobs_at(number);
     uint64_t world = number / CASES_PER_WORLD;
     if (r->world.number != world || !r->world.page_count)
-        world_make(&r->world, &r->generator, r->seed, world, (struct tiny_vm *const[]){&r->vm[0], &r->vm[1]});
+        world_make(&r->world, &r->generator, r->seed, world, r->low || world % 4 == 3, (struct tiny_vm *const[]){&r->vm[0], &r->vm[1]});
     if (number % 2 == 0 || r->sequence.number != number - 1)
         sequence_make(&r->sequence, &r->generator, &r->world, r->seed, number & ~1ull, &r->vm[0]);
     r->sequence.number = number;
@@ -439,7 +443,7 @@ static int options_read(int argc, char **argv, struct jobs *jobs, bool *alone)
 {
     static const struct option options[] = {{"count", required_argument, NULL, 'c'}, {"seed", required_argument, NULL, 's'},     {"first", required_argument, NULL, 'f'},
                                             {"minimise", no_argument, NULL, 'm'},    {"list", no_argument, NULL, 'l'},           {"jobs", required_argument, NULL, 'j'},
-                                            {"findings", required_argument, NULL, 'n'}, {0}};
+                                            {"low", no_argument, NULL, 'b'},         {"findings", required_argument, NULL, 'n'}, {0}};
     for (int o; (o = getopt_long(argc, argv, "", options, NULL)) != -1;) {
         uint64_t value = optarg ? strtoull(optarg, NULL, 0) : 0;
         switch (o) {
@@ -458,6 +462,9 @@ static int options_read(int argc, char **argv, struct jobs *jobs, bool *alone)
         case 'l':
             run.list = true;
             break;
+        case 'b':
+            run.low = true;
+            break;
         case 'j':
             jobs->processes = (unsigned)value;
             *alone = false;
@@ -466,7 +473,7 @@ static int options_read(int argc, char **argv, struct jobs *jobs, bool *alone)
             jobs->findings_max = (unsigned)value;
             break;
         default:
-            fprintf(stderr, "usage: sequences [--count N] [--seed S] [--first CASE] [--minimise] [--list] [--findings N] [--jobs N (0: as many as processors)]\n");
+            fprintf(stderr, "usage: sequences [--count N] [--seed S] [--first CASE] [--minimise] [--list] [--low] [--findings N] [--jobs N (0: as many as processors)]\n");
             return 2;
         }
     }

@@ -7,7 +7,7 @@
 
 #include <string.h>
 
-#define BYTES(m, ...) queue_add(m, (const uint8_t[]){__VA_ARGS__}, sizeof(const uint8_t[]){__VA_ARGS__})
+#define BYTES(m, ...) queue_template(m, (const uint8_t[]){__VA_ARGS__}, sizeof(const uint8_t[]){__VA_ARGS__})
 #define FLAGS_RARE (RFLAGS_TF | RFLAGS_NT | RFLAGS_IOPL | RFLAGS_RF)
 
 static uint8_t rex_b(unsigned reg)
@@ -185,6 +185,88 @@ static void queue_selector(struct making *m)
     BYTES(m, (uint8_t)(0x40 | reg >> 3 | (encode_pick(m->g, 2) ? 8 : 0)), 0x8c, (uint8_t)(0xc0 | encode_pick(m->g, 6) << 3 | (reg & 7)));
 }
 
+/* ---- 32-bit code, and ways between it and 64-bit code ---- */
+
+/* A far return, or IRET, to code of the same privilege of any width. IRETD pops no stack then. */
+static void queue_far(struct making *m)
+{
+    bool user = m->rules.user, narrow = encode_pick(m->g, 3) > (m->rules.narrow ? 1u : 0u), is_iret = encode_pick(m->g, 2);
+    unsigned reg = register_pick(m), cs = user ? (narrow ? TINY_USER_CS32 : TINY_USER_CS64) : narrow ? TINY_CS32 : TINY_CS64;
+    const uint64_t frame[] = {user ? TINY_USER_DS : TINY_DS, target_pick(m, 8, true) & ~7ull, random_flags(m), cs, place_pick(m)};
+    stack_provide(m, 48);
+    for (unsigned n = !is_iret ? 3 : m->rules.narrow ? 2 : 0; n < 5; n++) {
+        queue_mov(m, reg, frame[n]);
+        push(m, reg);
+    }
+    BYTES(m, 0x48, is_iret ? 0xcf : 0xcb);
+}
+
+static void queue_far_jump(struct making *m)
+{
+    bool user = m->rules.user;
+    uint16_t cs = encode_pick(m->g, 2) ? (user ? TINY_USER_CS64 : TINY_CS64) : user ? TINY_USER_CS32 : TINY_CS32;
+    uint32_t target = (uint32_t)place_pick(m);
+    uint8_t code[7] = {encode_pick(m->g, 2) ? 0xea : 0x9a};
+    if (code[0] == 0x9a)
+        stack_provide(m, 8);
+    memcpy(code + 1, &target, 4);
+    memcpy(code + 5, &cs, 2);
+    queue_add(m, code, 7);
+}
+
+/* From ring 0: five values. */
+static void queue_iret_to_user(struct making *m)
+{
+    unsigned reg = register_pick(m);
+    const uint64_t frame[] = {TINY_USER_DS, target_pick(m, 8, true) & ~7ull, random_flags(m), encode_pick(m->g, 2) ? TINY_USER_CS32 : TINY_USER_CS64, place_pick(m)};
+    stack_provide(m, 48);
+    for (unsigned n = 0; n < 5; n++) {
+        queue_mov(m, reg, frame[n]);
+        push(m, reg);
+    }
+    BYTES(m, 0x48, 0xcf);
+}
+
+/* Mostly what leaves 32-bit code with segments that the translator can use. */
+static void queue_segment_load(struct making *m)
+{
+    static const uint16_t odd[] = {0, WORLD_LIMITED, WORLD_BASED, WORLD_READ_ONLY, WORLD_DOWN, TINY_USER_CS32, WORLD_THREAD, WORLD_THREAD};
+    static const uint8_t segments[] = {0, 3, 4, 5, 4, 5, 0, 3};
+    unsigned segment = segments[encode_pick(m->g, sizeof segments)];
+    if (m->loop_head && m->loop_register == GPR_RAX)
+        return;
+    bool usual = encode_pick(m->g, segment < 4 ? 3 : 2);
+    queue_mov(m, GPR_RAX, usual ? TINY_USER_DS : odd[encode_pick(m->g, sizeof odd / sizeof *odd)]);
+    BYTES(m, 0x8e, (uint8_t)(0xc0 | segment << 3));
+}
+
+static void queue_sysret_narrow(struct making *m)
+{
+    if (m->loop_head && (m->loop_register == GPR_RCX || m->loop_register == GPR_R11))
+        return;
+    queue_mov(m, GPR_RCX, place_pick(m));
+    queue_mov(m, GPR_R11, random_flags(m));
+    BYTES(m, 0x0f, 0x07);
+}
+
+static void queue_narrow(struct making *m)
+{
+    static void (*const for_all[])(struct making *) = {queue_far, queue_far_jump, queue_segment_load, queue_segment_load, queue_popf, queue_selector};
+    static void (*const for_supervisor[])(struct making *) = {queue_control, queue_msr, queue_stack_segment, queue_iret_to_user};
+    static const uint8_t plain[][3] = {{0xfa}, {0xfb}, {0x0f, 0x01, 0xca}, {0x0f, 0x01, 0xcb}, {0xcd, SOFTWARE_INTERRUPT}, {0x0f, 0x05}, {0x0f, 0x34}};
+    unsigned what = encode_pick(m->g, m->rules.user ? 7 : 14);
+    if (what < 6) {
+        for_all[what](m);
+    } else if (what == 6 && m->rules.user) {
+        BYTES(m, 0xcd, SOFTWARE_INTERRUPT);
+    } else if (what < 10 && (m->w->user || what < 9)) {
+        for_supervisor[what - 6](m);
+    } else {
+        const uint8_t *code = plain[encode_pick(m->g, sizeof plain / sizeof *plain)];
+        queue_add(m, code, code[1] == 1 ? 3 : code[1] ? 2 : 1);
+    }
+}
+
 static void queue_for_user(struct making *m)
 {
     switch (encode_pick(m->g, m->w->fixing ? 9 : 8)) {
@@ -211,6 +293,19 @@ static void queue_for_user(struct making *m)
 
 void queue_system(struct making *m)
 {
+    if (m->rules.narrow) {
+        queue_narrow(m);
+        return;
+    }
+    if (m->w->low && !encode_pick(m->g, 3)) {
+        if (!m->rules.user && !encode_pick(m->g, 4))
+            queue_sysret_narrow(m);
+        else if (encode_pick(m->g, 4))
+            queue_far(m);
+        else
+            queue_segment_load(m);
+        return;
+    }
     static void (*const templates[])(struct making *) = {
         queue_popf, queue_control, queue_root,   queue_root,          queue_table_edit, queue_table_edit, queue_table_edit,
         queue_base, queue_msr,     queue_iret,   queue_stack_segment, queue_selector,   queue_sysret,

@@ -184,6 +184,27 @@ static gva_t canonical(gva_t gva)
     return (gva_t)((int64_t)(gva << 16) >> 16);
 }
 
+/* What 32-bit code reaches; the last bytes of 4 GiB and the first 2 MiB are among it. */
+static void places_pick_low(struct builder *b)
+{
+    static const struct {
+        uint32_t data, code;
+    } places[] = {{0x40000000, 0x8048000}, {0x10000, 0x5000}, {0x300000, 0x100000}, {0xfff00000, 0xffffe000}, {0xffff8000, 0x7fffe000}, {0x7fff8000, 0xc0100000}, {0, 0x3fe000}};
+    struct world *w = b->w;
+    unsigned n = encode_pick(b->g, 9);
+    bool random = n >= sizeof places / sizeof *places;
+    w->data = random ? (uint32_t)generator_random(b->g) & ~0x3fffffu : places[n].data;
+    if (w->large)
+        w->data = (w->data & ~0x1fffffull) + 0x100000;
+    gva_t code = random ? w->data ^ (0x400000u << encode_pick(b->g, 9)) : w->large && places[n].code < 0x400000 ? 0x8048000 : places[n].code;
+    w->twin_data = w->data ^ (1ull << (41 + encode_pick(b->g, 6)));
+    w->code[0] = code;
+    w->code[1] = code + PAGE_SIZE_BYTES;
+    w->code[2] = code ^ 0x1000000;
+    w->code[3] = code ^ (1ull << (25 + encode_pick(b->g, 6)));
+    w->twin_code = code ^ 0x80000000;
+}
+
 static void places_pick(struct builder *b)
 {
     static const gva_t bases[] = {
@@ -197,6 +218,10 @@ static void places_pick(struct builder *b)
         w->data = AREA;
     if (w->large)
         w->data = (w->data & ~0x1fffffull) + 0x100000;
+    if (w->low) {
+        places_pick_low(b);
+        return;
+    }
     gva_t code = w->data + (w->data >> 40 == 0x7f || w->data > 0xffffffffffe00000ull ? -0x400000ull : 0x400000ull);
     w->twin_data = canonical(w->data ^ (1ull << (41 + encode_pick(b->g, 6))));
     w->code[0] = code;
@@ -276,6 +301,19 @@ static void fixers_make(struct builder *b)
     gate_put(b, SOFTWARE_INTERRUPT, FIXERS + (gpa_t)(fix_interrupt - fix_nm), ist);
 }
 
+static void low_descriptors_put(struct builder *b)
+{
+    uint32_t base = (uint32_t)(b->w->data + encode_pick(b->g, 0x8000)) - encode_pick(b->g, 256);
+    uint64_t based = (uint64_t)(base & 0xffffff) << 16 | (uint64_t)(base >> 24) << 56;
+    put64(b, TINY_GDT + TINY_CS32, descriptor(0x9b, 0xc));
+    put64(b, TINY_GDT + (TINY_USER_CS32 & ~3), descriptor(0xfb, 0xc));
+    put64(b, TINY_GDT + (WORLD_LIMITED & ~3), (descriptor(0xf3, 0xc) & ~(0xfull << 48)) | (generator_random(b->g) & 7) << 48);
+    put64(b, TINY_GDT + (WORLD_BASED & ~3), (descriptor(0xf3, 0x4) & ~(0xfull << 48)) | based | 1ull << 48);
+    put64(b, TINY_GDT + (WORLD_READ_ONLY & ~3), descriptor(0xf1, 0xc));
+    put64(b, TINY_GDT + (WORLD_DOWN & ~3), (descriptor(0xf7, 0xc) & ~0xffffull & ~(0xfull << 48)) | 0x10);
+    put64(b, TINY_GDT + (WORLD_THREAD & ~3), descriptor(0xf3, 0xc) | based);
+}
+
 static void kernel_make(struct builder *b)
 {
     for (unsigned n = 0; n < sizeof kernel_pages / sizeof *kernel_pages; n++)
@@ -285,6 +323,8 @@ static void kernel_make(struct builder *b)
     put64(b, TINY_GDT + TINY_DS, descriptor(0x93, 0xc));
     put64(b, TINY_GDT + (TINY_USER_DS & ~3), descriptor(0xf3, 0xc));
     put64(b, TINY_GDT + (TINY_USER_CS64 & ~3), descriptor(0xfb, 0xa));
+    if (b->w->low)
+        low_descriptors_put(b);
     put64(b, TINY_TSS + 4, KERNEL + TINY_STACK);
     put64(b, TINY_TSS + 36, KERNEL + TINY_STACK); /* IST1 */
     put64(b, TINY_TSS + 0x60, 0xffffull << 48);   /* no I/O permission map */
@@ -335,9 +375,11 @@ static void start_make(struct builder *b)
     for (unsigned n = 0; n < SEG_COUNT; n++)
         cpu->seg[n] = w->user ? flat(TINY_USER_DS, 0xc0f3) : flat(TINY_DS, 0xc093);
     cpu->seg[SEG_CS] = w->user ? flat(TINY_USER_CS64, 0xa0fb) : flat(TINY_CS64, 0xa09b);
+    if (w->low && encode_pick(b->g, 8))
+        cpu->seg[SEG_CS] = w->user ? flat(TINY_USER_CS32, 0xc0fb) : flat(TINY_CS32, 0xc09b);
     cpu->seg[SEG_FS].base = encode_pick(b->g, 2) ? w->data + encode_pick(b->g, 0x8000) : encode_pick(b->g, 0x10000);
     cpu->seg[SEG_GS].base = encode_pick(b->g, 2) ? canonical(w->data + 0x4000 - (generator_random(b->g) & 0x7fffffff)) : w->data;
-    cpu->gdtr = (struct descriptor_table){KERNEL + TINY_GDT, 0x4f};
+    cpu->gdtr = (struct descriptor_table){KERNEL + TINY_GDT, w->low ? WORLD_GDT_LIMIT : 0x4f};
     cpu->idtr = (struct descriptor_table){KERNEL + TINY_IDT, 0xfff};
     cpu->tr = (struct segment){.selector = TINY_TR, .base = KERNEL + TINY_TSS, .limit = 0x67, .attributes = 0x8b};
     registers_make(b);
@@ -383,7 +425,7 @@ static void memory_make(struct builder *b)
     memcpy(w->large_page, at(b->vm, POOL), sizeof w->large_page);
 }
 
-void world_make(struct world *w, struct generator *g, uint64_t seed, uint64_t number, struct tiny_vm *const vm[2])
+void world_make(struct world *w, struct generator *g, uint64_t seed, uint64_t number, bool low, struct tiny_vm *const vm[2])
 {
     struct builder b = {.w = w, .g = g, .vm = vm[0]};
     memset(w, 0, sizeof *w);
@@ -391,7 +433,8 @@ void world_make(struct world *w, struct generator *g, uint64_t seed, uint64_t nu
     for (unsigned n = 0; n < 4; n++)
         generator_random(g);
     w->number = number;
-    w->native = !encode_pick(g, 4);
+    w->low = low;
+    w->native = !w->low && !encode_pick(g, 4);
     w->user = w->native || encode_pick(g, 2);
     w->large = !w->native && !encode_pick(g, 6);
     w->smc = !w->native && !encode_pick(g, 6);
