@@ -203,7 +203,7 @@ static uint64_t next_page(struct bt_vcpu *b, unsigned start)
 {
     uint64_t ram_offset;
     gva_t next = (b->c.v.cpu.gpr[GPR_RIP] | PAGE_MASK_BITS) + 1;
-    if (start < REACHES_END || (b->mode.code_bits == 32 && next >> 32) || tables_fetch(b, next, &ram_offset))
+    if (start < REACHES_END || (b->mode.code_bits == 32 && next >> 32) || tables_look(b, next, &ram_offset))
         return ~0ull;
     return ram_offset & ~PAGE_MASK_BITS;
 }

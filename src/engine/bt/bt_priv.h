@@ -419,6 +419,8 @@ enum bt_fill tables_fill(struct bt_vcpu *b, gva_t gva, unsigned size, bool write
 void tables_fill_page(struct bt_vcpu *b, gva_t gva);
 /* Walks for instruction fetch. 0 and the RAM offset of gva's page, or -EFAULT (fault, MMIO: the interpreter raises or does it). */
 int tables_fetch(struct bt_vcpu *b, gva_t gva, uint64_t *ram_offset);
+/* The same without accessed bits, for what may be fetched from but is not yet. */
+int tables_look(const struct bt_vcpu *b, gva_t gva, uint64_t *ram_offset);
 /* Sets the exec entry of gva's page in the current view, and those of neighbours that have translations. e->lock held, or inside. */
 void tables_exec_set(struct bt_vcpu *b, gva_t gva, const uint32_t *dt);
 /* Where the exec entry of gva's page in the current view leads: a page of that mode's DT; NULL: nowhere. e->lock held. */

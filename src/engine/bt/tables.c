@@ -473,6 +473,17 @@ int tables_fetch(struct bt_vcpu *b, gva_t gva, uint64_t *ram_offset)
     return 0;
 }
 
+int tables_look(const struct bt_vcpu *b, gva_t gva, uint64_t *ram_offset)
+{
+    const struct cpu_state *cpu = &b->c.v.cpu;
+    struct paging_result page;
+    uint32_t error;
+    unsigned access = PAGING_FETCH | PAGING_NO_UPDATE | (b->c.view == VIEW_USER ? PAGING_USER : 0);
+    if (!linear_is_possible(cpu, gva) || paging_walk(b->c.v.memory, cpu, b->c.max_phys_bits, gva, access, &page, &error))
+        return -EFAULT;
+    return physmap_offset(b->c.v.memory, page.gpa & ~PAGE_MASK_BITS, PAGE_SIZE_BYTES, ram_offset) ? 0 : -EFAULT;
+}
+
 /* After an address space was dropped, its translations come back a group at a time. */
 static void exec_set_neighbours(struct bt_vcpu *b, struct table *table, uint64_t page)
 {
