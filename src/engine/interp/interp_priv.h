@@ -466,6 +466,8 @@ void native_fault_first(native_fault_fn *fn);
 void native_serialize(void);
 /* x87 instructions are about to run whose pointers nobody notes: they read as zero afterwards. */
 void native_pointers_lost(struct icpu *c);
+/* From now on always, for comparisons with engines that lose them now and then. */
+void native_pointers_forget(struct icpu *c);
 
 /* ---- segmentation and control transfers (segment.c) ---- */
 

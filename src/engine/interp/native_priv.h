@@ -88,6 +88,7 @@ struct native_arena {
 
     /* x87 pointers: the processor's would be the stub's. */
     bool x87_ran;       /* since simd_load */
+    bool pointers_forgotten; /* native_pointers_forget */
     uint16_t fop, loaded_fop;
     uint64_t fip, loaded_fip;
     uint64_t fdp, loaded_fdp;

@@ -103,12 +103,13 @@ static void fix_pointers(const struct native_arena *a, uint8_t *image)
 {
     uint64_t fip = get64(image + XSAVE_FIP), fdp = get64(image + XSAVE_FDP);
     uint16_t fop = get16(image + XSAVE_FOP);
+    bool known = !a->pointers_forgotten;
     if (fip && fip != a->loaded_fip)
-        put64(image + XSAVE_FIP, a->fip);
+        put64(image + XSAVE_FIP, known ? a->fip : 0);
     if (fdp && fdp != a->loaded_fdp)
-        put64(image + XSAVE_FDP, a->fdp_known ? a->fdp : 0);
+        put64(image + XSAVE_FDP, known && a->fdp_known ? a->fdp : 0);
     if (fop && fop != a->loaded_fop)
-        put16(image + XSAVE_FOP, a->fop);
+        put16(image + XSAVE_FOP, known ? a->fop : 0);
 }
 
 void native_pointers_lost(struct icpu *c)
@@ -118,6 +119,11 @@ void native_pointers_lost(struct icpu *c)
     a->fip = 0;
     a->fop = 0;
     a->fdp_known = false;
+}
+
+void native_pointers_forget(struct icpu *c)
+{
+    c->native->pointers_forgotten = true;
 }
 
 static void image_take(struct icpu *c)
