@@ -177,6 +177,10 @@ static enum bt_exit enter(struct bt_vcpu *b, struct entry *entry)
         tables_fill_page(b, b->fill_next);
         b->fill_next = 0;
     }
+    if (unlikely(e->debug.kick)) {
+        e->debug.kick = false;
+        bt_kick(&b->c.v);
+    }
     if (likely(!atomic_load(&b->c.v.attention))) {
         bool same = entry->epoch == epoch && entry->invalidations == __atomic_load_n(&e->invalidations, __ATOMIC_ACQUIRE);
         uint32_t start = entry->tc_start && same ? entry->tc_start : e->stubs.lookup;

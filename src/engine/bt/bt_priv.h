@@ -273,6 +273,7 @@ struct bt_debug {
     uint32_t tc_bytes;    /* translations are flushed when they fill more */
     void (*turn)(struct bt_vcpu *b, void *opaque); /* on each way into translated code, on the vCPU's thread, without locks; NULL: none */
     void *opaque;
+    bool kick;            /* turn sets it: as if a kick came right after entering, once; translated code is left at its first poll or jump through the tables */
 };
 
 struct bt_engine {
