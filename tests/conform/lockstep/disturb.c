@@ -6,6 +6,9 @@
 #include "lockstep.h"
 
 #define ODDS_MAX 400 /* one turn in so many is disturbed, at least */
+#define KICKS_MAX 500
+#define KICK_ODDS 300  /* one turn in so many begins a stretch of kicked ones */
+#define ASYNC_ODDS 100 /* one kicked turn in so many lets time go on */
 #define TC_SPARE_MAX (8u << 20)
 
 static uint32_t pick(struct side *s, uint32_t limit)
@@ -107,6 +110,22 @@ static void error_make(struct side *s, struct bt_vcpu *b)
     fprintf(stderr, "error made: at %#llx, after event %llu\n", (unsigned long long)b->c.v.cpu.gpr[GPR_RIP], (unsigned long long)s->number - 1);
 }
 
+/* ---- interrupts anywhere ---- */
+
+static void kick(struct side *s, struct bt_vcpu *b)
+{
+    if (!s->kicks && !pick(s, KICK_ODDS))
+        s->kicks = 1 + pick(s, KICKS_MAX);
+    if (!s->kicks)
+        return;
+    s->kicks--;
+    b->engine->debug.kick = true;
+    if (pick(s, ASYNC_ODDS))
+        return;
+    s->async_due = true;
+    vcpu_raise_attention(&b->c.v);
+}
+
 /* ---- the hook ---- */
 
 static void turn(struct bt_vcpu *b, void *opaque)
@@ -120,7 +139,11 @@ static void turn(struct bt_vcpu *b, void *opaque)
         if (rip != s->last_turn) /* once more here: translated meanwhile */
             flush(b);
         s->last_turn = rip;
-    } else if (s->plan.disturb && !pick(s, ODDS_MAX)) {
+        return;
+    }
+    if (s->plan.anywhere)
+        kick(s, b);
+    if (s->plan.disturb && !pick(s, ODDS_MAX)) {
         disturb(s, b);
     }
 }
@@ -129,7 +152,7 @@ void disturb_prepare(struct side *s)
 {
     struct bt_debug debug = {.block_insns = BT_BLOCK_INSNS_MAX, .group_span = BT_GROUP_SPAN_MAX, .tc_bytes = BT_TC_BYTES};
     const struct plan *plan = &s->plan;
-    if (plan->disturb || plan->error || plan->trace_from) {
+    if (plan->disturb || plan->anywhere || plan->error || plan->trace_from) {
         debug.turn = turn;
         debug.opaque = s;
     }

@@ -22,7 +22,8 @@
 static const char *const kind_names[EVENT_KINDS] = {
     [EVENT_PORT_READ] = "IN",    [EVENT_PORT_WRITE] = "OUT",    [EVENT_MMIO_READ] = "MMIO read", [EVENT_MMIO_WRITE] = "MMIO write",
     [EVENT_MSR_READ] = "RDMSR",  [EVENT_MSR_WRITE] = "WRMSR",   [EVENT_CR8_READ] = "CR8 read",   [EVENT_CR8_WRITE] = "CR8 write",
-    [EVENT_TSC] = "TSC",         [EVENT_HALT] = "HLT",          [EVENT_INTERRUPT] = "interrupt", [EVENT_END] = "end",
+    [EVENT_TSC] = "TSC",         [EVENT_HALT] = "HLT",          [EVENT_INTERRUPT] = "interrupt", [EVENT_ASYNC] = "time",
+    [EVENT_END] = "end",
 };
 
 static const char *const end_names[] = {
@@ -65,7 +66,7 @@ static pid_t side_start(struct lockstep *l, unsigned n)
     fflush(stdout);
     pid_t pid = fork();
     if (pid == 0)
-        side_main(&plan, channel);
+        side_main(&plan, channel, plan.anywhere && n == 0 ? l->channel[1] : NULL);
     return pid;
 }
 
@@ -165,18 +166,19 @@ static const char usage[] =
     "  --ram N             events between two comparisons of all memory; 20000\n"
     "  --seed S            of the guest's time; with --disturb also of what happens to the translator\n"
     "  --disturb           the translator flushes, drops, retranslates and changes its limits at random\n"
+    "  --anywhere          interrupts also between events, wherever the translator is left (interp,bt only)\n"
     "  --engines A,B       interp,bt\n"
     "  --error N[:REG|:@GPA]  flips a bit of a register (number; default 3, RBX) or of a byte of memory on the second side after event N, to see it found\n"
     "  --expect-error      exit status 0 when a difference was found, 1 when none\n"
     "  --silence SECONDS   between two events, at most; 60\n"
     "  --verbose           the guest's output\n";
 
-enum { OPTION_CONFIG = 1, OPTION_TYPE, OPTION_PROMPT, OPTION_EVENTS, OPTION_RAM, OPTION_SEED, OPTION_DISTURB, OPTION_ENGINES, OPTION_ERROR, OPTION_EXPECT, OPTION_SILENCE, OPTION_VERBOSE };
+enum { OPTION_CONFIG = 1, OPTION_TYPE, OPTION_PROMPT, OPTION_EVENTS, OPTION_RAM, OPTION_SEED, OPTION_DISTURB, OPTION_ANYWHERE, OPTION_ENGINES, OPTION_ERROR, OPTION_EXPECT, OPTION_SILENCE, OPTION_VERBOSE };
 
 static const struct option options[] = {
     {"kernel", required_argument, NULL, OPTION_CONFIG},  {"initrd", required_argument, NULL, OPTION_CONFIG}, {"append", required_argument, NULL, OPTION_CONFIG},
     {"memory", required_argument, NULL, OPTION_CONFIG},  {"type", required_argument, NULL, OPTION_TYPE}, {"prompt", required_argument, NULL, OPTION_PROMPT},    {"events", required_argument, NULL, OPTION_EVENTS},
-    {"ram", required_argument, NULL, OPTION_RAM},        {"seed", required_argument, NULL, OPTION_SEED},     {"disturb", no_argument, NULL, OPTION_DISTURB},
+    {"ram", required_argument, NULL, OPTION_RAM},        {"seed", required_argument, NULL, OPTION_SEED},     {"disturb", no_argument, NULL, OPTION_DISTURB}, {"anywhere", no_argument, NULL, OPTION_ANYWHERE},
     {"engines", required_argument, NULL, OPTION_ENGINES}, {"error", required_argument, NULL, OPTION_ERROR},   {"expect-error", no_argument, NULL, OPTION_EXPECT},
     {"silence", required_argument, NULL, OPTION_SILENCE}, {"verbose", no_argument, NULL, OPTION_VERBOSE},     {0}};
 
@@ -249,6 +251,9 @@ static int option_take(struct lockstep *l, int o, int index, bool *expect_error)
     case OPTION_DISTURB:
         plan->disturb = true;
         break;
+    case OPTION_ANYWHERE:
+        plan->anywhere = true;
+        break;
     case OPTION_ENGINES:
         return engines_parse(l, optarg) ? 0 : -1;
     case OPTION_ERROR:
@@ -309,6 +314,8 @@ int main(int argc, char **argv)
         printf("this host cannot run the translator: %s\n", err.text);
         return 77;
     }
+    if (l.plan.anywhere && (strcmp(l.engine[0], "interp") || strcmp(l.engine[1], "bt")))
+        return fputs(usage, stderr), 2;
     if (channels_create(&l))
         return fprintf(stderr, "no memory\n"), 2;
     double start = seconds_now();

@@ -30,6 +30,7 @@ enum event_kind {
     EVENT_TSC,
     EVENT_HALT,
     EVENT_INTERRUPT, /* where: vector; delivered next */
+    EVENT_ASYNC,     /* the second side, the translator, has let time go on here; the first side follows when its state is the same. where: hash of the page that RSP points to */
     EVENT_END,       /* where: enum machine_end, or one of END_* */
     EVENT_KINDS
 };
@@ -57,6 +58,7 @@ struct plan {
     uint64_t events; /* ends after so many */
     uint64_t seed;   /* of time, and of what happens to the translator when `disturb` */
     bool disturb;
+    bool anywhere;   /* time goes on, and interrupts come, also between other events */
     uint64_t ram_interval; /* events between two hashes of all memory; 0: never */
     const char *type;      /* typed line by line, whenever the guest's last output is a prompt */
     const char *prompt;    /* how a line begins that asks for the next; NULL: a shell's */
@@ -121,6 +123,11 @@ struct side {
     bool offered;      /* an interrupt may be taken as soon as IF allows */
     bool leave;        /* run is to return */
     bool ended, tracing, traced;
+    struct channel *leader;   /* plan.anywhere, on the first side: the other's channel */
+    struct record target;     /* the leader's next event, when it is EVENT_ASYNC */
+    bool following, stepping; /* to target; one instruction at a time */
+    bool async_due;           /* on the leader */
+    unsigned kicks;           /* turns that will be kicked */
     struct stop stop;
     const char *typed; /* what is still to be typed */
     bool line_control_dlab, line_begun;
@@ -134,7 +141,7 @@ struct side {
 };
 
 /* Runs the guest; never returns. */
-_Noreturn void side_main(const struct plan *plan, struct channel *channel);
+_Noreturn void side_main(const struct plan *plan, struct channel *channel, struct channel *leader);
 /* Notes the processor's state as a step. running: inside run. */
 void side_trace(struct side *s, bool running);
 

@@ -87,6 +87,34 @@ static void end_now(struct side *s, uint64_t why)
     s->ended = s->leave = true;
 }
 
+/* ---- time between events ---- */
+
+static uint64_t stack_hash(struct side *s, const struct cpu_state *state)
+{
+    const struct icpu *c = icpu_of(s);
+    struct paging_result page;
+    uint32_t error;
+    unsigned access = PAGING_READ | PAGING_AC | PAGING_NO_UPDATE | (c->cpl == 3 ? PAGING_USER : 0);
+    if (paging_walk(c->v.memory, state, c->max_phys_bits, state->gpr[GPR_RSP], access, &page, &error))
+        return 0;
+    const void *at = physmap_get(c->v.memory, page.gpa & ~PAGE_MASK_BITS, PAGE_SIZE_BYTES, PHYSMAP_READ);
+    return at ? hash_bytes(at, PAGE_SIZE_BYTES, 0) : 0;
+}
+
+/* The leader is always one event ahead; when its next one is in the middle of nothing, this side looks out for the place. */
+static void follow(struct side *s)
+{
+    struct channel *leader = s->leader;
+    if (!leader || s->ended)
+        return;
+    while (atomic_load(&leader->produced) <= s->number)
+        usleep(50);
+    s->target = leader->ring[s->number % RING];
+    s->following = s->target.kind == EVENT_ASYNC;
+    if (s->following)
+        vcpu_raise_attention(s->vcpu);
+}
+
 /* One more event. The state is that of before. */
 static void tell(struct side *s, struct record record, const struct cpu_state *state)
 {
@@ -104,6 +132,7 @@ static void tell(struct side *s, struct record record, const struct cpu_state *s
         s->leave = true;
     if (++s->number >= plan->events)
         end_now(s, END_LIMIT);
+    follow(s);
 }
 
 /* ---- steps ---- */
@@ -346,10 +375,60 @@ static bool nmi_take(void *host)
     return s->ops->nmi_take(s->host);
 }
 
+static void async_event(struct side *s, uint64_t stack)
+{
+    struct cpu_state state;
+    event_begin(s, &state);
+    s->following = false;
+    tell(s, (struct record){.kind = EVENT_ASYNC, .where = stack}, &state);
+    if (s->ops->interrupt_peek(s->host) >= 0)
+        s->offered = true;
+    s->depth--;
+}
+
+static bool is_target(const struct side *s, const struct cpu_state *state)
+{
+    return state->gpr[GPR_RIP] == s->target.rip && state_hash(state) == s->target.state;
+}
+
+/* Is the vCPU where the leader was? If not, soon? */
+static bool async_here(struct side *s)
+{
+    struct cpu_state state;
+    uint64_t ahead = s->target.rip - s->vcpu->cpu.gpr[GPR_RIP];
+    vcpu_raise_attention(s->vcpu); /* after the next block once more */
+    s->stepping = ahead < BLOCK_BYTES_MAX;
+    if (ahead)
+        return false;
+    state_capture(&state, s->vcpu, true);
+    return is_target(s, &state) && stack_hash(s, &state) == s->target.where;
+}
+
+/* Between two instructions. */
+static void async_look(struct side *s)
+{
+    struct cpu_state state;
+    if (s->async_due) {
+        s->async_due = false;
+        state_capture(&state, s->vcpu, true);
+        async_event(s, stack_hash(s, &state));
+    }
+    while (s->following && async_here(s)) /* several times in the same state, when no interrupt came of the first */
+        async_event(s, s->target.where);
+    if (!s->following)
+        s->stepping = false;
+}
+
 static bool must_exit(void *host)
 {
     struct side *s = host;
+    bool stepping = s->stepping;
     stop_undo(&s->stop);
+    async_look(s);
+    if (s->leader && s->offered)
+        s->stepping = true; /* run would go on with a block of the handler before it looks again */
+    if (s->stepping && !stepping)
+        return true;
     return s->leave || s->ops->must_exit(s->host);
 }
 
@@ -400,10 +479,11 @@ static enum engine_exit run_some(struct side *s)
         if (!interp)
             disturb_trace_begin(s);
     }
-    if (!s->tracing || !interp)
+    if (!interp || (!s->tracing && !s->stepping))
         return s->vcpu->ops->run(s->vcpu);
     enum engine_exit why = s->vcpu->ops->step(s->vcpu);
-    side_trace(s, false);
+    if (s->tracing)
+        side_trace(s, false);
     return why;
 }
 
@@ -422,10 +502,10 @@ static void run(struct side *s)
     }
 }
 
-void side_main(const struct plan *plan, struct channel *channel)
+void side_main(const struct plan *plan, struct channel *channel, struct channel *leader)
 {
     struct error err = {0};
-    struct side side = {.plan = *plan, .channel = channel, .typed = plan->type, .random = plan->seed * 2 + 1, .depth = 1};
+    struct side side = {.plan = *plan, .channel = channel, .leader = leader, .typed = plan->type, .random = plan->seed * 2 + 1, .depth = 1};
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     plan->config->engine = (char *)plan->engine;
     virtual_watch_tsc(tsc_read, &side);
@@ -441,6 +521,7 @@ void side_main(const struct plan *plan, struct channel *channel)
     side.vcpu->host_ops = &side_ops;
     side.vcpu->host = &side;
     side.depth = 0;
+    native_pointers_forget(icpu_of(&side)); /* the translator loses them whenever it is entered */
     if (side.vcpu->ops == &bt_engine_ops)
         disturb_prepare(&side);
     run(&side);
