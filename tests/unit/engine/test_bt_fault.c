@@ -251,6 +251,32 @@ static void test_fill(void **state)
     expect_left(BT_EXIT_data, INSN_RIP, RSP0);
 }
 
+/* Of 32-bit code such a register holds a host address in the page: 1000 + n here. */
+static void test_fill_legacy(void **state)
+{
+    t.b.mode.code_bits = 32;
+    t.accesses = 2;
+    t.access[0].gva = 0x1123;
+    t.access[1].gva = 0x2040;
+    t.access[1].stack = true;
+    t.site.v_memory = GPR_R9;
+    t.site.v_stack = GPR_R12;
+    t.v[1] = 0x700000;
+    t.v[2] = 0x800000;
+    assert_true(signal_at(TC + BLOCK + 0x40, VECTOR_PF, 0, 1000 + GPR_R9 + 8));
+    expect_started_again(RSP0);
+    assert_int_equal(reg(REG_R9), 0x701000 + 1000 + GPR_R9); /* the same offset in the page that was filled in */
+    assert_int_equal(reg(REG_R12), 0x802000 + 1000 + GPR_R12);
+    t.fills = 0;
+    assert_true(signal_at(TC + BLOCK + 0x40, VECTOR_PF, 0, 0x5000)); /* another page than theirs */
+    expect_started_again(RSP0);
+    assert_int_equal(reg(REG_R9), 1000 + GPR_R9);
+    t.fills = 0;
+    assert_true(signal_at(TC + BLOCK + 0x40, VECTOR_GP, 0, 0));
+    expect_started_again(RSP0);
+    assert_int_equal(reg(REG_R12), 1000 + GPR_R12);
+}
+
 /* The instruction's bytes were changed by a device that has not said so yet: what they name now is not what was accessed. */
 static void test_fill_changed(void **state)
 {
@@ -436,6 +462,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_commit, setup, teardown),
         cmocka_unit_test_setup_teardown(test_next_page, setup, teardown),
         cmocka_unit_test_setup_teardown(test_fill, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_fill_legacy, setup, teardown),
         cmocka_unit_test_setup_teardown(test_fill_changed, setup, teardown),
         cmocka_unit_test_setup_teardown(test_retries, setup, teardown),
         cmocka_unit_test_setup_teardown(test_jump, setup, teardown),
