@@ -232,6 +232,7 @@ static struct process *process_get(struct bt_vcpu *b, gpa_t root)
         for (unsigned n = 1; n < PROCESSES; n++)
             if (d->process[n].used < p->used)
                 p = &d->process[n];
+        simd_save(&b->c);
         space_drop(b, p);
         *p = (struct process){.root = root};
     }
@@ -265,6 +266,7 @@ static void process_start(struct bt_vcpu *b, struct process *p)
     struct error err;
     if (d->impossible || (d->has_tracer && !pthread_equal(d->tracer, pthread_self())))
         return;
+    simd_save(&b->c);
     if (!d->has_tracer)
         child_stops_silence();
     space = d->spaces == SPACES ? space_take(b, oldest_with_space(d)) : NULL;

@@ -1,7 +1,7 @@
 /*
  * Direct execution of user code: see direct.c.
  *
- * All functions accept a vCPU without it (b->direct NULL) unless they say otherwise. Vector state is saved (simd_save) before everything but direct_active, direct_wanted and direct_kick.
+ * All functions accept a vCPU without it (b->direct NULL) unless they say otherwise. Where vector registers may be used, they save the guest's (simd_save).
  * Threading: the vCPU's thread, but for direct_kick and direct_release.
  */
 #ifndef DOPPEL_ENGINE_BT_DIRECT_H

@@ -46,6 +46,10 @@
 #define FIXED_FLAGS (RFLAGS_ID | RFLAGS_NT)
 #define XSAVE_SOFTWARE 464u /* to 511: not the processor's; the kernel puts marks of its own there */
 #define XSAVE_HEADER 512u
+#define XSAVE_MXCSR 24u
+#define XSAVE_XMM 160u
+#define XSAVE_XMM_BYTES 256u
+#define MXCSR_INITIAL 0x1f80u
 
 /* One call of the list: the loop's layout. */
 struct command {
@@ -433,6 +437,17 @@ uint64_t direct_child_fault_address(const struct direct_child *child)
     return child->fault_address;
 }
 
+/* The kernel takes MXCSR from the image only where SSE or AVX are not in their initial state; XRSTOR always does (SDM vol. 1, 13.8.1). */
+static void mxcsr_keep(uint8_t *xsave)
+{
+    uint32_t mxcsr;
+    memcpy(&mxcsr, xsave + XSAVE_MXCSR, sizeof(mxcsr));
+    if (mxcsr == MXCSR_INITIAL || xsave[XSAVE_HEADER] & XCR0_SSE)
+        return;
+    memset(xsave + XSAVE_XMM, 0, XSAVE_XMM_BYTES);
+    xsave[XSAVE_HEADER] |= XCR0_SSE;
+}
+
 /* Compares first: the guest's kernel has seldom touched what the process has still. */
 int direct_child_vectors_set(struct direct_child *child, void *xsave, unsigned bytes)
 {
@@ -441,6 +456,7 @@ int direct_child_vectors_set(struct direct_child *child, void *xsave, unsigned b
     if (child->vectors_known && !memcmp(child->vectors, xsave, own))
         return 0;
     memcpy(child->vectors, xsave, own);
+    mxcsr_keep(child->vectors);
     child->vectors_known = !ptrace(PTRACE_SETREGSET, child->pid, NT_X86_XSTATE, &io);
     return child->vectors_known ? 0 : -errno;
 }
