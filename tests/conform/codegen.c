@@ -529,7 +529,7 @@ static void test_modes(void)
             page_map(physical(p), keep | PG_U);
         }
         bool wide = random_below(2), user = random_below(2);
-        struct entry entry = {.ip = physical(p), .cs = wide ? (user ? UCODE : KCODE) : user ? UCODE32 : KCODE32, .flags = 2, .ss = user ? UDATA : KDATA,
+        struct entry entry = {.ip = physical(p), .cs = wide ? (user ? UCODE : KCODE) : user ? UCODE32 : KCODE32, .flags = 2 | (user ? user_flags : 0), .ss = user ? UDATA : KDATA,
                               .sp = (reg_t)user_stack, .ax = 1000};
         if (n % 10 == 0) { /* and changed in between */
             p[2] ^= 8;     /* inc and dec */

@@ -128,7 +128,7 @@ static void begin(void)
     probe.user = random_below(2);
     if (random_below(2))
         probe.flags |= FLAG_AC;
-    if (random_below(2))
+    if (random_below(2) || (probe.user && user_flags))
         probe.flags |= FLAG_IF;
 }
 

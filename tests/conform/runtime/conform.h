@@ -19,7 +19,7 @@ enum { DE = 0, DB, NMI, BP, OF, BR, UD, NM, DF, TS = 10, NP, SS, GP, PF, MF = 16
 #define USER_DONE 0x30 /* INT that ends ring 3 code */
 
 enum {
-    KCODE = 0x08, KDATA = 0x10, KCODE32 = 0x18, KCODE16 = 0x20, KDATA16 = 0x28, UCODE32 = 0x33, UDATA = 0x3b, UCODE = 0x43, UCODE16 = 0x4b,
+    KCODE = 0x08, KDATA = 0x10, KCODE32 = 0x18, UCODE32 = 0x23, UDATA = 0x2b, UCODE = 0x33, KCODE16 = 0x38, KDATA16 = 0x40, UCODE16 = 0x4b,
     TSS_SELECTOR = 0x50, FREE_SELECTOR = 0x60, /* from here: the program's own, up to 0x200 */
 };
 
@@ -130,6 +130,13 @@ struct entry {
 };
 void enter(const struct entry *entry);
 void leave_user(void);
+/*
+ * With the word "direct" on the command line ring 3 is as Linux has it, so that an engine may execute it on the processor itself: FSGSBASE, all of XCR0, and interrupts on,
+ * though none comes. user_flags is then EFLAGS.IF. Of the first processor; the others have no TSS.
+ */
+extern reg_t user_flags;
+void user_like_linux(void);
+const char *command_line(const char *word); /* what follows it there, or NULL */
 /* Runs fn(arg) in ring 3, ending in USER_DONE when it returns: use inside TRY. */
 void user_call(void (*fn)(reg_t), reg_t arg);
 

@@ -20,19 +20,13 @@ uint64_t random64(void)
     return random_state * 0x2545f4914f6cdd1dull;
 }
 
-/* seed=N, decimal, in PVH's command line. */
+/* seed=N, decimal. */
 void random_seed(void)
 {
-    const uint64_t *info = (const uint64_t *)(uintptr_t)start_info[0];
-    const char *p = info && *(const uint32_t *)info == 0x336ec578 ? (const char *)info[3] : NULL;
+    const char *p = command_line("seed=");
     uint64_t seed = 0;
-    for (; p && *p; p++) {
-        if (memcmp(p, "seed=", 5))
-            continue;
-        for (p += 5; *p >= '0' && *p <= '9'; p++)
-            seed = seed * 10 + (uint64_t)(*p - '0');
-        break;
-    }
+    for (; p && *p >= '0' && *p <= '9'; p++)
+        seed = seed * 10 + (uint64_t)(*p - '0');
     random_state += seed * 0xbf58476d1ce4e5b9ull;
     for (unsigned n = 0; n < 8; n++)
         random64();
@@ -163,6 +157,7 @@ uint8_t simd_after[SIMD_BYTES] __attribute__((aligned(64)));
 static uint8_t probe_stack[16384] __attribute__((aligned(16)));
 static struct outcome *probe_outcome;
 static bool probe_active;
+static reg_t probe_flags; /* set beyond what was asked for */
 
 extern uint8_t probe_leave[];
 /* gpr[16], ip, flags, cs, ss, simd */
@@ -187,7 +182,7 @@ static void on_probe(struct frame *frame)
     *probe_outcome = (struct outcome){
         .gpr = {frame->ax, frame->cx, frame->dx, frame->bx, frame->sp, frame->bp, frame->si, frame->di, frame->r8, frame->r9, frame->r10, frame->r11,
                 frame->r12, frame->r13, frame->r14, frame->r15},
-        .ip = frame->ip, .flags = frame->flags, .cs = frame->cs, .error = frame->error, .cr2 = read_cr2(), .vector = (int)frame->vector,
+        .ip = frame->ip, .flags = frame->flags & ~(frame->cs & 3 ? probe_flags : 0), .cs = frame->cs, .error = frame->error, .cr2 = read_cr2(), .vector = (int)frame->vector,
     };
     frame->ip = (reg_t)probe_leave;
     frame->cs = KCODE;
@@ -219,7 +214,8 @@ void probe_run(const struct probe *p, struct outcome *outcome)
     uint64_t image[21];
     memcpy(image, p->gpr, sizeof p->gpr);
     image[16] = p->ip;
-    image[17] = p->flags | 2;
+    probe_flags = p->user ? user_flags & ~p->flags : 0;
+    image[17] = p->flags | probe_flags | 2;
     image[18] = p->user ? UCODE : KCODE;
     image[19] = p->user ? UDATA : KDATA;
     image[20] = (uintptr_t)p->simd;

@@ -13,6 +13,7 @@ volatile struct trap trap;
 trap_handler *volatile trap_handlers[256];
 volatile unsigned trap_counts[256];
 reg_t trap_context[8];
+reg_t user_flags;
 static bool armed;
 static unsigned failures, checks;
 
@@ -238,12 +239,40 @@ uint64_t descriptor(uint32_t base, uint32_t limit, unsigned attributes)
 void user_call(void (*fn)(reg_t), reg_t arg)
 {
     reg_t *stack = (reg_t *)(user_stack - 256);
-    struct entry entry = {.ip = (reg_t)fn, .cs = UCODE, .flags = 2, .ss = UDATA, .di = arg};
+    struct entry entry = {.ip = (reg_t)fn, .cs = UCODE, .flags = 2 | user_flags, .ss = UDATA, .di = arg};
     *--stack = arg;
     *--stack = (reg_t)leave_user;
     entry.sp = (reg_t)stack;
     enter(&entry);
 }
+
+/* In PVH's command line. */
+const char *command_line(const char *word)
+{
+    const uint64_t *info = (const uint64_t *)(uintptr_t)start_info[0];
+    const char *p = info && *(const uint32_t *)info == 0x336ec578 ? (const char *)(uintptr_t)info[3] : NULL;
+    size_t length = 0;
+    while (word[length])
+        length++;
+    for (; p && *p; p++)
+        if (!memcmp(p, word, length))
+            return p + length;
+    return NULL;
+}
+
+#ifdef __x86_64__
+void user_like_linux(void)
+{
+    const unsigned fsgsbase = 1u << 16, osxsave = 1u << 18;
+    if (!command_line("direct"))
+        return;
+    user_flags = FLAG_IF;
+    write_cr4(read_cr4() | fsgsbase | osxsave);
+    asm_volatile("xsetbv" ::"c"(0), "a"(cpuid(0xd, 0).a), "d"(0));
+}
+#else
+void user_like_linux(void) {}
+#endif
 
 /* ---- time ---- */
 
@@ -300,6 +329,7 @@ _Noreturn void runtime_start(void)
     idt_pointer = (struct table_pointer){sizeof(idt) - 1, (reg_t)idt};
     lidt(&idt_pointer);
     tss_load();
+    user_like_linux();
     test_main();
     finish();
 }

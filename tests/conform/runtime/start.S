@@ -34,15 +34,15 @@ gdt:
 #endif
     .quad 0x00cf93000000ffff /* 10 ring 0 data */
     .quad 0x00cf9b000000ffff /* 18 ring 0 code, 32-bit */
-    .quad 0x000f9b000000ffff /* 20 ring 0 code, 16-bit, byte limit 0xfffff */
-    .quad 0x000093000000ffff /* 28 ring 0 data, 16-bit, limit 0xffff */
-    .quad 0x00cffb000000ffff /* 30 ring 3 code, 32-bit */
-    .quad 0x00cff3000000ffff /* 38 ring 3 data */
+    .quad 0x00cffb000000ffff /* 20 ring 3 code, 32-bit; ring 3 as with Linux */
+    .quad 0x00cff3000000ffff /* 28 ring 3 data */
 #ifdef __x86_64__
-    .quad 0x00affb000000ffff /* 40 ring 3 code, 64-bit */
+    .quad 0x00affb000000ffff /* 30 ring 3 code, 64-bit */
 #else
     .quad 0x00cffb000000ffff
 #endif
+    .quad 0x000f9b000000ffff /* 38 ring 0 code, 16-bit, byte limit 0xfffff */
+    .quad 0x000093000000ffff /* 40 ring 0 data, 16-bit, limit 0xffff */
     .quad 0x000ffb000000ffff /* 48 ring 3 code, 16-bit */
     .quad 0, 0               /* 50 TSS */
     .skip 8 * 52             /* 60.. the program's own */
@@ -284,7 +284,7 @@ enter:
     movl 32(%edi), %edx
     movl 36(%edi), %esi
     pushl %eax
-    movl $0x3b, %eax
+    movl $0x2b, %eax
     movl %eax, %ds
     movl %eax, %es
     popl %eax
