@@ -135,11 +135,11 @@ static struct address emit_group_access(struct translation *t, const struct tins
 /* The operand, addressable until s[0] or s[1] is used again. */
 struct address emit_access(struct translation *t, const struct tinsn *i, struct bt_site *site)
 {
-    struct group *g = has_plain_base(i) ? group_find(t, i->base, i->disp, i->mem_size) : NULL;
+    struct group *g = i->plain_base ? group_find(t, i->base, i->disp, i->mem_size) : NULL;
     if (g)
         return emit_group_access(t, i, g, i->disp, &site->v_memory);
     unsigned v = t->s[0], ea = t->s[1], size = i->aligned ? 1 : i->mem_size;
-    if (has_plain_base(i) && !i->disp) {
+    if (i->plain_base && !i->disp) {
         ea = i->base;
     } else {
         emit_effective_address(t, i, ea);

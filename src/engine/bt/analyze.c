@@ -702,6 +702,34 @@ static void classify(const struct analyze_context *a, struct tinsn *t, const str
     }
 }
 
+/* What groups of accesses are made of. */
+static void bases_note(struct tinsn *t)
+{
+    t->plain_base = t->memory && t->kind != TI_BIT_STRING && t->base != TI_NONE && t->index == TI_NONE && !t->address32 && t->segment == TI_FLAT && !t->rip_relative;
+    switch (t->kind) {
+    case TI_PUSH_REG:
+    case TI_PUSH_IMM:
+    case TI_PUSH_MEM:
+    case TI_PUSH_SELECTOR:
+    case TI_PUSHF:
+    case TI_CALL:
+    case TI_CALL_REG:
+    case TI_CALL_MEM:
+        t->implied_disp = (int8_t)-(int)stack_bytes(t);
+        t->implied = GPR_RSP;
+        break;
+    case TI_POP_REG:
+    case TI_RET:
+        t->implied = GPR_RSP;
+        break;
+    case TI_LEAVE:
+        t->implied = GPR_RBP;
+        break;
+    default:
+        break;
+    }
+}
+
 /* ---- forms ---- */
 
 static int32_t value_at(const uint8_t *p, unsigned bytes)
@@ -746,8 +774,10 @@ static bool form_find(const struct analyze_context *a, const uint8_t *bytes, uns
 static void values_check(struct tinsn *t)
 {
     bool far = (t->rip_relative && t->disp > NEAR_OVERFLOW) || (t->imm_bytes == 4 && t->imm > NEAR_OVERFLOW && t->kind >= TI_JCC);
-    if (far || (t->kind == TI_RET && t->imm > RET_RELEASE_MAX))
+    if (far || (t->kind == TI_RET && t->imm > RET_RELEASE_MAX)) {
         exit_with(t, BT_EXIT_interp);
+        t->implied = TI_NONE;
+    }
 }
 
 void analyze_insn(const struct analyze_context *a, const uint8_t *bytes, unsigned available, unsigned offset, struct tinsn *out)
@@ -760,7 +790,7 @@ void analyze_insn(const struct analyze_context *a, const uint8_t *bytes, unsigne
     }
     memset(out, 0, sizeof(*out));
     out->offset = (uint16_t)offset;
-    out->base = out->index = out->reg = out->adjusts = TI_NONE;
+    out->base = out->index = out->reg = out->adjusts = out->implied = TI_NONE;
     out->legacy = a->mode.code_bits == 32;
     exit_with(out, BT_EXIT_interp);
     decoder_init(&decoder, a->mode.code_bits);
@@ -774,6 +804,7 @@ void analyze_insn(const struct analyze_context *a, const uint8_t *bytes, unsigne
     out->imm_at = d.zi.raw.imm[0].offset;
     out->imm_bytes = d.zi.raw.imm[0].size / 8;
     classify(a, out, &d);
+    bases_note(out);
     if (a->forms && available >= FORM_WINDOW)
         forms_store(a->forms, &a->mode, bytes, out);
     values_check(out);

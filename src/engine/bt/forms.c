@@ -13,6 +13,9 @@
 #define FORMS 8192u
 #define WAYS 2u
 #define FORM_BYTES_MAX 11u
+#define FORM_HIGH_BYTES 3u
+
+_Static_assert(FORM_BYTES_MAX == 8 + FORM_HIGH_BYTES && FORM_HIGH_BYTES + sizeof(struct bt_mode) == 8, "both fit into a key");
 
 /* The form's bytes, then what of struct bt_mode decoding depends on. */
 struct form_key {
@@ -100,14 +103,13 @@ static unsigned form_length(const uint8_t *p, bool narrow)
 /* False: there are no forms for it. */
 static bool key_make(const struct bt_mode *mode, const uint8_t *bytes, struct form_key *key, unsigned *length)
 {
-    uint64_t word[2], kept;
-    uint8_t bits[8] = {0, 0, 0, mode->code_bits, mode->user, mode->simd_blocked, mode->cr4, mode->flat};
+    uint64_t word[2], kept = 0;
     *length = form_length(bytes, mode->code_bits == 32);
     memcpy(word, bytes, sizeof(word));
-    memcpy(&kept, bits, sizeof(kept));
+    memcpy(&kept, mode, sizeof(*mode));
     unsigned low = *length < 8 ? *length : 8, high = *length - low;
     key->low = low == 8 ? word[0] : word[0] & ((1ull << low * 8) - 1);
-    key->high = (word[1] & ((1ull << high * 8) - 1)) | kept;
+    key->high = (word[1] & ((1ull << high * 8) - 1)) | kept << FORM_HIGH_BYTES * 8;
     return *length;
 }
 

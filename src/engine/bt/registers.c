@@ -11,15 +11,6 @@
 
 /* ---- registers ---- */
 
-static unsigned distance_to_use(const struct translation *t, unsigned reg)
-{
-    unsigned n = t->at + 1;
-    for (; n < t->count && !is_join(t, n); n++)
-        if ((t->insn[n].reads | t->insn[n].writes) & BIT(reg))
-            return n;
-    return n + (t->canonical >> reg & 1); /* where the block ends or jumps join all but these must be back */
-}
-
 uint16_t pinned(const struct translation *t)
 {
     uint16_t mask = 0;
@@ -29,18 +20,23 @@ uint16_t pinned(const struct translation *t)
     return mask;
 }
 
-/* Makes one more register scratch: of those not in `kept` the one that is named again last. */
+/* Of the candidates, a set that is not empty, the one that is named again last. Where the block ends or jumps join, all but t->canonical must be back. */
+static unsigned named_last(const struct translation *t, uint16_t candidates)
+{
+    for (unsigned n = t->at + 1; n < t->count && !is_join(t, n); n++) {
+        uint16_t left = candidates & (uint16_t)~(t->insn[n].reads | t->insn[n].writes);
+        if (!left)
+            return (unsigned)__builtin_ctz(candidates);
+        candidates = left;
+    }
+    return (unsigned)__builtin_ctz(candidates & t->canonical ? candidates & t->canonical : candidates);
+}
+
+/* Makes one more register scratch, not one of those in `kept`. */
 static unsigned register_spill(struct translation *t, uint16_t kept, bool low)
 {
-    unsigned best = TI_NONE, best_distance = 0;
     kept |= t->free | BIT(GPR_RSP);
-    for (unsigned r = 0; r < (low ? 8u : 16u); r++) {
-        unsigned distance = distance_to_use(t, r) + 1;
-        if (!(kept & BIT(r)) && distance > best_distance) {
-            best = r;
-            best_distance = distance;
-        }
-    }
+    unsigned best = named_last(t, (uint16_t)~kept & (low ? 0xff : 0xffff));
     if (!(t->clean & BIT(best)))
         emit_store_gs(&t->out, best, BT_CTX_GPR(best));
     t->clean |= BIT(best);
@@ -63,24 +59,25 @@ void registers_return(struct translation *t, uint16_t named)
     for (unsigned n = 0; n < GROUPS; n++)
         if (t->group[n].v != TI_NONE && named & BIT(t->group[n].v))
             t->group[n].v = TI_NONE;
-    for (unsigned r = 0; r < 16; r++)
-        if (named & t->free & BIT(r)) {
-            emit_load_gs(&t->out, r, BT_CTX_GPR(r));
-            t->free &= (uint16_t)~BIT(r);
-            t->clean |= BIT(r);
-        }
+    uint16_t back = named & t->free;
+    for (unsigned left = back; left; left &= left - 1) {
+        unsigned r = (unsigned)__builtin_ctz(left);
+        emit_load_gs(&t->out, r, BT_CTX_GPR(r));
+    }
+    t->free &= (uint16_t)~back;
+    t->clean |= back;
 }
 
 /* Emits what makes those scratch that are at block boundaries, from the state given. */
 void canonical_emit(struct translation *t, uint16_t free, uint16_t clean)
 {
-    for (unsigned r = 0; r < 16; r++) {
-        if (t->canonical & BIT(r)) {
-            if (!((free | clean) & BIT(r)))
-                emit_store_gs(&t->out, r, BT_CTX_GPR(r));
-        } else if (free & BIT(r)) {
-            emit_load_gs(&t->out, r, BT_CTX_GPR(r));
-        }
+    for (unsigned left = t->canonical & ~(free | clean); left; left &= left - 1) {
+        unsigned r = (unsigned)__builtin_ctz(left);
+        emit_store_gs(&t->out, r, BT_CTX_GPR(r));
+    }
+    for (unsigned left = free & ~t->canonical; left; left &= left - 1) {
+        unsigned r = (unsigned)__builtin_ctz(left);
+        emit_load_gs(&t->out, r, BT_CTX_GPR(r));
     }
 }
 
@@ -101,45 +98,14 @@ void canonicalize(struct translation *t)
 
 /* ---- groups of accesses ---- */
 
-bool has_plain_base(const struct tinsn *i)
-{
-    return i->memory && i->kind != TI_BIT_STRING && i->base != TI_NONE && i->index == TI_NONE && !i->address32 && i->segment == TI_FLAT && !i->rip_relative;
-}
-
-/* The access that the instruction implies: its base register, or TI_NONE, and its displacement; all are stack_bytes. */
-static unsigned implied_base(const struct tinsn *i, int32_t *disp)
-{
-    *disp = 0;
-    switch (i->kind) {
-    case TI_PUSH_REG:
-    case TI_PUSH_IMM:
-    case TI_PUSH_MEM:
-    case TI_PUSH_SELECTOR:
-    case TI_PUSHF:
-    case TI_CALL:
-    case TI_CALL_REG:
-    case TI_CALL_MEM:
-        *disp = -(int32_t)stack_bytes(i);
-        return GPR_RSP;
-    case TI_POP_REG:
-    case TI_RET:
-        return GPR_RSP;
-    case TI_LEAVE:
-        return GPR_RBP;
-    default:
-        return TI_NONE;
-    }
-}
-
 /* What the instruction does to the register: true: adds *by; false: anything. */
 static bool register_moves(const struct tinsn *i, unsigned reg, int32_t *by)
 {
     *by = 0;
     if (!(i->writes & BIT(reg)))
         return true;
-    int32_t disp;
-    if (reg == GPR_RSP && i->kind != TI_LEAVE && implied_base(i, &disp) == GPR_RSP) {
-        *by = disp ? disp : (int32_t)stack_bytes(i);
+    if (reg == GPR_RSP && i->implied == GPR_RSP) {
+        *by = i->implied_disp ? i->implied_disp : (int32_t)stack_bytes(i);
         return !(i->kind == TI_POP_REG && i->reg == GPR_RSP);
     }
     *by = i->adjust;
@@ -157,26 +123,23 @@ static void range_add(struct group *g, int32_t low, unsigned size)
 /* The range of accesses off `base` from the current instruction on. Returns their number. */
 static unsigned group_look_ahead(const struct translation *t, unsigned base, struct group *g)
 {
-    int32_t moved = 0, by, disp;
+    int32_t moved = 0, by;
     unsigned uses = 0;
     *g = (struct group){.base = (uint8_t)base, .low = INT32_MAX, .high = INT32_MIN};
     for (unsigned n = t->at; n < t->count && (n == t->at || !is_join(t, n)); n++) {
         const struct tinsn *i = &t->insn[n];
-        struct group wider = *g;
-        unsigned more = 0;
-        if (has_plain_base(i) && i->base == base && i->disp > -(1 << 24) && i->disp < 1 << 24) {
-            range_add(&wider, moved + i->disp, i->mem_size);
-            more++;
-        }
-        if (implied_base(i, &disp) == base) {
-            range_add(&wider, moved + disp, stack_bytes(i));
-            more++;
-        }
-        if (more && wider.high - wider.low > t->e->debug.group_span)
-            break;
-        if (more)
+        bool plain = i->plain_base && i->base == base && i->disp > -(1 << 24) && i->disp < 1 << 24, implied = i->implied == base;
+        if (plain || implied) {
+            struct group wider = *g;
+            if (plain)
+                range_add(&wider, moved + i->disp, i->mem_size);
+            if (implied)
+                range_add(&wider, moved + i->implied_disp, stack_bytes(i));
+            if (wider.high - wider.low > t->e->debug.group_span)
+                break;
             *g = wider;
-        uses += more;
+            uses += (unsigned)plain + (unsigned)implied;
+        }
         if (!register_moves(i, base, &by))
             break;
         moved += by;
@@ -225,14 +188,12 @@ static void group_provide(struct translation *t, const struct tinsn *i, unsigned
 
 void groups_provide(struct translation *t, const struct tinsn *i)
 {
-    int32_t disp;
     if (i->kind == TI_EXIT || i->high_byte || t->careful)
         return;
-    if (has_plain_base(i))
+    if (i->plain_base)
         group_provide(t, i, i->base, i->disp, i->mem_size);
-    unsigned base = implied_base(i, &disp);
-    if (base != TI_NONE)
-        group_provide(t, i, base, disp, stack_bytes(i));
+    if (i->implied != TI_NONE)
+        group_provide(t, i, i->implied, i->implied_disp, stack_bytes(i));
 }
 
 /* After the instruction: the ranges follow their base registers. */

@@ -155,28 +155,45 @@ static bool goes_on_elsewhere(const struct translation *t, unsigned offset)
     return t->count && !t->careful && t->page->dt[offset];
 }
 
+static void exit_instead(struct tinsn *i, enum bt_exit why)
+{
+    i->kind = TI_EXIT;
+    i->exit = (uint8_t)why;
+    i->implied = TI_NONE;
+}
+
+/* The block's bytes up to `end`, as far as the page goes, are in t->code. */
+static void code_copy(struct translation *t, unsigned end)
+{
+    const uint8_t *page = t->e->layout.window_r + t->page->offset;
+    while (t->code_end < end && t->code_end < PAGE_SIZE_BYTES) {
+        unsigned left = (unsigned)PAGE_SIZE_BYTES - t->code_end;
+        uint8_t *to = t->code + (t->code_end - t->code_offset);
+        if (likely(left >= CODE_PIECE))
+            memcpy(to, page + t->code_end, CODE_PIECE);
+        else
+            memcpy(to, page + t->code_end, left);
+        t->code_end += left < CODE_PIECE ? left : CODE_PIECE;
+    }
+}
+
 static void decode_block(struct translation *t, unsigned start)
 {
     struct analyze_context a = {.c = NULL, .mode = t->page->mode, .forms = t->e->forms};
     for (unsigned n = 0; !a.c; n++)
         a.c = t->e->interp.vcpus[n];
-    unsigned offset = start, left = (unsigned)PAGE_SIZE_BYTES - start;
-    unsigned available = left < sizeof(t->code) ? left : (unsigned)sizeof(t->code);
-    memcpy(t->code, t->e->layout.window_r + t->page->offset + start, available);
-    t->code_offset = start;
+    unsigned offset = start;
+    t->code_offset = t->code_end = start;
     while (t->count < t->e->debug.block_insns && offset < PAGE_SIZE_BYTES && !goes_on_elsewhere(t, offset)) {
         struct tinsn *i = &t->insn[t->count++];
-        analyze_insn(&a, t->code + (offset - start), available - (offset - start), offset, i);
+        code_copy(t, offset + FORM_WINDOW);
+        analyze_insn(&a, t->code + (offset - start), t->code_end - offset, offset, i);
         if (!i->length)
             decode_crossing(t, &a, i, (unsigned)PAGE_SIZE_BYTES - offset);
-        if (cache_marked(t->e, t->page, offset, BT_MARK_CALLS)) {
-            i->kind = TI_EXIT;
-            i->exit = BT_EXIT_data;
-        }
-        if (i->kind == TI_STRING && cache_marked(t->e, t->page, offset, BT_MARK_CROSSES)) {
-            i->kind = TI_EXIT;
-            i->exit = BT_EXIT_crossing;
-        }
+        if (cache_marked(t->e, t->page, offset, BT_MARK_CALLS))
+            exit_instead(i, BT_EXIT_data);
+        if (i->kind == TI_STRING && cache_marked(t->e, t->page, offset, BT_MARK_CROSSES))
+            exit_instead(i, BT_EXIT_crossing);
         if (TI_ENDS(i->kind))
             break;
         offset += i->length;

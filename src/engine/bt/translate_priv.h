@@ -70,6 +70,9 @@ struct tinsn {
     bool legacy;    /* of 32-bit code: addresses have 32 bits and the stack's slots 4 bytes, address32 is not set */
     bool high_byte; /* AH CH DH BH is an operand: no REX may be added */
     uint8_t base, index, scale, segment;
+    bool plain_base;    /* it is at [base + disp], and nothing moves it */
+    uint8_t implied;    /* base register of the stack_bytes that it accesses besides, at [implied + implied_disp]; TI_NONE */
+    int8_t implied_disp;
     int32_t disp;
     uint16_t mem_size;
     bool repeated; /* has a REP prefix */
@@ -118,6 +121,7 @@ void analyze_insn(const struct analyze_context *a, const uint8_t *bytes, unsigne
 #define DEFERRED_MAX (3 * INSNS_MAX + 2)
 #define SITES_MAX (INSNS_MAX * 3)
 
+#define CODE_PIECE 64u
 #define GROUPS 2
 #define MOVED_MAX (4 * (int32_t)BT_GROUP_SPAN_MAX)
 
@@ -159,8 +163,8 @@ struct translation {
     const struct bt_page *next; /* the same, when the block's last instruction ends in it */
     uint8_t crossing[2 * INSN_BYTES_MAX]; /* that instruction's bytes */
     /* The block's bytes, read once: devices may write to the page meanwhile, and what is emitted must be what was analyzed. */
-    unsigned code_offset; /* in the page */
-    uint8_t code[INSNS_MAX * INSN_BYTES_MAX];
+    unsigned code_offset, code_end; /* in the page */
+    uint8_t code[INSNS_MAX * INSN_BYTES_MAX + 2 * CODE_PIECE];
     struct emitter out;
     uint8_t *start;
     const uint8_t *chain; /* the block's own chain entry */
@@ -199,7 +203,6 @@ void registers_return(struct translation *t, uint16_t named);
 void canonical_emit(struct translation *t, uint16_t free, uint16_t clean);
 void canonicalize(struct translation *t);
 void groups_forget(struct translation *t);
-bool has_plain_base(const struct tinsn *i);
 struct group *group_find(struct translation *t, unsigned base, int32_t disp, unsigned size);
 void groups_provide(struct translation *t, const struct tinsn *i);
 void groups_move(struct translation *t, const struct tinsn *i);
