@@ -385,7 +385,7 @@ static bool exit_link(struct bt_vcpu *b, struct entry *entry)
         return false;
     }
     if (block->valid && e->epoch == epoch && far)
-        cache_link_far(e, site, block);
+        cache_link_far(e, site, block->page, block->start);
     else if (block->valid && e->epoch == epoch)
         link_patch(e, site, block);
     *entry = (struct entry){block->tc_start, e->epoch, e->invalidations};

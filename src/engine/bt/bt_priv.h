@@ -219,6 +219,7 @@ struct bt_site {
 #define BT_CODE_PAGES_MAX 8192u /* the DT pool's page 0 stays zero for ever */
 #define BT_DT_BYTES_MAX (42u << 20) /* that take host memory: a DT does for the parts that have blocks */
 #define BT_MARKS (1u << 15)
+#define BT_LANDMARK_BYTES 2048u
 #define BT_BLOCKS_MAX 160000u
 #define BT_SITES_MAX 1200000u
 #define BT_LINKS_MAX 200000u
@@ -288,6 +289,8 @@ struct bt_engine {
     uint64_t rewrites;      /* counts blocks made into jumps to others: whoever enters afterwards serializes first */
     struct bt_block *blocks;
     uint32_t block_count;
+    uint32_t *landmarks; /* per BT_LANDMARK_BYTES of hot code, then of cold: number of the first block that begins there or later */
+    uint32_t hot_landmarks, cold_landmarks; /* how many there are */
     struct bt_site *sites;
     uint32_t site_count;
     struct bt_link *links;
@@ -480,8 +483,8 @@ static inline uint32_t cache_cold_base(const struct bt_engine *e)
 {
     return (uint32_t)(e->layout.tc_bytes / 5 * 4);
 }
-/* Links the jump to another page whose displacement is at TC offset `at` to the block. */
-void cache_link_far(struct bt_engine *e, uint32_t at, const struct bt_block *target);
+/* Links the jump to another page whose displacement is at TC offset `at` to the block that starts there, if there is one. */
+void cache_link_far(struct bt_engine *e, uint32_t at, struct bt_page *page, unsigned start);
 void cache_flush(struct bt_engine *e); /* with the world stopped */
 /* Without the lock: stops all other vCPUs outside translated code, takes the lock. `b` is the caller's, or NULL; it is outside, too, from then on. */
 void cache_exclusive_begin(struct bt_engine *e, struct bt_vcpu *b);

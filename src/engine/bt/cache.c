@@ -18,9 +18,10 @@
 #define HASH_BUCKETS (1u << HASH_BITS)
 #define TC_ALIGNMENT 16u
 #define THRASH_ONE 0x10u
+#define LANDMARKS(tc_bytes) ((tc_bytes) / BT_LANDMARK_BYTES + 2) /* hot and cold each have one that is cut */
 
 _Static_assert(BT_TC_BYTES + BT_DT_BYTES_MAX + BT_CODE_PAGES_MAX * sizeof(struct bt_page) + BT_MARKS * sizeof(uint64_t) + BT_BLOCKS_MAX * sizeof(struct bt_block) +
-                       BT_SITES_MAX * sizeof(struct bt_site) + BT_LINKS_MAX * sizeof(struct bt_link) + HASH_BUCKETS * sizeof(struct bt_page *) <= BT_CACHE_BYTES_MAX,
+                       BT_SITES_MAX * sizeof(struct bt_site) + LANDMARKS(BT_TC_BYTES) * sizeof(uint32_t) + BT_LINKS_MAX * sizeof(struct bt_link) + HASH_BUCKETS * sizeof(struct bt_page *) <= BT_CACHE_BYTES_MAX,
                "the cache is larger than promised");
 _Static_assert(BT_CODE_PAGES_MAX < BT_DT_PAGES, "the DT pool is too small");
 
@@ -66,12 +67,13 @@ int cache_create(struct bt_engine *e, struct error *err)
     e->cold_used = cache_cold_base(e);
     e->blocks = reserve(BT_BLOCKS_MAX * sizeof(*e->blocks));
     e->sites = reserve(BT_SITES_MAX * sizeof(*e->sites));
+    e->landmarks = reserve(LANDMARKS(e->layout.tc_bytes) * sizeof(*e->landmarks));
     e->links = reserve(BT_LINKS_MAX * sizeof(*e->links));
     e->marks = reserve(BT_MARKS * sizeof(*e->marks));
     e->page_store = reserve(BT_CODE_PAGES_MAX * sizeof(*e->page_store));
     e->pages = reserve(HASH_BUCKETS * sizeof(*e->pages));
     e->code_flags = reserve(e->layout.ram_bytes / PAGE_SIZE_BYTES);
-    if (!e->blocks || !e->sites || !e->links || !e->marks || !e->page_store || !e->pages || !e->code_flags) {
+    if (!e->blocks || !e->sites || !e->landmarks || !e->links || !e->marks || !e->page_store || !e->pages || !e->code_flags) {
         cache_destroy(e);
         return error_set(err, -ENOMEM, "no memory for the table of translations");
     }
@@ -110,6 +112,7 @@ void cache_destroy(struct bt_engine *e)
         pages_release(e);
     release(e->blocks, BT_BLOCKS_MAX * sizeof(*e->blocks));
     release(e->sites, BT_SITES_MAX * sizeof(*e->sites));
+    release(e->landmarks, LANDMARKS(e->layout.tc_bytes) * sizeof(*e->landmarks));
     release(e->links, BT_LINKS_MAX * sizeof(*e->links));
     release(e->marks, BT_MARKS * sizeof(*e->marks));
     release(e->page_store, BT_CODE_PAGES_MAX * sizeof(*e->page_store));
@@ -117,6 +120,7 @@ void cache_destroy(struct bt_engine *e)
     release(e->code_flags, e->layout.ram_bytes / PAGE_SIZE_BYTES);
     e->blocks = NULL;
     e->sites = NULL;
+    e->landmarks = NULL;
     e->links = NULL;
     e->marks = NULL;
     e->page_store = NULL;
@@ -281,6 +285,23 @@ static void dt_piece_note(struct bt_engine *e, struct bt_page *page, unsigned st
     page->dt_pieces |= piece;
 }
 
+static uint32_t *cold_landmarks(const struct bt_engine *e)
+{
+    return e->landmarks + cache_cold_base(e) / BT_LANDMARK_BYTES + 1;
+}
+
+/* The block is about to be the last one. */
+static void landmarks_add(struct bt_engine *e, const struct bt_block *block)
+{
+    uint32_t hot = e->hot_landmarks, cold = e->cold_landmarks;
+    for (; hot * BT_LANDMARK_BYTES <= block->tc_start; hot++)
+        e->landmarks[hot] = e->block_count;
+    for (; cold * BT_LANDMARK_BYTES <= block->cold_start - cache_cold_base(e); cold++)
+        cold_landmarks(e)[cold] = e->block_count;
+    __atomic_store_n(&e->hot_landmarks, hot, __ATOMIC_RELEASE);
+    __atomic_store_n(&e->cold_landmarks, cold, __ATOMIC_RELEASE);
+}
+
 struct bt_block *cache_publish(struct bt_engine *e, const struct bt_block *block, const struct bt_site *sites)
 {
     struct bt_page *page = block->page;
@@ -300,8 +321,10 @@ struct bt_block *cache_publish(struct bt_engine *e, const struct bt_block *block
     e->translated_blocks++;
     e->translated_insns += block->insns;
     __atomic_store_n(&e->tc_used, tc_next(block->tc_end), __ATOMIC_RELAXED);
-    if (block->cold_end > block->cold_start)
-        e->cold_used = block->cold_end;
+    if (block->cold_end == block->cold_start)
+        made->cold_start = made->cold_end = e->cold_used; /* blocks ascend by this, too */
+    e->cold_used = made->cold_end;
+    landmarks_add(e, made);
     __atomic_store_n(&e->block_count, e->block_count + 1, __ATOMIC_RELEASE); /* for cache_find, which takes no lock */
     if (made->valid) {
         made->next = page->blocks;
@@ -314,11 +337,26 @@ struct bt_block *cache_publish(struct bt_engine *e, const struct bt_block *block
     return made;
 }
 
+/* The first block that starts above the offset is one of [low, high]. */
+static void landmarks_find(const struct bt_engine *e, bool cold, uintptr_t offset, uint32_t *low, uint32_t *high)
+{
+    const uint32_t *landmark = cold ? cold_landmarks(e) : e->landmarks;
+    uintptr_t at = (cold ? offset - cache_cold_base(e) : offset) / BT_LANDMARK_BYTES;
+    uint32_t blocks = __atomic_load_n(&e->block_count, __ATOMIC_ACQUIRE), count = __atomic_load_n(cold ? &e->cold_landmarks : &e->hot_landmarks, __ATOMIC_ACQUIRE);
+    *low = at < count ? landmark[at] : blocks;
+    *high = at + 1 < count ? landmark[at + 1] : blocks;
+    if (*high > blocks) /* more have been added meanwhile */
+        *high = blocks;
+    if (*low > *high)
+        *low = *high;
+}
+
 struct bt_block *cache_find(struct bt_engine *e, uintptr_t tc_address)
 {
     uintptr_t offset = tc_address - (uintptr_t)e->layout.tc_exec;
-    uint32_t low = 0, high = __atomic_load_n(&e->block_count, __ATOMIC_ACQUIRE);
     bool cold = offset >= cache_cold_base(e);
+    uint32_t low, high;
+    landmarks_find(e, cold, offset, &low, &high);
     while (low < high) { /* the first block that starts above */
         uint32_t middle = low + (high - low) / 2;
         if ((cold ? e->blocks[middle].cold_start : e->blocks[middle].tc_start) <= offset)
@@ -374,18 +412,18 @@ static void displacement_set(struct bt_engine *e, uint32_t at, uint32_t value)
     __atomic_store_n((uint32_t *)(e->layout.tc_write + at), value, __ATOMIC_RELEASE);
 }
 
-void cache_link_far(struct bt_engine *e, uint32_t at, const struct bt_block *target)
+void cache_link_far(struct bt_engine *e, uint32_t at, struct bt_page *page, unsigned start)
 {
-    struct bt_page *page = target->page;
-    if (e->link_count == BT_LINKS_MAX || !target->valid)
+    uint32_t target = page->dt[start];
+    if (e->link_count == BT_LINKS_MAX || !target)
         return;
     uint32_t stub = at + 4 + *(const uint32_t *)(e->layout.tc_write + at);
     if (stub < cache_cold_base(e)) /* another vCPU came by the same stub and was faster: the branch leads to a block now */
         return;
     e->links[e->link_count++] = (struct bt_link){at, stub, page->links};
     page->links = e->link_count;
-    displacement_set(e, at - 5, (uint32_t)(e->layout.witness - (const uint8_t *)&page->dt[target->start]));
-    displacement_set(e, at, target->tc_start - (at + 4));
+    displacement_set(e, at - 5, (uint32_t)(e->layout.witness - (const uint8_t *)&page->dt[start]));
+    displacement_set(e, at, target - (at + 4));
 }
 
 static void links_undo(struct bt_engine *e, struct bt_page *page)
@@ -504,6 +542,7 @@ void cache_flush(struct bt_engine *e)
     e->link_count = 0;
     memset(e->pages, 0, HASH_BUCKETS * sizeof(*e->pages));
     e->page_count = e->site_count = e->dt_pieces = 0;
+    e->hot_landmarks = e->cold_landmarks = 0;
     __atomic_store_n(&e->block_count, 0, __ATOMIC_RELEASE);
     __atomic_store_n(&e->tc_used, first_free_tc(e), __ATOMIC_RELAXED);
     e->cold_used = cache_cold_base(e);

@@ -136,8 +136,8 @@ static const uint8_t *chain_of(const struct translation *t, int32_t offset)
     int inside = t->careful ? -1 : insn_number(t, offset);
     if (inside >= 0 && (!inside || is_join(t, (unsigned)inside)))
         return inside ? t->join_at[inside] : t->chain;
-    const struct bt_block *block = cache_block(t->e, t->page, (unsigned)offset);
-    return block ? t->e->layout.tc_write + block->tc_chain : NULL;
+    uint32_t tc_start = t->page->dt[offset];
+    return tc_start ? t->e->layout.tc_write + tc_start + entry_bytes((unsigned)offset) : NULL;
 }
 
 /* Links the jump whose displacement is at `at` when there is a block already. A guess like any link: the jump checks that its target is that block's page. */
@@ -145,9 +145,8 @@ static void link_far_early(const struct translation *t, int32_t target, const ui
 {
     gva_t gva = t->page->gva + (uint64_t)(int64_t)target;
     const uint32_t *dt = t->b ? tables_exec_find(t->b, gva) : NULL;
-    const struct bt_block *block = dt ? cache_block(t->e, cache_page_of(t->e, dt), gva & PAGE_MASK_BITS) : NULL;
-    if (block)
-        cache_link_far(t->e, (uint32_t)(at - t->e->layout.tc_write), block);
+    if (dt)
+        cache_link_far(t->e, (uint32_t)(at - t->e->layout.tc_write), cache_page_of(t->e, dt), gva & PAGE_MASK_BITS);
 }
 
 void deferred_emit(struct translation *t, const struct deferred *d)

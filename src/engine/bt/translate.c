@@ -6,6 +6,7 @@
  * Each instruction starts a site: host code that can be started again from there, because no guest state changes before the last access that can fault.
  * Threading: e->lock held.
  */
+#include <assert.h>
 #include <string.h>
 
 #include "engine/bt/translate_priv.h"
@@ -266,6 +267,7 @@ static void emit_entry(struct translation *t, unsigned start)
     if (start)
         emit_lea(&t->out, 10, 11, EMIT_NONE, 0, -(int32_t)start);
     emit_store_gs(&t->out, start ? 10 : 11, BT_CTX(page_va));
+    assert(t->out.at == t->start + entry_bytes(start));
 }
 
 struct bt_block *translate_block(struct bt_engine *e, struct bt_page *page, unsigned start, uint64_t next_ram_offset, bool careful, struct bt_vcpu *b)

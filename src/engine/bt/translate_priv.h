@@ -229,6 +229,11 @@ void emit_push_rip(struct translation *t, struct bt_site *site, int32_t offset);
 void emit_pop_to(struct translation *t, struct bt_site *site, unsigned to);
 
 /* transfer.c */
+/* Of the dynamic entry of a block that starts at the offset in its page. */
+static inline unsigned entry_bytes(unsigned start)
+{
+    return 9 + (!start ? 0u : start <= 128 ? 4u : 7u);
+}
 struct bt_site *site_here(struct translation *t, const struct tinsn *i);
 void site_string(struct translation *t, const struct tinsn *i, unsigned size, bool source);
 void align_displacement(struct emitter *out, unsigned opcode_bytes);

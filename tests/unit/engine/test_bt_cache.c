@@ -132,6 +132,8 @@ static struct bt_block *publish(struct rig *r, struct bt_page *page, unsigned st
     block.tc_start = r->e.tc_used;
     block.tc_chain = block.tc_start + 4;
     block.tc_end = block.tc_start + tc_bytes;
+    block.cold_start = r->e.cold_used;
+    block.cold_end = block.cold_start + (tc_bytes % 3 ? tc_bytes / 8 : 0);
     for (unsigned n = 0; n < sites; n++)
         site[n] = (struct bt_site){.tc_offset = (uint16_t)(4 + n * tc_bytes / 16), .page_offset = (uint16_t)(start + n)};
     return cache_publish(&r->e, &block, site);
@@ -201,6 +203,16 @@ static void compare(struct rig *r, struct model *m)
     }
 }
 
+static void check_find_cold(struct rig *r)
+{
+    uint32_t offset = cache_cold_base(&r->e) + pick(&r->random, r->e.cold_used - cache_cold_base(&r->e) + 100);
+    const struct bt_block *found = cache_find(&r->e, (uintptr_t)r->e.layout.tc_exec + offset), *wanted = NULL;
+    for (uint32_t n = 0; n < r->e.block_count; n++)
+        if (offset >= r->e.blocks[n].cold_start && offset < r->e.blocks[n].cold_end)
+            wanted = &r->e.blocks[n];
+    assert_ptr_equal(found, wanted);
+}
+
 static void check_find(struct rig *r, struct model *m)
 {
     uint32_t offset = pick(&r->random, r->e.tc_used + 100), low = 0;
@@ -211,6 +223,7 @@ static void check_find(struct rig *r, struct model *m)
             wanted = &m->all[low];
     assert_int_equal(found != NULL, wanted != NULL);
     assert_null(cache_find(&r->e, (uintptr_t)r->e.layout.tc_exec - 1));
+    check_find_cold(r);
     if (!found)
         return;
     assert_int_equal(found->tc_start, wanted->tc_start);
