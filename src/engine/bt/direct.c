@@ -671,7 +671,7 @@ static int space_enter(struct bt_vcpu *b, struct direct_space *space)
     d->fault_address = ~0ull;
     bool usable = direct_space_enter(space, b);
     pthread_mutex_unlock(&b->engine->lock);
-    int rc = usable ? direct_child_flush(child) : -EADDRINUSE;
+    int rc = usable ? direct_space_flush(space) : -EADDRINUSE;
     return rc ? rc : direct_child_vectors_set(child, b->c.v.cpu.xsave, CPU_XSAVE_BYTES);
 }
 
@@ -699,7 +699,7 @@ static bool space_run(struct bt_vcpu *b, struct process *p, struct user_regs_str
             return true;
         }
         b->direct->runs[DIRECT_FILLS]++;
-        if (direct_child_flush(child)) {
+        if (direct_space_flush(space)) {
             *stop = DIRECT_KICKED; /* before the instruction that faulted */
             return false;
         }

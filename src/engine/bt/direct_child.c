@@ -392,7 +392,7 @@ static enum direct_stop stop_of_signal(struct direct_child *child, int signal, s
             child->fault_address = (uint64_t)(uintptr_t)info.si_addr;
         return DIRECT_FAULT;
     case SIGTRAP:
-        return info.si_code == TRAP_TRACE ? DIRECT_STEP : DIRECT_TRAP;
+        return info.si_code == TRAP_HWBKPT ? DIRECT_FAULT : info.si_code == TRAP_TRACE ? DIRECT_STEP : DIRECT_TRAP;
     case SIGSYS: /* a vsyscall: it has returned already, to where the jump there was to return */
         regs->rip = (uint64_t)(uintptr_t)info.si_call_addr;
         regs->rsp -= 8;
@@ -430,6 +430,25 @@ enum direct_stop direct_child_run(struct direct_child *child, struct user_regs_s
 uint64_t direct_child_fixed_flags(const struct direct_child *child)
 {
     return child->fixed_flags;
+}
+
+static int debug_register_set(const struct direct_child *child, unsigned n, uint64_t value)
+{
+    return ptrace(PTRACE_POKEUSER, child->pid, offsetof(struct user, u_debugreg[0]) + n * sizeof(uint64_t), value) ? -errno : 0;
+}
+
+/* Execution breakpoints of one byte: R/W and LEN 0 in DR7, enabled by its local bits (SDM vol. 3, 17.2.4). */
+int direct_child_break_at(struct direct_child *child, const uint64_t address[DIRECT_BREAKPOINTS])
+{
+    uint64_t dr7 = 0;
+    int rc = debug_register_set(child, 7, 0);
+    for (unsigned n = 0; !rc && n < DIRECT_BREAKPOINTS; n++) {
+        if (!address[n])
+            continue;
+        rc = debug_register_set(child, n, address[n]);
+        dr7 |= 1ull << 2 * n;
+    }
+    return rc ? rc : debug_register_set(child, 7, dr7);
 }
 
 uint64_t direct_child_fault_address(const struct direct_child *child)

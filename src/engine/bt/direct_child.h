@@ -54,6 +54,10 @@ uint64_t direct_child_fault_address(const struct direct_child *child);
 int direct_child_vectors_set(struct direct_child *child, void *xsave, unsigned bytes) __attribute__((warn_unused_result));
 int direct_child_vectors_get(struct direct_child *child, void *xsave, unsigned bytes) __attribute__((warn_unused_result));
 
+/* Stops before the instructions at these addresses from now on (DIRECT_FAULT); 0: none. 0 or -errno. */
+#define DIRECT_BREAKPOINTS 4u
+int direct_child_break_at(struct direct_child *child, const uint64_t address[DIRECT_BREAKPOINTS]) __attribute__((warn_unused_result));
+
 /* Makes it run on the processor `cpu` only. */
 void direct_child_pin(struct direct_child *child, int cpu);
 uint64_t direct_child_cpu_ns(const struct direct_child *child); /* processor time it has had */

@@ -9,6 +9,7 @@
  */
 #include "engine/bt/direct_code.h"
 
+#include <stdbool.h>
 #include <string.h>
 
 #include <Zydis/Zydis.h>
@@ -16,6 +17,7 @@
 #define PAGE 4096u
 #define LEAD_MAX 64u  /* bytes before the suspect where decoding begins */
 #define STARTS 16u
+#define PREFIXES_MAX 2u
 #define HITS_NEEDED 4u /* of STARTS */
 
 /* The opcode bytes 0F xx of one of them at p, with at least one byte after these; *start is where a mandatory prefix begins. */
@@ -32,37 +34,42 @@ static bool is_suspect(const uint8_t *page, const uint8_t *p, const uint8_t **st
     return true;
 }
 
-static bool is_reached(const ZydisDecoder *decoder, const uint8_t *page, unsigned from, unsigned low, unsigned high)
+/* The first boundary from `low` on that decoding from `from` comes to. */
+static unsigned boundary(const ZydisDecoder *decoder, const uint8_t *page, unsigned from, unsigned low)
 {
     ZydisDecodedInstruction zi;
-    while (from < low) {
-        if (!ZYAN_SUCCESS(ZydisDecoderDecodeInstruction(decoder, NULL, page + from, PAGE - from, &zi)))
-            from++;
-        else
-            from += zi.length;
-    }
-    return from <= high;
+    while (from < low)
+        from += ZYAN_SUCCESS(ZydisDecoderDecodeInstruction(decoder, NULL, page + from, PAGE - from, &zi)) ? zi.length : 1u;
+    return from;
 }
 
-/* Do most ways of reading the bytes before come to an instruction that begins between `start` and `opcode`? */
-static bool is_instruction(const ZydisDecoder *decoder, const uint8_t *page, unsigned start, unsigned opcode)
+/* Where ways of reading the bytes before come to an instruction that begins between `start` and `opcode`: bit n, at start + n. */
+static unsigned beginnings(const ZydisDecoder *decoder, const uint8_t *page, unsigned start, unsigned opcode)
 {
-    unsigned hits = 0;
-    if (start < STARTS)
-        return true;
-    unsigned lead = start < LEAD_MAX ? start : LEAD_MAX;
-    for (unsigned n = 0; n < STARTS && hits < HITS_NEEDED; n++)
-        hits += is_reached(decoder, page, start - lead + n, start, opcode);
-    return hits >= HITS_NEEDED;
+    unsigned hits[PREFIXES_MAX + 1] = {0}, mask = 0, lead = start < LEAD_MAX ? start : LEAD_MAX;
+    for (unsigned n = 0; n < STARTS; n++) {
+        unsigned at = boundary(decoder, page, start - lead + n, start);
+        if (at <= opcode && ++hits[at - start] >= HITS_NEEDED)
+            mask |= 1u << (at - start);
+    }
+    return mask;
 }
 
-bool direct_code_tells(const uint8_t page[4096])
+unsigned direct_code_tells(const uint8_t page[4096], uint16_t *offset, unsigned max)
 {
     ZydisDecoder decoder;
+    unsigned count = 0;
     const uint8_t *end = page + PAGE - 2, *start;
     ZydisDecoderInit(&decoder, ZYDIS_MACHINE_MODE_LONG_64, ZYDIS_STACK_WIDTH_64);
-    for (const uint8_t *p = memchr(page, 0x0f, PAGE - 2); p; p = p + 1 < end ? memchr(p + 1, 0x0f, (size_t)(end - (p + 1))) : NULL)
-        if (is_suspect(page, p, &start) && is_instruction(&decoder, page, (unsigned)(start - page), (unsigned)(p - page)))
-            return true;
-    return false;
+    for (const uint8_t *p = memchr(page, 0x0f, PAGE - 2); p && count <= max; p = p + 1 < end ? memchr(p + 1, 0x0f, (size_t)(end - (p + 1))) : NULL) {
+        if (!is_suspect(page, p, &start))
+            continue;
+        unsigned at = (unsigned)(start - page);
+        if (at < STARTS) /* too close to the page's beginning to tell */
+            return max + 1;
+        for (unsigned mask = beginnings(&decoder, page, at, (unsigned)(p - page)); mask; mask &= mask - 1, count++)
+            if (count < max)
+                offset[count] = (uint16_t)(at + (unsigned)__builtin_ctz(mask));
+    }
+    return count;
 }

@@ -2,10 +2,12 @@
 #ifndef DOPPEL_ENGINE_BT_DIRECT_CODE_H
 #define DOPPEL_ENGINE_BT_DIRECT_CODE_H
 
-#include <stdbool.h>
 #include <stdint.h>
 
-/* Does the page of 64-bit code seem to have an instruction whose result is the host's where the guest has its own, and that does not fault: CPUID, RDPID, LSL? */
-bool direct_code_tells(const uint8_t page[4096]);
+/*
+ * Where the page of 64-bit code seems to have instructions whose result is the host's where the guest has its own, and that do not fault: CPUID, RDPID, LSL. Offsets of
+ * the first `max` of them to offset[]; returns how many there are, or more than max.
+ */
+unsigned direct_code_tells(const uint8_t page[4096], uint16_t *offset, unsigned max);
 
 #endif

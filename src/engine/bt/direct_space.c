@@ -47,6 +47,9 @@ struct direct_space {
     uint64_t pages;
     uint64_t *writable; /* bit per page of RAM: perhaps */
     uint8_t turns[TURNS]; /* by pages, hashed: how often they went from written to executed and back */
+    uint64_t guard[DIRECT_BREAKPOINTS]; /* where the process stops before an instruction, because its page is executable here; 0: free */
+    unsigned guard_hand;
+    bool guards_changed; /* not told to the process yet */
     struct wanted wanted[WANTED_MAX];
     unsigned wanted_count;
     bool stale;
@@ -113,10 +116,19 @@ int direct_space_reset(struct direct_space *space)
     leaves_free(space);
     memset(space->writable, 0, (e->layout.ram_bytes / PAGE_SIZE_BYTES + 63) / 64 * sizeof(uint64_t));
     memset(space->turns, 0, sizeof(space->turns));
+    memset(space->guard, 0, sizeof(space->guard));
+    space->guards_changed = true;
     space->wanted_count = 0;
     space->stale = true; /* where its own page is may be in use there */
     pthread_mutex_unlock(&e->lock);
     return rc;
+}
+
+int direct_space_flush(struct direct_space *space)
+{
+    int rc = space->guards_changed ? direct_child_break_at(space->child, space->guard) : 0;
+    space->guards_changed = false;
+    return rc ? rc : direct_child_flush(space->child);
 }
 
 struct direct_child *direct_space_child(struct direct_space *space)
@@ -170,6 +182,36 @@ static bool is_usable(struct direct_space *space, gva_t gva)
     return !hidden && gva >= DIRECT_ADDRESS_FIRST && gva < DIRECT_ADDRESS_LIMIT;
 }
 
+static struct leaf **leaf_slot(struct direct_space *space, gva_t region);
+
+/* The code there is not executed here any more. */
+static void guard_remove(struct direct_space *space, unsigned k)
+{
+    gva_t page = space->guard[k] & ~PAGE_MASK_BITS;
+    struct leaf *leaf = *leaf_slot(space, page & ~(PAGING_REGION_BYTES - 1));
+    uint64_t *entry = leaf ? &leaf->entry[page >> 12 & (PAGING_REGION_PAGES - 1)] : NULL;
+    if (entry && *entry & PAGING_MAY_EXECUTE) {
+        *entry &= ~(uint64_t)PAGING_MAY_EXECUTE;
+        direct_child_map(space->child, page, PAGE_SIZE_BYTES, *entry & ~(uint64_t)ENTRY_RIGHTS, PROT_READ | (*entry & PAGING_MAY_WRITE ? PROT_WRITE : 0));
+    }
+    for (unsigned n = 0; n < DIRECT_BREAKPOINTS; n++)
+        if ((space->guard[n] & ~PAGE_MASK_BITS) == page)
+            space->guard[n] = 0;
+}
+
+/* A breakpoint for `page`: one that is free, or another page's. */
+static unsigned guard_free(struct direct_space *space, gva_t page)
+{
+    for (unsigned k = 0; k < DIRECT_BREAKPOINTS; k++)
+        if (!space->guard[k])
+            return k;
+    do
+        space->guard_hand = (space->guard_hand + 1) % DIRECT_BREAKPOINTS;
+    while ((space->guard[space->guard_hand] & ~PAGE_MASK_BITS) == page);
+    guard_remove(space, space->guard_hand);
+    return space->guard_hand;
+}
+
 static uint8_t *turns_of(struct direct_space *space, gva_t gva)
 {
     return &space->turns[(gva >> 12) * 0x9e3779b97f4a7c15ull >> 32 & (TURNS - 1)];
@@ -190,6 +232,27 @@ static uint64_t write_or_execute(struct direct_space *space, gva_t gva, uint64_t
     return (rights & ~both) | one;
 }
 
+/* Are all instructions of the page of code that must not run here stopped before? `now`: they are to be, if need be instead of others'. */
+static bool is_guarded(struct direct_space *space, gva_t page, uint64_t offset, bool now)
+{
+    uint16_t at[DIRECT_BREAKPOINTS];
+    unsigned count = direct_code_tells(space->engine->layout.window_r + offset, at, DIRECT_BREAKPOINTS), have = 0;
+    for (unsigned n = 0; n < count && count <= DIRECT_BREAKPOINTS; n++)
+        for (unsigned k = 0; k < DIRECT_BREAKPOINTS; k++)
+            have += space->guard[k] == page + at[n];
+    if (count <= DIRECT_BREAKPOINTS && have == count)
+        return true;
+    if (!now || count > DIRECT_BREAKPOINTS)
+        return false;
+    for (unsigned k = 0; k < DIRECT_BREAKPOINTS; k++) /* what is left of its own, from other contents */
+        if ((space->guard[k] & ~PAGE_MASK_BITS) == page)
+            space->guard[k] = 0;
+    for (unsigned n = 0; n < count; n++)
+        space->guard[guard_free(space, page)] = page + at[n];
+    space->guards_changed = true;
+    return true;
+}
+
 /* `guest`: as paging_user_region gives it; `old`: what is mapped; `access`: what it is wanted for now. */
 static uint64_t entry_wanted(struct direct_space *space, gva_t gva, uint64_t guest, uint64_t old, unsigned access)
 {
@@ -204,7 +267,7 @@ static uint64_t entry_wanted(struct direct_space *space, gva_t gva, uint64_t gue
         rights &= ~PAGING_MAY_WRITE;
     rights = write_or_execute(space, gva, rights, old, access);
     bool known = (old & ~(uint64_t)ENTRY_RIGHTS) == offset && (old & PAGING_MAY_EXECUTE);
-    if ((rights & PAGING_MAY_EXECUTE) && !known && direct_code_tells(e->layout.window_r + offset))
+    if ((rights & PAGING_MAY_EXECUTE) && !known && !is_guarded(space, gva, offset, access & PAGING_FETCH))
         rights &= ~(uint64_t)PAGING_MAY_EXECUTE;
     return offset | rights;
 }

@@ -15,7 +15,7 @@ enum direct_fill {
     DIRECT_FILL_CHANGED, /* mapped now, or with more rights than before */
     DIRECT_FILL_SAME,    /* was mapped so already */
     DIRECT_FILL_NOT,     /* the guest's tables forbid it, it is not RAM, or the host cannot */
-    DIRECT_FILL_FORBIDDEN, /* the page holds code that gives itself away when it runs here: RDPID and the like */
+    DIRECT_FILL_FORBIDDEN, /* the page has more instructions that must not run here, RDPID and the like, than can be stopped before */
 };
 
 struct direct_space;
@@ -36,6 +36,8 @@ void direct_space_want(struct direct_space *space, gva_t gva);
 /* On the way in, with CR3 loaded: catches up with the guest. False: cannot be used any more. From here to direct_space_left no page that is writable here is translated. */
 bool direct_space_enter(struct direct_space *space, struct bt_vcpu *b);
 void direct_space_left(struct direct_space *space);
+/* Tells the process what has changed since. -errno: cannot be used any more. */
+int direct_space_flush(struct direct_space *space) __attribute__((warn_unused_result));
 /* For a fault, while entered: user access PAGING_READ, PAGING_WRITE or PAGING_FETCH to gva. */
 enum direct_fill direct_space_fill(struct direct_space *space, struct bt_vcpu *b, gva_t gva, unsigned access);
 /* Any thread, e->lock held: the RAM page is about to be translated. False: a process may be writing to it now. */
