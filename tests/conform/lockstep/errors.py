@@ -8,7 +8,7 @@ EVENT = 2000
 # what is changed: what the report has to say
 ERRORS = {
     f'{EVENT}:12': [r'\bR12 +interp \w+  bt \w+', rf'\d+ after event {EVENT}; executed'],
-    f'{EVENT}:@0x2800000': [r'memory at gpa 0x2800000  interp 0+  bt 0*1$', rf'\d+ after event {EVENT}; executed'],
+    f'{EVENT}:@0x2800000': [r'memory at gpa 0x2800000  interp 0+  bt 0*1$', rf'at step \d+ after event {EVENT}, between'],
 }
 
 
