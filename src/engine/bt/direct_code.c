@@ -18,20 +18,40 @@
 #define LEAD_MAX 64u  /* bytes before the suspect where decoding begins */
 #define STARTS 16u
 #define PREFIXES_MAX 2u
-#define HITS_NEEDED 4u /* of STARTS */
+#define HITS_NEEDED 6u /* of STARTS */
 
-/* The opcode bytes 0F xx of one of them at p, with at least one byte after these; *start is where a mandatory prefix begins. */
+#define REG(n) (1u << (n))
+#define REG_ANY 0xffu
+
+/* 0F opcode, by the reg field of its ModRM byte. The descriptor tables, and what Linux puts into a UMIP host's place of an answer, are the host's. */
+static const struct suspect {
+    uint8_t opcode, regs;
+    bool memory_only; /* with a register it is another instruction */
+    bool repeat;      /* needs prefix F3 */
+} suspects[] = {
+    {0x00, REG(0) | REG(1) | REG(4) | REG(5), false, false}, /* SLDT STR VERR VERW */
+    {0x01, REG(0) | REG(1), true, false},                    /* SGDT SIDT */
+    {0x01, REG(4), false, false},                            /* SMSW */
+    {0x02, REG_ANY, false, false},                           /* LAR */
+    {0x03, REG_ANY, false, false},                           /* LSL */
+    {0xa2, REG_ANY, false, false},                           /* CPUID */
+    {0xc7, REG(7), false, true},                             /* RDPID */
+};
+
+/* The bytes 0F xx of one of them at p, with at least one byte after these; *start is where its prefixes begin. */
 static bool is_suspect(const uint8_t *page, const uint8_t *p, const uint8_t **start)
 {
-    bool rex = p > page && (p[-1] & 0xf0) == 0x40;
+    bool rex = p > page && (p[-1] & 0xf0) == 0x40, is_register = p[2] >= 0xc0;
     *start = rex ? p - 1 : p;
-    if (p[1] == 0xa2 || p[1] == 0x03)
-        return true;
     bool repeat = *start > page && (*start)[-1] == 0xf3;
-    if (p[1] != 0xc7 || p[2] < 0xf8 || !repeat)
-        return false;
-    *start -= 1;
-    return true;
+    for (unsigned n = 0; n < sizeof(suspects) / sizeof(suspects[0]); n++) {
+        const struct suspect *s = &suspects[n];
+        if (p[1] != s->opcode || !(s->regs >> (p[2] >> 3 & 7) & 1) || (s->memory_only && is_register) || (s->repeat && !(repeat && is_register)))
+            continue;
+        *start -= s->repeat;
+        return true;
+    }
+    return false;
 }
 
 /* The first boundary from `low` on that decoding from `from` comes to. */
@@ -65,9 +85,8 @@ unsigned direct_code_tells(const uint8_t page[4096], uint16_t *offset, unsigned 
         if (!is_suspect(page, p, &start))
             continue;
         unsigned at = (unsigned)(start - page);
-        if (at < STARTS) /* too close to the page's beginning to tell */
-            return max + 1;
-        for (unsigned mask = beginnings(&decoder, page, at, (unsigned)(p - page)); mask; mask &= mask - 1, count++)
+        unsigned mask = at < STARTS ? (2u << (p - start)) - 1 /* too close to the page's beginning to tell */ : beginnings(&decoder, page, at, (unsigned)(p - page));
+        for (; mask; mask &= mask - 1, count++)
             if (count < max)
                 offset[count] = (uint16_t)(at + (unsigned)__builtin_ctz(mask));
     }
