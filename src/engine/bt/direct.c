@@ -34,8 +34,8 @@
 #define PIN_PAUSE_US 8192u
 #define USER_CS 0x33
 #define USER_SS 0x2b
-#define FLAGS_FREE (RFLAGS_OSZAPC | RFLAGS_DF) /* moved in both directions */
-#define FLAGS_FIXED (RFLAGS_ID | RFLAGS_NT)    /* the process has them as its code made them; nobody can set them from outside */
+#define FLAGS_FREE (RFLAGS_OSZAPC | RFLAGS_DF | RFLAGS_NT) /* moved in both directions */
+#define FLAGS_FIXED RFLAGS_ID /* the process has it as its code made it; nobody can set it from outside */
 #define FLAGS_REPORTED (FLAGS_FREE | FLAGS_FIXED | RFLAGS_AC | RFLAGS_TF)
 #define FLAGS_UNWANTED (RFLAGS_TF | RFLAGS_AC | RFLAGS_VM | RFLAGS_RF | RFLAGS_VIF | RFLAGS_VIP | RFLAGS_IOPL)
 #define INSN_BYTES_MAX 15u

@@ -43,7 +43,6 @@
 #define PTRACE_SIGMASK_SET ((enum __ptrace_request)0x420b)
 #define XSTATE_BYTES_MAX 16384u
 #define HEADER_BYTES 128u /* of the ELF file: its header and one program header */
-#define FIXED_FLAGS (RFLAGS_ID | RFLAGS_NT)
 #define XSAVE_SOFTWARE 464u /* to 511: not the processor's; the kernel puts marks of its own there */
 #define XSAVE_HEADER 512u
 #define XSAVE_MXCSR 24u
@@ -80,6 +79,7 @@ static const uint8_t loop_code[] = {
 };
 #define LOOP_SYSCALL 0x20u
 #define LOOP_SYSCALL_END 0x22u
+#define LOOP_END 0x36u
 
 /*
  * What the loop calls, exactly. The kernel itself does the calls of the vsyscall page for code that jumps there, without asking the tracer (SYSEMU) but asking the filter: these
@@ -124,7 +124,7 @@ struct direct_child {
     uint8_t *vectors;      /* as the process has them, when known */
     bool vectors_known;
     uint64_t fault_address;
-    uint64_t fixed_flags; /* those of FIXED_FLAGS that are set in it */
+    uint64_t fixed_flags; /* RFLAGS.ID as it has it */
     int error; /* of a list that did not fit, so was executed before its time */
     int cpu;
 };
@@ -213,6 +213,13 @@ static bool wait_stop(const struct direct_child *child, int *status)
     return got == child->pid && WIFSTOPPED(*status);
 }
 
+/* It was stopped by the processor, not by a signal that somebody sent. */
+static bool stopped_itself(const struct direct_child *child)
+{
+    siginfo_t info;
+    return ptrace(PTRACE_GETSIGINFO, child->pid, NULL, &info) || info.si_code > 0;
+}
+
 static struct user_regs_struct regs_at(uint64_t rip)
 {
     return (struct user_regs_struct){.rip = rip, .cs = USER_CS, .ss = USER_SS, .orig_rax = ~0ull};
@@ -235,7 +242,7 @@ static long inject(struct direct_child *child, long number, uint64_t a, uint64_t
     do /* signals from outside may come first, and are dropped */
         if (ptrace(PTRACE_SINGLESTEP, child->pid, NULL, NULL) || !wait_stop(child, &status))
             return -ESRCH;
-    while (WSTOPSIG(status) != SIGTRAP && WSTOPSIG(status) != SIGSEGV);
+    while (!stopped_itself(child));
     if (ptrace(PTRACE_GETREGS, child->pid, NULL, &regs) || regs.rip != code_address(child, LOOP_SYSCALL_END))
         return -ESRCH;
     return (long)regs.rax;
@@ -363,13 +370,17 @@ int direct_child_flush(struct direct_child *child)
         return rc;
     regs.rbx = child->hidden + PAGE;
     regs.rbp = child->count;
+    struct user_regs_struct start = regs;
     do { /* signals from outside may come first */
+        regs = start;
         if (ptrace(PTRACE_SETREGS, child->pid, NULL, &regs) || ptrace(PTRACE_CONT, child->pid, NULL, NULL) || !wait_stop(child, &status) ||
             ptrace(PTRACE_GETREGS, child->pid, NULL, &regs))
             return child->error = -ESRCH;
-    } while (WSTOPSIG(status) != SIGTRAP && WSTOPSIG(status) != SIGSEGV);
-    if (regs.rbp || WSTOPSIG(status) != SIGTRAP)
-        rc = WSTOPSIG(status) == SIGTRAP && regs.rax > ~4095ull ? (int)regs.rax : -EFAULT;
+    } while (!stopped_itself(child));
+    if (regs.rip != code_address(child, LOOP_END))
+        rc = -EFAULT;
+    else if (regs.rbp)
+        rc = (int)regs.rax;
     memset(child->commands, 0, child->count * sizeof(*child->commands)); /* where guest memory is does not concern guest user code, which can read this */
     child->count = 0;
     return child->error = rc;
@@ -410,7 +421,7 @@ enum direct_stop direct_child_run(struct direct_child *child, struct user_regs_s
         return errno == ESRCH ? DIRECT_GONE : DIRECT_REFUSED;
     if (ptrace(PTRACE_SYSEMU, child->pid, NULL, NULL) || !wait_stop(child, &status) || ptrace(PTRACE_GETREGS, child->pid, NULL, regs))
         return DIRECT_GONE;
-    child->fixed_flags = regs->eflags & FIXED_FLAGS;
+    child->fixed_flags = regs->eflags & RFLAGS_ID;
     child->fault_address = ~0ull;
     switch (WSTOPSIG(status)) {
     case SYSCALL_STOP:

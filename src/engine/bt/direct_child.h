@@ -43,7 +43,7 @@ void direct_child_unmap_all(struct direct_child *child);
 int direct_child_flush(struct direct_child *child) __attribute__((warn_unused_result));
 
 /*
- * Runs until a stop. *regs: in and out; of RFLAGS those bits that user code may change, but for ID and NT: they stay what the process's code made them, and are as
+ * Runs until a stop. *regs: in and out; of RFLAGS those bits that user code may change, but for ID: it stays what the process's code made it, and is as
  * direct_child_fixed_flags says. RDTSC faults.
  */
 enum direct_stop direct_child_run(struct direct_child *child, struct user_regs_struct *regs);

@@ -14,6 +14,8 @@
 
 #include <Zydis/Zydis.h>
 
+#include "arch/cpu.h"
+
 #define PAGE 4096u
 #define LEAD_MAX 64u  /* bytes before the suspect where decoding begins */
 #define STARTS 16u
@@ -28,25 +30,36 @@ static const struct suspect {
     uint8_t opcode, regs;
     bool memory_only; /* with a register it is another instruction */
     bool repeat;      /* needs prefix F3 */
+    bool extended;    /* only on hosts whose XCR0 has more than a guest's: XGETBV says so, XSAVE writes more than the guest has room for */
 } suspects[] = {
     {0x00, REG(0) | REG(1) | REG(4) | REG(5), false, false}, /* SLDT STR VERR VERW */
     {0x01, REG(0) | REG(1), true, false},                    /* SGDT SIDT */
     {0x01, REG(4), false, false},                            /* SMSW */
+    {0x01, REG(2), false, false, true},                      /* XGETBV */
     {0x02, REG_ANY, false, false},                           /* LAR */
     {0x03, REG_ANY, false, false},                           /* LSL */
+    {0x34, REG_ANY, false, false},                           /* SYSENTER: a system call, of which the kernel forgets the address */
     {0xa2, REG_ANY, false, false},                           /* CPUID */
+    {0xae, REG(4) | REG(6), true, false, true},              /* XSAVE XSAVEOPT */
     {0xc7, REG(7), false, true},                             /* RDPID */
 };
 
+static bool host_has_more_state(void)
+{
+    uint32_t low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return ((uint64_t)high << 32 | low) & ~(uint64_t)XCR0_SUPPORTED;
+}
+
 /* The bytes 0F xx of one of them at p, with at least one byte after these; *start is where its prefixes begin. */
-static bool is_suspect(const uint8_t *page, const uint8_t *p, const uint8_t **start)
+static bool is_suspect(const uint8_t *page, const uint8_t *p, bool extended, const uint8_t **start)
 {
     bool rex = p > page && (p[-1] & 0xf0) == 0x40, is_register = p[2] >= 0xc0;
     *start = rex ? p - 1 : p;
     bool repeat = *start > page && (*start)[-1] == 0xf3;
     for (unsigned n = 0; n < sizeof(suspects) / sizeof(suspects[0]); n++) {
         const struct suspect *s = &suspects[n];
-        if (p[1] != s->opcode || !(s->regs >> (p[2] >> 3 & 7) & 1) || (s->memory_only && is_register) || (s->repeat && !(repeat && is_register)))
+        if (p[1] != s->opcode || !(s->regs >> (p[2] >> 3 & 7) & 1) || (s->memory_only && is_register) || (s->repeat && !(repeat && is_register)) || s->extended > extended)
             continue;
         *start -= s->repeat;
         return true;
@@ -79,10 +92,11 @@ unsigned direct_code_tells(const uint8_t page[4096], uint16_t *offset, unsigned 
 {
     ZydisDecoder decoder;
     unsigned count = 0;
+    bool extended = host_has_more_state();
     const uint8_t *end = page + PAGE - 2, *start;
     ZydisDecoderInit(&decoder, ZYDIS_MACHINE_MODE_LONG_64, ZYDIS_STACK_WIDTH_64);
     for (const uint8_t *p = memchr(page, 0x0f, PAGE - 2); p && count <= max; p = p + 1 < end ? memchr(p + 1, 0x0f, (size_t)(end - (p + 1))) : NULL) {
-        if (!is_suspect(page, p, &start))
+        if (!is_suspect(page, p, extended, &start))
             continue;
         unsigned at = (unsigned)(start - page);
         unsigned mask = at < STARTS ? (2u << (p - start)) - 1 /* too close to the page's beginning to tell */ : beginnings(&decoder, page, at, (unsigned)(p - page));
