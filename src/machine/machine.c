@@ -394,8 +394,7 @@ int machine_power_on(struct machine *machine, struct error *err)
     if (r)
         return r;
 
-    /* All the same: the host's counter where guests may read that, so that user code may be executed directly; else from zero. */
-    uint64_t tsc_offset = inputs_tsc_is_host() ? 0 : -inputs_tsc();
+    uint64_t tsc_offset = -inputs_tsc(); /* the guest's counters start at zero, all with the same offset */
     for (unsigned i = 0; i < machine->cpu_count; i++) {
         struct vcpu *vcpu = machine->vcpu[i].vcpu;
         machine->vcpu[i].pvclock = (struct pvclock){0};

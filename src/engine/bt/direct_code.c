@@ -17,8 +17,8 @@
 #include "arch/cpu.h"
 
 #define PAGE 4096u
-#define LEAD_MAX 64u  /* bytes before the suspect where decoding begins */
-#define STARTS 16u
+#define LEAD_MAX 128u  /* bytes before the suspect where decoding begins */
+#define STARTS 8u
 #define PREFIXES_MAX 2u
 #define HITS_NEEDED 6u /* of STARTS */
 
@@ -88,6 +88,12 @@ static unsigned beginnings(const ZydisDecoder *decoder, const uint8_t *page, uns
     return mask;
 }
 
+/* Too close to the page's beginning to tell, what programs do use is taken for what it seems; the others' bytes are mostly parts of displacements. */
+static bool is_usual(const uint8_t *p)
+{
+    return p[1] == 0xa2 || p[1] == 0xc7 || p[1] == 0x03;
+}
+
 unsigned direct_code_tells(const uint8_t page[4096], uint16_t *offset, unsigned max)
 {
     ZydisDecoder decoder;
@@ -95,11 +101,12 @@ unsigned direct_code_tells(const uint8_t page[4096], uint16_t *offset, unsigned 
     bool extended = host_has_more_state();
     const uint8_t *end = page + PAGE - 2, *start;
     ZydisDecoderInit(&decoder, ZYDIS_MACHINE_MODE_LONG_64, ZYDIS_STACK_WIDTH_64);
+    ZydisDecoderEnableMode(&decoder, ZYDIS_DECODER_MODE_MINIMAL, ZYAN_TRUE); /* lengths are enough */
     for (const uint8_t *p = memchr(page, 0x0f, PAGE - 2); p && count <= max; p = p + 1 < end ? memchr(p + 1, 0x0f, (size_t)(end - (p + 1))) : NULL) {
         if (!is_suspect(page, p, extended, &start))
             continue;
         unsigned at = (unsigned)(start - page);
-        unsigned mask = at < STARTS ? (2u << (p - start)) - 1 /* too close to the page's beginning to tell */ : beginnings(&decoder, page, at, (unsigned)(p - page));
+        unsigned mask = at >= STARTS ? beginnings(&decoder, page, at, (unsigned)(p - page)) : is_usual(p) ? (2u << (p - start)) - 1 : 0;
         for (; mask; mask &= mask - 1, count++)
             if (count < max)
                 offset[count] = (uint16_t)(at + (unsigned)__builtin_ctz(mask));

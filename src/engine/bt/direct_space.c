@@ -232,18 +232,46 @@ static uint64_t write_or_execute(struct direct_space *space, gva_t gva, uint64_t
     return (rights & ~both) | one;
 }
 
+/* bt_engine.code_tells */
+enum { CODE_UNKNOWN, CODE_PLAIN, CODE_TELLS, CODE_TELLS_MUCH };
+
+/* How many instructions of the page must not run here, and where; more than fit into at[]: too many. What is found is kept as long as the page cannot change unnoticed. */
+static unsigned tells_find(struct direct_space *space, uint64_t offset, uint16_t at[DIRECT_BREAKPOINTS])
+{
+    struct bt_engine *e = space->engine;
+    uint8_t *known = &e->code_tells[offset / PAGE_SIZE_BYTES];
+    if (*known == CODE_PLAIN)
+        return 0;
+    if (*known == CODE_TELLS_MUCH)
+        return DIRECT_BREAKPOINTS + 1;
+    unsigned count = direct_code_tells(e->layout.window_r + offset, at, DIRECT_BREAKPOINTS);
+    if (e->code_flags[offset / PAGE_SIZE_BYTES] & BT_CODE_PRESENT)
+        *known = !count ? CODE_PLAIN : count <= DIRECT_BREAKPOINTS ? CODE_TELLS : CODE_TELLS_MUCH;
+    return count;
+}
+
+/* Pages that nobody has executed here yet are not looked at for the sake of their neighbours, unless that has to be done once only. */
+static bool is_worth_looking(const struct direct_space *space, uint64_t offset, bool now)
+{
+    const struct bt_engine *e = space->engine;
+    uint8_t known = e->code_tells[offset / PAGE_SIZE_BYTES];
+    return now || known == CODE_PLAIN || (known == CODE_UNKNOWN && e->code_flags[offset / PAGE_SIZE_BYTES] & BT_CODE_PRESENT);
+}
+
 /* Are all instructions of the page of code that must not run here stopped before? `now`: they are to be, if need be instead of others'. */
 static bool is_guarded(struct direct_space *space, gva_t page, uint64_t offset, bool now)
 {
     uint16_t at[DIRECT_BREAKPOINTS];
-    unsigned count = direct_code_tells(space->engine->layout.window_r + offset, at, DIRECT_BREAKPOINTS), have = 0;
-    for (unsigned n = 0; n < count && count <= DIRECT_BREAKPOINTS; n++)
+    if (!is_worth_looking(space, offset, now))
+        return false;
+    unsigned count = tells_find(space, offset, at), have = 0;
+    if (count > DIRECT_BREAKPOINTS)
+        return false;
+    for (unsigned n = 0; n < count; n++)
         for (unsigned k = 0; k < DIRECT_BREAKPOINTS; k++)
             have += space->guard[k] == page + at[n];
-    if (count <= DIRECT_BREAKPOINTS && have == count)
-        return true;
-    if (!now || count > DIRECT_BREAKPOINTS)
-        return false;
+    if (have == count || !now)
+        return have == count;
     for (unsigned k = 0; k < DIRECT_BREAKPOINTS; k++) /* what is left of its own, from other contents */
         if ((space->guard[k] & ~PAGE_MASK_BITS) == page)
             space->guard[k] = 0;

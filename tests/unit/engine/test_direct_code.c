@@ -23,6 +23,8 @@ static bool tells(unsigned at, const char *code, size_t length)
 }
 #define TELLS(at, code) tells(at, code, sizeof(code) - 1)
 
+#define USUAL 5u /* the first of these are found at the page's beginning, too */
+
 static void test_instructions(void **state)
 {
     static const struct {
@@ -31,7 +33,7 @@ static void test_instructions(void **state)
     } codes[] = {{"\x0f\xa2", 2}, {"\xf3\x0f\xc7\xf8", 4}, {"\xf3\x48\x0f\xc7\xf9", 5}, {"\x0f\x03\xc1", 3}, {"\x48\x0f\x03\xc1", 4}, {"\x0f\x01\x07", 3}, {"\x0f\x01\x0f", 3},
         {"\x0f\x01\xe0", 3}, {"\x0f\x00\xc0", 3}, {"\x0f\x00\xc8", 3}, {"\x0f\x34", 2}};
     for (unsigned n = 0; n < sizeof(codes) / sizeof(codes[0]); n++)
-        for (unsigned at = 0; at <= PAGE - 8; at += at < 80 ? 1 : 61)
+        for (unsigned at = n < USUAL ? 0 : 8; at <= PAGE - 8; at += at < 80 ? 1 : 61)
             assert_true(tells(at, codes[n].code, codes[n].length) && (at < 80 || offsets[0] == at));
     assert_true(TELLS(PAGE - 3, "\x0f\xa2"));
 }
