@@ -11,6 +11,7 @@ import time
 DONE = re.compile(rb"@done (\d+) (\d+) (\d+) (\d+) ([0-9a-f]{16}) ?([^\r\n]*)\r?\n")
 APPEND = "console=ttyS0 quiet"
 MEMORY = "512"
+GUEST_MEMORY = "memfd:doppel-ram"   # the mapping's name in Doppel
 TICKS = os.sysconf("SC_CLK_TCK")
 
 

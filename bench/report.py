@@ -45,6 +45,14 @@ def number(value):
     return "%.0f" % value if value >= 99.95 else "%.1f" % value if value >= 9.995 else "%.2f" % value
 
 
+def spread(values):
+    """The median and, of several, the extremes."""
+    if not values:
+        return ""
+    text = number(statistics.median(values))
+    return text if len(values) == 1 else "%s (%s..%s)" % (text, number(min(values)), number(max(values)))
+
+
 def verdict(row):
     if not row.get("goal"):
         return ""
