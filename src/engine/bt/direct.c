@@ -27,6 +27,8 @@
 #define SPACES 6u
 #define PROCESSES 64u
 #define DR6_BS (1ull << 14)
+#define USEFUL_TIMES 3u      /* of the cheapest stop there was; the usual one costs twice that */
+#define RESET_TIMES 8u
 #define HOLD_US_MIN 32u       /* in translated code after a stop that came too soon; doubled as long as they do */
 #define HOLD_US_MAX 16384u
 #define HOLD_US_FAILED 2000000u
@@ -632,9 +634,9 @@ static void pin_check(struct bt_vcpu *b, struct process *p)
 static void run_judge(const struct direct *d, struct process *p, uint64_t took)
 {
     uint64_t useful = took - d->overhead_tsc, least = HOLD_US_MIN * d->tsc_us, most = HOLD_US_MAX * d->tsc_us;
-    if (useful > 4 * d->overhead_tsc)
+    if (useful > RESET_TIMES * d->overhead_tsc)
         p->hold_tsc = 0;
-    if (useful >= d->overhead_tsc)
+    if (useful >= USEFUL_TIMES * d->overhead_tsc)
         return;
     p->hold_tsc = p->hold_tsc ? 2 * p->hold_tsc : least;
     if (p->hold_tsc > most)
