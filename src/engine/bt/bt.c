@@ -231,6 +231,7 @@ static struct bt_block *translate(struct bt_vcpu *b, struct bt_page *page, unsig
         counters[COUNTER_translated_bytes] += block->tc_end - block->tc_start;
     }
     report_published(e, published);
+    direct_translated(b, (uint64_t)ns);
     return block;
 }
 
@@ -259,7 +260,7 @@ static bool page_find(struct bt_vcpu *b, gva_t gva, uint64_t *ram_offset, bool *
     return true;
 }
 
-/* NULL with *full: the cache has to be flushed first. */
+/* NULL with *full: the cache has to be flushed first; else the interpreter goes on. */
 static struct bt_block *block_in_page(struct bt_vcpu *b, gva_t gva, bool *full)
 {
     struct bt_engine *e = b->engine;
@@ -267,7 +268,7 @@ static struct bt_block *block_in_page(struct bt_vcpu *b, gva_t gva, bool *full)
     uint64_t ram_offset;
     bool again;
     *full = false;
-    if (!page_find(b, gva, &ram_offset, &again) || page_thrashes(b, ram_offset))
+    if (!page_find(b, gva, &ram_offset, &again) || page_thrashes(b, ram_offset) || (!again && direct_preferred(b)))
         return NULL;
     if (!direct_release(e, ram_offset)) {
         b->interp_blocks = 1;
@@ -277,6 +278,8 @@ static struct bt_block *block_in_page(struct bt_vcpu *b, gva_t gva, bool *full)
     struct bt_block *block = page ? cache_block(e, page, start) : NULL;
     if (page)
         page->gva = gva & ~PAGE_MASK_BITS;
+    if (!block && direct_preferred(b))
+        return NULL;
     if (!block && page && cache_room(e) && e->tc_used <= e->debug.tc_bytes)
         block = translate(b, page, start, next_page(b, start), false);
     else if (!block)

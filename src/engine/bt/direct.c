@@ -32,6 +32,7 @@
 #define HOLD_US_MIN 32u       /* in translated code after a stop that came too soon; doubled as long as they do */
 #define HOLD_US_MAX 16384u
 #define HOLD_US_FAILED 2000000u
+#define BALANCE_US_MAX 1024
 #define PIN_CHECK_US 65536u
 #define PIN_PAUSE_US 8192u
 #define USER_CS 0x33
@@ -48,6 +49,7 @@ struct process {
     uint64_t used;
     uint64_t hold_tsc;     /* for so long it was held last time */
     uint64_t held_until;   /* by the TSC: translated code until then */
+    int64_t balance;       /* TSC ticks: spent on translating its code, less those spent on stops that came too soon; at most BALANCE_US_MAX off zero */
     struct direct_space *space; /* NULL: none now */
     unsigned asid;         /* under which the space was used last */
 };
@@ -280,6 +282,7 @@ static void process_start(struct bt_vcpu *b, struct process *p)
     d->tracer = pthread_self();
     p->asid = asid_of(&b->c.v.cpu);
     p->hold_tsc = p->held_until = 0;
+    p->balance = 0;
     pthread_mutex_lock(&b->engine->lock);
     p->space = space;
     d->spaces++;
@@ -466,6 +469,33 @@ bool direct_active(const struct bt_vcpu *b)
     return d && d->current && (d->always || tsc() >= d->current->held_until);
 }
 
+static void balance_add(const struct direct *d, struct process *p, int64_t ticks)
+{
+    int64_t most = BALANCE_US_MAX * (int64_t)d->tsc_us;
+    p->balance += ticks;
+    if (p->balance > most)
+        p->balance = most;
+    else if (p->balance < -most)
+        p->balance = -most;
+}
+
+/* Code that runs once is cheaper in the process, whatever its stops cost; a loop around a system call is translated once. Which it is, nobody knows: as much is spent on either. */
+bool direct_preferred(struct bt_vcpu *b)
+{
+    const struct direct *d = b->direct;
+    if (!d || !d->current || d->current->balance <= 0 || b->c.cpl != 3 || !direct_wanted(b))
+        return false;
+    d->current->held_until = 0;
+    return true;
+}
+
+void direct_translated(struct bt_vcpu *b, uint64_t ns)
+{
+    const struct direct *d = b->direct;
+    if (d && d->current && b->c.cpl == 3)
+        balance_add(d, d->current, (int64_t)(ns * d->tsc_us / 1000));
+}
+
 void direct_user_entered(struct bt_vcpu *b)
 {
     struct direct *d = b->direct;
@@ -638,6 +668,7 @@ static void run_judge(const struct direct *d, struct process *p, uint64_t took)
         p->hold_tsc = 0;
     if (useful >= USEFUL_TIMES * d->overhead_tsc)
         return;
+    balance_add(d, p, -2 * (int64_t)d->overhead_tsc);
     p->hold_tsc = p->hold_tsc ? 2 * p->hold_tsc : least;
     if (p->hold_tsc > most)
         p->hold_tsc = most;

@@ -26,6 +26,9 @@ void direct_thread_leave(struct bt_vcpu *b);
 
 /* Is user mode of the current address space executed directly? Then the ways into it lead to the run loop. */
 bool direct_active(const struct bt_vcpu *b);
+/* A block of its code is missing: is it better to go there than to translate it? Then direct_active is true until a stop comes too soon. */
+bool direct_preferred(struct bt_vcpu *b);
+void direct_translated(struct bt_vcpu *b, uint64_t ns);
 /* direct_active: may it be now, at this instruction? */
 bool direct_wanted(const struct bt_vcpu *b);
 /* direct_wanted: until something else has to be done, and does that. May raise (longjmp). */
