@@ -303,7 +303,7 @@ struct bt_engine {
     uint64_t *marks;        /* hash set; 0: free */
     uint32_t mark_count;
     uint8_t *code_flags;    /* one byte per RAM page: BT_CODE_* */
-    uint8_t *code_tells;    /* the same, while BT_CODE_PRESENT: what direct_space.c knows about its instructions; 0: nothing */
+    uint64_t *code_tells;   /* one per RAM page: what direct_space.c knows about its instructions; 0: nothing */
 
     /* Stop the world, for flushes: see cache_exclusive_begin. */
     pthread_cond_t world;

@@ -73,7 +73,7 @@ int cache_create(struct bt_engine *e, struct error *err)
     e->page_store = reserve(BT_CODE_PAGES_MAX * sizeof(*e->page_store));
     e->pages = reserve(HASH_BUCKETS * sizeof(*e->pages));
     e->code_flags = reserve(e->layout.ram_bytes / PAGE_SIZE_BYTES);
-    e->code_tells = reserve(e->layout.ram_bytes / PAGE_SIZE_BYTES);
+    e->code_tells = reserve(e->layout.ram_bytes / PAGE_SIZE_BYTES * sizeof(*e->code_tells));
     if (!e->blocks || !e->sites || !e->landmarks || !e->links || !e->marks || !e->page_store || !e->pages || !e->code_flags || !e->code_tells) {
         cache_destroy(e);
         return error_set(err, -ENOMEM, "no memory for the table of translations");
@@ -87,7 +87,6 @@ static void flags_set_present(struct bt_engine *e, uint64_t ram_offset, bool pre
     uint8_t *flags = &e->code_flags[ram_offset / PAGE_SIZE_BYTES];
     uint8_t value = present ? *flags | BT_CODE_PRESENT : *flags & (uint8_t)~BT_CODE_PRESENT;
     __atomic_store_n(flags, value, __ATOMIC_RELAXED);
-    e->code_tells[ram_offset / PAGE_SIZE_BYTES] = 0;
     physmap_watch_page(e->interp.memory, physmap_gpa(e->interp.memory, ram_offset), present);
 }
 
@@ -110,7 +109,7 @@ static void pages_release(struct bt_engine *e)
 void cache_destroy(struct bt_engine *e)
 {
     physmap_watch_set(e->interp.memory, NULL, e);
-    if (e->page_store && e->code_flags && e->code_tells)
+    if (e->page_store && e->code_flags)
         pages_release(e);
     release(e->blocks, BT_BLOCKS_MAX * sizeof(*e->blocks));
     release(e->sites, BT_SITES_MAX * sizeof(*e->sites));
@@ -120,7 +119,7 @@ void cache_destroy(struct bt_engine *e)
     release(e->page_store, BT_CODE_PAGES_MAX * sizeof(*e->page_store));
     release(e->pages, HASH_BUCKETS * sizeof(*e->pages));
     release(e->code_flags, e->layout.ram_bytes / PAGE_SIZE_BYTES);
-    release(e->code_tells, e->layout.ram_bytes / PAGE_SIZE_BYTES);
+    release(e->code_tells, e->layout.ram_bytes / PAGE_SIZE_BYTES * sizeof(*e->code_tells));
     e->blocks = NULL;
     e->sites = NULL;
     e->landmarks = NULL;
@@ -128,7 +127,8 @@ void cache_destroy(struct bt_engine *e)
     e->marks = NULL;
     e->page_store = NULL;
     e->pages = NULL;
-    e->code_flags = e->code_tells = NULL;
+    e->code_flags = NULL;
+    e->code_tells = NULL;
     pthread_cond_destroy(&e->world);
     pthread_mutex_destroy(&e->lock);
 }

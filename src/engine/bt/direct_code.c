@@ -67,21 +67,34 @@ static bool is_suspect(const uint8_t *page, const uint8_t *p, bool extended, con
     return false;
 }
 
-/* The first boundary from `low` on that decoding from `from` comes to. */
-static unsigned boundary(const ZydisDecoder *decoder, const uint8_t *page, unsigned from, unsigned low)
+/* Decoding the bytes from `first` to `start`: ways that meet go on together, and are gone once. */
+struct ways {
+    unsigned first, start;
+    uint16_t end[LEAD_MAX]; /* the first boundary at `start` or behind it, for one at first + n; 0: not known */
+};
+
+static unsigned way_end(struct ways *ways, const ZydisDecoder *decoder, const uint8_t *page, unsigned from)
 {
     ZydisDecodedInstruction zi;
-    while (from < low)
-        from += ZYAN_SUCCESS(ZydisDecoderDecodeInstruction(decoder, NULL, page + from, PAGE - from, &zi)) ? zi.length : 1u;
-    return from;
+    uint8_t path[LEAD_MAX];
+    unsigned at = from, length = 0;
+    while (at < ways->start && !ways->end[at - ways->first]) {
+        path[length++] = (uint8_t)(at - ways->first);
+        at += ZYAN_SUCCESS(ZydisDecoderDecodeInstruction(decoder, NULL, page + at, PAGE - at, &zi)) ? zi.length : 1u;
+    }
+    unsigned end = at < ways->start ? ways->end[at - ways->first] : at;
+    while (length)
+        ways->end[path[--length]] = (uint16_t)end;
+    return end;
 }
 
 /* Where ways of reading the bytes before come to an instruction that begins between `start` and `opcode`: bit n, at start + n. */
 static unsigned beginnings(const ZydisDecoder *decoder, const uint8_t *page, unsigned start, unsigned opcode)
 {
-    unsigned hits[PREFIXES_MAX + 1] = {0}, mask = 0, lead = start < LEAD_MAX ? start : LEAD_MAX;
+    unsigned hits[PREFIXES_MAX + 1] = {0}, mask = 0;
+    struct ways ways = {.first = start < LEAD_MAX ? 0 : start - LEAD_MAX, .start = start};
     for (unsigned n = 0; n < STARTS; n++) {
-        unsigned at = boundary(decoder, page, start - lead + n, start);
+        unsigned at = way_end(&ways, decoder, page, ways.first + n);
         if (at <= opcode && ++hits[at - start] >= HITS_NEEDED)
             mask |= 1u << (at - start);
     }

@@ -232,38 +232,40 @@ static uint64_t write_or_execute(struct direct_space *space, gva_t gva, uint64_t
     return (rights & ~both) | one;
 }
 
-/* bt_engine.code_tells */
-enum { CODE_UNKNOWN, CODE_PLAIN, CODE_TELLS, CODE_TELLS_MUCH };
+/* bt_engine.code_tells: what is known of a page, and for which contents of it. */
+enum { CODE_UNKNOWN, CODE_PLAIN, CODE_TELLS, CODE_TELLS_MUCH, CODE_KINDS };
 
-/* How many instructions of the page must not run here, and where; more than fit into at[]: too many. What is found is kept as long as the page cannot change unnoticed. */
+/* Contents made to have the same one as others hide what direct_code.h looks for, no more. */
+static uint64_t contents_hash(const uint8_t *page)
+{
+    uint64_t h[4] = {1, 2, 3, 4}, words[4];
+    for (unsigned n = 0; n < PAGE_SIZE_BYTES; n += sizeof(words)) {
+        __builtin_memcpy(words, page + n, sizeof(words));
+        for (unsigned k = 0; k < 4; k++)
+            h[k] = ((h[k] << 23 | h[k] >> 41) ^ words[k]) * 0x9e3779b97f4a7c15ull;
+    }
+    return h[0] ^ h[1] << 1 ^ h[2] << 2 ^ h[3] << 3;
+}
+
+/* How many instructions of the page must not run here, and where; more than fit into at[]: too many. */
 static unsigned tells_find(struct direct_space *space, uint64_t offset, uint16_t at[DIRECT_BREAKPOINTS])
 {
     struct bt_engine *e = space->engine;
-    uint8_t *known = &e->code_tells[offset / PAGE_SIZE_BYTES];
-    if (*known == CODE_PLAIN)
+    const uint8_t *page = e->layout.window_r + offset;
+    uint64_t *known = &e->code_tells[offset / PAGE_SIZE_BYTES], hash = contents_hash(page) & ~(uint64_t)(CODE_KINDS - 1);
+    if (*known == (hash | CODE_PLAIN))
         return 0;
-    if (*known == CODE_TELLS_MUCH)
+    if (*known == (hash | CODE_TELLS_MUCH))
         return DIRECT_BREAKPOINTS + 1;
-    unsigned count = direct_code_tells(e->layout.window_r + offset, at, DIRECT_BREAKPOINTS);
-    if (e->code_flags[offset / PAGE_SIZE_BYTES] & BT_CODE_PRESENT)
-        *known = !count ? CODE_PLAIN : count <= DIRECT_BREAKPOINTS ? CODE_TELLS : CODE_TELLS_MUCH;
+    unsigned count = direct_code_tells(page, at, DIRECT_BREAKPOINTS);
+    *known = hash | (!count ? CODE_PLAIN : count <= DIRECT_BREAKPOINTS ? CODE_TELLS : CODE_TELLS_MUCH);
     return count;
-}
-
-/* Pages that nobody has executed here yet are not looked at for the sake of their neighbours, unless that has to be done once only. */
-static bool is_worth_looking(const struct direct_space *space, uint64_t offset, bool now)
-{
-    const struct bt_engine *e = space->engine;
-    uint8_t known = e->code_tells[offset / PAGE_SIZE_BYTES];
-    return now || known == CODE_PLAIN || (known == CODE_UNKNOWN && e->code_flags[offset / PAGE_SIZE_BYTES] & BT_CODE_PRESENT);
 }
 
 /* Are all instructions of the page of code that must not run here stopped before? `now`: they are to be, if need be instead of others'. */
 static bool is_guarded(struct direct_space *space, gva_t page, uint64_t offset, bool now)
 {
     uint16_t at[DIRECT_BREAKPOINTS];
-    if (!is_worth_looking(space, offset, now))
-        return false;
     unsigned count = tells_find(space, offset, at), have = 0;
     if (count > DIRECT_BREAKPOINTS)
         return false;
