@@ -29,7 +29,6 @@
 
 struct leaf {
     gva_t region;
-    unsigned mapped;
     bool large; /* some of it may have come from one page of 2 MiB */
     uint64_t entry[PAGING_REGION_PAGES]; /* RAM offset | PAGING_MAY_*; 0: not mapped */
 };
@@ -39,12 +38,19 @@ struct wanted {
     bool add; /* also when it is not mapped */
 };
 
+/* A mapping under construction. */
+struct run {
+    gva_t at;
+    uint64_t bytes, entry;
+};
+
 struct direct_space {
     struct bt_engine *engine;
     struct direct_child *child;
-    struct leaf **leaf; /* hash table */
+    struct leaf *leaf[LEAVES_MAX];
     unsigned leaves;
-    uint64_t pages;
+    uint16_t slot[LEAF_SLOTS]; /* hash table of 1 + index of a leaf; 0: free */
+    struct run run;
     uint64_t *writable; /* bit per page of RAM: perhaps */
     uint8_t turns[TURNS]; /* by pages, hashed: how often they went from written to executed and back */
     uint64_t guard[DIRECT_BREAKPOINTS]; /* where the process stops before an instruction, because its page is executable here; 0: free */
@@ -58,12 +64,6 @@ struct direct_space {
     bool unusable;
 };
 
-/* A mapping under construction. */
-struct run {
-    gva_t at;
-    uint64_t bytes, entry;
-};
-
 /* ---- creation ---- */
 
 int direct_space_create(struct direct_space **out, struct bt_engine *e, struct error *err)
@@ -72,12 +72,10 @@ int direct_space_create(struct direct_space **out, struct bt_engine *e, struct e
     uint64_t pages = e->layout.ram_bytes / PAGE_SIZE_BYTES;
     if (space) {
         space->engine = e;
-        space->leaf = calloc(LEAF_SLOTS, sizeof(struct leaf *));
         space->writable = calloc((pages + 63) / 64, sizeof(uint64_t));
-    }
-    if (space)
         space->stale = true;
-    int rc = space && space->leaf && space->writable ? 0 : error_set(err, -ENOMEM, "no memory for a shadow");
+    }
+    int rc = space && space->writable ? 0 : error_set(err, -ENOMEM, "no memory for a shadow");
     if (!rc)
         rc = direct_child_create(&space->child, physmap_fd(e->interp.memory), err);
     if (rc && space)
@@ -89,12 +87,9 @@ int direct_space_create(struct direct_space **out, struct bt_engine *e, struct e
 
 static void leaves_free(struct direct_space *space)
 {
-    for (unsigned n = 0; space->leaf && n < LEAF_SLOTS; n++) {
-        free(space->leaf[n]);
-        space->leaf[n] = NULL;
-    }
-    space->leaves = 0;
-    space->pages = 0;
+    while (space->leaves)
+        free(space->leaf[--space->leaves]);
+    memset(space->slot, 0, sizeof(space->slot));
 }
 
 void direct_space_destroy(struct direct_space *space)
@@ -102,26 +97,30 @@ void direct_space_destroy(struct direct_space *space)
     if (space->child)
         direct_child_destroy(space->child);
     leaves_free(space);
-    free(space->leaf);
     free(space->writable);
     free(space);
+}
+
+/* Nothing is mapped any more, once that is flushed. */
+static void shadow_empty(struct direct_space *space)
+{
+    direct_child_unmap_all(space->child);
+    leaves_free(space);
+    memset(space->guard, 0, sizeof(space->guard));
+    space->guards_changed = true;
 }
 
 int direct_space_reset(struct direct_space *space)
 {
     struct bt_engine *e = space->engine;
-    direct_child_unmap_all(space->child);
-    int rc = space->unusable ? -EADDRINUSE : direct_child_flush(space->child);
     pthread_mutex_lock(&e->lock);
-    leaves_free(space);
+    shadow_empty(space);
     memset(space->writable, 0, (e->layout.ram_bytes / PAGE_SIZE_BYTES + 63) / 64 * sizeof(uint64_t));
     memset(space->turns, 0, sizeof(space->turns));
-    memset(space->guard, 0, sizeof(space->guard));
-    space->guards_changed = true;
     space->wanted_count = 0;
     space->stale = true; /* where its own page is may be in use there */
     pthread_mutex_unlock(&e->lock);
-    return rc;
+    return space->unusable ? -EADDRINUSE : direct_space_flush(space);
 }
 
 int direct_space_flush(struct direct_space *space)
@@ -136,33 +135,63 @@ struct direct_child *direct_space_child(struct direct_space *space)
     return space->child;
 }
 
-uint64_t direct_space_pages(const struct direct_space *space)
-{
-    return space->pages;
-}
-
 /* ---- leaves ---- */
 
-static struct leaf **leaf_slot(struct direct_space *space, gva_t region)
+static uint16_t *leaf_slot(struct direct_space *space, gva_t region)
 {
     unsigned n = (unsigned)((region >> REGION_SHIFT) * 0x9e3779b97f4a7c15ull >> 40) % LEAF_SLOTS;
-    while (space->leaf[n] && space->leaf[n]->region != region)
+    while (space->slot[n] && space->leaf[space->slot[n] - 1]->region != region)
         n = (n + 1) % LEAF_SLOTS;
-    return &space->leaf[n];
+    return &space->slot[n];
 }
 
+/* NULL: nothing is mapped there. */
+static struct leaf *leaf_find(struct direct_space *space, gva_t gva)
+{
+    unsigned slot = *leaf_slot(space, gva & ~(PAGING_REGION_BYTES - 1));
+    return slot ? space->leaf[slot - 1] : NULL;
+}
+
+/* NULL: there are too many (catch_up), or no memory. */
 static struct leaf *leaf_get(struct direct_space *space, gva_t gva)
 {
     gva_t region = gva & ~(PAGING_REGION_BYTES - 1);
-    struct leaf **slot = leaf_slot(space, region);
+    uint16_t *slot = leaf_slot(space, region);
     if (*slot || space->leaves == LEAVES_MAX)
-        return *slot;
-    *slot = calloc(1, sizeof(**slot));
-    if (*slot) {
-        (*slot)->region = region;
-        space->leaves++;
+        return *slot ? space->leaf[*slot - 1] : NULL;
+    struct leaf *leaf = calloc(1, sizeof(*leaf));
+    if (leaf) {
+        leaf->region = region;
+        space->leaf[space->leaves++] = leaf;
+        *slot = (uint16_t)space->leaves;
     }
-    return *slot;
+    return leaf;
+}
+
+/* ---- changing mappings ---- */
+
+static int protection(uint64_t entry)
+{
+    return (entry & PAGING_MAY_READ ? PROT_READ : 0) | (entry & PAGING_MAY_WRITE ? PROT_WRITE : 0) | (entry & PAGING_MAY_EXECUTE ? PROT_EXEC : 0);
+}
+
+static void run_end(struct direct_space *space)
+{
+    struct run *run = &space->run;
+    if (run->bytes)
+        direct_child_map(space->child, run->at, run->bytes, run->entry & ~(uint64_t)ENTRY_RIGHTS, protection(run->entry));
+    run->bytes = 0;
+}
+
+static void run_add(struct direct_space *space, gva_t at, uint64_t entry)
+{
+    struct run *run = &space->run;
+    bool follows = run->bytes && run->at + run->bytes == at && (entry ? run->entry && run->entry + run->bytes == entry : !run->entry);
+    if (!follows) {
+        run_end(space);
+        *run = (struct run){at, 0, entry};
+    }
+    run->bytes += PAGE_SIZE_BYTES;
 }
 
 /* ---- what a page may be mapped as ---- */
@@ -182,17 +211,15 @@ static bool is_usable(struct direct_space *space, gva_t gva)
     return !hidden && gva >= DIRECT_ADDRESS_FIRST && gva < DIRECT_ADDRESS_LIMIT;
 }
 
-static struct leaf **leaf_slot(struct direct_space *space, gva_t region);
-
 /* The code there is not executed here any more. */
 static void guard_remove(struct direct_space *space, unsigned k)
 {
     gva_t page = space->guard[k] & ~PAGE_MASK_BITS;
-    struct leaf *leaf = *leaf_slot(space, page & ~(PAGING_REGION_BYTES - 1));
+    struct leaf *leaf = leaf_find(space, page);
     uint64_t *entry = leaf ? &leaf->entry[page >> 12 & (PAGING_REGION_PAGES - 1)] : NULL;
     if (entry && *entry & PAGING_MAY_EXECUTE) {
         *entry &= ~(uint64_t)PAGING_MAY_EXECUTE;
-        direct_child_map(space->child, page, PAGE_SIZE_BYTES, *entry & ~(uint64_t)ENTRY_RIGHTS, PROT_READ | (*entry & PAGING_MAY_WRITE ? PROT_WRITE : 0));
+        run_add(space, page, *entry);
     }
     for (unsigned n = 0; n < DIRECT_BREAKPOINTS; n++)
         if ((space->guard[n] & ~PAGE_MASK_BITS) == page)
@@ -302,44 +329,12 @@ static uint64_t entry_wanted(struct direct_space *space, gva_t gva, uint64_t gue
     return offset | rights;
 }
 
-/* ---- changing mappings ---- */
-
-static void run_end(struct direct_space *space, struct run *run)
-{
-    uint64_t rights = run->entry & ENTRY_RIGHTS;
-    int prot = (rights & PAGING_MAY_READ ? PROT_READ : 0) | (rights & PAGING_MAY_WRITE ? PROT_WRITE : 0) | (rights & PAGING_MAY_EXECUTE ? PROT_EXEC : 0);
-    if (run->bytes)
-        direct_child_map(space->child, run->at, run->bytes, run->entry & ~(uint64_t)ENTRY_RIGHTS, prot);
-    run->bytes = 0;
-}
-
-static void run_add(struct direct_space *space, struct run *run, gva_t at, uint64_t entry)
-{
-    bool follows = run->bytes && run->at + run->bytes == at && (entry ? run->entry && run->entry + run->bytes == entry : !run->entry);
-    if (!follows) {
-        run_end(space, run);
-        *run = (struct run){at, 0, entry};
-    }
-    run->bytes += PAGE_SIZE_BYTES;
-}
-
-static void entry_set(struct direct_space *space, struct leaf *leaf, unsigned n, uint64_t entry)
-{
-    struct physmap *memory = space->engine->interp.memory;
-    uint64_t *slot = &leaf->entry[n];
-    if (entry & PAGING_MAY_WRITE)
-        physmap_mark_written(memory, physmap_gpa(memory, entry & ~(uint64_t)ENTRY_RIGHTS), PAGE_SIZE_BYTES);
-    leaf->mapped += (entry != 0) - (*slot != 0);
-    space->pages += (uint64_t)((entry != 0) - (*slot != 0));
-    *slot = entry;
-}
-
 /* Pages [first, first + count) of the leaf become what the tables say; those that are not mapped only with `add`. `access` is for page `wanted`. */
 static void leaf_sync(struct direct_space *space, struct bt_vcpu *b, struct leaf *leaf, unsigned first, unsigned count, bool add, unsigned wanted, unsigned access)
 {
+    struct physmap *memory = b->c.v.memory;
     uint64_t guest[PAGING_REGION_PAGES];
-    struct run run = {0};
-    uint64_t page_bytes = paging_user_region(b->c.v.memory, &b->c.v.cpu, b->c.max_phys_bits, leaf->region, guest);
+    uint64_t page_bytes = paging_user_region(memory, &b->c.v.cpu, b->c.max_phys_bits, leaf->region, guest);
     leaf->large = page_bytes == PAGING_REGION_BYTES || (leaf->large && count < PAGING_REGION_PAGES);
     space->huge |= page_bytes > PAGING_REGION_BYTES;
     for (unsigned n = first; n < first + count; n++) {
@@ -349,15 +344,17 @@ static void leaf_sync(struct direct_space *space, struct bt_vcpu *b, struct leaf
             writable_note(space, new & ~(uint64_t)ENTRY_RIGHTS);
         if (new == old)
             continue;
-        entry_set(space, leaf, n, new);
-        run_add(space, &run, at, new);
+        if (new & PAGING_MAY_WRITE)
+            physmap_mark_written(memory, physmap_gpa(memory, new & ~(uint64_t)ENTRY_RIGHTS), PAGE_SIZE_BYTES);
+        leaf->entry[n] = new;
+        run_add(space, at, new);
     }
-    run_end(space, &run);
+    run_end(space);
 }
 
 static void page_sync(struct direct_space *space, struct bt_vcpu *b, gva_t gva, unsigned around, bool add)
 {
-    struct leaf *leaf = add ? leaf_get(space, gva) : *leaf_slot(space, gva & ~(PAGING_REGION_BYTES - 1));
+    struct leaf *leaf = add ? leaf_get(space, gva) : leaf_find(space, gva);
     unsigned n = gva >> 12 & (PAGING_REGION_PAGES - 1);
     if (leaf && leaf->large)
         around = PAGING_REGION_PAGES;
@@ -375,7 +372,7 @@ void direct_space_stale(struct direct_space *space)
 static void page_note(struct direct_space *space, gva_t gva, bool add)
 {
     gva &= ~PAGE_MASK_BITS;
-    if (gva >= DIRECT_ADDRESS_LIMIT)
+    if (gva >= DIRECT_ADDRESS_LIMIT || (space->stale && !add))
         return;
     for (unsigned n = 0; n < space->wanted_count; n++)
         if (space->wanted[n].page == gva) {
@@ -417,12 +414,12 @@ bool direct_space_release(struct direct_space *space, uint64_t ram_offset)
 
 static void catch_up(struct direct_space *space, struct bt_vcpu *b)
 {
+    if (space->leaves == LEAVES_MAX)
+        shadow_empty(space);
     if (space->stale)
         space->huge = false;
-    if (space->stale)
-        for (unsigned n = 0; n < LEAF_SLOTS; n++)
-            if (space->leaf[n] && space->leaf[n]->mapped)
-                leaf_sync(space, b, space->leaf[n], 0, PAGING_REGION_PAGES, false, 0, PAGING_READ);
+    for (unsigned n = 0; space->stale && n < space->leaves; n++)
+        leaf_sync(space, b, space->leaf[n], 0, PAGING_REGION_PAGES, false, 0, PAGING_READ);
     space->stale = false;
     for (unsigned n = 0; n < space->wanted_count; n++)
         page_sync(space, b, space->wanted[n].page, space->wanted[n].add ? AROUND_WANTED : 1, space->wanted[n].add);

@@ -43,6 +43,4 @@ enum direct_fill direct_space_fill(struct direct_space *space, struct bt_vcpu *b
 /* Any thread, e->lock held: the RAM page is about to be translated. False: a process may be writing to it now. */
 bool direct_space_release(struct direct_space *space, uint64_t ram_offset);
 
-uint64_t direct_space_pages(const struct direct_space *space); /* mapped */
-
 #endif
