@@ -589,6 +589,7 @@ static enum engine_exit bt_run(struct vcpu *v)
         log_error("processor %u cannot have a signal stack: %s", v->index, strerror(-rc));
         return ENGINE_EXIT_ERROR;
     }
+    direct_thread_enter(b);
     int why = setjmp(c->escape);
     if (!why)
         interp_enter(c);

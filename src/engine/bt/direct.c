@@ -16,6 +16,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "arch/host.h"
 #include "arch/paging.h"
@@ -65,8 +66,7 @@ struct direct {
     struct process *current; /* CR3's, while it runs so; NULL: it does not */
     gva_t fault_address;     /* of the guest's page fault delivered last, ~0: none */
     bool held;               /* until user mode is entered again: the code at hand cannot run here */
-    bool has_tracer;
-    pthread_t tracer;
+    pid_t tracer; /* thread that the processes have as such: the one that runs the vCPU */
     unsigned spaces;
     int pinned; /* processor; -1: none */
     bool shared_pin;
@@ -160,6 +160,17 @@ static uint64_t cpu_time_ns(const struct direct_child *child)
     struct timespec t;
     clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
     return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec + direct_child_cpu_ns(child);
+}
+
+void direct_thread_enter(struct bt_vcpu *b)
+{
+    struct direct *d = b->direct;
+    if (!d || d->tracer == gettid())
+        return;
+    for (unsigned n = 0; n < PROCESSES; n++)
+        space_drop(b, &d->process[n]);
+    child_stops_silence();
+    d->tracer = gettid();
 }
 
 void direct_thread_leave(struct bt_vcpu *b)
@@ -268,18 +279,14 @@ static void process_start(struct bt_vcpu *b, struct process *p)
     struct direct *d = b->direct;
     struct direct_space *space;
     struct error err;
-    if (d->impossible || (d->has_tracer && !pthread_equal(d->tracer, pthread_self())))
+    if (d->impossible)
         return;
     simd_save(&b->c);
-    if (!d->has_tracer)
-        child_stops_silence();
     space = d->spaces == SPACES ? space_take(b, oldest_with_space(d)) : NULL;
     if (!space && direct_space_create(&space, b->engine, &err)) {
         start_failed(b, p, &err);
         return;
     }
-    d->has_tracer = true;
-    d->tracer = pthread_self();
     p->asid = asid_of(&b->c.v.cpu);
     p->hold_tsc = p->held_until = 0;
     p->balance = 0;
@@ -459,7 +466,7 @@ bool direct_wanted(const struct bt_vcpu *b)
     const struct cpu_state *cpu = &b->c.v.cpu;
     return b->c.cpl == 3 && !d->held && b->c.code_bits == 64 && !b->c.slow && !b->c.careful && guest_segments_are_plain(cpu) && guest_fits(b) &&
            d->current->root == root_of(cpu) && cpu->gpr[GPR_RIP] < DIRECT_ADDRESS_LIMIT && !(cpu->rflags & FLAGS_UNWANTED) && (cpu->rflags & RFLAGS_IF) &&
-           (cpu->rflags & FLAGS_FIXED) == direct_child_fixed_flags(direct_space_child(d->current->space)) && pthread_equal(d->tracer, pthread_self());
+           (cpu->rflags & FLAGS_FIXED) == direct_child_fixed_flags(direct_space_child(d->current->space));
 }
 
 /* The current address space runs so, if it is in user mode at all. */

@@ -22,6 +22,8 @@ enum direct_counter { DIRECT_STARTED, DIRECT_STOPS, DIRECT_FILLS, DIRECT_COUNTER
 
 int direct_create(struct bt_vcpu *b, enum engine_direct use) __attribute__((warn_unused_result)); /* 0 or -ENOMEM */
 void direct_destroy(struct bt_vcpu *b);
+/* Around each run of the vCPU. */
+void direct_thread_enter(struct bt_vcpu *b);
 void direct_thread_leave(struct bt_vcpu *b);
 
 /* Is user mode of the current address space executed directly? Then the ways into it lead to the run loop. */
