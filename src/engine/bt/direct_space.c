@@ -289,18 +289,18 @@ static unsigned tells_find(struct direct_space *space, uint64_t offset, uint16_t
     return count;
 }
 
-/* Are all instructions of the page of code that must not run here stopped before? `now`: they are to be, if need be instead of others'. */
+/*
+ * Are all instructions of the page of code that must not run here stopped before? `now`: they are to be, if need be instead of others'. Neighbours of what is wanted now may run
+ * when there are none; what had some is not looked at again for their sake.
+ */
 static bool is_guarded(struct direct_space *space, gva_t page, uint64_t offset, bool now)
 {
     uint16_t at[DIRECT_BREAKPOINTS];
-    unsigned count = tells_find(space, offset, at), have = 0;
-    if (count > DIRECT_BREAKPOINTS)
+    if (!now && space->engine->code_tells[offset / PAGE_SIZE_BYTES] % CODE_KINDS > CODE_PLAIN)
         return false;
-    for (unsigned n = 0; n < count; n++)
-        for (unsigned k = 0; k < DIRECT_BREAKPOINTS; k++)
-            have += space->guard[k] == page + at[n];
-    if (have == count || !now)
-        return have == count;
+    unsigned count = tells_find(space, offset, at);
+    if (!count || !now || count > DIRECT_BREAKPOINTS)
+        return !count;
     for (unsigned k = 0; k < DIRECT_BREAKPOINTS; k++) /* what is left of its own, from other contents */
         if ((space->guard[k] & ~PAGE_MASK_BITS) == page)
             space->guard[k] = 0;
