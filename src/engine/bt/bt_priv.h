@@ -316,6 +316,7 @@ struct bt_engine {
     bool avx512, fsgsbase;
 
     enum engine_direct direct;
+    bool direct_told; /* why some of it is translated all the same */
     cpu_set_t pinned; /* processors that direct execution has bound a vCPU to */
     struct perf_map *perf_map;   /* NULL: off */
     struct dump_code *dump_code;

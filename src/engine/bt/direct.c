@@ -201,21 +201,33 @@ static void hold(const struct direct *d, struct process *p, uint64_t us)
     p->held_until = tsc() + us * d->tsc_us;
 }
 
+/* The user is told once, whatever there is of it. `what`: a sentence without its end. */
+static void tell(struct bt_engine *e, const char *what, const char *why)
+{
+    pthread_mutex_lock(&e->lock);
+    bool first = !e->direct_told;
+    e->direct_told = true;
+    pthread_mutex_unlock(&e->lock);
+    if (first)
+        log_info("%s: %s", what, why);
+}
+
 /* The first time: not on this host, and no processor tries again. Later: not now, for want of something that may come back. */
 static void start_failed(struct bt_vcpu *b, struct process *p, const struct error *err)
 {
     struct direct *d = b->direct;
-    struct bt_engine *e = b->engine;
     hold(d, p, HOLD_US_FAILED);
-    if (d->runs[DIRECT_STARTED])
-        return;
-    d->impossible = true;
-    pthread_mutex_lock(&e->lock);
-    bool first = e->direct != DIRECT_OFF;
-    e->direct = DIRECT_OFF;
-    pthread_mutex_unlock(&e->lock);
-    if (first)
-        log_info("user code is translated, not executed directly: %s", err->text);
+    d->impossible = !d->runs[DIRECT_STARTED];
+    tell(b->engine, d->impossible ? "user code is translated, not executed directly" : "some user code is translated for a while, not executed directly", err->text);
+}
+
+/* Something happened to its shadow. -EADDRINUSE is the guest's doing: it has mapped something where the process has its own pages. */
+static void run_failed(struct bt_vcpu *b, struct process *p, int rc)
+{
+    space_drop(b, p);
+    hold(b->direct, p, HOLD_US_FAILED);
+    if (rc != -EADDRINUSE)
+        tell(b->engine, "some user code is translated for a while, not executed directly", rc == -ENOMEM ? "no more mappings (vm.max_map_count)" : strerror(-rc));
 }
 
 /* ---- which process ---- */
@@ -715,8 +727,8 @@ static int space_enter(struct bt_vcpu *b, struct direct_space *space)
     return rc ? rc : direct_child_vectors_set(child, b->c.v.cpu.xsave, CPU_XSAVE_BYTES);
 }
 
-/* Stays in the process while all that is missing are mappings. False: it cannot be used any more. */
-static bool space_run(struct bt_vcpu *b, struct process *p, struct user_regs_struct *regs, enum direct_stop *stop)
+/* Stays in the process while all that is missing are mappings. -errno: it cannot be used any more. *ran: it has the guest's vector registers. */
+static int space_run(struct bt_vcpu *b, struct process *p, struct user_regs_struct *regs, enum direct_stop *stop, bool *ran)
 {
     struct direct_space *space = p->space;
     struct direct_child *child = direct_space_child(space);
@@ -724,27 +736,29 @@ static bool space_run(struct bt_vcpu *b, struct process *p, struct user_regs_str
         uint64_t took;
         *stop = run_once(b, child, regs, &took);
         if (*stop == DIRECT_GONE || *stop == DIRECT_REFUSED)
-            return false;
+            return -EIO;
+        *ran = true;
         registers_get(b, regs);
         if (*stop != DIRECT_FAULT) {
             if (*stop != DIRECT_KICKED)
                 run_judge(b->direct, p, took);
-            return true;
+            return 0;
         }
         pthread_mutex_lock(&b->engine->lock);
         bool more = fault_fill(b, space, direct_child_fault_address(child));
         pthread_mutex_unlock(&b->engine->lock);
         if (!more) {
             run_judge(b->direct, p, took);
-            return true;
+            return 0;
         }
         b->direct->runs[DIRECT_FILLS]++;
-        if (direct_space_flush(space)) {
+        int rc = direct_space_flush(space);
+        if (rc) {
             *stop = DIRECT_KICKED; /* before the instruction that faulted */
-            return false;
+            return rc;
         }
         if (!segments_are_plain(regs))
-            return true;
+            return 0;
     }
 }
 
@@ -759,10 +773,11 @@ enum direct_result direct_run(struct bt_vcpu *b)
     b->mode = bt_mode_of(&b->c, true, 64);
     registers_put(b, &regs);
     pin(b, child);
-    bool good = !space_enter(b, p->space);
-    if (good) {
-        good = space_run(b, p, &regs, &stop);
-        if (stop == DIRECT_GONE || direct_child_vectors_get(child, b->c.v.cpu.xsave, CPU_XSAVE_BYTES)) {
+    bool ran = false;
+    int rc = space_enter(b, p->space);
+    if (!rc) {
+        rc = space_run(b, p, &regs, &stop, &ran);
+        if (stop == DIRECT_GONE || (ran && direct_child_vectors_get(child, b->c.v.cpu.xsave, CPU_XSAVE_BYTES))) {
             log_error("processor %u: the process that ran its user code was killed, and the guest's registers with it", b->c.v.index);
             return DIRECT_LOST;
         }
@@ -773,10 +788,8 @@ enum direct_result direct_run(struct bt_vcpu *b)
     direct_space_left(p->space);
     pthread_mutex_unlock(&b->engine->lock);
     pin_check(b, p);
-    if (!good) {
-        space_drop(b, p);
-        hold(d, p, HOLD_US_FAILED);
-    }
+    if (rc)
+        run_failed(b, p, rc);
     selectors_get(b, &regs);
     if (stop == DIRECT_SYSCALL)
         system_call(b, &regs);

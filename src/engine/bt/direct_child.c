@@ -33,6 +33,9 @@
 #include "arch/cpu.h"
 
 #define PAGE 4096u
+#ifndef MFD_EXEC
+#define MFD_EXEC 0x10u /* <sys/mman.h> is often older than the kernel */
+#endif
 #define KICK_SIGNAL SIGUSR1
 #define SYSCALL_STOP (SIGTRAP | 0x80)
 #define RAM_FD 3
@@ -79,7 +82,9 @@ static const uint8_t loop_code[] = {
 };
 #define LOOP_SYSCALL 0x20u
 #define LOOP_SYSCALL_END 0x22u
+#define LOOP_BREAKPOINT 0x35u
 #define LOOP_END 0x36u
+#define INJECT_TRAPPED (-4096l) /* beyond what system calls return: some filter's signal instead */
 
 /*
  * What the loop calls, exactly. The kernel itself does the calls of the vsyscall page for code that jumps there, without asking the tracer (SYSEMU) but asking the filter: these
@@ -164,10 +169,13 @@ static uint64_t address_choose(void)
     return 0x600000000000ull + (random & 0xfffffffull) * 0x10000;
 }
 
+/* Hosts may want to be told that it is a program (vm.memfd_noexec); older kernels do not know the word. */
 static int program_create(uint64_t address)
 {
     uint8_t page[PAGE] = {0};
-    int fd = memfd_create("doppel-direct", MFD_CLOEXEC);
+    int fd = memfd_create("doppel-direct", MFD_CLOEXEC | MFD_EXEC);
+    if (fd < 0 && errno == EINVAL)
+        fd = memfd_create("doppel-direct", MFD_CLOEXEC);
     page_make((struct hidden_page *)page, address);
     if (fd >= 0 && write(fd, page, PAGE) != PAGE) {
         close(fd);
@@ -190,27 +198,42 @@ static int list_create(struct direct_child *child)
     return fd;
 }
 
-/* In the new process, on the memory of the old one: system calls only. */
-static _Noreturn void child_begin(int program_fd, int ram_fd, int list_fd)
+/* What went wrong, for people. */
+struct trouble {
+    const char *what;
+    int error;
+};
+
+/* In the new process, on the memory of the old one, which waits: system calls only. Comes back in *trouble only. */
+static _Noreturn void child_begin(int program_fd, int ram_fd, int list_fd, volatile struct trouble *trouble)
 {
     static const char *const none[] = {NULL};
     /* Above the numbers that are wanted, so that none of them is overwritten. */
     int ram = fcntl(ram_fd, F_DUPFD, 10), list = fcntl(list_fd, F_DUPFD, 10), program = fcntl(program_fd, F_DUPFD_CLOEXEC, 10);
-    if (ram >= 0 && list >= 0 && program >= 0 && dup2(ram, RAM_FD) == RAM_FD && dup2(list, LIST_FD) == LIST_FD && close(ram) == 0 && close(list) == 0 &&
-        ptrace(PTRACE_TRACEME, 0, NULL, NULL) == 0)
-        syscall(SYS_execveat, program, "", none, none, AT_EMPTY_PATH);
+    trouble->what = "its descriptors";
+    if (ram >= 0 && list >= 0 && program >= 0 && dup2(ram, RAM_FD) == RAM_FD && dup2(list, LIST_FD) == LIST_FD && close(ram) == 0 && close(list) == 0) {
+        trouble->what = "PTRACE_TRACEME";
+        if (ptrace(PTRACE_TRACEME, 0, NULL, NULL) == 0) {
+            trouble->what = "execveat";
+            syscall(SYS_execveat, program, "", none, none, AT_EMPTY_PATH);
+        }
+    }
+    trouble->error = errno;
     _exit(1);
 }
 
 /* ---- stops ---- */
 
-static bool wait_stop(const struct direct_child *child, int *status)
+static bool wait_stop(struct direct_child *child, int *status)
 {
     pid_t got;
     do
         got = waitpid(child->pid, status, __WALL);
     while (got < 0 && errno == EINTR);
-    return got == child->pid && WIFSTOPPED(*status);
+    if (got == child->pid && WIFSTOPPED(*status))
+        return true;
+    child->pid = 0; /* the number may be another process's from now on */
+    return false;
 }
 
 /* It was stopped by the processor, not by a signal that somebody sent. */
@@ -230,7 +253,7 @@ static uint64_t code_address(const struct direct_child *child, unsigned offset)
     return child->hidden + offsetof(struct hidden_page, code) + offset;
 }
 
-/* The process executes one system call. Its result, or -ESRCH. */
+/* The process executes one system call. Its result, INJECT_TRAPPED, or -ESRCH. */
 static long inject(struct direct_child *child, long number, uint64_t a, uint64_t b, uint64_t c, uint64_t d, uint64_t e, uint64_t f)
 {
     struct user_regs_struct regs = regs_at(code_address(child, LOOP_SYSCALL));
@@ -245,7 +268,7 @@ static long inject(struct direct_child *child, long number, uint64_t a, uint64_t
     while (!stopped_itself(child));
     if (ptrace(PTRACE_GETREGS, child->pid, NULL, &regs) || regs.rip != code_address(child, LOOP_SYSCALL_END))
         return -ESRCH;
-    return (long)regs.rax;
+    return WSTOPSIG(status) == SIGTRAP ? (long)regs.rax : INJECT_TRAPPED;
 }
 
 /* ---- setting up ---- */
@@ -271,34 +294,95 @@ static int inject_all(struct direct_child *child, const char **what)
     };
     for (unsigned n = 0; n < sizeof(calls) / sizeof(calls[0]); n++) {
         long rc = inject(child, calls[n].number, calls[n].a, calls[n].b, calls[n].c, calls[n].d, calls[n].e, calls[n].f);
-        if (rc < 0 && rc > -4096) {
+        if (rc < 0 && rc >= INJECT_TRAPPED) {
             *what = calls[n].what;
-            return (int)rc;
+            return rc == INJECT_TRAPPED ? -EPERM : (int)rc;
         }
     }
     return 0;
 }
 
+/*
+ * Everything that guest code will be driven by, once: hosts that pretend to have it, or whose filters allow some of ptrace, would lose a guest by it later, or never stop it. Neither
+ * the signal nor the two instructions do anything.
+ */
+static int try_all(struct direct_child *child, const char **what)
+{
+    static const uint64_t nowhere[DIRECT_BREAKPOINTS];
+    struct iovec io = {child->vectors, child->xstate_bytes};
+    siginfo_t info = {0};
+    struct user_regs_struct kicked = regs_at(code_address(child, LOOP_SYSCALL)), called = kicked, trapped = regs_at(code_address(child, LOOP_BREAKPOINT));
+    *what = "PTRACE_SETREGSET";
+    if (ptrace(PTRACE_SETREGSET, child->pid, NT_X86_XSTATE, &io))
+        return -errno;
+    *what = "breakpoints";
+    int rc = direct_child_break_at(child, nowhere);
+    if (rc)
+        return rc;
+    *what = "PTRACE_CONT";
+    direct_child_map(child, 0, child->hidden, 0, PROT_NONE);
+    rc = direct_child_flush(child);
+    if (rc)
+        return rc;
+    *what = "a filter of system calls";
+    child->commands[child->count++] = (struct command){.number = SYS_getcpu};
+    if (direct_child_flush(child) != -EFAULT || ptrace(PTRACE_GETSIGINFO, child->pid, NULL, &info) || info.si_signo != SIGSYS)
+        return -EPERM;
+    child->error = 0;
+    *what = "PTRACE_SYSEMU";
+    if (direct_child_run(child, &called) != DIRECT_SYSCALL || called.rip != code_address(child, LOOP_SYSCALL_END) || direct_child_run(child, &trapped) != DIRECT_TRAP)
+        return -EPERM;
+    *what = "a signal to it";
+    if (kill(child->pid, KICK_SIGNAL))
+        return -errno;
+    return direct_child_run(child, &kicked) == DIRECT_KICKED ? 0 : -EPERM;
+}
+
+/* -errno with *what; as it was: the program was not reached. */
 static int set_up(struct direct_child *child, const char **what)
 {
     const struct rlimit no_core = {0, 0};
     uint64_t no_signals = 0;
     struct iovec io = {child->vectors, XSTATE_BYTES_MAX};
     int status;
-    *what = "the first stop";
     if (!wait_stop(child, &status) || WSTOPSIG(status) != SIGTRAP)
         return -EPERM;
+    *what = "its limits";
+    if (prlimit(child->pid, RLIMIT_CORE, &no_core, NULL))
+        return -errno;
     *what = "ptrace";
     if (ptrace(PTRACE_SETOPTIONS, child->pid, NULL, PTRACE_O_EXITKILL | PTRACE_O_TRACESYSGOOD) || ptrace(PTRACE_SIGMASK_SET, child->pid, 8, &no_signals) ||
-        prlimit(child->pid, RLIMIT_CORE, &no_core, NULL) || ptrace(PTRACE_GETREGSET, child->pid, NT_X86_XSTATE, &io))
+        ptrace(PTRACE_GETREGSET, child->pid, NT_X86_XSTATE, &io))
         return -errno;
     child->xstate_bytes = (unsigned)io.iov_len;
-    return inject_all(child, what);
+    int rc = inject_all(child, what);
+    return rc ? rc : try_all(child, what);
+}
+
+/* The process, on a program made for it. */
+static void child_start(struct direct_child *child, int ram_fd, struct trouble *trouble)
+{
+    int program = program_create(child->hidden), list = program < 0 ? -1 : list_create(child);
+    volatile struct trouble began = {NULL, 0}; /* the new process writes to it */
+    if (list < 0)
+        *trouble = (struct trouble){"memory for it", errno};
+    else if ((child->pid = vfork()) == 0)
+        child_begin(program, ram_fd, list, &began);
+    else if (child->pid < 0)
+        *trouble = (struct trouble){"no process", errno};
+    else
+        trouble->error = -set_up(child, &trouble->what);
+    if (trouble->error && !trouble->what)
+        *trouble = (struct trouble){began.what, began.error ? began.error : EPERM};
+    if (program >= 0)
+        close(program);
+    if (list >= 0)
+        close(list);
 }
 
 int direct_child_create(struct direct_child **out, int ram_fd, struct error *err)
 {
-    const char *what = "a process";
+    struct trouble trouble = {NULL, 0};
     struct direct_child *child = calloc(1, sizeof(*child));
     uint8_t *vectors = calloc(1, XSTATE_BYTES_MAX);
     if (!child || !vectors) {
@@ -309,22 +393,10 @@ int direct_child_create(struct direct_child **out, int ram_fd, struct error *err
     child->vectors = vectors;
     child->hidden = address_choose();
     child->cpu = -1;
-    int rc = 0, program = program_create(child->hidden), list = list_create(child);
-    if (program < 0 || list < 0)
-        rc = -errno;
-    if (!rc) {
-        child->pid = vfork();
-        if (!child->pid)
-            child_begin(program, ram_fd, list);
-        rc = child->pid < 0 ? -errno : set_up(child, &what);
-    }
-    if (program >= 0)
-        close(program);
-    if (list >= 0)
-        close(list);
-    if (rc) {
+    child_start(child, ram_fd, &trouble);
+    if (trouble.error) {
         direct_child_destroy(child);
-        return error_set(err, rc, "%s: %s", what, strerror(-rc));
+        return error_set(err, -trouble.error, "%s: %s", trouble.what, strerror(trouble.error));
     }
     *out = child;
     return 0;
@@ -332,8 +404,7 @@ int direct_child_create(struct direct_child **out, int ram_fd, struct error *err
 
 void direct_child_destroy(struct direct_child *child)
 {
-    if (child->pid > 0) {
-        kill(child->pid, SIGKILL);
+    if (child->pid > 0 && !kill(child->pid, SIGKILL)) { /* else it dies with this process */
         while (waitpid(child->pid, NULL, __WALL) < 0 && errno == EINTR)
             ;
     }
@@ -417,9 +488,9 @@ enum direct_stop direct_child_run(struct direct_child *child, struct user_regs_s
 {
     int status;
     regs->orig_rax = ~0ull;
-    if (ptrace(PTRACE_SETREGS, child->pid, NULL, regs))
-        return errno == ESRCH ? DIRECT_GONE : DIRECT_REFUSED;
-    if (ptrace(PTRACE_SYSEMU, child->pid, NULL, NULL) || !wait_stop(child, &status) || ptrace(PTRACE_GETREGS, child->pid, NULL, regs))
+    if (ptrace(PTRACE_SETREGS, child->pid, NULL, regs) || ptrace(PTRACE_SYSEMU, child->pid, NULL, NULL))
+        return DIRECT_REFUSED;
+    if (!wait_stop(child, &status) || ptrace(PTRACE_GETREGS, child->pid, NULL, regs))
         return DIRECT_GONE;
     child->fixed_flags = regs->eflags & RFLAGS_ID;
     child->fault_address = ~0ull;

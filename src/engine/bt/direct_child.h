@@ -25,8 +25,8 @@ enum direct_stop {
     DIRECT_TRAP,    /* INT3 and the like: RIP is behind it */
     DIRECT_STEP,    /* TF was set before the last instruction */
     DIRECT_KICKED,  /* direct_child_kick, or somebody's signal */
-    DIRECT_REFUSED, /* the kernel does not take these registers: nothing has run */
-    DIRECT_GONE,    /* the process was killed: its registers are lost */
+    DIRECT_REFUSED, /* the kernel does not take these registers, or the process is gone: nothing has run */
+    DIRECT_GONE,    /* the process was killed while it ran: its registers are lost */
 };
 
 struct direct_child;

@@ -16,6 +16,7 @@
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -362,9 +363,26 @@ static void test_death(void **state)
 {
     need_child();
     struct user_regs_struct regs = regs_new();
-    kill(direct_child_pid(child), SIGKILL);
+    pid_t killer = fork();
+    if (!killer) {
+        usleep(50000);
+        kill(direct_child_pid(child), SIGKILL);
+        _exit(0);
+    }
     assert_int_equal(RUN("\xeb\xfe", &regs), DIRECT_GONE);
-    assert_int_equal(direct_child_run(child, &regs), DIRECT_GONE);
+    assert_int_equal(waitpid(killer, NULL, 0), killer);
+    assert_int_equal(direct_child_run(child, &regs), DIRECT_REFUSED);
+    direct_child_unmap_all(child);
+    assert_true(direct_child_flush(child) < 0);
+}
+
+/* Its registers are still with whoever wanted it to run. */
+static void test_death_before(void **state)
+{
+    need_child();
+    struct user_regs_struct regs = regs_new();
+    kill(direct_child_pid(child), SIGKILL);
+    assert_int_equal(RUN("\xeb\xfe", &regs), DIRECT_REFUSED);
     direct_child_unmap_all(child);
     assert_true(direct_child_flush(child) < 0);
 }
@@ -374,7 +392,7 @@ int main(void)
 #define TEST(name) cmocka_unit_test_setup_teardown(name, set_up, tear_down)
     const struct CMUnitTest tests[] = {
         TEST(test_system_calls), TEST(test_own_page), TEST(test_vsyscalls), TEST(test_segments), TEST(test_traps), TEST(test_fixed_flags),
-        TEST(test_what_it_has), TEST(test_signals), TEST(test_vectors), TEST(test_death),
+        TEST(test_what_it_has), TEST(test_signals), TEST(test_vectors), TEST(test_death), TEST(test_death_before),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
