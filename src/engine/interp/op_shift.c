@@ -3,7 +3,8 @@
  *
  * A count of zero leaves the flags alone and rotates keep SF, ZF, AF and PF, so the guest's flags are put into the host's before the host's own
  * instruction runs. Only SHL, SHR and SAR by a nonzero constant, which set every flag, do without. The count is masked by the host, as by the guest.
- * OF after rotates by more than one is undefined, and Intel's processors leave it alone for a constant count but not for CL: rotates by constants end with one by a constant.
+ * OF after rotates by more than one is undefined. Intel's processors leave it alone when a register is rotated by a constant; by CL, and in memory, the last step
+ * of the rotation sets it. So rotates of registers by constants end with one by a constant, and what the host does agrees whichever engine asks for it.
  * Threading: the vCPU's thread.
  */
 #include "engine/interp/op_priv.h"
@@ -28,11 +29,11 @@
     } while (0)
 
 /* By two or more. */
-#define ROTATE_CONSTANT(mnem, a, count)                                                            \
+#define ROTATE_CONSTANT(mnem, constraint, a, count)                                                \
     do {                                                                                           \
         uint32_t f = c->oszapc;                                                                    \
-        __asm__ volatile(mnem " %%cl, %0" : "+q"(a) : "c"((uint8_t)((count) - 2)) : "cc");         \
-        __asm__ volatile(FLAGS_RESTORE mnem " $2, %0" FLAGS_SAVE : "+q"(a), "+a"(f) : : "cc");     \
+        __asm__ volatile(mnem " %%cl, %0" : constraint(a) : "c"((uint8_t)((count) - 2)) : "cc");   \
+        __asm__ volatile(FLAGS_RESTORE mnem " $2, %0" FLAGS_SAVE : constraint(a), "+a"(f) : : "cc"); \
         c->oszapc = f;                                                                             \
     } while (0)
 
@@ -63,21 +64,7 @@
     SHIFT_REG(name##_rn##bits, #name s, bits, SHIFT_PLAIN, COUNT_IMM)                              \
     SHIFT_MEM(name##_mn##bits, #name s, bits, SHIFT_PLAIN, COUNT_IMM)
 
-#define ROTATE_BY_CONSTANT(bits, s, name)                                                          \
-    static void name##_rn##bits(struct icpu *c, const struct insn *i)                              \
-    {                                                                                              \
-        uint##bits##_t a = (uint##bits##_t)reg_read(c, i->dst, bits / 8);                          \
-        ROTATE_CONSTANT(#name s, a, COUNT_IMM);                                                    \
-        reg_write(c, i->dst, bits / 8, a);                                                         \
-    }                                                                                              \
-    static void name##_mn##bits(struct icpu *c, const struct insn *i)                              \
-    {                                                                                              \
-        volatile uint##bits##_t *at = mem_rmw(c, ea_linear(c, i, bits / 8, true), bits / 8, false); \
-        uint##bits##_t a = *at;                                                                    \
-        ROTATE_CONSTANT(#name s, a, COUNT_IMM);                                                    \
-        *at = a;                                                                                   \
-        mem_rmw_end(c, (void *)at);                                                                \
-    }
+#define ROTATE_BY_CONSTANT(bits, s, name) SHIFT_REG(name##_rn##bits, #name s, bits, ROTATE_CONSTANT, COUNT_IMM)
 
 SIZES(ROTATE_BY_CONSTANT, rol)
 SIZES(ROTATE_BY_CONSTANT, ror)
@@ -128,13 +115,14 @@ enum shift_form { SHIFT_RC, SHIFT_MC, SHIFT_RI, SHIFT_MI, SHIFT_RN, SHIFT_MN, SH
 
 #define FORMS_SHIFT(name) \
     [SHIFT_RC] = ROW(name##_rc), [SHIFT_MC] = ROW(name##_mc), [SHIFT_RI] = ROW(name##_ri), [SHIFT_MI] = ROW(name##_mi)
+#define FORMS_ROTATE(name) FORMS_SHIFT(name), [SHIFT_RN] = ROW(name##_rn), [SHIFT_MN] = ROW(name##_mi)
 #define FORMS_NONZERO(name) FORMS_SHIFT(name), [SHIFT_RN] = ROW(name##_rn), [SHIFT_MN] = ROW(name##_mn)
 #define FORMS_DOUBLE(name)                                                                         \
     [SHIFT_RC] = ROW_WORD(name##_rc), [SHIFT_MC] = ROW_WORD(name##_mc), [SHIFT_RI] = ROW_WORD(name##_ri), \
     [SHIFT_MI] = ROW_WORD(name##_mi)
 
 static insn_fn *const shift_table[SHIFT_OPS][SHIFT_FORMS][4] = {
-    [SHIFT_ROL] = {FORMS_NONZERO(rol)}, [SHIFT_ROR] = {FORMS_NONZERO(ror)},  [SHIFT_RCL] = {FORMS_SHIFT(rcl)},
+    [SHIFT_ROL] = {FORMS_ROTATE(rol)}, [SHIFT_ROR] = {FORMS_ROTATE(ror)},  [SHIFT_RCL] = {FORMS_SHIFT(rcl)},
     [SHIFT_RCR] = {FORMS_SHIFT(rcr)},   [SHIFT_SHL] = {FORMS_NONZERO(shl)},  [SHIFT_SHR] = {FORMS_NONZERO(shr)},
     [SHIFT_SAR] = {FORMS_NONZERO(sar)}, [SHIFT_SHLD] = {FORMS_DOUBLE(shld)}, [SHIFT_SHRD] = {FORMS_DOUBLE(shrd)},
 };

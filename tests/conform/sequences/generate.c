@@ -302,35 +302,6 @@ static void queue_base_register(struct making *m)
     }
 }
 
-/* Instructions whose undefined flags the interpreter does not compute like the processor: all flags get values right behind them. */
-static bool needs_settling(const struct encoded *e)
-{
-    switch (e->zi.mnemonic) {
-    case ZYDIS_MNEMONIC_ROL:
-    case ZYDIS_MNEMONIC_ROR:
-    case ZYDIS_MNEMONIC_RCL:
-    case ZYDIS_MNEMONIC_RCR:
-    case ZYDIS_MNEMONIC_SHL:
-    case ZYDIS_MNEMONIC_SHR:
-    case ZYDIS_MNEMONIC_SAR:
-    case ZYDIS_MNEMONIC_SHLD:
-    case ZYDIS_MNEMONIC_SHRD:
-    case ZYDIS_MNEMONIC_DIV:
-    case ZYDIS_MNEMONIC_IDIV:
-        return true;
-    default:
-        return false;
-    }
-}
-
-static void queue_settling(struct making *m)
-{
-    unsigned regs = encode_pick(m->g, 64);
-    uint8_t cmp[3] = {(uint8_t)(0x48 | encode_pick(m->g, 6)), 0x39, (uint8_t)(0xc0 | regs)};
-    cmp[0] &= 0x4d;
-    queue_template(m, cmp, 3);
-}
-
 /* Source and destination of a string instruction in the same memory, or their ends near pages' ends. */
 static void queue_ranges(struct making *m, unsigned size)
 {
@@ -383,8 +354,6 @@ static void queue_ordinary(struct making *m)
         struct queued *q = queue_add(m, e.bytes, e.zi.length);
         q->relative = relative;
         q->target = target;
-        if (needs_settling(&e))
-            queue_settling(m);
         return;
     }
 }
