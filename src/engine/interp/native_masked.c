@@ -110,15 +110,21 @@ static void mask_clear(struct icpu *c, const struct native_code *n, unsigned ele
         memset(vector_at(c, n->mask_register, element * n->element_size), 0, n->element_size);
 }
 
-/* AVX2: each element of the mask becomes all ones or zero, and what lies above them zero, before anything is read: seen when a read faults (SDM vol. 2C, VGATHERDPD). */
-static void mask_extend(struct icpu *c, const struct native_code *n, uint64_t mask)
+/* Of the operation (VEX.L, EVEX.L'L): the data or the indices may fill half of it. */
+static unsigned gather_bytes(const struct native_code *n)
 {
-    for (unsigned k = 0; k < n->mask_bits; k++)
-        memset(vector_at(c, n->mask_register, k * n->element_size), mask >> k & 1 ? 0xff : 0, n->element_size);
-    unsigned bytes = n->mask_bits * n->element_size;
-    if (bytes < 16)
-        memset(vector_at(c, n->mask_register, bytes), 0, 16 - bytes);
-    native_vector_zero_above(c, n->mask_register, bytes < 16 ? 16 : bytes);
+    return n->mask_bits * (n->index_size > n->element_size ? n->index_size : n->element_size);
+}
+
+/* AVX2: each element of the mask, used or not, becomes all ones or zero, and what lies above them zero, before anything is read: seen when a read faults (SDM vol. 2C, VGATHERDPD, VGATHERQPS). */
+static void mask_extend(struct icpu *c, const struct native_code *n)
+{
+    unsigned bytes = gather_bytes(n), size = n->element_size;
+    for (unsigned at = 0; at < bytes; at += size) {
+        uint8_t *element = vector_at(c, n->mask_register, at);
+        memset(element, element[size - 1] & 0x80 ? 0xff : 0, size);
+    }
+    native_vector_zero_above(c, n->mask_register, bytes);
 }
 
 static gva_t element_address(struct icpu *c, const struct insn *i, const struct native_code *n, unsigned element, bool write)
@@ -142,11 +148,13 @@ void native_gather(struct icpu *c, const struct insn *i)
     prepare(c, n);
     uint64_t mask = mask_get(c, n);
     if (!n->opmask)
-        mask_extend(c, n, mask);
+        mask_extend(c, n);
     for (unsigned k = 0; k < n->mask_bits; k++) {
         if (!(mask >> k & 1))
             continue;
         uint64_t value = mem_read(c, element_address(c, i, n, k, false), n->element_size);
+        if (!(mask & low_bits(k))) /* open in the manual; processors write the register with its first element, and no part above the operation survives that */
+            native_vector_zero_above(c, n->vector, gather_bytes(n));
         memcpy(vector_at(c, n->vector, k * n->element_size), &value, n->element_size);
         mask_clear(c, n, k);
     }

@@ -311,12 +311,38 @@ static void indices(struct rig_state *state, unsigned size)
     memcpy(state->xsave, c->v.cpu.xsave, sizeof(state->xsave));
 }
 
+static bool part_is(unsigned number, unsigned at, const uint8_t *bytes)
+{
+    return !memcmp(native_vector_part(rig.c, number, at / 16) + at % 16, bytes, 4);
+}
+
+/* What the elements do not fill: the destination is zero above the operation's length once an element is there, VEX's mask extended within that length and zero above. */
+static void check_gather_rest(const struct candidate *k, bool loaded)
+{
+    const struct native_code *n = k->insn.native;
+    struct icpu *c = rig.c;
+    static const uint8_t zero[4], ones[4] = {0xff, 0xff, 0xff, 0xff};
+    unsigned length = n->mask_bits * (n->index_size > n->element_size ? n->index_size : n->element_size), bad = 0;
+    for (unsigned at = n->vector_bytes; at < (rig.xsave_mask & XCR0_AVX512 ? 64u : 32u); at += 4) {
+        uint8_t before[4], sign;
+        memcpy(c->v.cpu.xsave, from.xsave, sizeof(from.xsave));
+        memcpy(before, native_vector_part(c, n->vector, at / 16) + at % 16, 4);
+        sign = native_vector_part(c, n->mask_register, at / 16)[at % 16 + 3];
+        memcpy(c->v.cpu.xsave, interp.state.xsave, sizeof(from.xsave));
+        bad += !part_is(n->vector, at, at >= length && loaded ? zero : before);
+        if (!n->opmask)
+            bad += !part_is(n->mask_register, at, at < length && sign & 0x80 ? ones : zero);
+    }
+    if (bad && ++failures <= 50)
+        report(k, "gather that faults", "parts above the elements");
+}
+
 /* Elements below the first whose mask bit is still set are done, it and those above are as they were. */
 static void check_gather_fault(const struct candidate *k)
 {
     const struct native_code *n = k->insn.native;
     struct icpu *c = rig.c;
-    bool reached = false;
+    bool reached = false, loaded = false;
     assert_int_equal(interp.vector, VECTOR_PF);
     for (unsigned e = 0; e < n->mask_bits; e++) {
         unsigned at = e * n->element_size;
@@ -331,12 +357,14 @@ static void check_gather_fault(const struct candidate *k)
         left = n->opmask ? native_opmask_get(c, n->mask_register) >> e & 1
                          : native_vector_part(c, n->mask_register, at / 16)[at % 16 + n->element_size - 1] >> 7;
         reached |= left;
+        loaded |= wanted && !left;
         if ((reached && left != wanted) || ((reached || !wanted) && memcmp(before, after, n->element_size)))
             if (++failures <= 50)
                 report(k, "gather that faults", "element");
     }
     if (!reached)
         failures++;
+    check_gather_rest(k, loaded);
 }
 
 static void check_vsib(struct candidate *k)
