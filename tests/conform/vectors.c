@@ -531,10 +531,11 @@ static void save(void)
     probe.gpr[RDX] = 0;
     bool misaligned = va & (f->alignment - 1u), write = f->kind;
     struct expectation whole = expect(va, size, write, by_stack(&o), 0, false);
-    bool in_between = canonical(va) != canonical(va + size - 1);
-    if ((misaligned && whole.vector == SS) || in_between)
-        return;
-    int vector = misaligned && whole.vector != SS ? GP : whole.vector == NO_TRAP ? (write ? USER_DONE : GP) : whole.vector;
+    int vector = whole.vector == NO_TRAP ? (write ? USER_DONE : GP) : whole.vector;
+    if (!canonical(va)) /* the first byte's address comes before the alignment, the others' after it */
+        vector = by_stack(&o) ? SS : GP;
+    else if (misaligned)
+        vector = GP;
     uint8_t *code = next_code();
     unsigned length = emit(code, f, &o, (unsigned)f->reg, 0, 0, false);
     put_done(code + length);

@@ -178,6 +178,15 @@ static void mxcsr_check(struct icpu *c, uint32_t mxcsr)
         raise_gp0(c);
 }
 
+/* The manual has no order for these faults; processors look at the address of the first byte, then at its alignment, then at the rest. */
+static void area_check(struct icpu *c, const struct insn *i, gva_t gva, unsigned alignment)
+{
+    if (!gva_is_canonical(gva))
+        raise_error(c, i->segment == SEG_SS ? VECTOR_SS : VECTOR_GP, 0);
+    if (gva & (alignment - 1))
+        raise_gp0(c);
+}
+
 /* ---- FXSAVE, FXRSTOR ---- */
 
 static gva_t fx_address(struct icpu *c, const struct insn *i, bool write)
@@ -185,8 +194,7 @@ static gva_t fx_address(struct icpu *c, const struct insn *i, bool write)
     if (c->v.cpu.cr0 & (CR0_EM | CR0_TS))
         raise_fault(c, VECTOR_NM);
     gva_t gva = ea_linear(c, i, IMAGE_BYTES, write);
-    if (gva & 15)
-        raise_gp0(c);
+    area_check(c, i, gva, 16);
     return gva;
 }
 
@@ -229,8 +237,7 @@ static gva_t xsave_address(struct icpu *c, const struct insn *i, bool write)
     if (c->v.cpu.cr0 & CR0_TS)
         raise_fault(c, VECTOR_NM);
     gva_t gva = ea_linear(c, i, XSAVE_DATA, write);
-    if (gva & 63)
-        raise_gp0(c);
+    area_check(c, i, gva, 64);
     return gva;
 }
 
