@@ -32,7 +32,8 @@
 #define RESET_TIMES 8u
 #define HOLD_US_MIN 32u       /* in translated code after a stop that came too soon; doubled as long as they do */
 #define HOLD_US_MAX 16384u
-#define HOLD_US_FAILED 2000000u
+#define HOLD_US_FAILED 2000000u /* doubled each time: making a shadow for nothing can take a second */
+#define FAILURES_COUNTED 6u
 #define BALANCE_US_MAX 1024
 #define PIN_CHECK_US 65536u
 #define PIN_PAUSE_US 8192u
@@ -53,6 +54,7 @@ struct process {
     int64_t balance;       /* TSC ticks: spent on translating its code, less those spent on stops that came too soon; at most BALANCE_US_MAX off zero */
     struct direct_space *space; /* NULL: none now */
     unsigned asid;         /* under which the space was used last */
+    unsigned failures;     /* of its spaces, for want of something on the host; up to FAILURES_COUNTED */
 };
 
 struct direct {
@@ -225,9 +227,11 @@ static void start_failed(struct bt_vcpu *b, struct process *p, const struct erro
 static void run_failed(struct bt_vcpu *b, struct process *p, int rc)
 {
     space_drop(b, p);
-    hold(b->direct, p, HOLD_US_FAILED);
-    if (rc != -EADDRINUSE)
-        tell(b->engine, "some user code is translated for a while, not executed directly", rc == -ENOMEM ? "no more mappings (vm.max_map_count)" : strerror(-rc));
+    hold(b->direct, p, HOLD_US_FAILED << p->failures);
+    if (rc == -EADDRINUSE)
+        return;
+    p->failures += p->failures < FAILURES_COUNTED;
+    tell(b->engine, "some user code is translated for a while, not executed directly", rc == -ENOMEM ? "no more mappings (vm.max_map_count)" : strerror(-rc));
 }
 
 /* ---- which process ---- */
