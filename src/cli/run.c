@@ -196,7 +196,7 @@ static int run_vm(struct run *run)
         status = STATUS_USAGE;
         pid_file = NULL; /* it is not ours to remove */
     } else if (pthread_create(&signals, NULL, signal_main, run)) {
-        complain("cannot start a thread");
+        complain("cannot start a thread: too little memory, or too many of them (ulimit -u)");
     } else if (doppel_vm_start(run->vm, error)) {
         complain(error);
         end_signals(run, signals);

@@ -8,10 +8,14 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "chipset/acpi.h"
 #include "state/inputs.h"
 #include "util/log.h"
+
+#define OTHER_THREADS 3u /* the loop, signals, a disk */
+#define SPARE_BYTES ((size_t)16 << 20)
 
 void machine_add_part(struct machine *machine, const struct machine_part *part)
 {
@@ -437,6 +441,22 @@ static bool engine_is_automatic(const struct machine *machine)
     return !machine->config->engine || strcmp(machine->config->engine, "auto") == 0;
 }
 
+/* What is taken later: stacks for the processors' threads and some others, and what these need in turn. Where memory is counted, only asking tells. */
+static bool memory_is_left(const struct machine *machine)
+{
+    pthread_attr_t attributes;
+    size_t stack = 0;
+    if (!pthread_getattr_default_np(&attributes)) {
+        pthread_attr_getstacksize(&attributes, &stack);
+        pthread_attr_destroy(&attributes);
+    }
+    size_t bytes = (machine->cpu_count + OTHER_THREADS) * stack + SPARE_BYTES;
+    void *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (at != MAP_FAILED)
+        munmap(at, bytes);
+    return at != MAP_FAILED;
+}
+
 static int create_engine(struct machine *machine, struct error *err)
 {
     const char *name = engine_is_automatic(machine) ? "auto" : machine->config->engine;
@@ -457,10 +477,13 @@ static int create_engine(struct machine *machine, struct error *err)
                 return r;
             r = vcpu_threads_create(machine, err);
         }
+        bool crowded = r == 0 && engine_is_automatic(machine) && !memory_is_left(machine);
+        if (crowded)
+            r = error_set(err, -ENOMEM, "no memory is left for threads");
         /* What an engine needs may depend on the guest: its memory, the number of its processors. */
         const struct engine_ops *next = r && engine_is_automatic(machine) ? engine_next(machine->engine_ops, err, machine->engine_reason) : NULL;
         if (!next)
-            return r;
+            return crowded ? 0 : r;
         destroy_engine(machine);
         machine->engine_ops = next;
     }

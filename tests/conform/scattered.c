@@ -2,7 +2,7 @@
  * Ring 3 with tens of thousands of pages, none of which continues its neighbour: more pieces than a host's process may have mappings. What it reads is always what the page tables say, also
  * after every seventh of them has changed, with INVLPG or all at once.
  *
- * "pieces=N" and "rounds=N" on the command line: for hosts of all kinds (tests/integration/direct_hosts.py), which want something that lasts.
+ * "pieces=N", "rounds=N" and "repeats=N" (in ring 3) on the command line: for hosts of all kinds (tests/integration/direct_hosts.py), which want something that lasts.
  */
 #include "runtime/probe.h"
 
@@ -13,7 +13,7 @@
 #define EXTRA 40u /* INVLPGs that are more than a monitor may want to remember */
 
 static uint32_t *frames;
-static unsigned pieces;
+static unsigned pieces, repeats;
 static volatile uint64_t user_sum;
 static uint8_t frame_of[PIECES]; /* what the tables say */
 
@@ -45,11 +45,14 @@ static uint64_t mix(uint64_t sum, uint32_t word)
 static void walk(reg_t count)
 {
     uint64_t sum = 0;
-    for (unsigned n = 0; n < count; n++) {
-        volatile uint32_t *at = (volatile uint32_t *)piece_va(n);
-        sum = mix(sum, at[0]);
-        if (n % 16 == 0)
-            at[1]++;
+    for (unsigned r = 0; r < repeats; r++) {
+        sum = 0;
+        for (unsigned n = 0; n < count; n++) {
+            volatile uint32_t *at = (volatile uint32_t *)piece_va(n);
+            sum = mix(sum, at[0]);
+            if (n % 16 == 0)
+                at[1]++;
+        }
     }
     user_sum = sum;
 }
@@ -70,7 +73,7 @@ static void check_walk(const char *when, unsigned round)
     int vector = TRY(user_call(walk, pieces));
     for (unsigned n = 0; n < pieces; n++) {
         sum = mix(sum, frame(frame_of[n])[0]);
-        counts[frame_of[n]] += n % 16 == 0;
+        counts[frame_of[n]] += n % 16 == 0 ? repeats : 0;
     }
     for (unsigned k = 0; k < FRAMES; k++)
         counted &= frame(k)[1] == counts[k];
@@ -81,6 +84,7 @@ static void check_walk(const char *when, unsigned round)
 void test_main(void)
 {
     pieces = number("pieces=", PIECES);
+    repeats = number("repeats=", 1);
     unsigned rounds = number("rounds=", ROUNDS);
     if (pieces > PIECES)
         pieces = PIECES;

@@ -231,7 +231,8 @@ static void run_failed(struct bt_vcpu *b, struct process *p, int rc)
     if (rc == -EADDRINUSE)
         return;
     p->failures += p->failures < FAILURES_COUNTED;
-    tell(b->engine, "some user code is translated for a while, not executed directly", rc == -ENOMEM ? "no more mappings (vm.max_map_count)" : strerror(-rc));
+    tell(b->engine, "some user code is translated for a while, not executed directly",
+         rc == -ENOMEM ? "no more mappings (vm.max_map_count)" : rc == -ESRCH ? "its process was killed" : strerror(-rc));
 }
 
 /* ---- which process ---- */
