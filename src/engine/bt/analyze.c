@@ -130,7 +130,6 @@ static bool operands_note(struct tinsn *t, const struct decode *d, unsigned flat
 static void encoding_note(struct tinsn *t, const struct decode *d)
 {
     const ZydisDecodedInstruction *zi = &d->zi;
-    t->encoding = (uint8_t)zi->encoding;
     unsigned at = 0;
     if (zi->encoding == ZYDIS_INSTRUCTION_ENCODING_LEGACY) {
         for (;; at++) {
@@ -592,25 +591,6 @@ static void adjustment_note(struct tinsn *t, const struct decode *d)
 
 /* ---- 32-bit code ---- */
 
-/* W makes their operand in memory wide, in 64-bit mode only. */
-static bool is_widened_by_w(ZydisMnemonic mnemonic)
-{
-    switch (mnemonic) {
-    case ZYDIS_MNEMONIC_VMOVD:
-    case ZYDIS_MNEMONIC_VPEXTRD:
-    case ZYDIS_MNEMONIC_VPINSRD:
-    case ZYDIS_MNEMONIC_VCVTSI2SD:
-    case ZYDIS_MNEMONIC_VCVTSI2SH:
-    case ZYDIS_MNEMONIC_VCVTSI2SS:
-    case ZYDIS_MNEMONIC_VCVTUSI2SD:
-    case ZYDIS_MNEMONIC_VCVTUSI2SH:
-    case ZYDIS_MNEMONIC_VCVTUSI2SS:
-        return true;
-    default:
-        return false;
-    }
-}
-
 /* Bits of VEX and EVEX that mean nothing there but do in 64-bit mode (SDM vol. 2A, 2.3 and 2.7): as assemblers leave them? */
 static bool extension_is_usual(const struct tinsn *t, const struct decode *d)
 {
@@ -622,12 +602,12 @@ static bool extension_is_usual(const struct tinsn *t, const struct decode *d)
         return false;
     for (unsigned n = 0; n < d->zi.operand_count; n++) {
         const ZydisDecodedOperand *op = &d->op[n];
-        if (op->encoding == ZYDIS_OPERAND_ENCODING_IS4 && d->bytes[d->zi.length - 1] & 0x80)
+        if (op->encoding == ZYDIS_OPERAND_ENCODING_IS4) /* bit 7 of the immediate, too, and forms do not tell that */
             return false;
         if (w && op->type == ZYDIS_OPERAND_TYPE_REGISTER && op->visibility == ZYDIS_OPERAND_VISIBILITY_EXPLICIT && ZydisRegisterGetClass(op->reg.value) == ZYDIS_REGCLASS_GPR32)
             return false;
     }
-    return !w || !is_widened_by_w(d->zi.mnemonic);
+    return !w || !native_w_is_width(d->zi.mnemonic);
 }
 
 /* False: what is encoded otherwise in 64-bit mode, and has no kind of its own. */
@@ -799,6 +779,7 @@ void analyze_insn(const struct analyze_context *a, const uint8_t *bytes, unsigne
     d.code_bits = a->mode.code_bits;
     d.bytes = bytes;
     out->length = d.zi.length;
+    out->encoding = (uint8_t)d.zi.encoding;
     out->disp_at = d.zi.raw.disp.offset;
     out->disp_bytes = d.zi.raw.disp.size / 8;
     out->imm_at = d.zi.raw.imm[0].offset;

@@ -136,6 +136,8 @@ struct stub_code {
 };
 /* memory: index in d->op of the memory operand, -1: none. False: some operand cannot be handled. */
 bool native_stub_build(const struct decode *d, int memory, struct stub_code *out);
+/* W of the VEX or EVEX prefix tells the width of what is in memory; outside 64-bit mode that is 32 bits whatever W says, as that of general registers is. */
+bool native_w_is_width(ZydisMnemonic mnemonic);
 
 /* native_select.c: for the translator, which copies such instructions with their memory operand rewritten. 0: it may not; otherwise nonzero with the SIMD_* classes in
  * the low four bits, and the alignment below which the memory operand raises #GP (1: none). x87 is refused, because its pointers would be the translation's. */

@@ -284,10 +284,9 @@ static unsigned with_extension(unsigned byte, unsigned bit, unsigned host)
     return (byte & ~(1u << bit)) | (~host >> 3 & 1) << bit;
 }
 
-/* W tells the width of a general register or of what is in memory instead of it; outside 64-bit mode that is 32 bits whatever W says. */
-static bool w_is_width(const struct builder *b)
+bool native_w_is_width(ZydisMnemonic mnemonic)
 {
-    switch (b->d->zi.mnemonic) {
+    switch (mnemonic) {
     case ZYDIS_MNEMONIC_VMOVD:
     case ZYDIS_MNEMONIC_VPEXTRD:
     case ZYDIS_MNEMONIC_VPINSRD:
@@ -299,7 +298,7 @@ static bool w_is_width(const struct builder *b)
     case ZYDIS_MNEMONIC_VCVTUSI2SS:
         return true;
     default:
-        return b->gpr_operand;
+        return false;
     }
 }
 
@@ -309,7 +308,7 @@ static unsigned with_vvvv(const struct builder *b, unsigned byte)
         byte = (byte & ~0x78u) | (~b->field_vvvv & 15u) << 3;
     else if (b->d->code_bits != 64)
         byte |= 0x40; /* bit 3 of the register number is ignored */
-    if (b->d->code_bits != 64 && w_is_width(b))
+    if (b->d->code_bits != 64 && (b->gpr_operand || native_w_is_width(b->d->zi.mnemonic)))
         byte &= 0x7f;
     return byte;
 }
