@@ -340,28 +340,11 @@ static bool faults_exactly(const struct tinsn *i)
     return i->encoding == ZYDIS_INSTRUCTION_ENCODING_LEGACY && i->kind != TI_CALL_REG && i->kind != TI_CALL_MEM;
 }
 
+/* What it pushes or pops besides its operand (bases_note). */
 static struct bt_access implied_access(const struct bt_vcpu *b, const struct tinsn *i)
 {
-    gva_t rsp = b->c.v.cpu.gpr[GPR_RSP], pushed = rsp - stack_bytes(i);
-    uint16_t size = (uint16_t)stack_bytes(i);
-    switch (i->kind) {
-    case TI_PUSH_REG:
-    case TI_PUSH_IMM:
-    case TI_PUSH_MEM:
-    case TI_PUSH_SELECTOR:
-    case TI_PUSHF:
-    case TI_CALL:
-    case TI_CALL_REG:
-    case TI_CALL_MEM:
-        return (struct bt_access){i->legacy ? (uint32_t)pushed : pushed, size, .write = true};
-    case TI_POP_REG:
-    case TI_RET:
-        return (struct bt_access){rsp, size};
-    case TI_LEAVE:
-        return (struct bt_access){b->c.v.cpu.gpr[GPR_RBP], size};
-    default:
-        return (struct bt_access){0};
-    }
+    gva_t gva = b->c.v.cpu.gpr[i->implied] + (int64_t)i->implied_disp;
+    return (struct bt_access){i->legacy ? (uint32_t)gva : gva, (uint16_t)stack_bytes(i), .write = i->implied_disp < 0, .stack = true};
 }
 
 /* With what is known of the instruction's form, and under the lock for that. */
@@ -396,11 +379,8 @@ int translate_accesses(struct bt_vcpu *b, const uint8_t *bytes, unsigned availab
         count = (int)string_accesses(b, &i, access);
     if (i.kind == TI_BIT_STRING)
         access[0].gva = (access[0].gva + (uint64_t)bit_string_distance(b, &i)) & (i.legacy ? UINT32_MAX : ~0ull);
-    struct bt_access stack = implied_access(b, &i);
-    if (stack.size) {
-        access[count] = stack;
-        access[count++].stack = true;
-    }
+    if (i.implied != TI_NONE)
+        access[count++] = implied_access(b, &i);
     for (int n = 0; n < count; n++)
         access[n].exact = faults_exactly(&i);
     return count;
