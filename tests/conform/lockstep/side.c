@@ -23,7 +23,7 @@
 
 /* ---- what the parent is told ---- */
 
-static struct icpu *icpu_of(struct side *s)
+static struct icpu *icpu_of(const struct side *s)
 {
     return (struct icpu *)s->vcpu;
 }
@@ -137,19 +137,18 @@ static void tell(struct side *s, struct record record, const struct cpu_state *s
 
 /* ---- steps ---- */
 
-/* The bytes at rip, without touching accessed bits. */
-static void code_copy(struct side *s, const struct cpu_state *state, uint8_t code[16])
+/* The byte at rip + n, without touching accessed bits. */
+static bool code_byte(const struct side *s, const struct cpu_state *state, unsigned n, uint8_t *byte)
 {
     const struct icpu *c = icpu_of(s);
-    gva_t gva = state->gpr[GPR_RIP] + (c->code_bits == 64 ? 0 : state->seg[SEG_CS].base);
+    gva_t gva = state->gpr[GPR_RIP] + n + (c->code_bits == 64 ? 0 : state->seg[SEG_CS].base);
     struct paging_result page;
     uint32_t error;
-    for (unsigned n = 0; n < 15; n++) {
-        if (paging_walk(c->v.memory, state, c->max_phys_bits, gva + n, PAGING_FETCH | PAGING_NO_UPDATE | (c->cpl == 3 ? PAGING_USER : 0), &page, &error))
-            return;
-        const uint8_t *byte = physmap_get(c->v.memory, page.gpa, 1, PHYSMAP_READ);
-        code[n] = byte ? *byte : 0;
-    }
+    if (paging_walk(c->v.memory, state, c->max_phys_bits, gva, PAGING_FETCH | PAGING_NO_UPDATE | (c->cpl == 3 ? PAGING_USER : 0), &page, &error))
+        return false;
+    const uint8_t *at = physmap_get(c->v.memory, page.gpa, 1, PHYSMAP_READ);
+    *byte = at ? *at : 0;
+    return true;
 }
 
 void side_trace(struct side *s, bool running)
@@ -171,7 +170,8 @@ void side_trace(struct side *s, bool running)
     if (s->plan.trace_word != ~0ull)
         memcpy(&step->word, physmap_get(c->v.memory, s->plan.trace_word, 8, PHYSMAP_READ), 8);
     s->traced = s->plan.trace_word != ~0ull && n && step->word == s->plan.trace_value && channel->trace[(n - 1) % TRACE_MAX].word != step->word;
-    code_copy(s, &state, step->code);
+    for (unsigned k = 0; k < 15 && code_byte(s, &state, k, &step->code[k]); k++)
+        ;
     atomic_store(&channel->steps, n + 1);
 }
 
@@ -391,13 +391,31 @@ static bool is_target(const struct side *s, const struct cpu_state *state)
     return state->gpr[GPR_RIP] == s->target.rip && state_hash(state) == s->target.state;
 }
 
-/* Is the vCPU where the leader was? If not, soon? */
+static bool repeated_comparison_here(const struct side *s)
+{
+    bool repeated = false;
+    uint8_t byte;
+    for (unsigned n = 0; n < 5 && code_byte(s, &s->vcpu->cpu, n, &byte); n++) {
+        if ((byte & 0xfe) == 0xa6 || (byte & 0xfe) == 0xae)
+            return repeated;
+        if (byte != 0x66 && byte != 0x67 && (byte & 0xfe) != 0xf2 && (byte & 0xf0) != 0x40)
+            return false;
+        repeated |= (byte & 0xfe) == 0xf2;
+    }
+    return false;
+}
+
+/*
+ * Is the vCPU where the leader was? If not, soon? Attention, by which this side looks again after the next block, would end a repeated comparison after any element, and a fault at a
+ * later one would leave other flags: those are done in one step.
+ */
 static bool async_here(struct side *s)
 {
     struct cpu_state state;
     uint64_t ahead = s->target.rip - s->vcpu->cpu.gpr[GPR_RIP];
-    vcpu_raise_attention(s->vcpu); /* after the next block once more */
-    s->stepping = ahead < BLOCK_BYTES_MAX;
+    s->stepping = ahead < BLOCK_BYTES_MAX || repeated_comparison_here(s);
+    if (!s->stepping)
+        vcpu_raise_attention(s->vcpu);
     if (ahead)
         return false;
     state_capture(&state, s->vcpu, true);
