@@ -1,8 +1,8 @@
 /*
  * MUL IMUL DIV IDIV.
  *
- * Products and their flags come from the host's instruction. Quotients are checked before the host divides, so that #DE is the guest's; DIV and
- * IDIV leave the flags as they were (undefined in the manual).
+ * Results and flags come from the host's instruction; those of DIV and IDIV are undefined in the manual, so the guest's are put into the host's before
+ * it divides. Quotients are checked before that, so that #DE is the guest's.
  * Threading: the vCPU's thread.
  */
 #include "engine/interp/op_priv.h"
@@ -35,70 +35,82 @@ MULTIPLY8(imul, "imul")
 SIZES_WORD(MULTIPLY, mul, "mul")
 SIZES_WORD(MULTIPLY, imul, "imul")
 
-/* The widest dividends: RDX:RAX / b, with the quotient known to fit in 64 bits. */
-static uint64_t divide128(uint64_t high, uint64_t low, uint64_t b, uint64_t *remainder)
-{
-    __asm__("divq %2" : "+a"(low), "+d"(high) : "r"(b) : "cc");
-    *remainder = high;
-    return low;
-}
+/* The quotient is known to fit. */
+#define HOST_DIVIDE8(name, mnem)                                                                   \
+    static void name##_by_host8(struct icpu *c, uint8_t b)                                         \
+    {                                                                                              \
+        uint32_t f = c->oszapc, both = (uint16_t)c->v.cpu.gpr[GPR_RAX];                            \
+        __asm__ volatile(FLAGS_RESTORE "movl %1, %%eax\n\t" mnem "b %2\n\tmovzwl %%ax, %1" FLAGS_SAVE \
+                         : "+&a"(f), "+&r"(both)                                                   \
+                         : "q"(b)                                                                  \
+                         : "cc");                                                                  \
+        reg_write(c, REG_OFFSET(GPR_RAX), 2, both);                                                \
+        c->oszapc = f;                                                                             \
+    }
+#define HOST_DIVIDE(bits, s, name, mnem)                                                           \
+    static void name##_by_host##bits(struct icpu *c, uint##bits##_t b)                             \
+    {                                                                                              \
+        uint64_t f = c->oszapc, low = c->v.cpu.gpr[GPR_RAX], high = c->v.cpu.gpr[GPR_RDX];         \
+        __asm__ volatile(FLAGS_RESTORE "movq %1, %%rax\n\t" mnem s " %3\n\tmovq %%rax, %1" FLAGS_SAVE \
+                         : "+&a"(f), "+&r"(low), "+&d"(high)                                       \
+                         : "r"(b)                                                                  \
+                         : "cc");                                                                  \
+        reg_write(c, REG_OFFSET(GPR_RAX), bits / 8, low);                                          \
+        reg_write(c, REG_OFFSET(GPR_RDX), bits / 8, high);                                         \
+        c->oszapc = (uint32_t)f;                                                                   \
+    }
+
+HOST_DIVIDE8(div, "div")
+HOST_DIVIDE8(idiv, "idiv")
+SIZES_WORD(HOST_DIVIDE, div, "div")
+SIZES_WORD(HOST_DIVIDE, idiv, "idiv")
 
 static void div_do64(struct icpu *c, uint64_t b)
 {
-    uint64_t *gpr = c->v.cpu.gpr;
-    if (gpr[GPR_RDX] >= b) /* also b == 0 */
+    if (c->v.cpu.gpr[GPR_RDX] >= b) /* also b == 0 */
         raise_fault(c, VECTOR_DE);
-    gpr[GPR_RAX] = divide128(gpr[GPR_RDX], gpr[GPR_RAX], b, &gpr[GPR_RDX]);
+    div_by_host64(c, b);
 }
 
-/* By magnitudes: the quotient's sign is the product of the signs, the remainder's the dividend's. */
+/* By magnitudes: the quotient's sign is the product of the signs. */
 static void idiv_do64(struct icpu *c, uint64_t b)
 {
-    uint64_t *gpr = c->v.cpu.gpr;
+    const uint64_t *gpr = c->v.cpu.gpr;
     bool negative = (int64_t)gpr[GPR_RDX] < 0, negate = negative != ((int64_t)b < 0);
     unsigned __int128 a = (unsigned __int128)gpr[GPR_RDX] << 64 | gpr[GPR_RAX];
+    uint64_t divisor = (int64_t)b < 0 ? -b : b;
     if (negative)
         a = -a;
-    if ((int64_t)b < 0)
-        b = -b;
-    uint64_t remainder, quotient;
-    if ((uint64_t)(a >> 64) >= b)
+    uint64_t quotient = (uint64_t)a, high = (uint64_t)(a >> 64);
+    if (high >= divisor)
         raise_fault(c, VECTOR_DE);
-    quotient = divide128((uint64_t)(a >> 64), (uint64_t)a, b, &remainder);
+    __asm__("divq %2" : "+a"(quotient), "+d"(high) : "r"(divisor) : "cc");
     if (quotient > (uint64_t)INT64_MAX + negate)
         raise_fault(c, VECTOR_DE);
-    gpr[GPR_RAX] = negate ? -quotient : quotient;
-    gpr[GPR_RDX] = negative ? -remainder : remainder;
+    idiv_by_host64(c, b);
 }
 
 /* The narrower dividends fit in 64 bits: xDX:xAX as one value, and AX. */
 #define DIVIDEND(bits, wide) \
     ((wide)((uint64_t)(uint##bits##_t)c->v.cpu.gpr[GPR_RDX] << bits | (uint##bits##_t)c->v.cpu.gpr[GPR_RAX]))
 
-/* AH is the remainder's register for bytes, xDX for the others. */
-#define REMAINDER_OFFSET(bits) ((bits) == 8 ? REG_OFFSET(GPR_RAX) + 1 : REG_OFFSET(GPR_RDX))
-
 #define DIVIDE(name, bits, narrow, wide, dividend, overflows)                                      \
-    static void name(struct icpu *c, uint##bits##_t divisor)                                       \
+    static void name##_do##bits(struct icpu *c, uint##bits##_t divisor)                            \
     {                                                                                              \
         wide a = dividend;                                                                         \
         wide b = (narrow)divisor;                                                                  \
-        if (b == 0 || (overflows))                                                                 \
+        if (b == 0 || (overflows) || a / b != (narrow)(a / b))                                     \
             raise_fault(c, VECTOR_DE);                                                             \
-        wide quotient = a / b, remainder = a % b;                                                  \
-        if (quotient != (narrow)quotient)                                                          \
-            raise_fault(c, VECTOR_DE);                                                             \
-        reg_write(c, REG_OFFSET(GPR_RAX), bits / 8, (uint64_t)quotient);                           \
-        reg_write(c, REMAINDER_OFFSET(bits), bits / 8, (uint64_t)remainder);                       \
+        name##_by_host##bits(c, divisor);                                                          \
     }
 
-DIVIDE(div_do8, 8, uint8_t, uint32_t, (uint16_t)c->v.cpu.gpr[GPR_RAX], false)
-DIVIDE(div_do16, 16, uint16_t, uint32_t, DIVIDEND(16, uint32_t), false)
-DIVIDE(div_do32, 32, uint32_t, uint64_t, DIVIDEND(32, uint64_t), false)
-DIVIDE(idiv_do8, 8, int8_t, int32_t, (int16_t)c->v.cpu.gpr[GPR_RAX], false)
-DIVIDE(idiv_do16, 16, int16_t, int64_t, (int32_t)DIVIDEND(16, uint32_t), false)
+DIVIDE(div, 8, uint8_t, uint32_t, (uint16_t)c->v.cpu.gpr[GPR_RAX], false)
+DIVIDE(div, 16, uint16_t, uint32_t, DIVIDEND(16, uint32_t), false)
+DIVIDE(div, 32, uint32_t, uint64_t, DIVIDEND(32, uint64_t), false)
+DIVIDE(idiv, 8, int8_t, int32_t, (int16_t)c->v.cpu.gpr[GPR_RAX], false)
+DIVIDE(idiv, 16, int16_t, int64_t, (int32_t)DIVIDEND(16, uint32_t), false)
 /* The one 64-bit quotient that the host cannot represent is out of range for the guest too. */
-DIVIDE(idiv_do32, 32, int32_t, int64_t, DIVIDEND(32, int64_t), a == INT64_MIN && b == -1)
+DIVIDE(idiv, 32, int32_t, int64_t, DIVIDEND(32, int64_t), a == INT64_MIN && b == -1)
 
 #define ONE_OPERAND(bits, s, name, unused)                                                         \
     static void name##_r##bits(struct icpu *c, const struct insn *i)                               \

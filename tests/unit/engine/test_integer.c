@@ -22,7 +22,7 @@
 #define REGISTER 0x08u /* register only */
 #define LOCKABLE 0x10u /* LOCK is allowed with memory */
 #define BITS 0x20u     /* register operand is a bit index: keep it small */
-#define DIVIDES 0x40u  /* flags undefined; faults unless operands are kind */
+#define DIVIDES 0x40u  /* faults unless operands are kind */
 #define STRING 0x80u
 #define NO16 0x100u      /* no operand-size prefix */
 #define WIDE 0x200u      /* operand size 64 or 16 only (stack) */
@@ -252,12 +252,6 @@ static void describe(const struct pattern *p, const struct generated *g, const s
                 (unsigned long long)guest->gpr[n], host->gpr[n] != guest->gpr[n] ? " <" : "");
 }
 
-/* All but those of divisions: what else the manual leaves undefined is the host's on both sides. After a fault all are as before, except that a string compare may have got some way. */
-static uint64_t flags_to_compare(const struct pattern *p, bool faulted)
-{
-    return p->flags & (faulted ? STRING : DIVIDES) ? ~RFLAGS_OSZAPC : ~0ull;
-}
-
 /* Runs one on both sides; fails the test on any difference. Returns whether it faulted. */
 static bool compare_one(const struct pattern *p, unsigned mandatory, bool edge)
 {
@@ -268,7 +262,8 @@ static bool compare_one(const struct pattern *p, unsigned mandatory, bool edge)
     host = guest = in;
     compare_run_native(compare, g.bytes, g.length, &host);
     compare_run_guest(compare, g.bytes, g.length, &guest);
-    uint64_t flags = flags_to_compare(p, host.faulted || guest.faulted);
+    /* What the manual leaves undefined is the host's on both sides. After a fault all are as before, except that a string compare may have got some way. */
+    uint64_t flags = (host.faulted || guest.faulted) && p->flags & STRING ? ~RFLAGS_OSZAPC : ~0ull;
     bool same = host.faulted == guest.faulted && !memcmp(host.gpr, guest.gpr, sizeof host.gpr) && !((host.rflags ^ guest.rflags) & flags) &&
                 !memcmp((void *)COMPARE_AREA, compare_guest_memory(compare), COMPARE_BYTES);
     if (!same) {
