@@ -1,6 +1,7 @@
 /*
  * Compatibility mode: 32-bit programs of a 64-bit system. Far transfers between the two widths in one ring, INT from 32-bit code, thread segments, segments that are not flat, code that changes
  * itself, pushes over pages' ends, addresses that wrap around at 4 GiB, encodings that 64-bit mode does not have.
+ * The top of 4 GiB, what 64-bit code leaves in registers.
  * SDM vol. 1, 3.2.1; vol. 3, 3.2.4 (segment bases and limits apply), 5.3.1.
  */
 #include "runtime/conform.h"
@@ -236,6 +237,99 @@ static void test_encodings(void)
     check(trap.vector == USER_DONE && trap.ax == 70002 && trap.cx == 1, "LOOP, JECXZ, LOOPNE (%d, %lu, %lu)", trap.vector, trap.ax, trap.cx);
 }
 
+/* ---- the top of 4 GiB ---- */
+
+#define TOP 0xfffff000u
+static uint64_t low_table[512] __attribute__((aligned(4096))), high_table[512] __attribute__((aligned(4096)));
+
+/* The last page of 4 GiB and the first are pages of `data`, next to each other. */
+static void top_map(uint64_t keep[2])
+{
+    keep[0] = boot_pd[0], keep[1] = boot_pd[TOP >> 21];
+    for (unsigned n = 1; n < 512; n++)
+        low_table[n] = n * 4096ul | 7;
+    low_table[0] = (reg_t)(data + 4096) | 7;
+    high_table[511] = (reg_t)data | 7;
+    boot_pd[0] = (reg_t)low_table | 7;
+    boot_pd[TOP >> 21] = (reg_t)high_table | 7;
+    write_cr3(read_cr3());
+}
+
+static void test_top_code(void)
+{
+    static const uint8_t high[] = {0x40, 0xe8, 0x1a, 1, 0, 0, 0x43, 0xeb, 0x14}; /* inc eax; call 0x100; inc ebx; jmp +0x14 */
+    static const uint8_t end[] = {0x83, 0xc2, 1};                               /* add edx, 1; and on at 0 */
+    static const uint8_t low[] = {0x49, 0x0f, 0x84, 0x39, 0, 0, 0, 0xe9, 0xd4, 0xff, 0xff, 0xff}; /* dec ecx; jz 0x40; jmp 0xffffffe0 */
+    static const uint8_t done[] = {0xcd, 0x30}, function[] = {0x42, 0xc3};      /* int 0x30; inc edx; ret */
+    memset(data, 0xcc, 2 * 4096);
+    memcpy(data + 0xfe0, high, sizeof high);
+    memcpy(data + 0xffd, end, sizeof end);
+    memcpy(data + 4096, low, sizeof low);
+    memcpy(data + 4096 + 0x40, done, sizeof done);
+    memcpy(data + 4096 + 0x100, function, sizeof function);
+    for (unsigned user = 0; user < 2; user++) {
+        run_with((void *)0xffffffe0, user ? UCODE32 : KCODE32, &(struct entry){.cx = 1000});
+        check(trap.vector == USER_DONE && trap.ax == 1000 && trap.bx == 1000 && trap.dx == 2000 && trap.ip == 0x42, "code around the top of 4 GiB, ring %u (%d, %lu %lu %lu)",
+              user ? 3 : 0, trap.vector, trap.ax, trap.bx, trap.dx);
+    }
+}
+
+CODE32(top_data, "xor %eax, %eax\n mov $300, %ecx\n1: mov (%ebx), %edx\n add 4(%ebx), %edx\n add 8(%ebx), %edx\n add 12(%ebx), %edx\n add %edx, %eax\n add $8, %ebx\n incl -8(%ebx)\n incl (%ebx)\n"
+                 "incl 4(%ebx)\n sub $8, %ebx\n loop 1b");
+CODE32(top_stack, "mov $300, %ecx\n xor %eax, %eax\n1: push $1\n push $2\n push $3\n push $4\n call 2f\n pop %ebx\n add %ebx, %eax\n pop %ebx\n add %ebx, %eax\n pop %ebx\n add %ebx, %eax\n pop %ebx\n"
+                  "add %ebx, %eax\n loop 1b\n mov %esp, %edx\n int $0x30\n2: push %ebp\n mov %esp, %ebp\n incl 12(%ebp)\n decl 16(%ebp)\n leave\n ret");
+
+static void test_top_data(void)
+{
+    for (unsigned n = 0; n < 2; n++) {
+        memset(data, 0, 2 * 4096);
+        uint32_t *at = (uint32_t *)(data + 4096 - 8);
+        at[0] = 10, at[1] = 200, at[2] = 3000, at[3] = 40000;
+        run_with(top_data, n ? UCODE32 : KCODE32, &(struct entry){.bx = 0xfffffff8});
+        check(trap.vector == USER_DONE && trap.ax == 300 * 43210 + 3 * 300 * 299 / 2 && at[0] == 310 && at[1] == 200 && at[2] == 3300 && at[3] == 40300,
+              "a base that moves over the top (%d, %lu)", trap.vector, trap.ax);
+        for (unsigned sp = 0; sp <= 24; sp += 4) {
+            run_with(top_stack, UCODE32, &(struct entry){.sp = sp ? sp : 4096 - 64});
+            check(trap.vector == USER_DONE && trap.ax == 3000 && trap.dx == (sp ? sp : 4096 - 64), "the stack over it, ESP %u (%d, %lu)", sp, trap.vector, trap.ax);
+        }
+    }
+}
+
+static void test_top(void)
+{
+    uint64_t keep[2];
+    top_map(keep);
+    test_top_code();
+    test_top_data();
+    boot_pd[0] = keep[0], boot_pd[TOP >> 21] = keep[1];
+    write_cr3(read_cr3());
+}
+
+/* ---- what 64-bit code leaves ---- */
+
+CODE32(wide_base, "mov $100, %ecx\n xor %eax, %eax\n1: add %fs:0, %eax\n add %fs:4, %eax\n loop 1b");
+/* The fourth register's number has three bits here; VBLENDVPS xmm0, xmm1, xmm2, then xmm3 with bit 7 clear and set. */
+CODE32(blends, "mov $20, %ecx\n1: .byte 0xc4, 0xe3, 0x71, 0x4a, 0xc2, 0x30\n movd %xmm0, %eax\n.byte 0xc4, 0xe3, 0x71, 0x4a, 0xc2, 0xb0\n movd %xmm0, %ebx\n loop 1b");
+
+static void test_leftovers(void)
+{
+    uint32_t *thread = (uint32_t *)(data + 4096);
+    thread[0] = 5, thread[1] = 37;
+    asm_volatile("mov %0, %%fs" ::"r"(UDATA));
+    wrmsr(0xc0000100, 0x1200000000ul + (reg_t)thread);
+    run(wide_base, UCODE32);
+    check(trap.vector == USER_DONE && trap.ax == 4200, "of FS's base 32 bits count (%d, %lu)", trap.vector, trap.ax);
+    asm_volatile("mov %0, %%fs" ::"r"(KDATA));
+    if (!(cpuid(1, 0).c >> 28 & 1))
+        return;
+    write_cr4(read_cr4() | 1u << 18);
+    asm_volatile("xsetbv" ::"c"(0), "a"(7), "d"(0));
+    uint32_t one = 0x11111111, two = 0x22222222, select = 0x80000000;
+    asm_volatile("vmovd %0, %%xmm1\n vmovd %1, %%xmm2\n vmovd %2, %%xmm3\n vpxor %%xmm11, %%xmm11, %%xmm11" ::"r"(one), "r"(two), "r"(select));
+    run(blends, UCODE32);
+    check(trap.vector == USER_DONE && trap.ax == two && trap.bx == two, "a fourth register's number has three bits (%d, %lx, %lx)", trap.vector, trap.ax, trap.bx);
+}
+
 void test_main(void)
 {
     test_gate();
@@ -244,4 +338,6 @@ void test_main(void)
     test_changes();
     test_stack();
     test_encodings();
+    test_top();
+    test_leftovers();
 }
