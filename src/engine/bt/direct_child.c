@@ -302,6 +302,17 @@ static int inject_all(struct direct_child *child, const char **what)
     return 0;
 }
 
+/* direct_child_run, and again after signals from outside. */
+static enum direct_stop run_settled(struct direct_child *child, struct user_regs_struct *regs)
+{
+    enum direct_stop stop;
+    unsigned patience = 1000;
+    do
+        stop = direct_child_run(child, regs);
+    while (stop == DIRECT_KICKED && --patience);
+    return stop;
+}
+
 /*
  * Everything that guest code will be driven by, once: hosts that pretend to have it, or whose filters allow some of ptrace, would lose a guest by it later, or never stop it. Neither
  * the signal nor the two instructions do anything.
@@ -330,7 +341,7 @@ static int try_all(struct direct_child *child, const char **what)
         return -EPERM;
     child->error = 0;
     *what = "PTRACE_SYSEMU";
-    if (direct_child_run(child, &called) != DIRECT_SYSCALL || called.rip != code_address(child, LOOP_SYSCALL_END) || direct_child_run(child, &trapped) != DIRECT_TRAP)
+    if (run_settled(child, &called) != DIRECT_SYSCALL || called.rip != code_address(child, LOOP_SYSCALL_END) || run_settled(child, &trapped) != DIRECT_TRAP)
         return -EPERM;
     *what = "a signal to it";
     if (kill(child->pid, KICK_SIGNAL))
@@ -345,7 +356,11 @@ static int set_up(struct direct_child *child, const char **what)
     uint64_t no_signals = 0;
     struct iovec io = {child->vectors, XSTATE_BYTES_MAX};
     int status;
-    if (!wait_stop(child, &status) || WSTOPSIG(status) != SIGTRAP)
+    do /* the program's beginning is one; signals from outside may come first */
+        if (!wait_stop(child, &status))
+            return -EPERM;
+    while (WSTOPSIG(status) != SIGTRAP && !ptrace(PTRACE_CONT, child->pid, NULL, NULL));
+    if (WSTOPSIG(status) != SIGTRAP)
         return -EPERM;
     *what = "its limits";
     if (prlimit(child->pid, RLIMIT_CORE, &no_core, NULL))
@@ -363,7 +378,7 @@ static int set_up(struct direct_child *child, const char **what)
 static void child_start(struct direct_child *child, int ram_fd, struct trouble *trouble)
 {
     int program = program_create(child->hidden), list = program < 0 ? -1 : list_create(child);
-    volatile struct trouble began = {NULL, 0}; /* the new process writes to it */
+    volatile struct trouble began = {"its start", 0}; /* the new process writes to it */
     if (list < 0)
         *trouble = (struct trouble){"memory for it", errno};
     else if ((child->pid = vfork()) == 0)
