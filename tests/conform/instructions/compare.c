@@ -272,31 +272,15 @@ static int piece_run(uint64_t first, uint64_t count)
     return rc;
 }
 
-static int options_read(int argc, char **argv, struct jobs *jobs, bool *alone)
+static int options_read(int argc, char **argv, struct jobs *jobs)
 {
-    static const struct option options[] = {{"count", required_argument, NULL, 'c'}, {"seed", required_argument, NULL, 's'},     {"first", required_argument, NULL, 'f'},
-                                            {"jobs", required_argument, NULL, 'j'},  {"findings", required_argument, NULL, 'n'}, {0}};
+    static const struct option options[] = {JOBS_OPTIONS, {"seed", required_argument, NULL, 's'}, {0}};
     for (int o; (o = getopt_long(argc, argv, "", options, NULL)) != -1;) {
         uint64_t value = optarg ? strtoull(optarg, NULL, 0) : 0;
-        switch (o) {
-        case 'c':
-            jobs->count = value;
-            break;
-        case 's':
+        if (o == 's') {
             run.seed = value;
-            break;
-        case 'f':
-            jobs->first = value;
-            break;
-        case 'j':
-            jobs->processes = (unsigned)value;
-            *alone = false;
-            break;
-        case 'n':
-            jobs->findings_max = (unsigned)value;
-            break;
-        default:
-            fprintf(stderr, "usage: compare [--count N] [--seed S] [--first CASE] [--findings N] [--jobs N (0: as many as processors)]\n");
+        } else if (!jobs_option(jobs, o, value)) {
+            fprintf(stderr, "usage: compare [--seed S] " JOBS_USAGE "\n");
             return 2;
         }
     }
@@ -305,14 +289,13 @@ static int options_read(int argc, char **argv, struct jobs *jobs, bool *alone)
 
 int main(int argc, char **argv)
 {
-    struct jobs jobs = {.count = 300000, .findings_max = 40, .piece = PIECE, .piece_run = piece_run, .repeat_print = repeat_print};
-    bool alone = true;
+    struct jobs jobs = {.count = 300000, .findings_max = 40, .piece = PIECE, .piece_run = piece_run, .repeat_print = repeat_print, .alone = true};
     run.seed = 1;
-    if (options_read(argc, argv, &jobs, &alone) || jobs_init())
+    if (options_read(argc, argv, &jobs) || jobs_init())
         return 2;
     run.findings_max = jobs.findings_max;
     log_set_level(LOG_ERROR); /* every instruction that is #UD would be told */
-    int rc = alone ? piece_run(jobs.first, jobs.count) : jobs_run(&jobs);
+    int rc = jobs_run(&jobs);
     if (rc > 1)
         return rc;
     printf("%llu compared, %llu of them faults, %u differ\n", (unsigned long long)jobs_shared->tally[COMPARED], (unsigned long long)jobs_shared->tally[FAULTED],

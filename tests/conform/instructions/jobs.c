@@ -148,8 +148,31 @@ static unsigned processors(void)
     return sched_getaffinity(0, sizeof set, &set) ? 1 : (unsigned)CPU_COUNT(&set);
 }
 
+bool jobs_option(struct jobs *jobs, int option, uint64_t value)
+{
+    switch (option) {
+    case 'c':
+        jobs->count = value;
+        return true;
+    case 'f':
+        jobs->first = value;
+        return true;
+    case 'j':
+        jobs->processes = (unsigned)value;
+        jobs->alone = false;
+        return true;
+    case 'n':
+        jobs->findings_max = (unsigned)value;
+        return true;
+    default:
+        return false;
+    }
+}
+
 int jobs_run(const struct jobs *jobs)
 {
+    if (jobs->alone)
+        return jobs->piece_run(jobs->first, jobs->count);
     struct run r = {.jobs = jobs, .next = jobs->first, .end = jobs->first + jobs->count, .started = seconds()};
     r.count = jobs->processes ? jobs->processes : processors();
     r.count = r.count < JOBS_MAX ? r.count : JOBS_MAX;

@@ -7,6 +7,7 @@
 #define DOPPEL_CONFORM_JOBS_H
 
 #include <stdatomic.h>
+#include <stdbool.h>
 #include <stdint.h>
 
 #define JOBS_MAX 64u
@@ -14,6 +15,7 @@
 
 struct jobs {
     uint64_t first, count;
+    bool alone;         /* no other processes: jobs_run is piece_run for all cases */
     unsigned processes; /* up to JOBS_MAX; 0: as many as there are processors for this process */
     unsigned findings_max; /* then it stops */
     uint64_t piece;
@@ -31,10 +33,16 @@ struct jobs_shared {
 };
 extern struct jobs_shared *jobs_shared;
 
+/* The options that every program of this kind has; `value` is the argument's. False: it is none of them. */
+#define JOBS_USAGE "[--count N] [--first CASE] [--findings N] [--jobs N (0: as many as processors)]"
+#define JOBS_OPTIONS \
+    {"count", required_argument, NULL, 'c'}, {"first", required_argument, NULL, 'f'}, {"jobs", required_argument, NULL, 'j'}, {"findings", required_argument, NULL, 'n'}
+bool jobs_option(struct jobs *jobs, int option, uint64_t value);
+
 int jobs_init(void);
 void jobs_at(uint64_t number);   /* begins a case */
 unsigned jobs_finding(void);     /* counts one; its number, from 1 */
-/* Progress goes to stderr. 0: all done without findings; 1: findings; else what the first piece returned, when it came to no case. */
+/* Progress goes to stderr, unless alone. 0: all done without findings; 1: findings; else what the first piece returned, when it came to no case. */
 int jobs_run(const struct jobs *jobs);
 
 #endif

@@ -15,7 +15,7 @@
 #include "engine/bt/translate_priv.h"
 #include "tiny_vm.h"
 
-#define COUNT 1500000u
+#define COUNT 500000u
 #define VALUES 3u
 
 static struct tiny_vm vm;
