@@ -14,7 +14,7 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 PROCESSORS = {"codegen": 2, "tlbshoot": 2}
-UNITS = ("layout", "tables", "verify", "analyze", "cache", "fault")
+UNITS = ("layout", "tables", "verify", "analyze", "forms", "cache", "fault")
 SEQUENCES = "tests/conform/sequences/conform_sequences"
 
 # name (the step's number first), file below src/engine/bt, text, what it becomes, tests that must fail
@@ -29,6 +29,9 @@ MUTANTS = [
     ("2 bit offsets in registers", "analyze.c", "return d->op[0].type == ZYDIS_OPERAND_TYPE_REGISTER || d->op[1].type == ZYDIS_OPERAND_TYPE_IMMEDIATE;", "return true;",
      ["verify", "analyze"]),
     ("2 size of operands", "analyze.c", "t->mem_size = op->size / 8;", "t->mem_size = (uint16_t)(op->size / 16 + 1);", ["analyze"]),
+    ("2 forms of any mode", "forms.c", "    memcpy(&kept, mode, sizeof(*mode));\n", "    kept = 1;\n", ["forms"]),
+    ("2 forms of any length", "forms.c", " || length != decoded || scaled", " || scaled", ["forms"]),
+    ("2 fourth registers", "analyze.c", "        if (op->encoding == ZYDIS_OPERAND_ENCODING_IS4)", "        if (op->encoding == ZYDIS_OPERAND_ENCODING_IS4 && d->bytes[d->zi.length - 1] & 0x80)", ["forms", "compat"]),
     ("3 segment prefix kept", "access.c", "if (!is_segment_prefix(p[n]) && ", "if (", ["verify"]),
     ("4 one alias less", "layout.c", "for (unsigned n = 0; n < BT_ALIASES; n++) {\n        int rc = map_exactly", "for (unsigned n = 0; n < BT_ALIASES - 1; n++) {\n        int rc = map_exactly",
      ["layout"]),

@@ -82,12 +82,26 @@ static void values_change(uint8_t *bytes, const struct bt_mode *mode)
             bytes[n] = (uint8_t)(bt_below(4) ? bt_random64() : bt_below(2) ? 0 : 0xff);
 }
 
+/* Any instruction, sometimes after many prefixes, or one with a register's number in its immediate. */
+static void insn_put(uint8_t bytes[BT_INSN_ROOM], bool narrow)
+{
+    uint8_t insn[BT_INSN_ROOM];
+    unsigned what = bt_below(16), prefixes = what ? 0 : bt_below(8);
+    bt_insn_put(insn, narrow);
+    memset(bytes, 0x3e, BT_INSN_ROOM);
+    memcpy(bytes + prefixes, insn, BT_INSN_ROOM - prefixes);
+    if (what == 1) { /* VBLENDVPS, VBLENDVPD, VPBLENDVB */
+        const uint8_t blend[] = {0xc4, 0xe3, 0x71, (uint8_t)(0x4a + bt_below(3))};
+        memcpy(bytes, blend, sizeof(blend));
+    }
+}
+
 static void forms_are_what_decoding_says(void **state)
 {
     uint8_t bytes[BT_INSN_ROOM];
     for (unsigned n = 0; n < COUNT; n++) {
         struct bt_mode mode = mode_random();
-        bt_insn_put(bytes, mode.code_bits == 32);
+        insn_put(bytes, mode.code_bits == 32);
         for (unsigned k = 0; k < VALUES; k++) {
             compare(&mode, bytes, bt_below(8) ? FORM_WINDOW : 1 + bt_below(BT_INSN_ROOM));
             values_change(bytes, &mode);
