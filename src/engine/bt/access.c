@@ -79,7 +79,7 @@ void emit_leave_unless_zero(struct translation *t, const struct tinsn *i, unsign
     emit_load_gs(out, GPR_RCX, BT_CTX(scratch[1]));
 }
 
-/* The check for instructions that do cross now and then: a branch to the interpreter. `ea` is in s[1], s[0] is used. */
+/* The check for instructions that do cross now and then: a branch to the interpreter. `ea` is another register than s[0], which is used. */
 static void emit_crossing_branch(struct translation *t, const struct tinsn *i, unsigned ea, unsigned size)
 {
     struct emitter *out = &t->out;
@@ -87,6 +87,15 @@ static void emit_crossing_branch(struct translation *t, const struct tinsn *i, u
     emit_lea(out, t->s[0], t->s[0], EMIT_NONE, 0, (int32_t)size - 1);
     emit_pext_gs(out, t->s[0], t->s[0], BT_CTX(mask_bit12));
     emit_leave_unless_zero(t, i, t->s[0], BT_EXIT_crossing);
+}
+
+/* The same, if the instruction is marked. Returns how many bytes are left to be checked. */
+static unsigned emit_marked_branch(struct translation *t, const struct tinsn *i, unsigned ea, unsigned size)
+{
+    if (size == 1 || t->s[0] == GPR_RCX || !cache_marked(t->e, t->page, i->offset, BT_MARK_CROSSES))
+        return size;
+    emit_crossing_branch(t, i, ea, size);
+    return 1;
 }
 
 /* To the rest of the block as a careful one when the group's range crosses a page. With JRCXZ, because flags are the guest's. */
@@ -145,11 +154,7 @@ struct address emit_access(struct translation *t, const struct tinsn *i, struct 
         emit_effective_address(t, i, ea);
         emit_segment_base(t, i, ea, v);
     }
-    if (size > 1 && cache_marked(t->e, t->page, i->offset, BT_MARK_CROSSES) && v != GPR_RCX) {
-        emit_crossing_branch(t, i, ea, size);
-        size = 1;
-    }
-    emit_lookup(t, v, ea, size);
+    emit_lookup(t, v, ea, emit_marked_branch(t, i, ea, size));
     return (struct address){ea, v, 0};
 }
 
@@ -162,11 +167,7 @@ static struct address emit_bit_string_legacy(struct translation *t, const struct
     emit_effective_address(t, i, ea);
     emit_lea_in_mode(t, ea, ea, kept, shift, 0);
     emit_segment_base(t, i, ea, v);
-    if (cache_marked(t->e, t->page, i->offset, BT_MARK_CROSSES)) {
-        emit_crossing_branch(t, i, ea, size);
-        size = 1;
-    }
-    emit_lookup(t, v, ea, size);
+    emit_lookup(t, v, ea, emit_marked_branch(t, i, ea, size));
     emit_op_reg(out, true, 0xf7, 2, kept); /* not: -1 - units */
     emit_lea(out, ea, ea, kept, shift, (int32_t)i->mem_size);
     return (struct address){ea, v, 0};
@@ -191,11 +192,7 @@ struct address emit_bit_string_access(struct translation *t, const struct tinsn 
     emit_effective_address(t, i, ea);
     emit_lea(out, ea, ea, v, shift, 0);
     emit_segment_base(t, i, ea, v);
-    if (cache_marked(t->e, t->page, i->offset, BT_MARK_CROSSES) && v != GPR_RCX) {
-        emit_crossing_branch(t, i, ea, size);
-        size = 1;
-    }
-    emit_lookup(t, v, ea, size);
+    emit_lookup(t, v, ea, emit_marked_branch(t, i, ea, size));
     if (i->segment == TI_FLAT) {
         emit_effective_address(t, i, ea);
     } else { /* three summands, and one register to add them in */
@@ -295,7 +292,7 @@ struct address emit_stack_access(struct translation *t, struct bt_site *site, un
         from = t->s[1];
         emit_lea_in_mode(t, from, base, EMIT_NONE, 0, disp);
     }
-    emit_lookup(t, t->s[0], from, stack_bytes(i));
+    emit_lookup(t, t->s[0], from, emit_marked_branch(t, i, from, stack_bytes(i)));
     if (t->legacy) /* the very address that was looked up: base + disp may be another modulo 2^64 */
         return (struct address){from, t->s[0], 0};
     return (struct address){base, t->s[0], disp};
