@@ -92,7 +92,7 @@ static void emit_crossing_branch(struct translation *t, const struct tinsn *i, u
 /* The same, if the instruction is marked. Returns how many bytes are left to be checked. */
 static unsigned emit_marked_branch(struct translation *t, const struct tinsn *i, unsigned ea, unsigned size)
 {
-    if (size == 1 || t->s[0] == GPR_RCX || !cache_marked(t->e, t->page, i->offset, BT_MARK_CROSSES))
+    if (size == 1 || !cache_marked(t->e, t->page, i->offset, BT_MARK_CROSSES))
         return size;
     emit_crossing_branch(t, i, ea, size);
     return 1;

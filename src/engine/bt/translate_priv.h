@@ -211,7 +211,7 @@ void groups_move(struct translation *t, const struct tinsn *i);
 struct address emit_access(struct translation *t, const struct tinsn *i, struct bt_site *site);
 void emit_lookup(struct translation *t, unsigned to, unsigned from, unsigned size);
 void emit_lea_in_mode(struct translation *t, unsigned to, unsigned base, unsigned index, unsigned scale, int32_t disp); /* cut to 32 bits in 32-bit code */
-/* Leaves before the instruction, flags untouched, unless the register is 0. It is neither RCX nor named by the instruction. */
+/* Leaves before the instruction, flags untouched, unless the register, which is scratch, is 0. */
 void emit_leave_unless_zero(struct translation *t, const struct tinsn *i, unsigned reg, enum bt_exit why);
 struct address emit_bit_string_access(struct translation *t, const struct tinsn *i);
 const uint8_t *insn_bytes(const struct translation *t, const struct tinsn *i);
