@@ -35,6 +35,7 @@
 #define HOLD_US_FAILED 2000000u /* doubled each time: making a shadow for nothing can take a second */
 #define FAILURES_COUNTED 6u
 #define BALANCE_US_MAX 1024
+#define TRANSLATION_NS_MAX 50000u
 #define PIN_CHECK_US 65536u
 #define PIN_PAUSE_US 8192u
 #define USER_CS 0x33
@@ -516,8 +517,8 @@ bool direct_preferred(struct bt_vcpu *b)
 void direct_translated(struct bt_vcpu *b, uint64_t ns)
 {
     const struct direct *d = b->direct;
-    if (d && d->current && b->c.cpl == 3)
-        balance_add(d, d->current, (int64_t)(ns * d->tsc_us / 1000));
+    if (d && d->current && b->c.cpl == 3) /* a block takes no longer, unless others had the processor */
+        balance_add(d, d->current, (int64_t)((ns < TRANSLATION_NS_MAX ? ns : TRANSLATION_NS_MAX) * d->tsc_us / 1000));
 }
 
 void direct_user_entered(struct bt_vcpu *b)
@@ -684,10 +685,10 @@ static void pin_check(struct bt_vcpu *b, struct process *p)
     }
 }
 
-/* Stops that come too soon make translated code the better choice for a while. */
+/* Stops that come too soon make translated code the better choice for a while. `took`: without the time that others had the processor. */
 static void run_judge(const struct direct *d, struct process *p, uint64_t took)
 {
-    uint64_t useful = took - d->overhead_tsc, least = HOLD_US_MIN * d->tsc_us, most = HOLD_US_MAX * d->tsc_us;
+    uint64_t useful = took > d->overhead_tsc ? took - d->overhead_tsc : 0, least = HOLD_US_MIN * d->tsc_us, most = HOLD_US_MAX * d->tsc_us;
     if (useful > RESET_TIMES * d->overhead_tsc)
         p->hold_tsc = 0;
     if (useful >= USEFUL_TIMES * d->overhead_tsc)
@@ -706,11 +707,13 @@ static enum direct_stop run_once(struct bt_vcpu *b, struct direct_child *child, 
     *took = ~0ull;
     atomic_store(&d->running, direct_child_pid(child));
     if (!atomic_load(&b->c.v.attention)) {
-        uint64_t before = tsc();
+        uint64_t before = tsc(), cpu_ns = direct_child_cpu_ns(child);
         stop = direct_child_run(child, regs);
         *took = tsc() - before;
         if (!d->overhead_tsc || *took < d->overhead_tsc)
             d->overhead_tsc = *took;
+        uint64_t had = (direct_child_cpu_ns(child) - cpu_ns) * d->tsc_us / 1000 + d->overhead_tsc;
+        *took = had < *took ? had : *took;
         d->runs[DIRECT_STOPS]++;
     }
     atomic_store(&d->running, 0);

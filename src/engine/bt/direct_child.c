@@ -132,6 +132,7 @@ struct direct_child {
     uint64_t fixed_flags; /* RFLAGS.ID as it has it */
     int error; /* of a list that did not fit, so was executed before its time */
     int cpu;
+    uint64_t cpu_ns; /* processor time it has had */
 };
 
 /* ---- the program ---- */
@@ -224,16 +225,24 @@ static _Noreturn void child_begin(int program_fd, int ram_fd, int list_fd, volat
 
 /* ---- stops ---- */
 
+static uint64_t nanoseconds(struct timeval t)
+{
+    return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_usec * 1000;
+}
+
 static bool wait_stop(struct direct_child *child, int *status)
 {
+    struct rusage usage;
     pid_t got;
     do
-        got = waitpid(child->pid, status, __WALL);
+        got = wait4(child->pid, status, __WALL, &usage);
     while (got < 0 && errno == EINTR);
-    if (got == child->pid && WIFSTOPPED(*status))
-        return true;
-    child->pid = 0; /* the number may be another process's from now on */
-    return false;
+    if (got != child->pid || !WIFSTOPPED(*status)) {
+        child->pid = 0; /* the number may be another process's from now on */
+        return false;
+    }
+    child->cpu_ns = nanoseconds(usage.ru_utime) + nanoseconds(usage.ru_stime);
+    return true;
 }
 
 /* It was stopped by the processor, not by a signal that somebody sent. */
@@ -592,11 +601,7 @@ int direct_child_vectors_get(struct direct_child *child, void *xsave, unsigned b
 
 uint64_t direct_child_cpu_ns(const struct direct_child *child)
 {
-    struct timespec t;
-    clockid_t clock;
-    if (clock_getcpuclockid(child->pid, &clock) || clock_gettime(clock, &t))
-        return 0;
-    return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
+    return child->cpu_ns;
 }
 
 void direct_child_pin(struct direct_child *child, int cpu)

@@ -60,7 +60,7 @@ int direct_child_break_at(struct direct_child *child, const uint64_t address[DIR
 
 /* Makes it run on the processor `cpu` only. */
 void direct_child_pin(struct direct_child *child, int cpu);
-uint64_t direct_child_cpu_ns(const struct direct_child *child); /* processor time it has had */
+uint64_t direct_child_cpu_ns(const struct direct_child *child); /* processor time it has had by its last stop, to the microsecond */
 pid_t direct_child_pid(const struct direct_child *child);
 /* Any thread, by process id: ends a run under way, or the next one. */
 void direct_child_kick(pid_t pid);
