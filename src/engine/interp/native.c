@@ -125,14 +125,6 @@ static void check_alignment(struct icpu *c, const struct native_code *n, gva_t g
         mem_check_alignment(c, c->view, gva, alignment);
 }
 
-/* Did the x87 instruction that has just run store nothing? It does not when an exception other than #P is unmasked (SDM vol. 1, 8.5); none was pending before. */
-static bool x87_store_withheld(void)
-{
-    uint16_t control, status;
-    __asm__ volatile("fnstcw %0\n\tfnstsw %1" : "=m"(control), "=m"(status));
-    return status & ~control & 0x1f;
-}
-
 /* The operand is not plain RAM within a page, or not in the TLB. */
 static __attribute__((noinline)) void run_slow(struct icpu *c, const struct insn *i, gva_t gva, bool x87, uint64_t offset)
 {
@@ -155,7 +147,7 @@ static __attribute__((noinline)) void run_slow(struct icpu *c, const struct insn
     if (n->flags & NATIVE_READ)
         mem_read_bytes(c, c->view, gva, bounce, n->size);
     run_at(c, i, n, bounce, x87, offset);
-    if (write && !(x87 && x87_store_withheld()))
+    if (write)
         mem_write_bytes(c, c->view, gva, bounce, n->size);
 }
 
@@ -194,12 +186,46 @@ void native_x87_register(struct icpu *c, const struct insn *i)
     run_at(c, i, n, NULL, true, NO_OFFSET);
 }
 
+#define X87_EXCEPTIONS 0x3fu
+#define X87_PRECISION 0x20u
+
+/* Exceptions that are unmasked; `raised`: and have occurred. */
+static unsigned x87_unmasked(bool raised)
+{
+    uint16_t control, status;
+    __asm__ volatile("fnstcw %0\n\tfnstsw %1" : "=m"(control), "=m"(status));
+    return ~control & (raised ? status : ~0u) & X87_EXCEPTIONS;
+}
+
+/*
+ * Exceptions that keep an x87 instruction from its operand: one that is pending, and of a store its own unmasked ones but for #P (SDM vol. 1, 8.5 and 8.6). Seen by running it on
+ * other memory. True: it has stored nothing, and is done.
+ */
+static bool x87_withheld(struct icpu *c, const struct insn *i, uint64_t offset)
+{
+    const struct native_code *n = i->native;
+    bool waits = n->flags & NATIVE_POINTERS || i->mnemonic == ZYDIS_MNEMONIC_FLDCW;
+    simd_load(c);
+    if (likely(!waits || !x87_unmasked(false)) || !(n->flags & NATIVE_WRITE || x87_unmasked(true)))
+        return false;
+    native_state_snapshot(c);
+    native_run(c, n, c->native->bounce); /* raises the pending one */
+    if (!(x87_unmasked(true) & ~X87_PRECISION)) {
+        native_state_reload(c);
+        return false;
+    }
+    note_pointers(c, i, n, offset);
+    return true;
+}
+
 void native_x87_memory(struct icpu *c, const struct insn *i)
 {
     const struct native_code *n = i->native;
     native_check(c, n);
     uint64_t offset = ea_offset(c, i);
     bool write = n->flags & NATIVE_WRITE;
+    if (x87_withheld(c, i, offset))
+        return;
     gva_t gva = linear_address(c, i->flags & INSN_LEGACY, i->segment, offset, n->size, write);
     run_memory(c, i, gva, true, offset);
 }

@@ -119,18 +119,13 @@ static void forget_odd_parts(const struct test_case *test, struct state *state)
         memset(state->xsave + 24, 0, 4);
 }
 
-/*
- * Differences in which fault comes first. A CALL may write the return address before it looks at the target. CMPS reads its two operands in an order that no manual gives. An x87 store whose exception is unmasked stores nothing, and so
- * does not fault on its operand; the interpreter checks the operand first (README.md, known differences).
- */
+/* Differences in which fault comes first. A CALL may write the return address before it looks at the target. CMPS reads its two operands in an order that no manual gives. */
 static bool faults_may_differ(const struct comparison *r, const struct test_case *test)
 {
     const struct state *a = &r->processor, *b = &r->interp;
     if (test->zi.meta.category == ZYDIS_CATEGORY_STRINGOP && a->vector >= 0 && b->vector >= 0)
         return test->zi.opcode == 0xa6 || test->zi.opcode == 0xa7;
-    if (test->zi.meta.category == ZYDIS_CATEGORY_CALL)
-        return a->vector == VECTOR_PF && b->vector == VECTOR_GP;
-    return test->zi.meta.category == ZYDIS_CATEGORY_X87_ALU && a->vector == -1 && (r->from.xsave[0] & 0x3f) != 0x3f;
+    return test->zi.meta.category == ZYDIS_CATEGORY_CALL && a->vector == VECTOR_PF && b->vector == VECTOR_GP;
 }
 
 static const char *difference(struct comparison *r, const struct test_case *test)
