@@ -542,7 +542,7 @@ static bool special(struct tinsn *t, const struct decode *d)
 /* Vector and other instructions that the interpreter runs in stubs: the same list decides here. */
 static bool is_native(const struct analyze_context *a, struct tinsn *t, const struct decode *d)
 {
-    unsigned alignment, classes = native_classes(a->c, d, &alignment);
+    unsigned alignment, classes = native_classes(a->c, d, &alignment, &t->x87_pointers);
     if (!classes || (classes & a->mode.simd_blocked))
         return false;
     t->aligned = t->memory && alignment >= t->mem_size && alignment > 8;

@@ -162,7 +162,8 @@ static enum bt_exit enter(struct bt_vcpu *b, struct entry *entry)
     struct bt_engine *e = b->engine;
     enum bt_exit why = BT_EXIT_attention;
     simd_load(&b->c);
-    native_pointers_lost(&b->c);
+    native_pointers_hide(&b->c);
+    b->x87_last = 0;
     flags_in(b);
     polls_reset(b);
     cache_enter(b);
@@ -193,6 +194,9 @@ static enum bt_exit enter(struct bt_vcpu *b, struct entry *entry)
     entry->epoch = epoch;
     entry->tc_start = 0;
     cache_leave(b);
+    native_pointers_show(&b->c);
+    if (unlikely(b->x87_last))
+        native_pointers_set(&b->c, bt_code_linear(&b->mode, b->x87_page) + (b->x87_last & BT_X87_OFFSET), b->x87_last >> BT_X87_FOP_SHIFT & BT_X87_FOP);
     flags_out(b);
     vcpu_count(&b->c.v, COUNTER_exit_miss + why);
     return why;

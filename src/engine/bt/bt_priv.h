@@ -336,6 +336,8 @@ struct bt_vcpu {
 
     /* Read and written by translated code through GS. */
     uint64_t page_va;      /* code address of the running block's page */
+    uint64_t x87_page;     /* the same when an x87 instruction ran last that sets pointers */
+    uint64_t x87_last;     /* its BT_X87_*; 0: none since translated code was entered */
     _Atomic uint64_t exec_mask;     /* BT_EXEC_MASK; 0 when kicked */
     _Atomic uintptr_t poll;         /* address that loop back-edges read 4 bytes from: &poll_word of this view-independent mapping, or layout.poison when kicked */
     _Atomic uintptr_t poll_sti;     /* the same after instructions that set IF; layout.poison also while an interrupt waits for IF */
@@ -384,6 +386,12 @@ struct bt_vcpu {
 };
 
 _Static_assert(sizeof(struct bt_vcpu) <= BT_CTX_BYTES, "the context does not fit below the tables");
+
+/* bt_vcpu.x87_last: an instruction's place in its page, and its opcode as FOP reports it. */
+#define BT_X87_OFFSET 0xfffu
+#define BT_X87_FOP_SHIFT 12
+#define BT_X87_FOP 0x7ffu
+#define BT_X87_RAN (1u << 23)
 
 /* Displacement of a field from GS base. */
 #define BT_CTX(field) ((int32_t)offsetof(struct bt_vcpu, field) - (int32_t)BT_CTX_BYTES)

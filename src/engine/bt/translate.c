@@ -35,6 +35,19 @@ static bool can_fault(const struct tinsn *i)
     return i->kind != TI_SKIP && i->kind != TI_COUNT && i->kind != TI_LEA_RIP && (i->kind != TI_COPY || i->traps);
 }
 
+/* Where x87's last instruction was: the processor would say where its translation is. After it, for it may fault. */
+static void emit_x87_note(struct translation *t, const struct tinsn *i)
+{
+    const uint8_t *p = insn_bytes(t, i);
+    if (!t->x87_page) {
+        emit_load_gs(&t->out, t->s[0], BT_CTX(page_va));
+        emit_store_gs(&t->out, t->s[0], BT_CTX(x87_page));
+    }
+    t->x87_page = true;
+    uint32_t fop = (p[i->opcode_at] & 7u) << 8 | p[i->modrm_at];
+    emit_store_gs_imm32(&t->out, BT_CTX(x87_last), BT_X87_RAN | fop << BT_X87_FOP_SHIFT | i->offset);
+}
+
 static void emit_insn(struct translation *t, const struct tinsn *i)
 {
     registers_provide(t, i);
@@ -124,6 +137,8 @@ static void emit_insn(struct translation *t, const struct tinsn *i)
         emit_system(t, i, site);
         break;
     }
+    if (i->x87_pointers && i->kind != TI_EXIT)
+        emit_x87_note(t, i);
     t->clean &= (uint16_t)~i->writes;
     groups_move(t, i);
 }
@@ -232,6 +247,7 @@ static void joins_find(struct translation *t)
 /* What looks at the guards may have been jumped over. */
 static void guards_forget(struct translation *t)
 {
+    t->x87_page = false;
     t->guarded[TI_FS] = t->guarded[TI_GS] = false;
 }
 

@@ -77,6 +77,7 @@ struct tinsn {
     uint16_t mem_size;
     bool repeated; /* has a REP prefix */
     bool traps;   /* may raise an exception although it has no memory operand */
+    bool x87_pointers; /* sets FIP and FOP */
     bool aligned; /* raises #GP itself unless naturally aligned, so never crosses a page */
     /* Encoding, to rewrite. */
     uint8_t encoding; /* ZydisInstructionEncoding */
@@ -158,6 +159,7 @@ struct translation {
     bool careful;               /* no groups */
     bool legacy;                /* 32-bit code */
     uint16_t canonical;         /* CANONICAL or CANONICAL_LEGACY */
+    bool x87_page; /* bt_vcpu.x87_page is this one's on every way here */
     bool guarded[TI_GS + 1];    /* 32-bit code: the segment's guard has been looked at on every way here */
     uint64_t next_ram_offset;   /* of the page that follows in linear address space; ~0: unknown */
     const struct bt_page *next; /* the same, when the block's last instruction ends in it */

@@ -464,8 +464,10 @@ typedef bool native_fault_fn(int sig, siginfo_t *info, void *context);
 void native_fault_first(native_fault_fn *fn);
 /* The processor executes what was written through another address than it is executed at. */
 void native_serialize(void);
-/* x87 instructions are about to run whose pointers nobody notes: they read as zero afterwards. */
-void native_pointers_lost(struct icpu *c);
+/* Around code whose x87 instructions set pointers of their own: they read as zero meanwhile, and as before it afterwards unless its last x87 instruction is told. FDP is zero then. */
+void native_pointers_hide(struct icpu *c);
+void native_pointers_show(struct icpu *c);
+void native_pointers_set(struct icpu *c, uint64_t fip, unsigned fop);
 /* From now on always, for comparisons with engines that lose them now and then. */
 void native_pointers_forget(struct icpu *c);
 

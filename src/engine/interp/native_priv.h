@@ -88,9 +88,11 @@ struct native_arena {
 
     /* x87 pointers: the processor's would be the stub's. */
     bool x87_ran;       /* since simd_load */
+    bool translated;    /* so did others than stubs' */
+    bool pointers_hidden;    /* native_pointers_hide */
     bool pointers_forgotten; /* native_pointers_forget */
     uint16_t fop, loaded_fop;
-    uint64_t fip, loaded_fip;
+    uint64_t fip;
     uint64_t fdp, loaded_fdp;
     bool fdp_known;     /* an instruction with a memory operand has run since simd_load */
 
@@ -140,8 +142,8 @@ bool native_stub_build(const struct decode *d, int memory, struct stub_code *out
 bool native_w_is_width(ZydisMnemonic mnemonic);
 
 /* native_select.c: for the translator, which copies such instructions with their memory operand rewritten. 0: it may not; otherwise nonzero with the SIMD_* classes in
- * the low four bits, and the alignment below which the memory operand raises #GP (1: none). x87 is refused, because its pointers would be the translation's. */
-unsigned native_classes(struct icpu *c, const struct decode *d, unsigned *alignment);
+ * the low four bits, and the alignment below which the memory operand raises #GP (1: none), and in *x87_pointers whether it sets those. */
+unsigned native_classes(struct icpu *c, const struct decode *d, unsigned *alignment, bool *x87_pointers);
 
 /* native_code.c: finds or makes the record. NULL: the arena is full. */
 const struct native_code *native_code_intern(struct icpu *c, const struct native_code *wanted, const struct stub_code *stub);

@@ -411,13 +411,17 @@ static bool is_offered(struct icpu *c, const struct decode *d)
     return true;
 }
 
-unsigned native_classes(struct icpu *c, const struct decode *d, unsigned *alignment)
+unsigned native_classes(struct icpu *c, const struct decode *d, unsigned *alignment, bool *x87_pointers)
 {
     int memory;
     unsigned classes = simd_classes(d);
     *alignment = 1;
-    if (!(classes & ALLOWED) || is_x87(&d->zi) || is_refused(&d->zi) || !is_offered(c, d) || !operands_allowed(d, &memory))
+    *x87_pointers = false;
+    if (d->zi.mnemonic == ZYDIS_MNEMONIC_FWAIT)
+        return ALLOWED | SIMD_X87;
+    if (!(classes & ALLOWED) || is_refused(&d->zi) || !is_offered(c, d) || !operands_allowed(d, &memory))
         return 0;
+    *x87_pointers = is_x87(&d->zi) && !keeps_x87_pointers(d->zi.mnemonic);
     if (memory >= 0) {
         const ZydisDecodedOperand *op = &d->op[memory];
         if (op->encoding == ZYDIS_OPERAND_ENCODING_NONE || op->mem.type != ZYDIS_MEMOP_TYPE_MEM)

@@ -72,10 +72,10 @@ static void registers_take(struct icpu *c)
         native_state_materialize(c, XCR0_X87 | XCR0_SSE);
     bool x87 = get64(image + XSAVE_BV) & XCR0_X87;
     image_restore(a, image);
-    a->x87_ran = a->fdp_known = false;
-    a->loaded_fip = x87 ? get64(image + XSAVE_FIP) : 0;
+    a->x87_ran = a->translated = a->fdp_known = false;
+    a->fip = x87 ? get64(image + XSAVE_FIP) : 0;
     a->loaded_fdp = x87 ? get64(image + XSAVE_FDP) : 0;
-    a->loaded_fop = x87 ? get16(image + XSAVE_FOP) : 0;
+    a->fop = a->loaded_fop = x87 ? get16(image + XSAVE_FOP) : 0;
 }
 
 void simd_load(struct icpu *c)
@@ -98,26 +98,40 @@ void simd_load(struct icpu *c)
     c->simd_live = true;
 }
 
-/* Zero is what FNINIT leaves; what was loaded is the guest's already. */
+/*
+ * Zero is what FNINIT leaves. Where processors have not changed FDP and FOP (CPUID FDP_EXCPTN_ONLY) they are what was loaded. Pointers of translations are not even compared: one that
+ * was loaded would tell whether it had been guessed.
+ */
 static void fix_pointers(const struct native_arena *a, uint8_t *image)
 {
     uint64_t fip = get64(image + XSAVE_FIP), fdp = get64(image + XSAVE_FDP);
     uint16_t fop = get16(image + XSAVE_FOP);
-    bool known = !a->pointers_forgotten;
-    if (fip && fip != a->loaded_fip)
+    bool known = !a->pointers_forgotten && !a->pointers_hidden;
+    if (fip)
         put64(image + XSAVE_FIP, known ? a->fip : 0);
-    if (fdp && fdp != a->loaded_fdp)
+    if (fdp && (a->translated || a->pointers_hidden || fdp != a->loaded_fdp))
         put64(image + XSAVE_FDP, known && a->fdp_known ? a->fdp : 0);
     if (fop && fop != a->loaded_fop)
         put16(image + XSAVE_FOP, known ? a->fop : 0);
 }
 
-void native_pointers_lost(struct icpu *c)
+void native_pointers_hide(struct icpu *c)
+{
+    c->native->pointers_hidden = true;
+}
+
+void native_pointers_show(struct icpu *c)
 {
     struct native_arena *a = c->native;
-    a->x87_ran = true;
-    a->fip = 0;
-    a->fop = 0;
+    a->pointers_hidden = false;
+    a->x87_ran = a->translated = true; /* as far as one knows */
+}
+
+void native_pointers_set(struct icpu *c, uint64_t fip, unsigned fop)
+{
+    struct native_arena *a = c->native;
+    a->fip = fip;
+    a->fop = (uint16_t)fop;
     a->fdp_known = false;
 }
 
@@ -131,7 +145,7 @@ static void image_take(struct icpu *c)
     struct native_arena *a = c->native;
     uint8_t *image = c->v.cpu.xsave;
     image_save(a, image);
-    if (a->x87_ran && get64(image + XSAVE_BV) & XCR0_X87)
+    if ((a->x87_ran || a->pointers_hidden) && get64(image + XSAVE_BV) & XCR0_X87)
         fix_pointers(a, image);
 }
 

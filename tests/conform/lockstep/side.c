@@ -539,7 +539,7 @@ void side_main(const struct plan *plan, struct channel *channel, struct channel 
     side.vcpu->host_ops = &side_ops;
     side.vcpu->host = &side;
     side.depth = 0;
-    native_pointers_forget(icpu_of(&side)); /* the translator loses them whenever it is entered */
+    native_pointers_forget(icpu_of(&side)); /* the translator keeps FDP less often */
     if (side.vcpu->ops == &bt_engine_ops)
         disturb_prepare(&side);
     run(&side);

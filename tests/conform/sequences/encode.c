@@ -44,6 +44,8 @@ static const struct form vector_forms[] = {
     {2, 0x66, 0x8c, 0x8e, ANY, 1}, {3, 0x66, 0x0f, 0x0f, ANY, 1}, {3, 0x66, 0x14, 0x22, ANY, 2}, {3, 0x66, 0x38, 0x39, ANY, 1},
 };
 
+static const struct form x87_forms[] = {{0, 0, 0xd8, 0xdf, ANY, 1, false}};
+
 static const struct form bit_forms[] = { /* VEX encoded, on general registers; kmov */
     {2, 0, 0xf2, 0xf3, ANY, 2}, {2, 0, 0xf5, 0xf7, ANY, 3}, {2, 0xf2, 0xf5, 0xf7, ANY, 3}, {2, 0xf3, 0xf5, 0xf7, ANY, 2}, {2, 0x66, 0xf7, 0xf7, ANY, 1},
     {3, 0xf2, 0xf0, 0xf0, ANY, 2}, {1, 0, 0x90, 0x93, ANY, 1},
@@ -63,7 +65,7 @@ static const struct short_form narrow_forms[] = {
 static const struct short_form short_forms[] = {
     {0x04, 0x05, 1}, {0x2c, 0x2d, 1}, {0x3c, 0x3d, 1}, {0x50, 0x57, 14}, {0x58, 0x5f, 12}, {0x68, 0x68, 2}, {0x6a, 0x6a, 2}, {0x90, 0x97, 3},
     {0x98, 0x99, 3}, {0x9c, 0x9c, 2}, {0x9e, 0x9f, 2}, {0xa0, 0xa3, 1}, {0xa8, 0xa9, 1}, {0xb0, 0xb7, 3}, {0xb8, 0xbf, 3}, {0xc8, 0xc9, 2},
-    {0xd7, 0xd7, 1}, {0xf5, 0xf5, 1}, {0xf8, 0xf9, 2}, {0xfc, 0xfd, 1}, {0xa4, 0xa7, 7}, {0xaa, 0xaf, 7},
+    {0x9b, 0x9b, 1}, {0xd7, 0xd7, 1}, {0xf5, 0xf5, 1}, {0xf8, 0xf9, 2}, {0xfc, 0xfd, 1}, {0xa4, 0xa7, 7}, {0xaa, 0xaf, 7},
 };
 
 unsigned encode_pick(struct generator *g, unsigned limit)
@@ -248,7 +250,7 @@ static void short_put(struct generator *g, uint8_t *p, const struct encode_rules
 static bool is_allowed(const struct encode_rules *rules, const struct encoded *e)
 {
     switch (e->zi.mnemonic) {
-    case ZYDIS_MNEMONIC_FNSTENV: /* the translator does not keep what they store: where the last x87 instruction was */
+    case ZYDIS_MNEMONIC_FNSTENV: /* the translator does not keep all that they store: what the last x87 instruction accessed */
     case ZYDIS_MNEMONIC_FNSAVE:
     case ZYDIS_MNEMONIC_FXSAVE:
     case ZYDIS_MNEMONIC_FXSAVE64:
@@ -307,8 +309,10 @@ static bool candidate_put(struct generator *g, struct encoded *e, const struct e
         vex_put(g, e->bytes, FORM(g, vector_forms), rules, false);
     else if (what < 74)
         evex_put(g, e->bytes, FORM(g, vector_forms), rules);
-    else if (what < 80)
+    else if (what < 78)
         vex_put(g, e->bytes, FORM(g, bit_forms), rules, true);
+    else if (what < 84)
+        legacy_put(g, e->bytes, FORM(g, x87_forms), rules);
     else
         return random_put(g, e);
     return true;

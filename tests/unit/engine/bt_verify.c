@@ -223,7 +223,7 @@ static struct sum reg_sum(ZydisRegister reg)
 
 static bool is_guest_field(int32_t field)
 {
-    return field == BT_CTX(page_va) || field == BT_CTX(c.segment_base[SEG_FS]) || field == BT_CTX(c.segment_base[SEG_GS]) ||
+    return field == BT_CTX(page_va) || field == BT_CTX(x87_page) || field == BT_CTX(c.segment_base[SEG_FS]) || field == BT_CTX(c.segment_base[SEG_GS]) ||
            field == BT_CTX(c.v.cpu.seg[SEG_FS].base) || field == BT_CTX(c.v.cpu.seg[SEG_GS].base) || field == BT_CTX(c.v.cpu.msr_kernel_gs_base) ||
            (field >= BT_CTX_GPR(0) && field <= BT_CTX_GPR(15) && (field - BT_CTX_GPR(0)) % 8 == 0);
 }
@@ -473,6 +473,8 @@ static bool gs_store(const ZydisDecodedOperand *memory)
     uint64_t value = m.op[1].imm.value.u;
     if (field == BT_CTX(ac) && memory->size == 64 && !(value & ~RFLAGS_AC))
         return true;
+    if (field == BT_CTX(x87_last) && memory->size == 64 && value & BT_X87_RAN && value < 2 * BT_X87_RAN)
+        return true;
     if (field == BT_CTX(c.v.cpu.rflags) + 1 && memory->size == 8 && !(value & ~(RFLAGS_IF >> 8)))
         return true;
     return fail("an immediate stored to the context");
@@ -662,6 +664,7 @@ static bool category_allowed(void)
     case ZYDIS_CATEGORY_RDRAND: case ZYDIS_CATEGORY_RDSEED: case ZYDIS_CATEGORY_ROTATE: case ZYDIS_CATEGORY_SEMAPHORE: case ZYDIS_CATEGORY_SERIALIZE:
     case ZYDIS_CATEGORY_SETCC: case ZYDIS_CATEGORY_SHA: case ZYDIS_CATEGORY_SHIFT: case ZYDIS_CATEGORY_SSE: case ZYDIS_CATEGORY_STTNI: case ZYDIS_CATEGORY_TBM: case ZYDIS_CATEGORY_VAES:
     case ZYDIS_CATEGORY_VBMI2: case ZYDIS_CATEGORY_VEX: case ZYDIS_CATEGORY_VFMA: case ZYDIS_CATEGORY_VPCLMULQDQ: case ZYDIS_CATEGORY_XOP: case ZYDIS_CATEGORY_NOP:
+    case ZYDIS_CATEGORY_X87_ALU:
         return true;
     default:
         break;
@@ -680,6 +683,7 @@ static bool mnemonic_refused(void)
     switch (m.zi.mnemonic) {
     case ZYDIS_MNEMONIC_CLI: case ZYDIS_MNEMONIC_STI: case ZYDIS_MNEMONIC_STD: case ZYDIS_MNEMONIC_CLD: case ZYDIS_MNEMONIC_RDPID: case ZYDIS_MNEMONIC_MOVDIR64B:
     case ZYDIS_MNEMONIC_STAC: case ZYDIS_MNEMONIC_CLAC: case ZYDIS_MNEMONIC_CLTS: case ZYDIS_MNEMONIC_XLAT:
+    case ZYDIS_MNEMONIC_FNSTENV: case ZYDIS_MNEMONIC_FNSAVE: case ZYDIS_MNEMONIC_FLDENV: case ZYDIS_MNEMONIC_FRSTOR: /* store where the last instruction was */
         return true;
     default:
         return m.zi.attributes & (ZYDIS_ATTRIB_IS_PRIVILEGED | ZYDIS_ATTRIB_HAS_XACQUIRE | ZYDIS_ATTRIB_HAS_XRELEASE | ZYDIS_ATTRIB_HAS_REP |
@@ -691,12 +695,11 @@ static bool mnemonic_refused(void)
 static bool register_class_allowed(ZydisRegister reg)
 {
     switch (ZydisRegisterGetClass(reg)) {
-    case ZYDIS_REGCLASS_GPR8: case ZYDIS_REGCLASS_GPR16: case ZYDIS_REGCLASS_GPR32: case ZYDIS_REGCLASS_GPR64: case ZYDIS_REGCLASS_MMX: case ZYDIS_REGCLASS_XMM:
+    case ZYDIS_REGCLASS_GPR8: case ZYDIS_REGCLASS_GPR16: case ZYDIS_REGCLASS_GPR32: case ZYDIS_REGCLASS_GPR64: case ZYDIS_REGCLASS_X87: case ZYDIS_REGCLASS_MMX: case ZYDIS_REGCLASS_XMM:
     case ZYDIS_REGCLASS_YMM: case ZYDIS_REGCLASS_ZMM: case ZYDIS_REGCLASS_MASK: case ZYDIS_REGCLASS_FLAGS:
         return true;
     default:
-        return reg == ZYDIS_REGISTER_MXCSR || ((reg == ZYDIS_REGISTER_X87STATUS || reg == ZYDIS_REGISTER_X87TAG || reg == ZYDIS_REGISTER_X87CONTROL) &&
-                                               m.zi.meta.isa_set != ZYDIS_ISA_SET_X87);
+        return reg == ZYDIS_REGISTER_MXCSR || reg == ZYDIS_REGISTER_X87STATUS || reg == ZYDIS_REGISTER_X87TAG || reg == ZYDIS_REGISTER_X87CONTROL;
     }
 }
 
