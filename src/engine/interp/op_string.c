@@ -124,14 +124,14 @@ static void outs_one(struct icpu *c, const struct insn *i)
 /* ---- chunks ---- */
 
 /* How many elements from `offset` on, in the direction of DF, lie within the segment's limit and do not wrap round the address size; at least
- * 1, for which linear_address has spoken. */
+ * 1, for which linear_address has spoken, and at most 2^64 - 1. */
 static uint64_t elements_in_segment(const struct icpu *c, const struct insn *i, unsigned segment, uint64_t offset, unsigned size)
 {
     uint64_t last = i->address_mask; /* offset of the last usable byte, upwards */
     if (c->v.cpu.rflags & RFLAGS_DF) {
         if ((i->flags & INSN_LEGACY) && (c->v.cpu.seg[segment].attributes & SEG_ATTR_DC))
             return 1;
-        return offset / size + 1;
+        return offset / size + (offset / size != UINT64_MAX);
     }
     if (i->flags & INSN_LEGACY) {
         const struct segment *s = &c->v.cpu.seg[segment];
@@ -142,7 +142,8 @@ static uint64_t elements_in_segment(const struct icpu *c, const struct insn *i, 
     }
     if (last < offset || last - offset < size - 1)
         return 1;
-    return (last - offset - (size - 1)) / size + 1;
+    uint64_t after = (last - offset - (size - 1)) / size;
+    return after + (after != UINT64_MAX);
 }
 
 /*

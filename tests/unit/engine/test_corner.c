@@ -80,6 +80,28 @@ static void accesses_wrap_at_4_gib(void **state)
     wrap(*state, TINY_LONG);
 }
 
+/* Bytes from offset 0 upwards, and from the last downwards: all 2^64 of them are in reach, which is no number of 64 bits. */
+static void bytes_from_the_ends_of_the_offsets(void **state)
+{
+    struct tiny_vm *vm = *state;
+    LOAD_BYTES(vm, TINY_LONG, 0x64, 0xf3, 0xa4, 0xf4); /* rep movsb fs:; hlt */
+    for (unsigned down = 0; down < 2; down++) {
+        memcpy(tiny_vm_at(vm, TINY_DATA), "doppel", 6);
+        memset(tiny_vm_at(vm, TINY_DATA + 0x100), 0, 8);
+        vm->vcpu->cpu.seg[SEG_FS].base = down ? TINY_DATA + 6 : TINY_DATA;
+        vm->vcpu->cpu.rflags = RFLAGS_FIXED | (down ? RFLAGS_DF : 0);
+        interp_engine.state_changed(vm->vcpu);
+        gpr(vm)[GPR_RSI] = down ? ~0ull : 0;
+        gpr(vm)[GPR_RDI] = TINY_DATA + (down ? 0x105 : 0x100);
+        gpr(vm)[GPR_RCX] = 6;
+        restart(vm);
+        run_to_halt(vm);
+        assert_memory_equal(tiny_vm_at(vm, TINY_DATA + 0x100), "doppel\0", 8);
+        assert_int_equal(gpr(vm)[GPR_RCX], 0);
+        assert_int_equal(gpr(vm)[GPR_RSI], down ? ~6ull : 6);
+    }
+}
+
 /* An instruction that ends there: the state that is left and saved has EIP 0, whether run returns or an exception is delivered. */
 static void eip_wraps_at_4_gib(void **state)
 {
@@ -249,7 +271,7 @@ static void alignment_of_far_calls(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        T(invalid_becomes_valid), T(accesses_wrap_at_4_gib), T(eip_wraps_at_4_gib), T(ip_stops_at_64_kib),
+        T(invalid_becomes_valid), T(accesses_wrap_at_4_gib), T(bytes_from_the_ends_of_the_offsets), T(eip_wraps_at_4_gib), T(ip_stops_at_64_kib),
         T(state_at_the_end_of_the_lower_half), T(state_after_a_lost_task_switch),
         T(interrupt_waits_for_v86), T(ignored_signals_stay_ignored),
         T(alignment_of_long_operands), T(alignment_of_far_calls),
