@@ -141,10 +141,25 @@ static bool names_mmx(const struct encoded *e)
     return false;
 }
 
+/* RF in a double fault's frame: the state that one saves is undefined (SDM vol. 3, 6.15), and the translator drops RF before the instruction that it is for. */
+static void resume_flag_forget(struct outcome *o, struct tiny_vm *vm)
+{
+    gpa_t gpa;
+    gva_t at = vm->vcpu->cpu.gpr[GPR_RSP] + 24 + 2; /* error code, RIP, CS, RFLAGS */
+    uint8_t *byte = world_walk(vm, at, PAGING_READ | PAGING_AC, &gpa) ? physmap_get(vm->memory, gpa, 1, PHYSMAP_READ) : NULL;
+    o->rflags &= ~RFLAGS_RF;
+    if (byte)
+        *byte &= ~1;
+}
+
 /* What processors themselves do not agree in is made equal. False: the page tables are not to be compared. */
 static bool known_forget(struct comparison *r)
 {
     struct encoded e;
+    if (r->right.vector == VECTOR_DF && r->wrong.vector == VECTOR_DF) {
+        resume_flag_forget(&r->right, &r->vm[0]);
+        resume_flag_forget(&r->wrong, &r->vm[1]);
+    }
     if (r->right.vector < 0 || r->right.vector == VECTOR_BP || !culprit_decode(r, &e))
         return true;
     bool half_called = r->right.vector == VECTOR_GP && e.zi.meta.category == ZYDIS_CATEGORY_CALL;
