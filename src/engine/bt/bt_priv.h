@@ -188,6 +188,12 @@ struct bt_link {
     uint32_t stub; /* where the branch goes while not linked */
     uint32_t next; /* index + 1 of the next link into the same page */
 };
+/* A jump that waits for its branch: see cache_link_far. */
+struct bt_link_wait {
+    uint32_t at, witness; /* what its comparison has become */
+    uint64_t turn;        /* when */
+    uint32_t visits;      /* since */
+};
 #define BT_LINK_FAR 0x80000000u     /* in link_site: to another page */
 #define BT_LINK_CAREFUL 0x40000000u /* to a careful block in the same page */
 
@@ -295,6 +301,8 @@ struct bt_engine {
     uint32_t site_count;
     struct bt_link *links;
     uint32_t link_count;
+    _Atomic uint64_t link_turn; /* of the last entry made in link_waits */
+    struct bt_link_wait *link_waits; /* hash table, what collides begins again */
     struct bt_forms *forms;
     struct bt_page **pages; /* hash table */
     struct bt_page *page_store; /* page n has DT page n + 1 */
@@ -370,6 +378,7 @@ struct bt_vcpu {
     struct bt_mode mode;
     uint64_t epoch;
     atomic_bool inside;       /* in translated code, or about to read the cache without the lock */
+    _Atomic uint64_t link_turn; /* bt_engine.link_turn after it went inside */
     void *signal_stack;
     uint32_t fill_error;      /* tables_fill said BT_FILL_SLOW: the page fault's error code and BT_FILL_FAULT, 0: another reason */
     uint64_t fault_address;   /* BT_EXIT_page_fault: CR2; the error code is in fill_error */
@@ -493,7 +502,11 @@ static inline uint32_t cache_cold_base(const struct bt_engine *e)
 {
     return (uint32_t)(e->layout.tc_bytes / 5 * 4);
 }
-/* Links the jump to another page whose displacement is at TC offset `at` to the block that starts there, if there is one. */
+/*
+ * Links the jump to another page whose displacement is at TC offset `at` to the block that starts there, if there is one. The other form, for a jump that may have been executed:
+ * now, or on a later call for it, when nobody can be between the two instructions that change.
+ */
+void cache_link_far_early(struct bt_engine *e, uint32_t at, struct bt_page *page, unsigned start);
 void cache_link_far(struct bt_engine *e, uint32_t at, struct bt_page *page, unsigned start);
 void cache_flush(struct bt_engine *e); /* with the world stopped */
 /* Without the lock: stops all other vCPUs outside translated code, takes the lock. `b` is the caller's, or NULL; it is outside, too, from then on. */

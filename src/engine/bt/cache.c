@@ -18,6 +18,8 @@
 #define HASH_BUCKETS (1u << HASH_BITS)
 #define TC_ALIGNMENT 16u
 #define THRASH_ONE 0x10u
+#define LINK_WAITS 1024u
+#define LINK_PATIENCE 4u /* visits of a jump that waits to be linked, until other vCPUs are asked to come out */
 #define LANDMARKS(tc_bytes) ((tc_bytes) / BT_LANDMARK_BYTES + 2) /* hot and cold each have one that is cut */
 
 _Static_assert(BT_TC_BYTES + BT_DT_BYTES_MAX + BT_CODE_PAGES_MAX * sizeof(struct bt_page) + BT_MARKS * sizeof(uint64_t) + BT_BLOCKS_MAX * sizeof(struct bt_block) +
@@ -69,12 +71,13 @@ int cache_create(struct bt_engine *e, struct error *err)
     e->sites = reserve(BT_SITES_MAX * sizeof(*e->sites));
     e->landmarks = reserve(LANDMARKS(e->layout.tc_bytes) * sizeof(*e->landmarks));
     e->links = reserve(BT_LINKS_MAX * sizeof(*e->links));
+    e->link_waits = reserve(LINK_WAITS * sizeof(*e->link_waits));
     e->marks = reserve(BT_MARKS * sizeof(*e->marks));
     e->page_store = reserve(BT_CODE_PAGES_MAX * sizeof(*e->page_store));
     e->pages = reserve(HASH_BUCKETS * sizeof(*e->pages));
     e->code_flags = reserve(e->layout.ram_bytes / PAGE_SIZE_BYTES);
     e->code_tells = reserve(e->layout.ram_bytes / PAGE_SIZE_BYTES * sizeof(*e->code_tells));
-    if (!e->blocks || !e->sites || !e->landmarks || !e->links || !e->marks || !e->page_store || !e->pages || !e->code_flags || !e->code_tells) {
+    if (!e->blocks || !e->sites || !e->landmarks || !e->links || !e->link_waits || !e->marks || !e->page_store || !e->pages || !e->code_flags || !e->code_tells) {
         cache_destroy(e);
         return error_set(err, -ENOMEM, "no memory for the table of translations");
     }
@@ -115,6 +118,7 @@ void cache_destroy(struct bt_engine *e)
     release(e->sites, BT_SITES_MAX * sizeof(*e->sites));
     release(e->landmarks, LANDMARKS(e->layout.tc_bytes) * sizeof(*e->landmarks));
     release(e->links, BT_LINKS_MAX * sizeof(*e->links));
+    release(e->link_waits, LINK_WAITS * sizeof(*e->link_waits));
     release(e->marks, BT_MARKS * sizeof(*e->marks));
     release(e->page_store, BT_CODE_PAGES_MAX * sizeof(*e->page_store));
     release(e->pages, HASH_BUCKETS * sizeof(*e->pages));
@@ -124,6 +128,7 @@ void cache_destroy(struct bt_engine *e)
     e->sites = NULL;
     e->landmarks = NULL;
     e->links = NULL;
+    e->link_waits = NULL;
     e->marks = NULL;
     e->page_store = NULL;
     e->pages = NULL;
@@ -415,18 +420,60 @@ static void displacement_set(struct bt_engine *e, uint32_t at, uint32_t value)
     __atomic_store_n((uint32_t *)(e->layout.tc_write + at), value, __ATOMIC_RELEASE);
 }
 
-void cache_link_far(struct bt_engine *e, uint32_t at, struct bt_page *page, unsigned start)
+static void link_set(struct bt_engine *e, uint32_t at, struct bt_page *page, uint32_t target)
+{
+    uint32_t stub = at + 4 + *(const uint32_t *)(e->layout.tc_write + at);
+    e->links[e->link_count++] = (struct bt_link){at, stub, page->links};
+    page->links = e->link_count;
+    displacement_set(e, at, target - (at + 4));
+}
+
+static uint32_t link_witness(const struct bt_engine *e, const struct bt_page *page, unsigned start)
+{
+    return (uint32_t)(e->layout.witness - (const uint8_t *)&page->dt[start]);
+}
+
+void cache_link_far_early(struct bt_engine *e, uint32_t at, struct bt_page *page, unsigned start)
 {
     uint32_t target = page->dt[start];
     if (e->link_count == BT_LINKS_MAX || !target)
         return;
-    uint32_t stub = at + 4 + *(const uint32_t *)(e->layout.tc_write + at);
-    if (stub < cache_cold_base(e)) /* another vCPU came by the same stub and was faster: the branch leads to a block now */
+    displacement_set(e, at - 5, link_witness(e, page, start));
+    link_set(e, at, page, target);
+}
+
+/* Has every vCPU that is inside gone there since? */
+static bool link_turn_over(struct bt_engine *e, uint64_t turn)
+{
+    bool over = true;
+    pthread_mutex_lock(&e->interp.lock);
+    for (unsigned n = 0; n < INTERP_VCPUS_MAX && over; n++) {
+        const struct bt_vcpu *b = (const struct bt_vcpu *)e->interp.vcpus[n];
+        over = !b || !atomic_load(&b->inside) || atomic_load(&b->link_turn) >= turn;
+    }
+    pthread_mutex_unlock(&e->interp.lock);
+    return over;
+}
+
+/* A vCPU that has read what the slot was compared with before, and not yet jumped, must not find the new branch: that is set when all have been outside since the comparison was. */
+void cache_link_far(struct bt_engine *e, uint32_t at, struct bt_page *page, unsigned start)
+{
+    uint32_t target = page->dt[start], witness = link_witness(e, page, start);
+    struct bt_link_wait *wait = &e->link_waits[at * 0x9e3779b9u >> 16 & (LINK_WAITS - 1)];
+    if (e->link_count == BT_LINKS_MAX || !target)
         return;
-    e->links[e->link_count++] = (struct bt_link){at, stub, page->links};
-    page->links = e->link_count;
-    displacement_set(e, at - 5, (uint32_t)(e->layout.witness - (const uint8_t *)&page->dt[start]));
-    displacement_set(e, at, target - (at + 4));
+    if (at + 4 + *(const uint32_t *)(e->layout.tc_write + at) < cache_cold_base(e)) /* another vCPU came by the same stub and was faster: the branch leads to a block now */
+        return;
+    if (wait->at != at || wait->witness != witness) {
+        displacement_set(e, at - 5, witness);
+        *wait = (struct bt_link_wait){at, witness, atomic_fetch_add(&e->link_turn, 1) + 1, 0};
+    }
+    if (link_turn_over(e, wait->turn)) {
+        wait->at = 0;
+        link_set(e, at, page, target);
+    } else if (++wait->visits % LINK_PATIENCE == 0) {
+        kick_all(e, true);
+    }
 }
 
 static void links_undo(struct bt_engine *e, struct bt_page *page)
@@ -543,6 +590,7 @@ void cache_flush(struct bt_engine *e)
     discard(e->sites, e->site_count * sizeof(*e->sites));
     discard(e->links, e->link_count * sizeof(*e->links));
     e->link_count = 0;
+    memset(e->link_waits, 0, LINK_WAITS * sizeof(*e->link_waits));
     memset(e->pages, 0, HASH_BUCKETS * sizeof(*e->pages));
     e->page_count = e->site_count = e->dt_pieces = 0;
     e->hot_landmarks = e->cold_landmarks = 0;
@@ -585,8 +633,10 @@ void cache_enter(struct bt_vcpu *b)
 {
     for (;;) {
         atomic_store(&b->inside, true);
-        if (likely(!atomic_load(&b->engine->world_wanted)))
+        if (likely(!atomic_load(&b->engine->world_wanted))) {
+            atomic_store_explicit(&b->link_turn, atomic_load(&b->engine->link_turn), memory_order_release);
             return;
+        }
         atomic_store(&b->inside, false);
         wait_for_world(b);
     }

@@ -146,7 +146,7 @@ static void link_far_early(const struct translation *t, int32_t target, const ui
     gva_t gva = t->page->gva + (uint64_t)(int64_t)target;
     const uint32_t *dt = t->b ? tables_exec_find(t->b, gva) : NULL;
     if (dt)
-        cache_link_far(t->e, (uint32_t)(at - t->e->layout.tc_write), cache_page_of(t->e, dt), gva & PAGE_MASK_BITS);
+        cache_link_far_early(t->e, (uint32_t)(at - t->e->layout.tc_write), cache_page_of(t->e, dt), gva & PAGE_MASK_BITS);
 }
 
 void deferred_emit(struct translation *t, const struct deferred *d)

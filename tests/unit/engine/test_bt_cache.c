@@ -628,12 +628,56 @@ static void test_not_released(void **state)
     rig_close(&r);
 }
 
+static uint32_t displacement(const struct rig *r, uint32_t at)
+{
+    return *(const uint32_t *)(r->e.layout.tc_write + at);
+}
+
+/* Who was inside when what a jump compares with was changed may be about to jump: the branch waits until it has been outside. */
+static void test_links_wait(void **state)
+{
+    struct rig r;
+    rig_open(&r, 2);
+    struct bt_vcpu *one = vcpu_add(&r, 1), *two = vcpu_add(&r, 2);
+    uint32_t at = publish(&r, page_get(&r, 0, 0), 0, 100, 1)->tc_start + 40, unlinked = cache_cold_base(&r.e) + 64 - (at + 4);
+    *(uint32_t *)(r.e.layout.tc_write + at) = unlinked;
+    for (unsigned round = 0; round < 3; round++) {
+        struct bt_page *page = page_get(&r, 1, 0);
+        uint32_t linked = publish(&r, page, 8 * round, 100, 1)->tc_start - (at + 4);
+        atomic_store(&two->poll, 0);
+        if (round)
+            cache_enter(two);
+        cache_link_far(&r.e, at, page, 8 * round);
+        assert_int_equal(displacement(&r, at - 5), (uint32_t)(r.e.layout.witness - (uint8_t *)&page->dt[8 * round]));
+        for (unsigned n = 0; round && n < 20; n++) {
+            assert_int_equal(displacement(&r, at), unlinked);
+            cache_enter(one); /* it finds the comparison as it is now */
+            cache_link_far(&r.e, at, page, 8 * round);
+            cache_leave(one);
+        }
+        assert_int_equal(two->poll, round ? POISON : 0);
+        if (round)
+            cache_leave(two);
+        if (round == 2)
+            cache_enter(two);
+        cache_link_far(&r.e, at, page, 8 * round);
+        assert_int_equal(displacement(&r, at), linked);
+        atomic_store(&two->inside, false);
+        assert_int_equal(physmap_write(r.e.interp.memory, 4096, "x", 1), 0);
+        assert_int_equal(displacement(&r, at), unlinked);
+    }
+    free(one);
+    free(two);
+    rig_close(&r);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_random),        cmocka_unit_test(test_pages_full), cmocka_unit_test(test_tc_full), cmocka_unit_test(test_late_publish),
         cmocka_unit_test(test_mappings_full), cmocka_unit_test(test_writer),     cmocka_unit_test(test_drop_kicks),
         cmocka_unit_test(test_exclusive),     cmocka_unit_test(test_leave_wakes), cmocka_unit_test(test_not_released),
+        cmocka_unit_test(test_links_wait),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
