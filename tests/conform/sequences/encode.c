@@ -338,6 +338,7 @@ void encode_widen(struct generator *g, struct encoded *e)
     unsigned disp = e->zi.raw.disp.size / 8, after = modrm + 1 + sib + disp;
     if (disp == 4 || e->zi.length + 4 - disp > 15)
         return;
+    const struct encoded narrow = *e;
     uint8_t tail[16];
     unsigned count = sizeof e->bytes - after;
     memcpy(tail, e->bytes + after, count);
@@ -345,5 +346,6 @@ void encode_widen(struct generator *g, struct encoded *e)
     unsigned to = modrm + 1 + sib + 4;
     memset(e->bytes + modrm + 1 + sib, 0, 4);
     memcpy(e->bytes + to, tail, sizeof e->bytes - to < count ? sizeof e->bytes - to : count);
-    encode_decode(g, e);
+    if (!encode_decode(g, e) || !encode_memory(e)) /* it means another instruction so, such as one of 3DNow!, whose opcode comes last */
+        *e = narrow;
 }

@@ -344,9 +344,9 @@ static void interrupted(void)
         if (sum != 1 + 2 + 3 + 4 + 5 + 6 + 8 + 9 + 10 + 11 + 12 + 13 + 14 + 1 + 1 + 1 + 20000)
             bad = sum;
         clock_gettime(CLOCK_MONOTONIC, &now);
-    } while (now.tv_sec - start.tv_sec + (double)(now.tv_nsec - start.tv_nsec) / 1e9 < 0.5);
+    } while (ticks <= 50 || now.tv_sec - start.tv_sec + (double)(now.tv_nsec - start.tv_nsec) / 1e9 < 0.5); /* however busy the host is */
     setitimer(ITIMER_REAL, &(struct itimerval){0}, NULL);
-    printf("interrupted %d, wrong sum %llu\n", ticks > 50, (unsigned long long)bad);
+    printf("interrupted, wrong sum %llu\n", (unsigned long long)bad);
 }
 #endif
 
