@@ -187,14 +187,34 @@ static bool faults_are_disputed(struct comparison *r)
         return false;
     if (e.zi.meta.category == ZYDIS_CATEGORY_STRINGOP)
         return e.zi.opcode == 0xa6 || e.zi.opcode == 0xa7;
-    return e.zi.meta.category == ZYDIS_CATEGORY_CALL || e.zi.meta.category == ZYDIS_CATEGORY_X87_ALU || e.zi.mnemonic == ZYDIS_MNEMONIC_VCVTPS2PH || names_mmx(&e);
+    return e.zi.meta.category == ZYDIS_CATEGORY_CALL || e.zi.mnemonic == ZYDIS_MNEMONIC_VCVTPS2PH || names_mmx(&e);
 }
 
-/* A CALL to an address that is not canonical finds that out before its push or after: then another fault may come first, and a handler see it. */
-static bool call_is_disputed(struct comparison *r)
+static bool is_repeated_comparison(const struct encoded *e)
+{
+    return e->zi.meta.category == ZYDIS_CATEGORY_STRINGOP && e->zi.attributes & (ZYDIS_ATTRIB_HAS_REPE | ZYDIS_ATTRIB_HAS_REPNE);
+}
+
+/*
+ * A CALL to an address that is not canonical finds that out before its push or after: then another fault may come first, and a handler see it. A repeated comparison that faults puts
+ * flags back to what they were when it was begun, or gone on with, and the reference goes on with it at each step.
+ */
+static bool is_disputed(struct comparison *r)
 {
     struct encoded e;
-    return r->right.vector == VECTOR_GP && culprit_decode(r, &e) && e.zi.meta.category == ZYDIS_CATEGORY_CALL;
+    if (r->right.vector < 0 || r->right.vector == VECTOR_BP || !culprit_decode(r, &e))
+        return false;
+    return is_repeated_comparison(&e) || (r->right.vector == VECTOR_GP && e.zi.meta.category == ZYDIS_CATEGORY_CALL);
+}
+
+/* Processors store the 80 bits of x87 in two pieces, and the second may fault. */
+static bool is_half_stored(struct comparison *r)
+{
+    struct encoded e;
+    if (r->right.vector != VECTOR_PF || !culprit_decode(r, &e) || e.zi.meta.category != ZYDIS_CATEGORY_X87_ALU)
+        return false;
+    const ZydisDecodedOperand *op = encode_memory(&e);
+    return op && op->size == 80;
 }
 
 static bool native_differs(struct comparison *r, struct difference *d)
@@ -218,7 +238,7 @@ static bool native_differs(struct comparison *r, struct difference *d)
     b->mmio_value = a->mmio_value, b->interrupt = a->interrupt;
     if (!faults_are_disputed(r)) {
         differs = outcomes_differ(a, b, d);
-        gva_t where = differs || !tables ? 0 : native_memory_differs(&r->world, &r->vm[0]);
+        gva_t where = differs || !tables || is_half_stored(r) ? 0 : native_memory_differs(&r->world, &r->vm[0]);
         if (where)
             differs = DIFFER(d, "memory at %#llx", (unsigned long long)where);
     }
@@ -252,7 +272,7 @@ static bool compares_repeatedly(struct comparison *r)
     for (unsigned n = 0; n < r->sequence.lines; n++) {
         struct encoded e;
         memcpy(e.bytes, r->sequence.line[n].bytes, sizeof r->sequence.line[n].bytes);
-        if (encode_decode(&r->generator, &e) && e.zi.meta.category == ZYDIS_CATEGORY_STRINGOP && e.zi.attributes & (ZYDIS_ATTRIB_HAS_REPE | ZYDIS_ATTRIB_HAS_REPNE))
+        if (encode_decode(&r->generator, &e) && is_repeated_comparison(&e))
             return true;
     }
     return false;
@@ -277,7 +297,7 @@ static bool case_differs(struct comparison *r, struct difference *d)
         if ((kind == RUN_KICKED && (s->number % 32 || compares_repeatedly(r))) || (kind == RUN_OFTEN && s->number % 8))
             continue;
         if (run_differs(r, (enum run_kind)kind, d))
-            return !call_is_disputed(r);
+            return !is_disputed(r);
     }
     return interp_differs(r, d);
 }
