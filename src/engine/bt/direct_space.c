@@ -17,7 +17,7 @@
 #include "arch/paging.h"
 #include "engine/bt/direct_code.h"
 
-#define LEAVES_MAX 4096u
+#define LEAVES_MAX 2048u
 #define LEAF_SLOTS (4 * LEAVES_MAX)
 #define WANTED_MAX 64u
 #define AROUND_FAULT 64u  /* pages, aligned, that a fault brings in when their accessed bits are set */
@@ -31,6 +31,7 @@ struct leaf {
     gva_t region;
     bool large; /* some of it may have come from one page of 2 MiB */
     uint64_t entry[PAGING_REGION_PAGES]; /* RAM offset | PAGING_MAY_*; 0: not mapped */
+    uint64_t guest[PAGING_REGION_PAGES]; /* what the guest's tables said when that was made */
 };
 
 struct wanted {
@@ -59,6 +60,7 @@ struct direct_space {
     struct wanted wanted[WANTED_MAX];
     unsigned wanted_count;
     bool stale;
+    bool released; /* a page that is written to here has translations now */
     bool huge; /* something may have come from a larger page */
     bool entered;
     bool unusable;
@@ -339,7 +341,11 @@ static void leaf_sync(struct direct_space *space, struct bt_vcpu *b, struct leaf
     space->huge |= page_bytes > PAGING_REGION_BYTES;
     for (unsigned n = first; n < first + count; n++) {
         gva_t at = leaf->region + n * PAGE_SIZE_BYTES;
-        uint64_t old = leaf->entry[n], new = old || add ? entry_wanted(space, at, guest[n], old, n == wanted ? access : PAGING_READ) : 0;
+        uint64_t old = leaf->entry[n];
+        if (old ? guest[n] == leaf->guest[n] && !space->released && access == PAGING_READ : !add)
+            continue;
+        uint64_t new = entry_wanted(space, at, guest[n], old, n == wanted ? access : PAGING_READ);
+        leaf->guest[n] = guest[n];
         if (new & PAGING_MAY_WRITE)
             writable_note(space, new & ~(uint64_t)ENTRY_RIGHTS);
         if (new == old)
@@ -406,7 +412,7 @@ bool direct_space_release(struct direct_space *space, uint64_t ram_offset)
     if (space->entered)
         return false;
     space->writable[page / 64] &= ~bit;
-    space->stale = true; /* by the next way in the page has translations */
+    space->stale = space->released = true; /* by the next way in it has them */
     return true;
 }
 
@@ -420,7 +426,7 @@ static void catch_up(struct direct_space *space, struct bt_vcpu *b)
         space->huge = false;
     for (unsigned n = 0; space->stale && n < space->leaves; n++)
         leaf_sync(space, b, space->leaf[n], 0, PAGING_REGION_PAGES, false, 0, PAGING_READ);
-    space->stale = false;
+    space->stale = space->released = false;
     for (unsigned n = 0; n < space->wanted_count; n++)
         page_sync(space, b, space->wanted[n].page, space->wanted[n].add ? AROUND_WANTED : 1, space->wanted[n].add);
     space->wanted_count = 0;
