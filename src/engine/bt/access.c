@@ -21,6 +21,8 @@ static void emit_effective_address(struct translation *t, const struct tinsn *i,
     if (i->rip_relative) {
         emit_load_gs(out, to, BT_CTX(page_va));
         emit_lea(out, to, to, EMIT_NONE, 0, i->disp + i->offset + i->length);
+    } else if (i->disp_bytes == sizeof(i->absolute)) {
+        emit_mov_imm64(out, to, i->absolute);
     } else if (i->base == TI_NONE && i->index == TI_NONE) {
         if (i->address32 || i->legacy)
             emit_mov_imm32(out, to, (uint32_t)i->disp);
@@ -262,7 +264,7 @@ void emit_moffs(struct translation *t, const struct tinsn *i, struct address a)
 {
     if (i->mem_size == 2)
         emit8(&t->out, 0x66);
-    emit_op_mem(&t->out, false, (i->mem_write ? 0x88u : 0x8au) + (i->mem_size > 1), GPR_RAX, a.base, a.index, 0, a.disp);
+    emit_op_mem(&t->out, i->mem_size == 8, (i->mem_write ? 0x88u : 0x8au) + (i->mem_size > 1), GPR_RAX, a.base, a.index, 0, a.disp);
 }
 
 /* INC and DEC of a register, whose short forms are REX prefixes in 64-bit mode. */

@@ -74,6 +74,12 @@ static bool note_segment(struct tinsn *t, const ZydisDecodedOperand *op, unsigne
 }
 
 /* False: an address that is not computed from general registers. */
+/* MOV between rAX and an address that is in the instruction, as wide as addresses are. */
+static bool is_moffs(const ZydisDecodedOperand *op)
+{
+    return op->encoding == ZYDIS_OPERAND_ENCODING_DISP16_32_64;
+}
+
 static bool note_memory(struct tinsn *t, const ZydisDecodedInstruction *zi, const ZydisDecodedOperand *op, unsigned flat)
 {
     bool high = false;
@@ -83,9 +89,12 @@ static bool note_memory(struct tinsn *t, const ZydisDecodedInstruction *zi, cons
     t->mem_size = op->size / 8;
     t->address32 = zi->address_width == 32 && !t->legacy;
     t->scale = op->mem.scale >= 8 ? 3 : op->mem.scale >= 4 ? 2 : op->mem.scale >= 2 ? 1 : 0;
-    t->disp = (int32_t)op->mem.disp.value;
     t->base = t->index = TI_NONE;
-    if (zi->address_width == 16 || (!t->legacy && op->mem.disp.value != t->disp))
+    if (t->disp_bytes == sizeof(t->absolute))
+        t->absolute = (uint64_t)op->mem.disp.value;
+    else
+        t->disp = (int32_t)op->mem.disp.value;
+    if (zi->address_width == 16 || (!t->legacy && !is_moffs(op) && op->mem.disp.value != t->disp))
         return false;
     if (op->mem.base == ZYDIS_REGISTER_RIP)
         t->rip_relative = true;
@@ -105,11 +114,6 @@ static bool note_memory(struct tinsn *t, const ZydisDecodedInstruction *zi, cons
     return note_segment(t, op, flat) && !(t->rip_relative && t->address32);
 }
 
-static bool is_moffs(const struct tinsn *t, const ZydisDecodedOperand *op)
-{
-    return t->legacy && op->encoding == ZYDIS_OPERAND_ENCODING_DISP16_32_64;
-}
-
 static bool operands_note(struct tinsn *t, const struct decode *d, unsigned flat, const ZydisDecodedOperand **memory)
 {
     *memory = NULL;
@@ -117,7 +121,7 @@ static bool operands_note(struct tinsn *t, const struct decode *d, unsigned flat
         const ZydisDecodedOperand *op = &d->op[n];
         if (op->type == ZYDIS_OPERAND_TYPE_REGISTER) {
             note_register(t, op);
-        } else if (op->type == ZYDIS_OPERAND_TYPE_MEMORY && (op->encoding == ZYDIS_OPERAND_ENCODING_MODRM_RM || is_moffs(t, op)) &&
+        } else if (op->type == ZYDIS_OPERAND_TYPE_MEMORY && (op->encoding == ZYDIS_OPERAND_ENCODING_MODRM_RM || is_moffs(op)) &&
                    (op->mem.type == ZYDIS_MEMOP_TYPE_MEM || op->mem.type == ZYDIS_MEMOP_TYPE_AGEN)) {
             if (*memory || !note_memory(t, &d->zi, op, flat))
                 return false;
@@ -624,9 +628,6 @@ static bool has_encoding(struct tinsn *t, const struct decode *d)
         t->condition = zi->opcode >> 3 & 1;
         t->reg = zi->opcode & 7;
         t->mem_size = zi->operand_width / 8;
-    } else if (one_byte && (zi->opcode & 0xfc) == 0xa0) {
-        t->kind = TI_MOFFS;
-        t->reg = GPR_RAX;
     }
     bool absolute = zi->attributes & ZYDIS_ATTRIB_HAS_MODRM && zi->raw.modrm.mod == 0 && zi->raw.modrm.rm == 5; /* relative to RIP there */
     return !(one_byte && zi->opcode == 0x82) && !(absolute && zi->mnemonic == ZYDIS_MNEMONIC_LEA);
@@ -669,7 +670,7 @@ static void classify(const struct analyze_context *a, struct tinsn *t, const str
         if (t->rip_relative && d->zi.operand_width != 64)
             exit_with(t, BT_EXIT_interp);
     } else if (t->memory) {
-        t->kind = TI_MEMORY;
+        t->kind = is_moffs(memory) ? TI_MOFFS : TI_MEMORY;
         if (!t->mem_size || t->mem_size > 64)
             exit_with(t, BT_EXIT_interp);
     } else if (d->zi.attributes & ZYDIS_ATTRIB_HAS_MODRM && d->zi.raw.modrm.mod != 3) {
@@ -719,7 +720,9 @@ static int32_t value_at(const uint8_t *p, unsigned bytes)
 
 static void values_set(struct tinsn *t, const uint8_t *bytes)
 {
-    if (t->disp_bytes) {
+    if (t->disp_bytes == sizeof(t->absolute)) {
+        memcpy(&t->absolute, bytes + t->disp_at, sizeof(t->absolute));
+    } else if (t->disp_bytes) {
         t->disp = value_at(bytes + t->disp_at, t->disp_bytes);
         if (t->adjusts != TI_NONE && t->disp_bytes && !t->imm_bytes && t->kind == TI_COPY)
             t->adjust = t->disp;

@@ -120,6 +120,14 @@ static inline void emit_mov_imm32(struct emitter *e, unsigned to, uint32_t value
     emit32(e, value);
 }
 
+static inline void emit_mov_imm64(struct emitter *e, unsigned to, uint64_t value)
+{
+    emit8(e, 0x48 | to >> 3);
+    emit8(e, 0xb8 | (to & 7));
+    emit32(e, (uint32_t)value);
+    emit32(e, (uint32_t)(value >> 32));
+}
+
 static inline void emit_mov_simm32(struct emitter *e, unsigned to, int32_t value) /* sign-extended */
 {
     emit8(e, 0x48 | (to > 7 ? 1 : 0));

@@ -340,7 +340,8 @@ static uint64_t register_value(const struct bt_vcpu *b, unsigned reg)
 
 static gva_t operand_address(const struct bt_vcpu *b, const struct tinsn *i)
 {
-    uint64_t ea = register_value(b, i->base) + (register_value(b, i->index) << i->scale) + (int64_t)i->disp;
+    uint64_t disp = i->disp_bytes == sizeof(i->absolute) ? i->absolute : (uint64_t)(int64_t)i->disp;
+    uint64_t ea = register_value(b, i->base) + (register_value(b, i->index) << i->scale) + disp;
     if (i->rip_relative)
         ea += b->c.v.cpu.gpr[GPR_RIP] + i->length;
     if (i->address32)

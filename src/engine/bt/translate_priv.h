@@ -17,7 +17,7 @@ enum tinsn_kind {
     TI_SKIP,   /* no effect: NOP, PREFETCH */
     /* Encodings that 64-bit mode does not have. */
     TI_COUNT,  /* INC or DEC (`condition` 1) of `reg` */
-    TI_MOFFS,  /* MOV between rAX and memory at `disp` */
+    TI_MOFFS,  /* MOV between rAX and memory at `disp` or `absolute` */
     TI_LEA_RIP,
     TI_PUSH_REG,
     TI_PUSH_IMM,
@@ -74,6 +74,7 @@ struct tinsn {
     uint8_t implied;    /* base register of the stack_bytes that it accesses besides, at [implied + implied_disp]; TI_NONE */
     int8_t implied_disp;
     int32_t disp;
+    uint64_t absolute; /* disp_bytes is 8: the address instead */
     uint16_t mem_size;
     bool repeated; /* has a REP prefix */
     bool traps;   /* may raise an exception although it has no memory operand */
