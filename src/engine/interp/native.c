@@ -165,6 +165,17 @@ static inline void run_memory(struct icpu *c, const struct insn *i, gva_t gva, b
         native_stored(c, host, n->size);
 }
 
+#define X87_EXCEPTIONS 0x3fu
+#define X87_PRECISION 0x20u
+
+/* Exceptions that are unmasked; `raised`: and have occurred. */
+static unsigned x87_unmasked(bool raised)
+{
+    uint16_t control, status;
+    __asm__ volatile("fnstcw %0\n\tfnstsw %1" : "=m"(control), "=m"(status));
+    return ~control & (raised ? status : ~0u) & X87_EXCEPTIONS;
+}
+
 void native_register(struct icpu *c, const struct insn *i)
 {
     const struct native_code *n = i->native;
@@ -176,6 +187,11 @@ void native_memory(struct icpu *c, const struct insn *i)
 {
     const struct native_code *n = i->native;
     native_check(c, n);
+    if (n->flags & NATIVE_MMX) {
+        simd_load(c);
+        if (unlikely(x87_unmasked(true))) /* comes before the operand's faults */
+            native_run(c, n, c->native->bounce);
+    }
     run_memory(c, i, ea_linear(c, i, n->size, n->flags & NATIVE_WRITE), false, NO_OFFSET);
 }
 
@@ -184,17 +200,6 @@ void native_x87_register(struct icpu *c, const struct insn *i)
     const struct native_code *n = i->native;
     native_check(c, n);
     run_at(c, i, n, NULL, true, NO_OFFSET);
-}
-
-#define X87_EXCEPTIONS 0x3fu
-#define X87_PRECISION 0x20u
-
-/* Exceptions that are unmasked; `raised`: and have occurred. */
-static unsigned x87_unmasked(bool raised)
-{
-    uint16_t control, status;
-    __asm__ volatile("fnstcw %0\n\tfnstsw %1" : "=m"(control), "=m"(status));
-    return ~control & (raised ? status : ~0u) & X87_EXCEPTIONS;
 }
 
 /*

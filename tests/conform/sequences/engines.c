@@ -318,6 +318,7 @@ void engines_outcome(struct tiny_vm *vm, const struct generator *g, struct outco
     to->state.rflags = cpu->rflags;
     memcpy(to->state.xsave, cpu->xsave, sizeof to->state.xsave);
     state_normalize(g, &to->state);
+    memset(to->state.xsave + 6, 0, 2); /* FOP is of the last instruction with an unmasked exception, on some processors; of the last one otherwise */
     memset(to->state.xsave + 16, 0, 8); /* what the last x87 instruction accessed: not kept */
     to->cr2 = cpu->cr2;
     to->cs = cpu->seg[SEG_CS];
