@@ -615,6 +615,8 @@ void sequence_make(struct sequence *s, struct generator *g, const struct world *
         width_follow(&m, !cpu_in_64bit_mode(cpu));
         if (is_free(&m, m.rip) && (s->lines < m.wanted || m.taken < m.queued) && s->lines < sizeof s->line / sizeof *s->line)
             line_make(&m);
+        else if (m.taken < m.queued && s->tables_change)
+            s->cut = true;
         vm->ops->step(vm->vcpu);
     }
 }

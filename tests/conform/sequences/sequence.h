@@ -89,6 +89,7 @@ struct sequence {
     struct cpu_state start;
     int interrupt;      /* vector that waits for IF from the start; -1: none */
     bool tables_change; /* it writes page tables or control registers */
+    bool cut;           /* then goes on in code that was there already, perhaps without the INVLPG that was to follow: what is seen of the change is up to the processor */
 };
 
 /* Makes a sequence of the world by executing it in vm. */
