@@ -6,7 +6,7 @@ cache=${DOPPEL_CACHE:-$root/.cache}
 build=$root/build
 
 BUILD_PACKAGES="gcc libc6-dev meson ninja-build pkg-config libzydis-dev libjansson-dev libslirp-dev libglib2.0-dev liburing-dev
-    liblzma-dev libzstd-dev liblz4-dev zlib1g-dev"
+    liblzma-dev libzstd-dev liblz4-dev zlib1g-dev libmicrohttpd-dev libseccomp-dev libncurses-dev"
 DEMO_PACKAGES="busybox-static cpio kmod"
 DEBIAN_PACKAGES="mmdebstrap e2fsprogs"
 TEST_PACKAGES="libcmocka-dev clang libclang-rt-14-dev llvm busybox-static cpio kmod expect socat e2fsprogs mmdebstrap python3 iproute2 binutils acpica-tools"

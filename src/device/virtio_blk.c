@@ -13,7 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "device/virtio_pci.h"
+#include "device/virtio.h"
 #include "util/log.h"
 
 #define QUEUE_SIZE 256u
@@ -73,7 +73,7 @@ struct blk_config_space {
 } __attribute__((packed));
 
 struct device {
-    struct virtio_pci virtio;
+    struct virtio virtio;
     struct block *block;
     char serial[VIRTIO_BLK_SERIAL_BYTES];
     unsigned queue_count;
@@ -196,7 +196,7 @@ static uint8_t start_segments(struct device *disk, struct virtqueue_chain *chain
     struct blk_request *request;
     uint8_t status = S_OK;
 
-    if (!virtio_pci_has_feature(&disk->virtio, feature))
+    if (!virtio_has_feature(&disk->virtio, feature))
         return S_UNSUPP;
     if (block_readonly(disk->block) || length_bytes == 0 || length_bytes % sizeof(request->segments[0]) ||
         length_bytes > sizeof(request->segments))
@@ -261,7 +261,7 @@ static void take_chain(struct device *disk, struct virtqueue *queue, struct virt
 static void blk_notify(void *ctx, unsigned index)
 {
     struct device *disk = ctx;
-    struct virtqueue *queue = virtio_pci_queue(&disk->virtio, index);
+    struct virtqueue *queue = virtio_queue(&disk->virtio, index);
 
     virtqueue_set_notification(queue, false);
     for (unsigned i = 0; i < 2 * QUEUE_SIZE; i++) {
@@ -273,7 +273,7 @@ static void blk_notify(void *ctx, unsigned index)
             return;
     }
     /* A driver that never lets the queue run dry: others' turn. */
-    virtio_pci_wake_queue(&disk->virtio, index);
+    virtio_wake_queue(&disk->virtio, index);
 }
 
 /* ---- configuration ---- */
@@ -304,7 +304,7 @@ static void config_write(void *ctx, unsigned offset, const void *data, unsigned 
     struct device *disk = ctx;
 
     if (offset == offsetof(struct blk_config_space, writeback) && size_bytes == 1 &&
-        virtio_pci_has_feature(&disk->virtio, F_CONFIG_WCE))
+        virtio_has_feature(&disk->virtio, F_CONFIG_WCE))
         disk->writeback = *(const uint8_t *)data & 1;
 }
 
@@ -351,7 +351,7 @@ static int blk_create(struct device **out, const struct device_host *host, const
 {
     const struct virtio_blk_config *blk_config = config;
     unsigned queues = blk_config->queues ? blk_config->queues : 1;
-    struct virtio_pci_config pci_config = {
+    struct virtio_config pci_config = {
         .features = blk_features(blk_config->block),
         .queue_count = queues < VIRTIO_BLK_QUEUES_MAX ? queues : VIRTIO_BLK_QUEUES_MAX,
         .queue_size = QUEUE_SIZE,
@@ -368,7 +368,7 @@ static int blk_create(struct device **out, const struct device_host *host, const
     disk->writeback = true;
     if (blk_config->serial)
         memcpy(disk->serial, blk_config->serial, strnlen(blk_config->serial, sizeof(disk->serial)));
-    ret = virtio_pci_init(&disk->virtio, host, &blk_ops, disk, &pci_config, err);
+    ret = virtio_init(&disk->virtio, host, &blk_ops, disk, &pci_config, err);
     if (ret < 0) {
         free(disk);
         return ret;
@@ -379,7 +379,7 @@ static int blk_create(struct device **out, const struct device_host *host, const
 
 static void blk_reset(struct device *disk)
 {
-    virtio_pci_reset(&disk->virtio);
+    virtio_reset(&disk->virtio);
 }
 
 static int blk_state(struct device *disk, struct state_io *io)
@@ -392,7 +392,7 @@ static int blk_state(struct device *disk, struct state_io *io)
     if (size_bytes != block_size_bytes(disk->block))
         state_fail(io, "the disk has another size than when this was saved");
     state_bool(io, &writeback);
-    virtio_pci_state(&disk->virtio, io);
+    virtio_state(&disk->virtio, io);
     if (state_loading(io) && !state_failed(io))
         disk->writeback = writeback;
     return state_end(io);
@@ -400,12 +400,12 @@ static int blk_state(struct device *disk, struct state_io *io)
 
 static bool blk_quiesce(struct device *disk)
 {
-    return !virtio_pci_in_use(&disk->virtio);
+    return !virtio_in_use(&disk->virtio);
 }
 
 static void blk_destroy(struct device *disk)
 {
-    virtio_pci_fini(&disk->virtio);
+    virtio_fini(&disk->virtio);
     free(disk);
 }
 

@@ -10,7 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "device/virtio_pci.h"
+#include "device/virtio.h"
 #include "util/log.h"
 
 #define F_SIZE 0
@@ -26,7 +26,7 @@
 #define CHAIN_BYTES (1u << 20)  /* of one chain more is not printed; drivers send some pages */
 
 struct device {
-    struct virtio_pci virtio;
+    struct virtio virtio;
     struct virtio_console_config config;
     bool starved;
 };
@@ -49,7 +49,7 @@ static uint64_t print_chain(const struct uart_sink *sink, const struct virtqueue
 
 static void transmit(struct device *console)
 {
-    struct virtqueue *queue = virtio_pci_queue(&console->virtio, QUEUE_TRANSMIT);
+    struct virtqueue *queue = virtio_queue(&console->virtio, QUEUE_TRANSMIT);
     const struct uart_sink *sink = &console->config.sink;
 
     uint64_t round_bytes = 0;
@@ -65,7 +65,7 @@ static void transmit(struct device *console)
         round_bytes += print_chain(sink, chain);
         virtqueue_push(chain, 0, true);
     }
-    virtio_pci_wake_queue(&console->virtio, QUEUE_TRANSMIT);
+    virtio_wake_queue(&console->virtio, QUEUE_TRANSMIT);
 }
 
 static void buffers_arrived(void *ctx)
@@ -89,10 +89,10 @@ static void console_notify(void *ctx, unsigned index)
 
 size_t virtio_console_receive(struct device *console, const uint8_t *data, size_t size_bytes)
 {
-    struct virtqueue *queue = virtio_pci_queue(&console->virtio, QUEUE_RECEIVE);
+    struct virtqueue *queue = virtio_queue(&console->virtio, QUEUE_RECEIVE);
     size_t done = 0;
 
-    if (virtio_pci_ready(&console->virtio)) {
+    if (virtio_ready(&console->virtio)) {
         for (unsigned i = 0; i < ROUND_CHAINS && done < size_bytes; i++) {
             struct virtqueue_chain *chain = virtqueue_pop(queue);
 
@@ -108,8 +108,8 @@ size_t virtio_console_receive(struct device *console, const uint8_t *data, size_
     }
     if (done < size_bytes) {
         console->starved = true;
-        if (virtio_pci_ready(&console->virtio) && virtqueue_pending(queue))
-            virtio_pci_wake_queue(&console->virtio, QUEUE_RECEIVE);
+        if (virtio_ready(&console->virtio) && virtqueue_pending(queue))
+            virtio_wake_queue(&console->virtio, QUEUE_RECEIVE);
     }
     return done;
 }
@@ -120,7 +120,7 @@ void virtio_console_resize(struct device *console, uint16_t columns, uint16_t ro
         return;
     console->config.columns = columns;
     console->config.rows = rows;
-    virtio_pci_config_changed(&console->virtio);
+    virtio_config_changed(&console->virtio);
 }
 
 static void config_read(void *ctx, unsigned offset, void *data, unsigned size_bytes)
@@ -157,7 +157,7 @@ static const struct virtio_device_ops console_ops = {
 static int console_create(struct device **out, const struct device_host *host, const void *config, struct error *err)
 {
     const struct virtio_console_config *console_config = config;
-    const struct virtio_pci_config pci_config = {
+    const struct virtio_config pci_config = {
         .features = 1ull << F_SIZE | 1ull << F_EMERG_WRITE,
         .queue_count = 2,
         .queue_size = QUEUE_SIZE,
@@ -170,7 +170,7 @@ static int console_create(struct device **out, const struct device_host *host, c
     if (!console)
         return error_set(err, -ENOMEM, "virtio-console: no memory");
     console->config = *console_config;
-    ret = virtio_pci_init(&console->virtio, host, &console_ops, console, &pci_config, err);
+    ret = virtio_init(&console->virtio, host, &console_ops, console, &pci_config, err);
     if (ret < 0) {
         free(console);
         return ret;
@@ -181,7 +181,7 @@ static int console_create(struct device **out, const struct device_host *host, c
 
 static void console_reset(struct device *console)
 {
-    virtio_pci_reset(&console->virtio);
+    virtio_reset(&console->virtio);
 }
 
 static int console_state(struct device *console, struct state_io *io)
@@ -189,13 +189,13 @@ static int console_state(struct device *console, struct state_io *io)
     if (state_loading(io))
         console->starved = true; /* somebody may be waiting with input */
     state_begin(io, "virtio-console", 1);
-    virtio_pci_state(&console->virtio, io);
+    virtio_state(&console->virtio, io);
     return state_end(io);
 }
 
 static void console_destroy(struct device *console)
 {
-    virtio_pci_fini(&console->virtio);
+    virtio_fini(&console->virtio);
     free(console);
 }
 

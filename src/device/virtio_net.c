@@ -14,7 +14,7 @@
 #include <string.h>
 
 #include "device/device.h"
-#include "device/virtio_pci.h"
+#include "device/virtio.h"
 #include "net/net.h"
 #include "net/offload.h"
 #include "util/log.h"
@@ -76,7 +76,7 @@ struct mac_table {
 };
 
 struct virtio_net {
-    struct virtio_pci virtio;
+    struct virtio virtio;
     struct net *net;
     uint8_t permanent_mac[MAC_BYTES];
     uint8_t mac[MAC_BYTES];
@@ -183,7 +183,7 @@ static bool adapt_header(const struct virtio_net *nic, struct net_header *header
         needed |= BIT(F_GUEST_ECN);
     if (needed & ~nic->virtio.features)
         return false;
-    if (!virtio_pci_has_feature(&nic->virtio, F_GUEST_CSUM))
+    if (!virtio_has_feature(&nic->virtio, F_GUEST_CSUM))
         header->flags = 0;
     return true;
 }
@@ -199,7 +199,7 @@ static void unpop_merged(struct virtio_net *nic, unsigned count)
  */
 static int pop_buffers(struct virtio_net *nic, struct virtqueue *queue, uint64_t frame_bytes)
 {
-    bool mergeable = virtio_pci_has_feature(&nic->virtio, F_MRG_RXBUF);
+    bool mergeable = virtio_has_feature(&nic->virtio, F_MRG_RXBUF);
     unsigned limit = mergeable ? nic->virtio.queue[QUEUE_RX].size : 1;
     uint64_t room_bytes = 0;
     unsigned count = 0;
@@ -276,7 +276,7 @@ static bool receive_frame(struct virtio_net *nic, struct net_header *header, con
         frame_bytes += iov[i].iov_len - skipped;
     }
 
-    int count = take_buffers(nic, virtio_pci_queue(&nic->virtio, QUEUE_RX), frame_bytes);
+    int count = take_buffers(nic, virtio_queue(&nic->virtio, QUEUE_RX), frame_bytes);
     if (count == 0)
         return false;
     if (count < 0) {
@@ -298,7 +298,7 @@ static bool nic_receive(void *ctx, const struct iovec *iov, unsigned iov_count)
     } start;
     _Static_assert(sizeof start == NET_HEADER_BYTES + MAC_BYTES, "no padding between header and frame");
 
-    if (!virtio_pci_ready(&nic->virtio) || !(nic->status & STATUS_LINK_UP)) {
+    if (!virtio_ready(&nic->virtio) || !(nic->status & STATUS_LINK_UP)) {
         nic->counters.rx_no_driver++;
         return true;
     }
@@ -314,7 +314,7 @@ static bool nic_receive(void *ctx, const struct iovec *iov, unsigned iov_count)
     }
     if (receive_frame(nic, &start.header, iov, iov_count))
         return true;
-    if (virtio_pci_ready(&nic->virtio))
+    if (virtio_ready(&nic->virtio))
         return false;
     nic->counters.rx_no_driver++; /* the queue broke on the way: there will be no buffer before a reset */
     return true;
@@ -323,7 +323,7 @@ static bool nic_receive(void *ctx, const struct iovec *iov, unsigned iov_count)
 /* There are buffers. If they do not last, nic_receive asks for notifications again. */
 static void notify_rx(struct virtio_net *nic)
 {
-    virtqueue_set_notification(virtio_pci_queue(&nic->virtio, QUEUE_RX), false);
+    virtqueue_set_notification(virtio_queue(&nic->virtio, QUEUE_RX), false);
     net_resume(nic->net);
 }
 
@@ -345,7 +345,7 @@ static bool transmit_chain(struct virtio_net *nic, const struct virtqueue_chain 
 
 static void notify_tx(struct virtio_net *nic)
 {
-    struct virtqueue *queue = virtio_pci_queue(&nic->virtio, QUEUE_TX);
+    struct virtqueue *queue = virtio_queue(&nic->virtio, QUEUE_TX);
     unsigned done = 0;
     uint64_t done_bytes = 0;
     do {
@@ -360,7 +360,7 @@ static void notify_tx(struct virtio_net *nic)
             }
             virtqueue_push(chain, 0, true);
             if (++done == BATCH || done_bytes >= BATCH_BYTES) {
-                virtio_pci_wake_queue(&nic->virtio, QUEUE_TX);
+                virtio_wake_queue(&nic->virtio, QUEUE_TX);
                 return;
             }
         }
@@ -371,7 +371,7 @@ static void nic_writable(void *ctx)
 {
     struct virtio_net *nic = ctx;
     if (nic->tx_waiting)
-        virtio_pci_wake_queue(&nic->virtio, QUEUE_TX);
+        virtio_wake_queue(&nic->virtio, QUEUE_TX);
     nic->tx_waiting = false;
 }
 
@@ -380,8 +380,8 @@ static void nic_writable(void *ctx)
 static uint8_t control_rx(struct virtio_net *nic, const struct virtqueue_chain *chain, uint8_t command)
 {
     uint8_t on;
-    unsigned known = virtio_pci_has_feature(&nic->virtio, F_CTRL_RX_EXTRA) ? RX_MODES : RX_ALLUNI;
-    if (!virtio_pci_has_feature(&nic->virtio, F_CTRL_RX) || command >= known || virtqueue_read(chain, 2, &on, 1) != 1)
+    unsigned known = virtio_has_feature(&nic->virtio, F_CTRL_RX_EXTRA) ? RX_MODES : RX_ALLUNI;
+    if (!virtio_has_feature(&nic->virtio, F_CTRL_RX) || command >= known || virtqueue_read(chain, 2, &on, 1) != 1)
         return CONTROL_ERROR;
     nic->rx_mode[command] = on != 0;
     return CONTROL_OK;
@@ -406,7 +406,7 @@ static uint8_t control_mac_table(struct virtio_net *nic, const struct virtqueue_
 {
     struct mac_table unicast = {0}, multicast = {0};
     uint64_t offset = 2;
-    if (!virtio_pci_has_feature(&nic->virtio, F_CTRL_RX) || !read_table(chain, &offset, &unicast) ||
+    if (!virtio_has_feature(&nic->virtio, F_CTRL_RX) || !read_table(chain, &offset, &unicast) ||
         !read_table(chain, &offset, &multicast))
         return CONTROL_ERROR;
     nic->unicast = unicast;
@@ -417,7 +417,7 @@ static uint8_t control_mac_table(struct virtio_net *nic, const struct virtqueue_
 static uint8_t control_mac_address(struct virtio_net *nic, const struct virtqueue_chain *chain)
 {
     uint8_t mac[MAC_BYTES];
-    if (!virtio_pci_has_feature(&nic->virtio, F_CTRL_MAC_ADDR) || virtqueue_read(chain, 2, mac, sizeof mac) != sizeof mac ||
+    if (!virtio_has_feature(&nic->virtio, F_CTRL_MAC_ADDR) || virtqueue_read(chain, 2, mac, sizeof mac) != sizeof mac ||
         !mac_is_station(mac))
         return CONTROL_ERROR;
     memcpy(nic->mac, mac, sizeof mac);
@@ -440,7 +440,7 @@ static uint8_t control_command(struct virtio_net *nic, const struct virtqueue_ch
 
 static void notify_control(struct virtio_net *nic)
 {
-    struct virtqueue *queue = virtio_pci_queue(&nic->virtio, QUEUE_CONTROL);
+    struct virtqueue *queue = virtio_queue(&nic->virtio, QUEUE_CONTROL);
     unsigned done = 0;
     do {
         struct virtqueue_chain *chain;
@@ -449,7 +449,7 @@ static void notify_control(struct virtio_net *nic)
             uint8_t answer = control_command(nic, chain);
             virtqueue_push(chain, virtqueue_write(chain, 0, &answer, 1), true);
             if (++done == BATCH) {
-                virtio_pci_wake_queue(&nic->virtio, QUEUE_CONTROL);
+                virtio_wake_queue(&nic->virtio, QUEUE_CONTROL);
                 return;
             }
         }
@@ -512,8 +512,8 @@ static void nic_link(void *ctx, bool up)
 {
     struct virtio_net *nic = ctx;
     nic->status = up ? STATUS_LINK_UP : 0;
-    virtio_pci_config_changed(&nic->virtio);
-    virtio_pci_wake_queue(&nic->virtio, QUEUE_TX); /* without a link what waits is sent into nothing */
+    virtio_config_changed(&nic->virtio);
+    virtio_wake_queue(&nic->virtio, QUEUE_TX); /* without a link what waits is sent into nothing */
 }
 
 static uint64_t offered_features(const struct net_info *info)
@@ -532,7 +532,7 @@ static void nic_destroy(struct device *device)
     if (!nic)
         return;
     net_close(nic->net);
-    virtio_pci_fini(&nic->virtio);
+    virtio_fini(&nic->virtio);
     free(nic);
 }
 
@@ -554,13 +554,13 @@ static int nic_create(struct device **device, const struct device_host *host, co
     virtio_net_default_mac(nic->permanent_mac, config->machine, info.interface, config->index);
     if (info.has_mac)
         memcpy(nic->permanent_mac, info.mac, sizeof nic->permanent_mac);
-    const struct virtio_pci_config pci = {
+    const struct virtio_config pci = {
         .features = offered_features(&info),
         .queue_count = QUEUES,
         .queue_size = QUEUE_SIZE,
         .slot = config->slot,
     };
-    result = virtio_pci_init(&nic->virtio, host, &nic_ops, nic, &pci, err);
+    result = virtio_init(&nic->virtio, host, &nic_ops, nic, &pci, err);
     if (result < 0)
         goto fail;
     nic_reset(nic);
@@ -574,7 +574,7 @@ fail:
 
 static void nic_machine_reset(struct device *device)
 {
-    virtio_pci_reset(&((struct virtio_net *)device)->virtio);
+    virtio_reset(&((struct virtio_net *)device)->virtio);
 }
 
 /* ---- State ---- */
@@ -596,7 +596,7 @@ static int nic_state(struct device *device, struct state_io *io)
     struct virtio_net *nic = (struct virtio_net *)device;
     uint16_t status = nic->status;
     state_begin(io, "virtio-net", 1);
-    virtio_pci_state(&nic->virtio, io); /* resets the device when loading, so it comes first */
+    virtio_state(&nic->virtio, io); /* resets the device when loading, so it comes first */
     state_bytes(io, nic->permanent_mac, sizeof nic->permanent_mac);
     state_bytes(io, nic->mac, sizeof nic->mac);
     state_u16(io, &status);
@@ -608,7 +608,7 @@ static int nic_state(struct device *device, struct state_io *io)
         if (!mac_is_station(nic->mac) || !mac_is_station(nic->permanent_mac))
             state_fail(io, "a station's address is a group's or zero");
         else if (status != nic->status) /* the link is the new back end's */
-            virtio_pci_config_changed(&nic->virtio);
+            virtio_config_changed(&nic->virtio);
     }
     return state_end(io);
 }

@@ -4,9 +4,9 @@
  * One 16 KiB memory BAR holds the structures that the capabilities point to; BAR 1 is MSI-X with one vector per queue and one for configuration changes.
  * A reset is seen as complete (status 0) only when no chain is in flight any more, so that a driver never finds a device writing into memory
  * that it has freed (2.4.1): `draining_status` is what it reads until then.
- * Threading: with the device lock held. virtio_pci_wake_queue from any thread: it touches `notified` and the event only.
+ * Threading: with the device lock held. virtio_wake_queue from any thread: it touches `notified` and the event only.
  */
-#include "device/virtio_pci.h"
+#include "device/virtio.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -103,7 +103,7 @@ static const struct {
 /* ---- interrupts ---- */
 
 /* Without MSI-X: the ISR bit and the pin (4.1.5.3, 4.1.5.4). */
-static void interrupt(struct virtio_pci *virtio, uint8_t isr_bit, uint16_t vector)
+static void interrupt(struct virtio *virtio, uint8_t isr_bit, uint16_t vector)
 {
     if (pci_msix_enabled(&virtio->function)) {
         if (vector != NO_VECTOR)
@@ -116,75 +116,75 @@ static void interrupt(struct virtio_pci *virtio, uint8_t isr_bit, uint16_t vecto
 
 static void queue_interrupt(void *ctx, unsigned index)
 {
-    struct virtio_pci *virtio = ctx;
+    struct virtio *virtio = ctx;
 
     interrupt(virtio, ISR_QUEUE, virtio->queue[index].vector);
 }
 
-void virtio_pci_config_changed(struct virtio_pci *virtio)
+void virtio_config_changed(struct virtio *virtio)
 {
     virtio->generation++;
     if (virtio->status & STATUS_DRIVER_OK)
         interrupt(virtio, ISR_CONFIG, virtio->config_vector);
 }
 
-void virtio_pci_needs_reset(struct virtio_pci *virtio, const char *reason)
+void virtio_needs_reset(struct virtio *virtio, const char *reason)
 {
     if (virtio->status & STATUS_NEEDS_RESET)
         return;
     LOG_GUEST(LOG_WARNING, "%s: stopped until the guest's driver resets it: %s", virtio->ops->name, reason);
     virtio->status |= STATUS_NEEDS_RESET;
-    virtio_pci_config_changed(virtio);
+    virtio_config_changed(virtio);
 }
 
 static void queue_broken(void *ctx, unsigned index, const char *reason)
 {
-    virtio_pci_needs_reset(ctx, reason);
+    virtio_needs_reset(ctx, reason);
 }
 
 /* ---- queues ---- */
 
-bool virtio_pci_ready(const struct virtio_pci *virtio)
+bool virtio_ready(const struct virtio *virtio)
 {
     return (virtio->status & (STATUS_DRIVER_OK | STATUS_NEEDS_RESET)) == STATUS_DRIVER_OK &&
            pci_function_bus_master(&virtio->function);
 }
 
-void virtio_pci_wake_queue(struct virtio_pci *virtio, unsigned index)
+void virtio_wake_queue(struct virtio *virtio, unsigned index)
 {
     atomic_store_explicit(&virtio->queue[index].notified, true, memory_order_release);
     loop_event_raise(virtio->wake);
 }
 
-static void wake_all(struct virtio_pci *virtio)
+static void wake_all(struct virtio *virtio)
 {
     for (unsigned i = 0; i < virtio->queue_count; i++)
-        virtio_pci_wake_queue(virtio, i);
+        virtio_wake_queue(virtio, i);
 }
 
 static void serve_queues(void *ctx)
 {
-    struct virtio_pci *virtio = ctx;
+    struct virtio *virtio = ctx;
 
     for (unsigned i = 0; i < virtio->queue_count; i++) {
         struct virtio_queue_registers *queue = &virtio->queue[i];
 
         if (!atomic_exchange_explicit(&queue->notified, false, memory_order_acq_rel))
             continue;
-        if (queue->enabled && virtio_pci_ready(virtio))
+        if (queue->enabled && virtio_ready(virtio))
             virtio->ops->queue_notify(virtio->device, i);
     }
 }
 
-static void queue_enable(struct virtio_pci *virtio, struct virtio_queue_registers *queue)
+static void queue_enable(struct virtio *virtio, struct virtio_queue_registers *queue)
 {
     struct virtqueue_rings rings = {
         .size = queue->size,
         .descriptors = queue->descriptors,
         .available = queue->available,
         .used = queue->used,
-        .event_index = virtio_pci_has_feature(virtio, F_EVENT_IDX),
-        .indirect = virtio_pci_has_feature(virtio, F_INDIRECT_DESC),
+        .event_index = virtio_has_feature(virtio, F_EVENT_IDX),
+        .indirect = virtio_has_feature(virtio, F_INDIRECT_DESC),
     };
 
     if (queue->enabled)
@@ -194,14 +194,14 @@ static void queue_enable(struct virtio_pci *virtio, struct virtio_queue_register
         return;
     }
     if (virtqueue_enable(queue->ring, &rings) < 0) {
-        virtio_pci_needs_reset(virtio, "a queue's rings are misaligned or not in guest memory");
+        virtio_needs_reset(virtio, "a queue's rings are misaligned or not in guest memory");
         return;
     }
     queue->enabled = true;
     queue->draining = false;
 }
 
-static void queue_disable(struct virtio_pci *virtio, struct virtio_queue_registers *queue)
+static void queue_disable(struct virtio *virtio, struct virtio_queue_registers *queue)
 {
     virtqueue_disable(queue->ring);
     queue->enabled = queue->draining = false;
@@ -211,7 +211,7 @@ static void queue_disable(struct virtio_pci *virtio, struct virtio_queue_registe
     atomic_store_explicit(&queue->notified, false, memory_order_relaxed);
 }
 
-bool virtio_pci_in_use(const struct virtio_pci *virtio)
+bool virtio_in_use(const struct virtio *virtio)
 {
     for (unsigned i = 0; i < virtio->queue_count; i++) {
         if (virtqueue_in_use(virtio->queue[i].ring))
@@ -222,7 +222,7 @@ bool virtio_pci_in_use(const struct virtio_pci *virtio)
 
 /* ---- status ---- */
 
-static void device_reset(struct virtio_pci *virtio)
+static void device_reset(struct virtio *virtio)
 {
     uint8_t old = virtio->status | virtio->draining_status;
 
@@ -235,19 +235,19 @@ static void device_reset(struct virtio_pci *virtio)
     virtio->queue_select = 0;
     virtio->config_vector = NO_VECTOR;
     virtio->status = 0;
-    virtio->draining_status = virtio_pci_in_use(virtio) ? old : 0;
+    virtio->draining_status = virtio_in_use(virtio) ? old : 0;
     virtio->isr = 0;
     pci_function_set_intx(&virtio->function, false);
 }
 
-static uint8_t status_read(struct virtio_pci *virtio)
+static uint8_t status_read(struct virtio *virtio)
 {
-    if (virtio->draining_status && !virtio_pci_in_use(virtio))
+    if (virtio->draining_status && !virtio_in_use(virtio))
         virtio->draining_status = 0;
     return virtio->status | virtio->draining_status;
 }
 
-static void status_write(struct virtio_pci *virtio, uint8_t value)
+static void status_write(struct virtio *virtio, uint8_t value)
 {
     uint8_t set;
 
@@ -281,12 +281,12 @@ static void status_write(struct virtio_pci *virtio, uint8_t value)
 
 /* ---- common configuration ---- */
 
-static struct virtio_queue_registers *selected(struct virtio_pci *virtio)
+static struct virtio_queue_registers *selected(struct virtio *virtio)
 {
     return virtio->queue_select < virtio->queue_count ? &virtio->queue[virtio->queue_select] : NULL;
 }
 
-static uint64_t queue_register_read(struct virtio_pci *virtio, enum common_register reg)
+static uint64_t queue_register_read(struct virtio *virtio, enum common_register reg)
 {
     struct virtio_queue_registers *queue = selected(virtio);
 
@@ -316,7 +316,7 @@ static uint64_t queue_register_read(struct virtio_pci *virtio, enum common_regis
     }
 }
 
-static uint64_t common_register_read(struct virtio_pci *virtio, enum common_register reg)
+static uint64_t common_register_read(struct virtio *virtio, enum common_register reg)
 {
     switch (reg) {
     case COMMON_DEVICE_FEATURE_SELECT:
@@ -343,7 +343,7 @@ static uint64_t common_register_read(struct virtio_pci *virtio, enum common_regi
 }
 
 /* A vector that does not exist reads back as none (4.1.5.1.2). */
-static uint16_t vector_of(const struct virtio_pci *virtio, uint64_t value)
+static uint16_t vector_of(const struct virtio *virtio, uint64_t value)
 {
     return value <= virtio->queue_count ? (uint16_t)value : NO_VECTOR;
 }
@@ -356,7 +356,7 @@ static void replace_part(uint64_t *reg, unsigned shift, unsigned size_bytes, uin
     *reg = (*reg & ~mask) | (value << 8 * shift & mask);
 }
 
-static void queue_register_write(struct virtio_pci *virtio, enum common_register reg, unsigned shift, unsigned size_bytes, uint64_t value)
+static void queue_register_write(struct virtio *virtio, enum common_register reg, unsigned shift, unsigned size_bytes, uint64_t value)
 {
     struct virtio_queue_registers *queue = selected(virtio);
 
@@ -387,7 +387,7 @@ static void queue_register_write(struct virtio_pci *virtio, enum common_register
             replace_part(&queue->used, shift, size_bytes, value);
         break;
     case COMMON_QUEUE_RESET: /* 2.6.1 */
-        if (value == 1 && virtio_pci_has_feature(virtio, F_RING_RESET)) {
+        if (value == 1 && virtio_has_feature(virtio, F_RING_RESET)) {
             queue_disable(virtio, queue);
             queue->draining = virtqueue_in_use(queue->ring);
         }
@@ -397,7 +397,7 @@ static void queue_register_write(struct virtio_pci *virtio, enum common_register
     }
 }
 
-static void common_register_write(struct virtio_pci *virtio, enum common_register reg, unsigned shift, unsigned size_bytes, uint64_t value)
+static void common_register_write(struct virtio *virtio, enum common_register reg, unsigned shift, unsigned size_bytes, uint64_t value)
 {
     switch (reg) {
     case COMMON_DEVICE_FEATURE_SELECT:
@@ -436,7 +436,7 @@ static int common_find(uint64_t offset)
 }
 
 /* Reads may be narrower than the register; a wider one sees the first register only. */
-static uint64_t common_read(struct virtio_pci *virtio, uint64_t offset, unsigned size_bytes)
+static uint64_t common_read(struct virtio *virtio, uint64_t offset, unsigned size_bytes)
 {
     int reg = common_find(offset);
 
@@ -444,7 +444,7 @@ static uint64_t common_read(struct virtio_pci *virtio, uint64_t offset, unsigned
 }
 
 /* Writes have the register's width (4.1.3.1), but for halves of 64-bit ones; others are dropped. */
-static void common_write(struct virtio_pci *virtio, uint64_t offset, unsigned size_bytes, uint64_t value)
+static void common_write(struct virtio *virtio, uint64_t offset, unsigned size_bytes, uint64_t value)
 {
     int reg = common_find(offset);
     unsigned shift;
@@ -459,7 +459,7 @@ static void common_write(struct virtio_pci *virtio, uint64_t offset, unsigned si
 
 /* ---- the other structures ---- */
 
-static uint64_t isr_read(struct virtio_pci *virtio, uint64_t offset, unsigned size_bytes)
+static uint64_t isr_read(struct virtio *virtio, uint64_t offset, unsigned size_bytes)
 {
     uint8_t isr = virtio->isr;
 
@@ -470,7 +470,7 @@ static uint64_t isr_read(struct virtio_pci *virtio, uint64_t offset, unsigned si
     return isr;
 }
 
-static uint64_t device_config_read(struct virtio_pci *virtio, uint64_t offset, unsigned size_bytes)
+static uint64_t device_config_read(struct virtio *virtio, uint64_t offset, unsigned size_bytes)
 {
     uint64_t value = 0;
 
@@ -482,30 +482,30 @@ static uint64_t device_config_read(struct virtio_pci *virtio, uint64_t offset, u
     return value;
 }
 
-static void device_config_write(struct virtio_pci *virtio, uint64_t offset, unsigned size_bytes, uint64_t value)
+static void device_config_write(struct virtio *virtio, uint64_t offset, unsigned size_bytes, uint64_t value)
 {
     if (virtio->ops->config_write && offset < virtio->ops->config_bytes && size_bytes <= virtio->ops->config_bytes - offset)
         virtio->ops->config_write(virtio->device, (unsigned)offset, &value, size_bytes);
 }
 
-static uint64_t notify_read(struct virtio_pci *virtio, uint64_t offset, unsigned size_bytes)
+static uint64_t notify_read(struct virtio *virtio, uint64_t offset, unsigned size_bytes)
 {
     return 0;
 }
 
-static void notify_write(struct virtio_pci *virtio, uint64_t offset, unsigned size_bytes, uint64_t value)
+static void notify_write(struct virtio *virtio, uint64_t offset, unsigned size_bytes, uint64_t value)
 {
     uint64_t index = offset / NOTIFY_MULTIPLIER;
 
     if (index < virtio->queue_count)
-        virtio_pci_wake_queue(virtio, (unsigned)index);
+        virtio_wake_queue(virtio, (unsigned)index);
 }
 
 static const struct structure {
     uint8_t cap_type;
     uint32_t offset, size;
-    uint64_t (*read)(struct virtio_pci *virtio, uint64_t offset, unsigned size_bytes);
-    void (*write)(struct virtio_pci *virtio, uint64_t offset, unsigned size_bytes, uint64_t value); /* NULL: read-only */
+    uint64_t (*read)(struct virtio *virtio, uint64_t offset, unsigned size_bytes);
+    void (*write)(struct virtio *virtio, uint64_t offset, unsigned size_bytes, uint64_t value); /* NULL: read-only */
 } structures[] = {
     {CAP_COMMON, 0x0000, COMMON_BYTES, common_read, common_write},
     {CAP_ISR, 0x1000, 4, isr_read, NULL},
@@ -548,7 +548,7 @@ static const struct region_ops registers_ops = {
 /* ---- PCI ---- */
 
 /* The PCI configuration access capability (4.1.4.9): a window for those who cannot reach BARs yet. */
-static bool window_target(const struct virtio_pci *virtio, unsigned offset, unsigned size_bytes, uint32_t *target, unsigned *length)
+static bool window_target(const struct virtio *virtio, unsigned offset, unsigned size_bytes, uint32_t *target, unsigned *length)
 {
     const uint8_t *config = virtio->function.config + virtio->pci_window;
     unsigned data = virtio->pci_window + CAP_WINDOW;
@@ -565,7 +565,7 @@ static bool window_target(const struct virtio_pci *virtio, unsigned offset, unsi
 
 static void config_reading(void *device, unsigned offset, unsigned size_bytes)
 {
-    struct virtio_pci *virtio = device;
+    struct virtio *virtio = device;
     uint32_t target, value;
     unsigned length;
 
@@ -577,7 +577,7 @@ static void config_reading(void *device, unsigned offset, unsigned size_bytes)
 
 static void config_written(void *device, unsigned offset, unsigned size_bytes)
 {
-    struct virtio_pci *virtio = device;
+    struct virtio *virtio = device;
     uint32_t target, value = 0;
     unsigned length;
 
@@ -594,7 +594,7 @@ static void config_written(void *device, unsigned offset, unsigned size_bytes)
 }
 
 /* As after power-on: the fields that the guest may write are zero. */
-static void window_reset(struct virtio_pci *virtio)
+static void window_reset(struct virtio *virtio)
 {
     uint8_t *config = virtio->function.config + virtio->pci_window;
     const uint8_t *mask = virtio->function.write_mask + virtio->pci_window;
@@ -609,7 +609,7 @@ static const struct pci_function_ops function_ops = {
     .config_reading = config_reading,
 };
 
-static int add_capabilities(struct virtio_pci *virtio)
+static int add_capabilities(struct virtio *virtio)
 {
     struct virtio_cap cap = {.bar = REGISTERS_BAR}, mask = {0};
 
@@ -635,7 +635,7 @@ static int add_capabilities(struct virtio_pci *virtio)
     return virtio->pci_window ? 0 : -ENOSPC;
 }
 
-static int create_queues(struct virtio_pci *virtio, const struct virtio_pci_config *config)
+static int create_queues(struct virtio *virtio, const struct virtio_config *config)
 {
     virtio->queue = calloc(config->queue_count, sizeof(*virtio->queue));
     if (!virtio->queue)
@@ -659,8 +659,8 @@ static int create_queues(struct virtio_pci *virtio, const struct virtio_pci_conf
     return 0;
 }
 
-int virtio_pci_init(struct virtio_pci *virtio, const struct device_host *host, const struct virtio_device_ops *ops, void *device,
-                    const struct virtio_pci_config *config, struct error *err)
+int virtio_init(struct virtio *virtio, const struct device_host *host, const struct virtio_device_ops *ops, void *device,
+                    const struct virtio_config *config, struct error *err)
 {
     const struct pci_identity identity = {
         .vendor = VIRTIO_PCI_VENDOR,
@@ -703,13 +703,13 @@ int virtio_pci_init(struct virtio_pci *virtio, const struct device_host *host, c
     virtio->function.host = NULL;
 
 fail:
-    virtio_pci_fini(virtio);
+    virtio_fini(virtio);
     if (ret == -ENOSPC || ret == -EBUSY)
         return error_set(err, ret, "%s: no free PCI slot; use fewer devices", ops->name);
     return error_set(err, ret, "%s: cannot be set up: %s", ops->name, strerror(-ret));
 }
 
-void virtio_pci_fini(struct virtio_pci *virtio)
+void virtio_fini(struct virtio *virtio)
 {
     if (virtio->function.host)
         pci_function_unregister(&virtio->function);
@@ -721,7 +721,7 @@ void virtio_pci_fini(struct virtio_pci *virtio)
     memset(virtio, 0, sizeof(*virtio));
 }
 
-void virtio_pci_reset(struct virtio_pci *virtio)
+void virtio_reset(struct virtio *virtio)
 {
     device_reset(virtio);
     virtio->generation = 0;
@@ -731,7 +731,7 @@ void virtio_pci_reset(struct virtio_pci *virtio)
 
 /* ---- state ---- */
 
-static void queue_state(struct virtio_pci *virtio, struct virtio_queue_registers *queue, struct state_io *io)
+static void queue_state(struct virtio *virtio, struct virtio_queue_registers *queue, struct state_io *io)
 {
     state_u16(io, &queue->size);
     state_u16(io, &queue->vector);
@@ -749,7 +749,7 @@ static void queue_state(struct virtio_pci *virtio, struct virtio_queue_registers
     queue->draining = false;
 }
 
-void virtio_pci_state(struct virtio_pci *virtio, struct state_io *io)
+void virtio_state(struct virtio *virtio, struct state_io *io)
 {
     uint32_t queue_count = virtio->queue_count;
 

@@ -9,7 +9,7 @@
 #include <errno.h>
 #include <stdlib.h>
 
-#include "device/virtio_pci.h"
+#include "device/virtio.h"
 #include "state/inputs.h"
 #include "util/log.h"
 
@@ -18,13 +18,13 @@
 #define ROUND_CHAINS 64u
 
 struct device {
-    struct virtio_pci virtio;
+    struct virtio virtio;
 };
 
 static void rng_notify(void *ctx, unsigned index)
 {
     struct device *rng = ctx;
-    struct virtqueue *queue = virtio_pci_queue(&rng->virtio, index);
+    struct virtqueue *queue = virtio_queue(&rng->virtio, index);
     struct virtqueue_chain *chain;
     uint8_t data[CHAIN_BYTES];
 
@@ -43,7 +43,7 @@ static void rng_notify(void *ctx, unsigned index)
         }
         virtqueue_push(chain, virtqueue_write(chain, 0, data, wanted), true);
     }
-    virtio_pci_wake_queue(&rng->virtio, index);
+    virtio_wake_queue(&rng->virtio, index);
 }
 
 static const struct virtio_device_ops rng_ops = {
@@ -56,14 +56,14 @@ static const struct virtio_device_ops rng_ops = {
 static int rng_create(struct device **out, const struct device_host *host, const void *config, struct error *err)
 {
     const struct virtio_rng_config *rng_config = config;
-    const struct virtio_pci_config pci_config = {.queue_count = 1, .queue_size = QUEUE_SIZE, .slot = rng_config->slot};
+    const struct virtio_config pci_config = {.queue_count = 1, .queue_size = QUEUE_SIZE, .slot = rng_config->slot};
     struct device *rng = calloc(1, sizeof(*rng));
     int ret;
 
     *out = NULL;
     if (!rng)
         return error_set(err, -ENOMEM, "virtio-rng: no memory");
-    ret = virtio_pci_init(&rng->virtio, host, &rng_ops, rng, &pci_config, err);
+    ret = virtio_init(&rng->virtio, host, &rng_ops, rng, &pci_config, err);
     if (ret < 0) {
         free(rng);
         return ret;
@@ -74,19 +74,19 @@ static int rng_create(struct device **out, const struct device_host *host, const
 
 static void rng_reset(struct device *rng)
 {
-    virtio_pci_reset(&rng->virtio);
+    virtio_reset(&rng->virtio);
 }
 
 static int rng_state(struct device *rng, struct state_io *io)
 {
     state_begin(io, "virtio-rng", 1);
-    virtio_pci_state(&rng->virtio, io);
+    virtio_state(&rng->virtio, io);
     return state_end(io);
 }
 
 static void rng_destroy(struct device *rng)
 {
-    virtio_pci_fini(&rng->virtio);
+    virtio_fini(&rng->virtio);
     free(rng);
 }
 

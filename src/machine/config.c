@@ -49,9 +49,23 @@ void machine_config_clear(struct machine_config *config)
         free(config->disk[i].path);
         free(config->disk[i].format);
         free(config->disk[i].serial);
+        free(config->disk[i].id);
+        free(config->disk[i].partuuid);
     }
-    for (unsigned i = 0; i < config->net_count; i++)
+    for (unsigned i = 0; i < config->net_count; i++) {
         free(config->net[i]);
+        free(config->net_card[i].id);
+    }
+    for (unsigned i = 0; i < config->pmem_count; i++) {
+        free(config->pmem[i].id);
+        free(config->pmem[i].path);
+    }
+    for (unsigned i = 0; i < config->share_count; i++) {
+        free(config->share[i].path);
+        free(config->share[i].tag);
+    }
+    free(config->vsock.path);
+    free(config->metadata.address);
     machine_config_init(config);
 }
 
@@ -142,7 +156,7 @@ static int set_disk(struct machine_config *config, const char *key, const char *
 {
     if (config->disk_count == CONFIG_DISKS_MAX)
         return error_set(err, -E2BIG, "--disk: more than %d disks", CONFIG_DISKS_MAX);
-    struct disk_config disk = {0};
+    struct disk_config disk = {.writeback = true};
     char *text = strdup(value), *out = text, *in = text;
     int r = 0;
     if (!text)

@@ -12,15 +12,77 @@
 
 #define CONFIG_DISKS_MAX 16
 #define CONFIG_NETS_MAX 8
+#define CONFIG_PMEMS_MAX 8
+#define CONFIG_SHARES_MAX 8
 #define CONFIG_CPUS_MAX 64
 #define CONFIG_DUMPS_MAX 16
 #define CONFIG_MEMORY_MIN_BYTES (1ull << 20)
 #define CONFIG_MEMORY_MAX_BYTES (240ull << 30) /* the 64-bit PCI window starts at 256 GiB */
 
+/* A token bucket: `size` tokens, refilled evenly in refill_ms, after a first burst that is not. size or refill_ms 0: no limit. */
+struct bucket_config {
+    uint64_t size, one_time_burst, refill_ms;
+};
+
+struct rate_limit_config {
+    struct bucket_config bandwidth; /* bytes */
+    struct bucket_config ops;       /* requests or frames */
+};
+
 struct disk_config {
     char *path, *format, *serial;
     bool readonly;
+    char *id;       /* the API's drive_id; NULL: none */
+    bool root;      /* the kernel's root: its command line says so */
+    char *partuuid; /* the root partition, with `root` */
+    bool writeback; /* offers the guest flushes; off: they cost nothing and keep nothing ("Unsafe") */
+    struct rate_limit_config limit;
 };
+
+/* What the API adds to a network card; `spec` (machine_config.net) says the rest. */
+struct net_card_config {
+    char *id; /* the API's iface_id; NULL: none */
+    struct rate_limit_config receive, transmit;
+    unsigned mtu; /* told to the guest; 0: not */
+    bool metadata; /* requests to the metadata address are answered here */
+};
+
+struct vsock_config {
+    bool present;
+    uint32_t cid; /* 3 or more */
+    char *path;   /* the Unix socket; guest's connections to port P go to PATH_P */
+};
+
+struct balloon_config {
+    bool present;
+    uint32_t amount_mib;
+    bool deflate_on_oom, hinting, reporting;
+    uint32_t statistics_interval_s; /* 0: none */
+};
+
+struct pmem_config {
+    char *id, *path;
+    bool root, readonly;
+    struct rate_limit_config limit;
+};
+
+struct share_config {
+    char *path, *tag;
+    bool readonly;
+};
+
+struct memory_hotplug_config {
+    bool present;
+    uint64_t total_mib, slot_mib, block_mib;
+};
+
+/* The address 169.254.x.x at which guests ask for metadata. */
+struct metadata_config {
+    bool present, version_2, imds_compatible;
+    char *address; /* NULL: 169.254.169.254 */
+};
+
+enum virtio_transport { TRANSPORT_PCI, TRANSPORT_MMIO };
 
 enum on_reset { ON_RESET_RESTART, ON_RESET_EXIT };
 enum on_panic { ON_PANIC_EXIT, ON_PANIC_RESTART, ON_PANIC_IGNORE };
@@ -32,7 +94,19 @@ struct machine_config {
     struct disk_config disk[CONFIG_DISKS_MAX];
     unsigned disk_count;
     char *net[CONFIG_NETS_MAX]; /* back end specifications; none given: one "user" */
+    struct net_card_config net_card[CONFIG_NETS_MAX];
     unsigned net_count;
+    struct pmem_config pmem[CONFIG_PMEMS_MAX];
+    unsigned pmem_count;
+    struct share_config share[CONFIG_SHARES_MAX];
+    unsigned share_count;
+    struct vsock_config vsock;
+    struct balloon_config balloon;
+    struct memory_hotplug_config memory_hotplug;
+    struct metadata_config metadata;
+    struct rate_limit_config entropy_limit;
+    struct bucket_config serial_limit;
+    enum virtio_transport transport;
     char *engine, *console, *virtio_console, *debug_console;
     bool boot_in_guest;
     enum on_reset on_reset;

@@ -15,7 +15,7 @@
 #include "chipset/chipset.h"
 #include "device/virtio_blk.h"
 #include "device/virtio_console.h"
-#include "device/virtio_pci.h"
+#include "device/virtio.h"
 #include "device/virtio_rng.h"
 #include "util/log.h"
 

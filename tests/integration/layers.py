@@ -13,7 +13,8 @@ ALLOWED = {
     "net": {"state", "util"},
     "device": {"chipset", "block", "net", "memory", "state", "util"},
     "machine": {"device", "chipset", "block", "net", "engine", "arch", "memory", "state", "util", "doppel"},
-    "cli": {"machine", "util", "doppel"},
+    "control": {"machine", "util", "doppel"},
+    "cli": {"control", "machine", "util", "doppel"},
 }
 source = pathlib.Path(sys.argv[1]) / "src"
 wrong = 0

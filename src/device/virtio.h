@@ -1,15 +1,15 @@
 /*
  * virtio over PCI, modern transport only (virtio 1.2, section 4.1), and the device status machine that goes with it.
  *
- * A device fills a `struct virtio_device_ops`, embeds a `struct virtio_pci`, and gets its queues served on the loop's thread: a driver's notification on a
+ * A device fills a `struct virtio_device_ops`, embeds a `struct virtio`, and gets its queues served on the loop's thread: a driver's notification on a
  * vCPU's thread only marks the queue and wakes the loop. Everything runs with the device lock held.
  *
  * Life of a device: driver resets (status 0) -> acknowledges features (features_set) -> sets up queues -> DRIVER_OK (ready) ->
  * queue_notify ... -> reset. Chains in flight at a reset are detached (virtqueue.h): the device pushes them when their work has ended, and
  * the driver sees the reset as complete only then.
  */
-#ifndef DOPPEL_DEVICE_VIRTIO_PCI_H
-#define DOPPEL_DEVICE_VIRTIO_PCI_H
+#ifndef DOPPEL_DEVICE_VIRTIO_H
+#define DOPPEL_DEVICE_VIRTIO_H
 
 #include <stdbool.h>
 #include <stdint.h>
@@ -49,7 +49,7 @@ struct virtio_queue_registers {
     uint64_t descriptors, available, used;
 };
 
-struct virtio_pci {
+struct virtio {
     struct pci_function function; /* first */
     const struct device_host *host;
     const struct virtio_device_ops *ops;
@@ -66,7 +66,7 @@ struct virtio_pci {
     struct loop_event *wake;
 };
 
-struct virtio_pci_config {
+struct virtio_config {
     uint64_t features;    /* the device's own; VERSION_1, EVENT_IDX, INDIRECT_DESC and RING_RESET are added */
     unsigned queue_count; /* 1..VIRTIO_QUEUES_MAX */
     unsigned queue_size;  /* largest ring, power of two up to VIRTQUEUE_SIZE_MAX */
@@ -74,35 +74,35 @@ struct virtio_pci_config {
 };
 
 /* Registers the PCI function. `virtio` is zeroed memory inside the device's structure and stays where it is. */
-int virtio_pci_init(struct virtio_pci *virtio, const struct device_host *host, const struct virtio_device_ops *ops, void *device,
-                    const struct virtio_pci_config *config, struct error *err) __attribute__((warn_unused_result));
+int virtio_init(struct virtio *virtio, const struct device_host *host, const struct virtio_device_ops *ops, void *device,
+                    const struct virtio_config *config, struct error *err) __attribute__((warn_unused_result));
 /* Nothing may be in flight any more. Also after a failed or missing init of zeroed memory. */
-void virtio_pci_fini(struct virtio_pci *virtio);
+void virtio_fini(struct virtio *virtio);
 /* The machine's reset: also PCI configuration space. Calls ops->reset. */
-void virtio_pci_reset(struct virtio_pci *virtio);
+void virtio_reset(struct virtio *virtio);
 
-static inline struct virtqueue *virtio_pci_queue(struct virtio_pci *virtio, unsigned index)
+static inline struct virtqueue *virtio_queue(struct virtio *virtio, unsigned index)
 {
     return virtio->queue[index].ring;
 }
 
-static inline bool virtio_pci_has_feature(const struct virtio_pci *virtio, unsigned bit)
+static inline bool virtio_has_feature(const struct virtio *virtio, unsigned bit)
 {
     return virtio->features >> bit & 1;
 }
 
 /* DRIVER_OK is set, NEEDS_RESET is not, and the function may master the bus. */
-bool virtio_pci_ready(const struct virtio_pci *virtio);
+bool virtio_ready(const struct virtio *virtio);
 /* Calls ops->queue_notify for this queue later, on the loop's thread. Any thread. */
-void virtio_pci_wake_queue(struct virtio_pci *virtio, unsigned index);
+void virtio_wake_queue(struct virtio *virtio, unsigned index);
 /* The device configuration changed: new generation and a configuration interrupt. */
-void virtio_pci_config_changed(struct virtio_pci *virtio);
+void virtio_config_changed(struct virtio *virtio);
 /* The device cannot go on until the driver resets it. */
-void virtio_pci_needs_reset(struct virtio_pci *virtio, const char *reason);
+void virtio_needs_reset(struct virtio *virtio, const char *reason);
 /* Chains out in any queue, detached ones included. */
-bool virtio_pci_in_use(const struct virtio_pci *virtio);
+bool virtio_in_use(const struct virtio *virtio);
 
 /* Transport, PCI and queues, inside the caller's section; calls ops->ready when loading a running device, and wakes all queues. */
-void virtio_pci_state(struct virtio_pci *virtio, struct state_io *io);
+void virtio_state(struct virtio *virtio, struct state_io *io);
 
 #endif
