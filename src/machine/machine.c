@@ -519,7 +519,7 @@ int machine_create(struct machine **out, const struct machine_config *config, st
     r = loop_create(&machine->loop, &machine->device_lock);
     if (r)
         error_set(err, r, "cannot make an event loop: %s", strerror(-r));
-    if (r == 0 && !(machine->reset_retry = loop_timer_create(machine->loop, vcpu_threads_reset, machine)))
+    if (r == 0 && !(machine->still_timer = loop_timer_create(machine->loop, machine_still, machine)))
         r = error_set(err, -ENOMEM, "out of memory");
     if (r == 0)
         r = open_trace(machine, err);
@@ -620,8 +620,8 @@ void machine_destroy(struct machine *machine)
         bus_destroy(machine->bus);
     if (machine->memory)
         physmap_destroy(machine->memory);
-    if (machine->reset_retry)
-        loop_timer_destroy(machine->reset_retry);
+    if (machine->still_timer)
+        loop_timer_destroy(machine->still_timer);
     if (machine->loop)
         loop_destroy(machine->loop);
     if (machine->trace && machine->trace != stderr)

@@ -4,7 +4,7 @@
  * Threads: one loop thread (devices' back ends, timers), one thread per vCPU, and callers of this interface. The device lock
  * guards the bus and everything on it; it is the loop's guard. Lock order: device lock, run lock, a vCPU thread's, a local APIC's, the loop's own.
  *
- * Stopping the world: every vCPU is asked to park; with the last one in, what was asked (reset) is done on the loop's thread.
+ * Stopping the world: every vCPU is asked to park; with the last one in, what was asked (a reset, a snapshot) is done on the loop's thread.
  */
 #ifndef DOPPEL_MACHINE_MACHINE_H
 #define DOPPEL_MACHINE_MACHINE_H
@@ -39,6 +39,7 @@ void machine_reset(struct machine *machine);
 void machine_stop(struct machine *machine, enum machine_end end);
 int machine_pause(struct machine *machine, struct error *err) __attribute__((warn_unused_result));
 int machine_resume(struct machine *machine, struct error *err) __attribute__((warn_unused_result));
+bool machine_is_paused(struct machine *machine);
 void machine_dump(struct machine *machine, FILE *out);
 void machine_stats(struct machine *machine, FILE *out);
 

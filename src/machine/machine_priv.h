@@ -1,4 +1,4 @@
-/* The machine, inside: shared by machine.c (assembly), vcpu_thread.c (running), machine_report.c (dump and counters). */
+/* The machine, inside: shared by machine.c (assembly), vcpu_thread.c (running), still.c (standing still), machine_report.c (dump and counters). */
 #ifndef DOPPEL_MACHINE_MACHINE_PRIV_H
 #define DOPPEL_MACHINE_MACHINE_PRIV_H
 
@@ -117,8 +117,10 @@ struct machine {
     pthread_mutex_t run_lock;
     pthread_cond_t run_changed;
     enum machine_end end;
-    bool started, paused, reset_wanted, resetting;
-    struct loop_timer *reset_retry; /* requests were in flight: look again */
+    bool started, paused, reset_wanted;
+    struct machine_call *call; /* to be made while everything stands still */
+    bool still_due;            /* still_timer was armed for a reset or a call */
+    struct loop_timer *still_timer;
     unsigned parked_count;
     pthread_mutex_t join_lock; /* outermost; guards vcpu_thread.started from start to end */
 };
@@ -142,12 +144,22 @@ void machine_console_command(void *ctx, int character);
 /* True when no device has requests in flight; starts finishing them otherwise. Device lock held, or nothing running. */
 bool machine_quiesce(struct machine *machine);
 
+/* still.c */
+void machine_still(void *machine); /* still_timer's */
+void machine_park(struct vcpu_thread *cpu); /* on the vCPU's thread, after REQUEST_PARK */
+/*
+ * Runs `run` on the loop's thread, with the device lock, every vCPU parked and nothing in flight; the machine goes on afterwards as it was, running or paused.
+ * Returns its result; -ESRCH when the machine has ended, -EINVAL when it was not started. Not on the loop's or a vCPU's thread.
+ */
+int machine_call_still(struct machine *machine, int (*run)(struct machine *machine, void *ctx, struct error *err), void *ctx, struct error *err)
+    __attribute__((warn_unused_result));
+
 /* vcpu_thread.c */
 int vcpu_threads_create(struct machine *machine, struct error *err);
 int vcpu_threads_start(struct machine *machine, struct error *err);
 void vcpu_threads_join(struct machine *machine);
 void vcpu_threads_destroy(struct machine *machine);
-void vcpu_threads_reset(void *machine); /* on the loop's thread, with all vCPUs parked */
+void vcpu_threads_request(struct machine *machine, uint32_t request); /* of all */
 void vcpu_thread_request(struct vcpu_thread *cpu, uint32_t request);
 void vcpu_thread_wake(struct vcpu_thread *cpu);
 

@@ -3,10 +3,12 @@
 
 #include <errno.h>
 #include <stdatomic.h>
+#include <stddef.h>
 #include <string.h>
 
 #define ENABLE 1u
 #define FLAG_TSC_STABLE 1u
+#define FLAG_GUEST_STOPPED 2u
 
 struct system_record {
     uint32_t version, pad0;
@@ -82,6 +84,16 @@ int pvclock_msr_write(struct pvclock *clock, struct physmap *memory, uint32_t in
     }
     clock->system_msr = value;
     return 0;
+}
+
+void pvclock_stopped(const struct pvclock *clock, struct physmap *memory)
+{
+    gpa_t gpa = (clock->system_msr & ~(uint64_t)ENABLE) + offsetof(struct system_record, flags);
+    uint8_t *flags = clock->system_msr & ENABLE ? physmap_get(memory, gpa, 1, PHYSMAP_WRITE) : NULL;
+    if (!flags)
+        return;
+    *flags |= FLAG_GUEST_STOPPED; /* the guest clears it */
+    physmap_mark_dirty(memory, gpa, 1);
 }
 
 void pvclock_state(struct pvclock *clock, struct state_io *io)

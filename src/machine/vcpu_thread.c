@@ -3,7 +3,7 @@
  * machine (I/O, MSRs, interrupts).
  *
  * A request is a bit in vcpu_thread.requests plus a kick; the thread looks at the bits between engine runs. HLT and wait-for-SIPI sleep on
- * vcpu_thread.wake. Parking: with all vCPUs parked, a wanted reset runs on the loop's thread.
+ * vcpu_thread.wake. Parking is in still.c.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -224,7 +224,7 @@ void vcpu_thread_request(struct vcpu_thread *cpu, uint32_t request)
     vcpu_thread_wake(cpu);
 }
 
-static void request_all(struct machine *machine, uint32_t request)
+void vcpu_threads_request(struct machine *machine, uint32_t request)
 {
     for (unsigned i = 0; machine->vcpu && i < machine->cpu_count; i++)
         vcpu_thread_request(&machine->vcpu[i], request);
@@ -238,104 +238,6 @@ static void wait_for_wake(struct vcpu_thread *cpu)
         pthread_cond_wait(&cpu->wake, &cpu->lock);
     cpu->woken = false;
     pthread_mutex_unlock(&cpu->lock);
-}
-
-/* ---- parking ---- */
-
-#define RESET_RETRY_NS 1000000
-
-/* All vCPUs are parked. Requests in flight may still write to guest memory, so they end first; device lock held (the loop's guard). */
-void vcpu_threads_reset(void *ctx)
-{
-    struct machine *machine = ctx;
-    struct error err = {0};
-    pthread_mutex_lock(&machine->run_lock);
-    bool ended = machine->end != MACHINE_RUNNING;
-    pthread_mutex_unlock(&machine->run_lock);
-    if (ended)
-        return;
-    if (!machine_quiesce(machine)) {
-        loop_timer_arm(machine->reset_retry, loop_now_ns() + RESET_RETRY_NS);
-        return;
-    }
-    if (machine_power_on(machine, &err)) {
-        log_error("cannot restart the guest: %s", err.text);
-        machine_stop(machine, MACHINE_ERROR);
-    }
-    for (unsigned i = 0; i < machine->cpu_count; i++)
-        atomic_fetch_and(&machine->vcpu[i].requests, ~(REQUEST_INIT | REQUEST_STARTUP));
-    pthread_mutex_lock(&machine->run_lock);
-    machine->resetting = machine->reset_wanted = false;
-    pthread_cond_broadcast(&machine->run_changed);
-    pthread_mutex_unlock(&machine->run_lock);
-}
-
-/* All vCPUs meet here. With the last one in, a wanted reset is handed to the loop's thread; then they wait for its end, or for resume. */
-static void park(struct vcpu_thread *cpu)
-{
-    struct machine *machine = cpu->machine;
-    pthread_mutex_lock(&machine->run_lock);
-    machine->parked_count++;
-    pthread_cond_broadcast(&machine->run_changed);
-    while ((machine->reset_wanted || machine->paused) && machine->end == MACHINE_RUNNING) {
-        if (machine->reset_wanted && !machine->resetting && machine->parked_count == machine->cpu_count) {
-            machine->resetting = true;
-            loop_timer_arm(machine->reset_retry, loop_now_ns());
-        }
-        pthread_cond_wait(&machine->run_changed, &machine->run_lock);
-    }
-    machine->parked_count--;
-    atomic_fetch_and(&cpu->requests, ~REQUEST_PARK);
-    pthread_mutex_unlock(&machine->run_lock);
-}
-
-void machine_reset(struct machine *machine)
-{
-    if (machine->config->on_reset == ON_RESET_EXIT) {
-        machine_stop(machine, MACHINE_RESET);
-        return;
-    }
-    pthread_mutex_lock(&machine->run_lock);
-    machine->reset_wanted = true;
-    pthread_cond_broadcast(&machine->run_changed);
-    request_all(machine, REQUEST_PARK);
-    pthread_mutex_unlock(&machine->run_lock);
-}
-
-void machine_stop(struct machine *machine, enum machine_end end)
-{
-    pthread_mutex_lock(&machine->run_lock);
-    if (machine->end == MACHINE_RUNNING)
-        machine->end = end;
-    pthread_cond_broadcast(&machine->run_changed);
-    /* With the lock: a parked vCPU that sees the end must see the request too, and not run what a reset is writing. */
-    request_all(machine, REQUEST_STOP);
-    pthread_mutex_unlock(&machine->run_lock);
-}
-
-int machine_pause(struct machine *machine, struct error *err)
-{
-    pthread_mutex_lock(&machine->run_lock);
-    machine->paused = true;
-    request_all(machine, REQUEST_PARK);
-    while (machine->started && machine->paused && machine->end == MACHINE_RUNNING &&
-           (machine->parked_count < machine->cpu_count || machine->reset_wanted))
-        pthread_cond_wait(&machine->run_changed, &machine->run_lock);
-    bool paused = machine->paused, ended = machine->end != MACHINE_RUNNING;
-    pthread_mutex_unlock(&machine->run_lock);
-    if (ended)
-        return error_set(err, -ESRCH, "the virtual machine has ended");
-    return paused ? 0 : error_set(err, -ECANCELED, "the virtual machine was resumed meanwhile");
-}
-
-int machine_resume(struct machine *machine, struct error *err)
-{
-    pthread_mutex_lock(&machine->run_lock);
-    bool was_paused = machine->paused;
-    machine->paused = false;
-    pthread_cond_broadcast(&machine->run_changed);
-    pthread_mutex_unlock(&machine->run_lock);
-    return was_paused ? 0 : error_set(err, -EALREADY, "the virtual machine is not paused");
 }
 
 enum machine_end machine_wait(struct machine *machine)
@@ -408,7 +310,7 @@ static void *vcpu_main(void *arg)
         if (requests & REQUEST_STOP)
             return NULL;
         if (requests & REQUEST_PARK)
-            park(cpu);
+            machine_park(cpu);
         else if (requests)
             take_startup(cpu);
         else

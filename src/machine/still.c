@@ -1,0 +1,174 @@
+/*
+ * A machine that stands still: pausing, resetting, and whatever else needs every vCPU parked and nothing in flight.
+ *
+ * Who wants it says so under the run lock (paused, reset_wanted, call) and asks all vCPUs to park. While one of the three holds, they wait in machine_park. With the
+ * last one in, a wanted reset or call runs on the loop's thread, with the device lock, once no device has a request in flight; so neither a vCPU nor a
+ * back end touches guest memory meanwhile. The end of the machine lets everybody go: vCPUs then see REQUEST_STOP and run nothing more.
+ */
+#include <errno.h>
+
+#include "machine/machine_priv.h"
+#include "util/log.h"
+
+#define STILL_RETRY_NS 1000000
+
+struct machine_call {
+    int (*run)(struct machine *machine, void *ctx, struct error *err);
+    void *ctx;
+    struct error *err;
+    int result;
+    bool running, done; /* run lock */
+};
+
+static void reset_all(struct machine *machine)
+{
+    struct error err = {0};
+    if (machine_power_on(machine, &err)) {
+        log_error("cannot restart the guest: %s", err.text);
+        machine_stop(machine, MACHINE_ERROR);
+    }
+    for (unsigned i = 0; i < machine->cpu_count; i++)
+        atomic_fetch_and(&machine->vcpu[i].requests, ~(REQUEST_INIT | REQUEST_STARTUP));
+}
+
+void machine_still(void *ctx)
+{
+    struct machine *machine = ctx;
+    bool quiet = machine_quiesce(machine);
+    pthread_mutex_lock(&machine->run_lock);
+    bool ended = machine->end != MACHINE_RUNNING, reset = machine->reset_wanted;
+    struct machine_call *call = machine->call;
+    if (!ended && !quiet) {
+        loop_timer_arm(machine->still_timer, loop_now_ns() + STILL_RETRY_NS);
+        pthread_mutex_unlock(&machine->run_lock);
+        return;
+    }
+    if (call && !ended)
+        call->running = true;
+    pthread_mutex_unlock(&machine->run_lock);
+    if (ended)
+        return;
+    if (reset)
+        reset_all(machine);
+    if (call)
+        call->result = call->run(machine, call->ctx, call->err);
+
+    pthread_mutex_lock(&machine->run_lock);
+    machine->still_due = false;
+    if (reset)
+        machine->reset_wanted = false;
+    if (call) {
+        call->running = false;
+        call->done = true;
+        machine->call = NULL;
+    }
+    pthread_cond_broadcast(&machine->run_changed);
+    pthread_mutex_unlock(&machine->run_lock);
+}
+
+void machine_park(struct vcpu_thread *cpu)
+{
+    struct machine *machine = cpu->machine;
+    pthread_mutex_lock(&machine->run_lock);
+    machine->parked_count++;
+    pthread_cond_broadcast(&machine->run_changed);
+    while ((machine->reset_wanted || machine->call || machine->paused) && machine->end == MACHINE_RUNNING) {
+        if ((machine->reset_wanted || machine->call) && !machine->still_due && machine->parked_count == machine->cpu_count) {
+            machine->still_due = true;
+            loop_timer_arm(machine->still_timer, loop_now_ns());
+        }
+        pthread_cond_wait(&machine->run_changed, &machine->run_lock);
+    }
+    machine->parked_count--;
+    atomic_fetch_and(&cpu->requests, ~REQUEST_PARK);
+    pthread_mutex_unlock(&machine->run_lock);
+}
+
+int machine_call_still(struct machine *machine, int (*run)(struct machine *machine, void *ctx, struct error *err), void *ctx, struct error *err)
+{
+    struct machine_call call = {.run = run, .ctx = ctx, .err = err};
+    pthread_mutex_lock(&machine->run_lock);
+    while (machine->call && machine->end == MACHINE_RUNNING) /* one at a time */
+        pthread_cond_wait(&machine->run_changed, &machine->run_lock);
+    bool possible = machine->started && machine->end == MACHINE_RUNNING;
+    if (possible) {
+        machine->call = &call;
+        pthread_cond_broadcast(&machine->run_changed); /* those parked already look again */
+        vcpu_threads_request(machine, REQUEST_PARK);
+    }
+    while (possible && !call.done && (machine->end == MACHINE_RUNNING || call.running))
+        pthread_cond_wait(&machine->run_changed, &machine->run_lock);
+    if (possible && !call.done)
+        machine->call = NULL;
+    bool started = machine->started;
+    pthread_mutex_unlock(&machine->run_lock);
+    if (call.done)
+        return call.result;
+    return started ? error_set(err, -ESRCH, "the virtual machine has ended") : error_set(err, -EINVAL, "the virtual machine has not been started");
+}
+
+void machine_reset(struct machine *machine)
+{
+    if (machine->config->on_reset == ON_RESET_EXIT) {
+        machine_stop(machine, MACHINE_RESET);
+        return;
+    }
+    pthread_mutex_lock(&machine->run_lock);
+    machine->reset_wanted = true;
+    pthread_cond_broadcast(&machine->run_changed);
+    vcpu_threads_request(machine, REQUEST_PARK);
+    pthread_mutex_unlock(&machine->run_lock);
+}
+
+void machine_stop(struct machine *machine, enum machine_end end)
+{
+    pthread_mutex_lock(&machine->run_lock);
+    if (machine->end == MACHINE_RUNNING)
+        machine->end = end;
+    pthread_cond_broadcast(&machine->run_changed);
+    /* With the lock: a parked vCPU that sees the end must see the request too, and not run what a reset is writing. */
+    vcpu_threads_request(machine, REQUEST_STOP);
+    pthread_mutex_unlock(&machine->run_lock);
+}
+
+int machine_pause(struct machine *machine, struct error *err)
+{
+    pthread_mutex_lock(&machine->run_lock);
+    machine->paused = true;
+    vcpu_threads_request(machine, REQUEST_PARK);
+    while (machine->started && machine->paused && machine->end == MACHINE_RUNNING &&
+           (machine->parked_count < machine->cpu_count || machine->reset_wanted))
+        pthread_cond_wait(&machine->run_changed, &machine->run_lock);
+    bool paused = machine->paused, ended = machine->end != MACHINE_RUNNING;
+    pthread_mutex_unlock(&machine->run_lock);
+    if (ended)
+        return error_set(err, -ESRCH, "the virtual machine has ended");
+    return paused ? 0 : error_set(err, -ECANCELED, "the virtual machine was resumed meanwhile");
+}
+
+/* Guests that look (Linux's watchdogs) learn that their processors stood still, and do not take it for a hang. */
+static void tell_clocks(struct machine *machine)
+{
+    for (unsigned i = 0; machine->parked_count == machine->cpu_count && i < machine->cpu_count; i++)
+        pvclock_stopped(&machine->vcpu[i].pvclock, machine->memory);
+}
+
+int machine_resume(struct machine *machine, struct error *err)
+{
+    pthread_mutex_lock(&machine->run_lock);
+    bool was_paused = machine->paused;
+    if (was_paused)
+        tell_clocks(machine);
+    machine->paused = false;
+    pthread_cond_broadcast(&machine->run_changed);
+    pthread_mutex_unlock(&machine->run_lock);
+    return was_paused ? 0 : error_set(err, -EALREADY, "the virtual machine is not paused");
+}
+
+bool machine_is_paused(struct machine *machine)
+{
+    pthread_mutex_lock(&machine->run_lock);
+    bool paused = machine->paused;
+    pthread_mutex_unlock(&machine->run_lock);
+    return paused;
+}
