@@ -11,7 +11,7 @@
 #undef PF_W /* the page-fault bit of arch/cpu.h, not ELF's */
 
 #define PVH_KERNEL_ENTRY 0x100000u
-#define PVH_KERNEL_CODE_BYTES 64u
+#define PVH_KERNEL_CODE_BYTES 128u
 
 static inline void pvh_kernel_write(const char *path, const void *code, size_t code_bytes)
 {

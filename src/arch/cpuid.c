@@ -5,16 +5,18 @@
  * engines implement themselves forced on, topology rewritten for one package of cpu_count cores with one thread each, and hypervisor leaves added.
  * Features that need state the host's XCR0 does not enable are dropped with it.
  * Sources: SDM vol. 2A, CPUID; AMD APM vol. 3, appendix E; Linux Documentation/virt/kvm/x86/cpuid.rst for 0x4000xxxx.
- * Threading: immutable after cpuid_table_build.
+ * Threading: immutable once vCPUs run.
  */
 #include "arch/cpuid.h"
 
 #include <cpuid.h>
 #include <stdbool.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "arch/host.h"
+#include "state/state.h"
 
 #define TABLE_ENTRIES 160
 #define BIT(n) (1u << (n))
@@ -452,4 +454,90 @@ uint64_t cpuid_xcr0_allowed(const struct cpuid_table *table)
 unsigned cpuid_physical_address_bits(const struct cpuid_table *table)
 {
     return table->physical_bits;
+}
+
+/* ---- saving ---- */
+
+/* Leaves whose registers are sets of features, by register: those of a saved table must all be here. */
+static const struct {
+    uint32_t leaf, subleaf;
+    bool eax, ebx, ecx, edx;
+} feature_leaves[] = {
+    {1, ANY_SUBLEAF, .ecx = true, .edx = true},
+    {7, 0, .ebx = true, .ecx = true, .edx = true},
+    {7, 1, .eax = true},
+    {7, 2, .edx = true},
+    {0xD, 0, .eax = true, .edx = true},
+    {0xD, 1, .eax = true},
+    {0x80000001, ANY_SUBLEAF, .ecx = true, .edx = true},
+};
+
+static struct cpuid_regs features_of(const struct cpuid_table *t, unsigned n)
+{
+    const struct cpuid_regs *r = NULL;
+    for (unsigned i = 0; i < t->count && !r; i++)
+        if (t->entries[i].leaf == feature_leaves[n].leaf && t->entries[i].subleaf == feature_leaves[n].subleaf)
+            r = &t->entries[i].regs;
+    if (!r)
+        return (struct cpuid_regs){0};
+    return (struct cpuid_regs){feature_leaves[n].eax ? r->eax : 0, feature_leaves[n].ebx ? r->ebx : 0, feature_leaves[n].ecx ? r->ecx : 0,
+                               feature_leaves[n].edx ? r->edx : 0};
+}
+
+/* What `saved` offers and `host` lacks. */
+static bool find_missing(const struct cpuid_table *saved, const struct cpuid_table *host, char *reason, size_t reason_bytes)
+{
+    for (unsigned n = 0; n < sizeof(feature_leaves) / sizeof(feature_leaves[0]); n++) {
+        struct cpuid_regs s = features_of(saved, n), h = features_of(host, n);
+        const uint32_t missing[] = {s.eax & ~h.eax, s.ebx & ~h.ebx, s.ecx & ~h.ecx, s.edx & ~h.edx};
+        static const char *const names[] = {"EAX", "EBX", "ECX", "EDX"};
+        for (unsigned i = 0; i < 4; i++) {
+            if (!missing[i])
+                continue;
+            snprintf(reason, reason_bytes, "the guest uses a processor with features that this host lacks (CPUID leaf %x.%x %s bits %08x)",
+                     feature_leaves[n].leaf, feature_leaves[n].subleaf == ANY_SUBLEAF ? 0 : feature_leaves[n].subleaf, names[i], missing[i]);
+            return true;
+        }
+    }
+    return false;
+}
+
+int cpuid_state(struct cpuid_table *table, struct state_io *io)
+{
+    struct cpuid_table t = *table;
+    uint32_t count = t.count;
+    char reason[160];
+    state_begin(io, "cpuid", 1);
+    state_u32(io, &count);
+    if (state_loading(io) && count > TABLE_ENTRIES) {
+        state_fail(io, "more leaves than there can be");
+        count = 0;
+    }
+    t.count = count;
+    for (unsigned n = 0; n < t.count; n++) {
+        struct entry *e = &t.entries[n];
+        uint32_t *const fields[] = {&e->leaf, &e->subleaf, &e->regs.eax, &e->regs.ebx, &e->regs.ecx, &e->regs.edx};
+        for (unsigned i = 0; i < sizeof(fields) / sizeof(fields[0]); i++)
+            state_u32(io, fields[i]);
+    }
+    uint32_t *const fields[] = {&t.max_basic, &t.max_extended};
+    for (unsigned i = 0; i < sizeof(fields) / sizeof(fields[0]); i++)
+        state_u32(io, fields[i]);
+    uint64_t *const masks[] = {&t.xcr0, &t.cr4, &t.efer};
+    const uint64_t most[] = {table->xcr0, table->cr4, table->efer};
+    for (unsigned i = 0; i < sizeof(masks) / sizeof(masks[0]); i++) {
+        state_u64(io, masks[i]);
+        if (state_loading(io) && *masks[i] & ~most[i])
+            state_fail(io, "the guest's processor allows what this host's does not");
+    }
+    if (state_loading(io) && !state_failed(io)) {
+        const struct cpuid_regs *vendor = find(&t, 0, 0), *own = find(table, 0, 0);
+        if (!vendor || vendor->ebx != own->ebx || !find(&t, 1, 0) || !find(&t, 0x80000008, 0))
+            state_fail(io, "the processor's vendor differs from this host's");
+        else if (find_missing(&t, table, reason, sizeof(reason)))
+            state_fail(io, reason);
+        else
+            *table = t;
+    }
+    return state_end(io);
 }

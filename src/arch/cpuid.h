@@ -32,6 +32,13 @@ void cpuid_table_destroy(struct cpuid_table *table);
 
 struct cpuid_regs cpuid_query(const struct cpuid_table *table, const struct cpu_state *cpu, unsigned apic_id, uint32_t leaf, uint32_t subleaf);
 
+struct state_io;
+/*
+ * Section "cpuid". Loading replaces the table, so that a guest goes on seeing what it saw; refused, with the leaf's name, when the saved one
+ * offers what this table (the host's) does not.
+ */
+int cpuid_state(struct cpuid_table *table, struct state_io *io);
+
 /* Feature bits as the guest sees them, for checks such as "may CR4.PCIDE be set". */
 uint64_t cpuid_cr4_allowed(const struct cpuid_table *table);
 uint64_t cpuid_efer_allowed(const struct cpuid_table *table);

@@ -8,6 +8,7 @@
 #include <stdint.h>
 
 #include "engine/engine.h"
+#include "state/state.h"
 #include "util/error.h"
 
 #define CONFIG_DISKS_MAX 16
@@ -142,6 +143,9 @@ int machine_config_load(struct machine_config *config, const char *path, struct 
 const char *machine_config_text(const struct machine_config *config, const char *key);
 /* What can only be seen with everything set: a kernel is there, memory fits the host. */
 int machine_config_check(const struct machine_config *config, struct error *err) __attribute__((warn_unused_result));
+
+/* Section "config": what it takes to make the same machine again. Loads into an initialised, empty configuration. */
+int machine_config_state(struct machine_config *config, struct state_io *io) __attribute__((warn_unused_result));
 
 /* "512M" -> bytes. Units K M G T, also KiB, kB ... all powers of 1024; none: MiB. */
 int parse_size(const char *text, uint64_t *bytes);

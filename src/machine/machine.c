@@ -374,7 +374,7 @@ static int create_chipset(struct machine *machine, struct error *err)
 
 /* ---- power-on ---- */
 
-int machine_power_on(struct machine *machine, struct error *err)
+int machine_power_on(struct machine *machine, void *ctx, struct error *err)
 {
     const struct machine_config *config = machine->config;
     for (unsigned i = 0; i < machine->part_count; i++)
@@ -502,6 +502,12 @@ static int open_trace(struct machine *machine, struct error *err)
 
 int machine_create(struct machine **out, const struct machine_config *config, struct error *err)
 {
+    return machine_create_with(out, config, machine_power_on, NULL, err);
+}
+
+int machine_create_with(struct machine **out, const struct machine_config *config, int (*begin)(struct machine *machine, void *ctx, struct error *err),
+                        void *ctx, struct error *err)
+{
     struct error ignored = {0};
     err = err ? err : &ignored;
     int r = machine_config_check(config, err);
@@ -532,7 +538,7 @@ int machine_create(struct machine **out, const struct machine_config *config, st
     if (r == 0)
         r = create_engine(machine, err);
     if (r == 0)
-        r = machine_power_on(machine, err);
+        r = begin(machine, ctx, err);
     if (r == 0)
         r = create_consoles(machine, err); /* last: the terminal goes raw only when all else is well */
     if (r) {
@@ -642,23 +648,59 @@ void machine_power_button(struct machine *machine)
 
 /* ---- state ---- */
 
+#define TSC_TOLERANCE 1000 /* parts of the frequency in which two hosts' may differ and be called the same: what clocks drift and calibrations vary by */
+
+/* The guest's counters go on from where they were, whatever this host's shows. */
+static void clocks_state(struct machine *machine, struct state_io *io)
+{
+    uint64_t tsc = inputs_tsc(), khz = machine->tsc_khz;
+    state_u64(io, &tsc);
+    state_u64(io, &khz);
+    if (!state_loading(io) || state_failed(io))
+        return;
+    uint64_t difference = khz > machine->tsc_khz ? khz - machine->tsc_khz : machine->tsc_khz - khz;
+    if (difference > machine->tsc_khz / TSC_TOLERANCE) {
+        char reason[128];
+        snprintf(reason, sizeof reason, "the guest's time-stamp counter runs at %llu kHz, this host's at %llu kHz", (unsigned long long)khz,
+                 (unsigned long long)machine->tsc_khz);
+        state_fail(io, reason);
+    }
+    machine->tsc_khz = khz;
+    uint64_t shift = tsc - inputs_tsc(); /* one for all: they are in step */
+    for (unsigned i = 0; i < machine->cpu_count; i++)
+        machine->vcpu[i].vcpu->cpu.tsc_offset += shift;
+}
+
+static int vcpu_state(struct vcpu_thread *cpu, struct state_io *io)
+{
+    uint32_t requests = atomic_load(&cpu->requests) & (REQUEST_INIT | REQUEST_STARTUP);
+    uint8_t vector = atomic_load(&cpu->startup_vector);
+    int r = cpu_state_state(&cpu->vcpu->cpu, io);
+    pvclock_state(&cpu->pvclock, io);
+    state_u32(io, &requests);
+    state_u8(io, &vector);
+    if (state_loading(io)) {
+        if (requests & ~(REQUEST_INIT | REQUEST_STARTUP))
+            state_fail(io, "a processor was asked for what there is not");
+        atomic_store(&cpu->startup_vector, vector);
+        atomic_fetch_or(&cpu->requests, requests & (REQUEST_INIT | REQUEST_STARTUP));
+        cpu->machine->engine_ops->state_changed(cpu->vcpu);
+    }
+    return r;
+}
+
 int machine_state(struct machine *machine, struct state_io *io)
 {
-    pthread_mutex_lock(&machine->device_lock);
     state_begin(io, "machine", 1);
-    int r = 0;
+    int r = cpuid_state(machine->cpuid, io);
     for (unsigned i = 0; i < machine->part_count && r == 0; i++)
         if (machine->part[i].state)
             r = machine->part[i].state(machine->part[i].object, io);
+    for (unsigned i = 0; i < machine->cpu_count && r == 0; i++)
+        r = vcpu_state(&machine->vcpu[i], io);
+    clocks_state(machine, io);
     if (r == 0)
-        r = lapic_state(machine->lapics, io);
-    for (unsigned i = 0; i < machine->cpu_count && r == 0; i++) {
-        r = cpu_state_state(&machine->vcpu[i].vcpu->cpu, io);
-        pvclock_state(&machine->vcpu[i].pvclock, io);
-        if (state_loading(io))
-            machine->engine_ops->state_changed(machine->vcpu[i].vcpu);
-    }
+        r = lapic_state(machine->lapics, io); /* after the counters: its deadlines are theirs */
     int end = state_end(io);
-    pthread_mutex_unlock(&machine->device_lock);
     return r ? r : end;
 }

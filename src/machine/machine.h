@@ -43,7 +43,24 @@ bool machine_is_paused(struct machine *machine);
 void machine_dump(struct machine *machine, FILE *out);
 void machine_stats(struct machine *machine, FILE *out);
 
-/* Every part's section, in a fixed order. The machine must be paused. RAM is not included. */
+/* Every part's section, in a fixed order, without RAM. With the device lock and everything standing still (machine_call_still), or before the start. */
 int machine_state(struct machine *machine, struct state_io *io) __attribute__((warn_unused_result));
+
+/*
+ * Snapshots: a state file (configuration, every part, processors) and a memory file (RAM as it is, sparse: pages of zeroes are holes).
+ * Both replace what was there at once, when they are complete. A running guest stands still while they are written, a paused one stays paused.
+ * A differential one has those pages only that were written since the last snapshot of either kind; onto an existing memory file of the guest's
+ * size they are written in place, which makes it the new whole.
+ */
+struct snapshot_files {
+    const char *state, *memory;
+    bool differential;
+};
+int machine_snapshot_save(struct machine *machine, const struct snapshot_files *files, struct error *err) __attribute__((warn_unused_result));
+/* Fills an initialised, empty configuration with the one a snapshot was made with. */
+int machine_snapshot_config(const char *state_path, struct machine_config *config, struct error *err) __attribute__((warn_unused_result));
+/* As machine_create, in the state of the snapshot. `config` is the snapshot's; what the guest does not see (back ends, engine, consoles) may have been changed. */
+int machine_snapshot_load(struct machine **machine, const struct machine_config *config, const struct snapshot_files *files, struct error *err)
+    __attribute__((warn_unused_result));
 
 #endif

@@ -133,7 +133,10 @@ int machine_create_devices(struct machine *machine, struct error *err);
 int machine_open_virtio_console(struct machine *machine, struct error *err);
 
 /* Puts every part in its state after power-on and loads the kernel again. No vCPU runs, nothing is in flight; device lock held or no thread started. */
-int machine_power_on(struct machine *machine, struct error *err);
+int machine_power_on(struct machine *machine, void *unused, struct error *err);
+/* machine_create with another beginning than power-on: `begin` brings memory and all parts into their first state. */
+int machine_create_with(struct machine **machine, const struct machine_config *config, int (*begin)(struct machine *machine, void *ctx, struct error *err),
+                        void *ctx, struct error *err) __attribute__((warn_unused_result));
 
 /* machine_report.c: machine_dump with the device lock already held. */
 void machine_dump_locked(struct machine *machine, FILE *out);

@@ -23,7 +23,7 @@ struct machine_call {
 static void reset_all(struct machine *machine)
 {
     struct error err = {0};
-    if (machine_power_on(machine, &err)) {
+    if (machine_power_on(machine, NULL, &err)) {
         log_error("cannot restart the guest: %s", err.text);
         machine_stop(machine, MACHINE_ERROR);
     }

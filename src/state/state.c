@@ -361,3 +361,38 @@ void state_buffer(struct state_io *io, void *data, uint32_t *size_bytes, uint32_
     if (io->loading && io->failed)
         *size_bytes = 0;
 }
+
+void state_string(struct state_io *io, char **text)
+{
+    bool present = !io->loading && *text;
+    uint32_t size_bytes = present ? (uint32_t)strlen(*text) : 0;
+
+    if (size_bytes > STATE_STRING_BYTES_MAX)
+        state_fail(io, "a text is too long to save");
+    state_bool(io, &present);
+    if (present)
+        state_u32(io, &size_bytes);
+    if (!io->loading) {
+        put(io, *text, present ? size_bytes : 0);
+        return;
+    }
+    free(*text);
+    *text = NULL;
+    if (size_bytes > STATE_STRING_BYTES_MAX)
+        state_fail(io, "a text is too long");
+    if (!present || io->failed)
+        return;
+    char *copy = calloc(1, (size_t)size_bytes + 1);
+    if (!copy) {
+        fail_with(io, -ENOMEM, "no memory to load");
+        return;
+    }
+    get(io, copy, size_bytes);
+    if (!io->failed && strlen(copy) != size_bytes)
+        state_fail(io, "a text with a zero byte");
+    if (io->failed) {
+        free(copy);
+        return;
+    }
+    *text = copy;
+}

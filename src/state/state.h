@@ -53,5 +53,8 @@ void state_i64(struct state_io *io, int64_t *value);
 void state_bytes(struct state_io *io, void *data, size_t size_bytes); /* fixed size */
 /* Variable size: saves *size; loads at most capacity, failing above. */
 void state_buffer(struct state_io *io, void *data, uint32_t *size_bytes, uint32_t capacity_bytes);
+/* Text or NULL. Loading frees *text and allocates anew, at most STATE_STRING_BYTES_MAX long without a zero byte inside; NULL after a failure. */
+#define STATE_STRING_BYTES_MAX 65536u
+void state_string(struct state_io *io, char **text);
 
 #endif

@@ -151,7 +151,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         machine = make_machine();
     while (!machine_quiesce(machine))
         loop_run_once(machine->loop, -1);
-    if (machine_power_on(machine, &err))
+    if (machine_power_on(machine, NULL, &err))
         abort();
     for (size_t at = 0; at + sizeof(struct operation) <= size; at += sizeof(struct operation)) {
         struct operation op;

@@ -1,0 +1,265 @@
+/*
+ * Snapshots in two files, state and memory (machine.h). The state file is section "snapshot" (what it is and what belongs to it), then "config", then
+ * "machine", in the format of state/state.h. Each file is written under another name beside its own and renamed when it is complete and on the disk, memory first:
+ * the state file's name is the last thing to change. It holds a number drawn anew each time that nothing else depends on; it tells one snapshot from another.
+ * Threading: saving on any thread but the loop's and vCPUs'; it works on the loop's thread.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "machine/machine_priv.h"
+#include "memory/ram_file.h"
+#include "state/inputs.h"
+
+#define STATE_FILE_BYTES_MAX (256ull << 20)
+
+/* ---- files that appear when they are complete ---- */
+
+struct new_file {
+    char *temporary;
+    const char *path;
+    int fd;
+    bool in_place;
+};
+
+static int new_file_open(struct new_file *file, const char *path, struct error *err)
+{
+    *file = (struct new_file){.path = path, .fd = -1};
+    if (asprintf(&file->temporary, "%s.XXXXXX", path) < 0) {
+        file->temporary = NULL;
+        return error_set(err, -ENOMEM, "out of memory");
+    }
+    file->fd = mkostemp(file->temporary, O_CLOEXEC);
+    if (file->fd >= 0)
+        return 0;
+    int r = error_set(err, -errno, "cannot write beside %s: %s", path, strerror(errno));
+    free(file->temporary);
+    file->temporary = NULL;
+    return r;
+}
+
+/* An existing regular file of this size, to be written over where it is; else a new one. */
+static int new_file_update(struct new_file *file, const char *path, uint64_t size_bytes, struct error *err)
+{
+    struct stat st;
+    int fd = open(path, O_RDWR | O_CLOEXEC);
+    if (fd >= 0 && fstat(fd, &st) == 0 && S_ISREG(st.st_mode) && (uint64_t)st.st_size == size_bytes) {
+        *file = (struct new_file){.path = path, .fd = fd, .in_place = true};
+        return 0;
+    }
+    if (fd >= 0)
+        close(fd);
+    return new_file_open(file, path, err);
+}
+
+static int new_file_commit(struct new_file *file, struct error *err)
+{
+    if (fsync(file->fd) < 0 || (!file->in_place && rename(file->temporary, file->path) < 0))
+        return error_set(err, -errno, "cannot write %s: %s", file->path, strerror(errno));
+    file->in_place = true; /* nothing is left to remove */
+    return 0;
+}
+
+static void new_file_close(struct new_file *file)
+{
+    if (file->fd >= 0) {
+        close(file->fd);
+        if (!file->in_place)
+            unlink(file->temporary);
+    }
+    free(file->temporary);
+}
+
+/* ---- the state file ---- */
+
+struct snapshot_header {
+    uint64_t id[2];
+    char *version; /* of the program that wrote it, for people */
+    uint64_t ram_bytes;
+};
+
+static int header_state(struct snapshot_header *header, struct state_io *io)
+{
+    state_begin(io, "snapshot", 1);
+    state_string(io, &header->version);
+    for (unsigned i = 0; i < 2; i++)
+        state_u64(io, &header->id[i]);
+    state_u64(io, &header->ram_bytes);
+    return state_end(io);
+}
+
+static int write_state(struct machine *machine, struct new_file *file, struct error *err)
+{
+    struct state_io *io = state_writer_create();
+    struct snapshot_header header = {.version = (char *)DOPPEL_VERSION, .ram_bytes = physmap_ram_bytes(machine->memory)};
+    struct machine_config config = *machine->config; /* saving changes nothing, but says so in no type */
+    size_t size = 0;
+    if (!io)
+        return error_set(err, -ENOMEM, "out of memory");
+    int r = inputs_random(header.id, sizeof header.id);
+    if (r == 0)
+        r = header_state(&header, io);
+    if (r == 0)
+        r = machine_config_state(&config, io);
+    if (r == 0)
+        r = machine_state(machine, io);
+    const char *data = state_writer_data(io, &size);
+    if (r)
+        error_set(err, r, "cannot save the machine's state: %s", state_error(io));
+    for (size_t done = 0; r == 0 && done < size;) {
+        ssize_t n = write(file->fd, data + done, size - done);
+        if (n < 0 && errno != EINTR)
+            r = error_set(err, -errno, "cannot write %s: %s", file->path, strerror(errno));
+        done += n > 0 ? (size_t)n : 0;
+    }
+    state_io_destroy(io);
+    return r;
+}
+
+static int save(struct machine *machine, void *ctx, struct error *err)
+{
+    const struct snapshot_files *files = ctx;
+    struct new_file state, memory = {.fd = -1};
+    int r = new_file_open(&state, files->state, err);
+    if (r == 0)
+        r = files->differential ? new_file_update(&memory, files->memory, physmap_ram_bytes(machine->memory), err)
+                                : new_file_open(&memory, files->memory, err);
+    if (r == 0)
+        r = write_state(machine, &state, err);
+    if (r == 0) {
+        r = ram_file_write(machine->memory, memory.fd, files->differential, err);
+        if (r)
+            error_prefix(err, "%s", files->memory);
+        /* What may be written without a fault was noted as dirty before: engines are to notice again. */
+        for (unsigned i = 0; r == 0 && i < machine->cpu_count; i++)
+            machine->engine_ops->state_changed(machine->vcpu[i].vcpu);
+    }
+    if (r == 0)
+        r = new_file_commit(&memory, err);
+    if (r == 0)
+        r = new_file_commit(&state, err);
+    new_file_close(&memory);
+    new_file_close(&state);
+    return r;
+}
+
+int machine_snapshot_save(struct machine *machine, const struct snapshot_files *files, struct error *err)
+{
+    if (strcmp(files->state, files->memory) == 0)
+        return error_set(err, -EINVAL, "state and memory of a snapshot cannot be one file (%s)", files->state);
+    return machine_call_still(machine, save, (void *)(uintptr_t)files, err);
+}
+
+/* ---- reading ---- */
+
+static int read_file(const char *path, char **data, size_t *size, struct error *err)
+{
+    struct stat st;
+    int fd = open(path, O_RDONLY | O_CLOEXEC), r = 0;
+    *data = NULL;
+    *size = 0;
+    if (fd < 0 || fstat(fd, &st) < 0)
+        r = error_set(err, -errno, "cannot read %s: %s", path, strerror(errno));
+    else if (!S_ISREG(st.st_mode) || (uint64_t)st.st_size > STATE_FILE_BYTES_MAX)
+        r = error_set(err, -EINVAL, "%s is not a snapshot's state file", path);
+    else if (!(*data = malloc((size_t)st.st_size + 1)))
+        r = error_set(err, -ENOMEM, "no memory to read %s", path);
+    while (r == 0 && *size < (size_t)st.st_size) {
+        ssize_t n = read(fd, *data + *size, (size_t)st.st_size - *size);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n <= 0)
+            r = error_set(err, n < 0 ? -errno : -EIO, "cannot read %s: %s", path, n < 0 ? strerror(errno) : "it shrank meanwhile");
+        else
+            *size += (size_t)n;
+    }
+    if (fd >= 0)
+        close(fd);
+    if (r) {
+        free(*data);
+        *data = NULL;
+    }
+    return r;
+}
+
+/* A reader behind the configuration of a state file; *data is its memory. */
+static int open_state(const char *path, struct snapshot_header *header, struct machine_config *config, char **data, struct state_io **io, struct error *err)
+{
+    size_t size;
+    int r = read_file(path, data, &size, err);
+    if (r)
+        return r;
+    *io = state_reader_create(*data, size);
+    r = *io ? header_state(header, *io) : -ENOMEM;
+    if (r == 0)
+        r = machine_config_state(config, *io);
+    free(header->version);
+    header->version = NULL;
+    if (r == 0)
+        return 0;
+    error_set(err, r, "%s: %s", path, *io ? state_error(*io) : "out of memory");
+    state_io_destroy(*io);
+    free(*data);
+    return r;
+}
+
+int machine_snapshot_config(const char *state_path, struct machine_config *config, struct error *err)
+{
+    struct snapshot_header header = {0};
+    struct state_io *io;
+    char *data;
+    int r = open_state(state_path, &header, config, &data, &io, err);
+    if (r)
+        return r;
+    state_io_destroy(io);
+    free(data);
+    return 0;
+}
+
+static int read_memory(struct machine *machine, const char *path, struct error *err)
+{
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return error_set(err, -errno, "cannot read %s: %s", path, strerror(errno));
+    int r = ram_file_read(machine->memory, fd, err);
+    close(fd);
+    if (r)
+        error_prefix(err, "%s", path);
+    return r;
+}
+
+/* Memory before the parts: some look at what they left there. */
+static int begin_from(struct machine *machine, void *ctx, struct error *err)
+{
+    const struct snapshot_files *files = ctx;
+    struct snapshot_header header = {0};
+    struct machine_config saved;
+    struct state_io *io = NULL;
+    char *data = NULL;
+    machine_config_init(&saved);
+    int r = open_state(files->state, &header, &saved, &data, &io, err);
+    machine_config_clear(&saved);
+    if (r)
+        return r;
+    if (header.ram_bytes != physmap_ram_bytes(machine->memory))
+        r = error_set(err, -EINVAL, "%s: the guest's memory has %llu bytes, not %llu", files->state, (unsigned long long)header.ram_bytes,
+                      (unsigned long long)physmap_ram_bytes(machine->memory));
+    if (r == 0)
+        r = read_memory(machine, files->memory, err);
+    for (unsigned i = 0; i < machine->cpu_count; i++)
+        machine->vcpu[i].vcpu->trace = machine->trace;
+    if (r == 0 && machine_state(machine, io))
+        r = error_set(err, -EINVAL, "%s: %s", files->state, state_error(io));
+    state_io_destroy(io);
+    free(data);
+    return r;
+}
+
+int machine_snapshot_load(struct machine **machine, const struct machine_config *config, const struct snapshot_files *files, struct error *err)
+{
+    return machine_create_with(machine, config, begin_from, (void *)(uintptr_t)files, err);
+}
