@@ -136,7 +136,7 @@ struct engine_ops {
     enum engine_exit (*step)(struct vcpu *vcpu);
     /* From any thread, after attention was raised: make a run that is blocked or deep in native code notice. May be NULL. */
     void (*kick)(struct vcpu *vcpu);
-    /* The vCPU's cpu state was changed from outside while not running: drop everything derived from it (TLB, cached mode). */
+    /* The vCPU's cpu state was changed, or pages' dirty marks taken, from outside while not running: drop everything derived from them (TLB, cached mode, leave to write). */
     void (*state_changed)(struct vcpu *vcpu);
     /* Bytes [gpa, +length) changed underneath: drop cached translations. From any thread with vCPUs paused. */
     void (*invalidate)(struct engine *engine, gpa_t gpa, uint64_t length_bytes);

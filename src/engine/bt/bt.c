@@ -753,6 +753,12 @@ static void bt_invalidate(struct engine *engine, gpa_t gpa, uint64_t length_byte
     cache_memory_changed(engine, gpa, length_bytes);
 }
 
+static void bt_state_changed(struct vcpu *v)
+{
+    interp_state_changed(v);
+    direct_forget((struct bt_vcpu *)v);
+}
+
 const struct engine_ops bt_engine_ops = {
     .name = "bt",
     .help = "binary translator: guest code runs as translations of itself",
@@ -765,7 +771,7 @@ const struct engine_ops bt_engine_ops = {
     .run = bt_run,
     .step = interp_step,
     .kick = kick_everywhere,
-    .state_changed = interp_state_changed,
+    .state_changed = bt_state_changed,
     .invalidate = bt_invalidate,
     .report = report_print,
 };

@@ -176,6 +176,12 @@ void direct_thread_enter(struct bt_vcpu *b)
     d->tracer = gettid();
 }
 
+void direct_forget(struct bt_vcpu *b)
+{
+    if (b->direct)
+        b->direct->tracer = 0; /* nobody's: the next to enter makes all anew */
+}
+
 void direct_thread_leave(struct bt_vcpu *b)
 {
     if (b->direct)

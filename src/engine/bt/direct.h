@@ -25,6 +25,8 @@ void direct_destroy(struct bt_vcpu *b);
 /* Around each run of the vCPU. */
 void direct_thread_enter(struct bt_vcpu *b);
 void direct_thread_leave(struct bt_vcpu *b);
+/* The processes are not to be used again: what their shadows let them do may be wrong. While the vCPU does not run. */
+void direct_forget(struct bt_vcpu *b);
 
 /* Is user mode of the current address space executed directly? Then the ways into it lead to the run loop. */
 bool direct_active(const struct bt_vcpu *b);
