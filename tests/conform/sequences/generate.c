@@ -588,6 +588,36 @@ static void width_follow(struct making *m, bool narrow)
     m->rules.base &= 7;
 }
 
+/* Is the instruction at RIP a REP MOVS of which a page of the source and another of the destination are one frame? */
+static bool copies_aliased(struct making *m)
+{
+    int at = world_code_offset(m->w, m->vm, m->rip);
+    bool repeated = false, narrow = false;
+    unsigned n = at < 0 ? 15 : 0;
+    const uint8_t *code = NULL;
+    for (; n < 15 && (unsigned)at + n < CODE_PAGES * PAGE_SIZE_BYTES; n++) {
+        code = &m->s->code[(at + (int)n) / 4096][(at + (int)n) % 4096];
+        if (*code == 0xf2 || *code == 0xf3)
+            repeated = true;
+        else if (*code == 0x67)
+            narrow = true;
+        else if (*code != 0x66 && (*code & 0xf0) != 0x40 && *code != 0x26 && *code != 0x2e && *code != 0x36 && *code != 0x3e && (*code & 0xfe) != 0x64)
+            break;
+    }
+    if (n == 15 || !repeated || !code || (*code & 0xfe) != 0xa4)
+        return false;
+    uint64_t mask = narrow || m->rules.narrow ? 0xffffffffu : ~0ull;
+    gva_t from = m->gpr[GPR_RSI] & mask, to = m->gpr[GPR_RDI] & mask;
+    for (unsigned a = 0; a < m->w->page_count; a++)
+        for (unsigned b = 0; b < m->w->page_count; b++) {
+            const struct page *x = &m->w->page[a], *y = &m->w->page[b];
+            /* Either way, and as far as counts go. */
+            if (x->gpa == y->gpa && x->gva != y->gva && x->gva + (64 << 10) - from < 128 << 10 && y->gva + (64 << 10) - to < 128 << 10)
+                return true;
+        }
+    return false;
+}
+
 void sequence_make(struct sequence *s, struct generator *g, const struct world *w, uint64_t seed, uint64_t number, struct tiny_vm *vm)
 {
     static struct making m;
@@ -617,6 +647,8 @@ void sequence_make(struct sequence *s, struct generator *g, const struct world *
             line_make(&m);
         else if (m.taken < m.queued && s->tables_change)
             s->cut = true;
+        s->cut |= m.taken < m.queued && s->tables_change && (m.rip >> 12) - (m.edited >> 12) + 1 <= 2;
+        s->copies_aliased |= copies_aliased(&m);
         vm->ops->step(vm->vcpu);
     }
 }

@@ -89,7 +89,9 @@ struct sequence {
     struct cpu_state start;
     int interrupt;      /* vector that waits for IF from the start; -1: none */
     bool tables_change; /* it writes page tables or control registers */
-    bool cut;           /* then goes on in code that was there already, perhaps without the INVLPG that was to follow: what is seen of the change is up to the processor */
+    /* What then happens is up to the processor: it goes on in code that was there already, perhaps without the INVLPG that was to follow; or runs in the very page that changes. */
+    bool cut;
+    bool copies_aliased; /* a REP MOVS from one address of a page frame to another of the same: processors copy by blocks and do not see the overlap */
 };
 
 /* Makes a sequence of the world by executing it in vm. */
@@ -145,6 +147,7 @@ struct making {
     unsigned wanted;
     gva_t loop_head; /* 0: no loop is open */
     unsigned loop_register;
+    gva_t edited; /* the page whose table entry is being changed */
     gva_t rip;
     const uint64_t *gpr;
 };

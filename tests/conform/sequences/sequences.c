@@ -286,7 +286,7 @@ static bool case_differs(struct comparison *r, struct difference *d)
     world_restore(&r->world, &r->vm[0], true);
     sequence_place(s, &r->world, &r->vm[0]);
     r->right.vector = -2;
-    if (s->cut || !engines_step(&r->vm[0], s, &r->generator, &safe))
+    if (s->cut || s->copies_aliased || !engines_step(&r->vm[0], s, &r->generator, &safe))
         return false;
     engines_outcome(&r->vm[0], &r->generator, &r->right);
     if (safe && native_may_end(&r->right) && native_differs(r, d))

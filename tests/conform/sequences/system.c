@@ -123,6 +123,7 @@ static void queue_table_edit(struct making *m)
     }
     BYTES(m, (uint8_t)(0x40 | linear >> 3), 0x0f, 0x01, (uint8_t)(0x38 | (linear & 7))); /* invlpg */
     queue_mov(m, entry, encode_pick(m->g, 256)); /* nobody else is to read its accessed and dirty bits */
+    m->edited = gva;
     m->s->tables_change = true;
 }
 
