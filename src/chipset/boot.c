@@ -36,10 +36,16 @@ int boot_too_small(struct boot_context *boot, const char *what, uint64_t end)
                      boot->config->kernel_path, (end + MIB - 1) / MIB);
 }
 
-/* Opens a regular file and tells its size. Returns the descriptor. */
-static int open_file(const char *path, const char *what, uint64_t *size_bytes, struct error *err)
+static void close_file(int fd, const int *kept)
 {
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (!kept)
+        close(fd);
+}
+
+/* Opens a regular file, or takes the one kept, and tells its size. Returns the descriptor. */
+static int open_file(const char *path, const char *what, int *kept, uint64_t *size_bytes, struct error *err)
+{
+    int fd = kept && *kept >= 0 ? *kept : open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     struct stat st;
 
     if (fd < 0) {
@@ -47,8 +53,10 @@ static int open_file(const char *path, const char *what, uint64_t *size_bytes, s
 
         return error_set(err, code, "cannot open %s '%s': %s", what, path, strerror(-code));
     }
+    if (kept)
+        *kept = fd;
     if (fstat(fd, &st) < 0 || !S_ISREG(st.st_mode)) {
-        close(fd);
+        close_file(fd, kept);
         return error_set(err, -EINVAL, "%s '%s' is not a regular file", what, path);
     }
     *size_bytes = (uint64_t)st.st_size;
@@ -76,11 +84,12 @@ static int read_all(int fd, const char *path, uint8_t *to, uint64_t size_bytes, 
     return 0;
 }
 
-static int read_kernel(const char *path, struct image *image, struct error *err)
+static int read_kernel(const struct boot_config *config, struct image *image, struct error *err)
 {
+    const char *path = config->kernel_path;
     uint8_t *bytes = NULL;
     uint64_t size = 0;
-    int fd = open_file(path, "kernel", &size, err), rc = fd;
+    int fd = open_file(path, "kernel", config->kernel_fd, &size, err), rc = fd;
 
     if (fd < 0)
         return rc;
@@ -90,7 +99,7 @@ static int read_kernel(const char *path, struct image *image, struct error *err)
         rc = error_set(err, -ENOMEM, "no memory to read kernel '%s'", path);
     else
         rc = read_all(fd, path, bytes, size, err);
-    close(fd);
+    close_file(fd, config->kernel_fd);
     if (rc < 0) {
         free(bytes);
         return rc;
@@ -127,7 +136,7 @@ int boot_load_initrd(struct boot_context *boot)
 
     if (!path)
         return 0;
-    fd = open_file(path, "initrd", &size, boot->err);
+    fd = open_file(path, "initrd", boot->config->initrd_fd, &size, boot->err);
     if (fd < 0)
         return fd;
     if (size == 0)
@@ -139,7 +148,7 @@ int boot_load_initrd(struct boot_context *boot)
         rc = to ? read_all(fd, path, to, size, boot->err) : error_set(boot->err, -EFAULT, "no guest RAM for initrd '%s'", path);
         physmap_mark_dirty(boot->memory, boot->initrd_base, size);
     }
-    close(fd);
+    close_file(fd, boot->config->initrd_fd);
     return rc;
 }
 
@@ -199,7 +208,7 @@ int boot_load(struct physmap *memory, const struct boot_config *config, struct b
     struct error local = {0};
     struct boot_context boot = {.memory = memory, .config = config, .entry = entry, .err = err ? err : &local};
     struct image image;
-    int rc = read_kernel(config->kernel_path, &image, boot.err);
+    int rc = read_kernel(config, &image, boot.err);
 
     if (rc < 0)
         return rc;

@@ -18,6 +18,7 @@
 struct boot_config {
     const char *kernel_path;
     const char *initrd_path;  /* NULL: none */
+    int *kernel_fd, *initrd_fd; /* -1 at first; opened by the first load and kept by the caller, for those that come when paths lead nowhere any more. NULL: each time */
     const char *command_line; /* NULL: empty */
     gpa_t rsdp;               /* from acpi_build; 0: none */
     bool unpack_in_guest;     /* leave a bzImage's payload to its own decompressor */

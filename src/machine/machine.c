@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include "chipset/acpi.h"
 #include "state/inputs.h"
@@ -390,6 +391,8 @@ int machine_power_on(struct machine *machine, void *ctx, struct error *err)
     struct acpi_config acpi = {.cpu_count = machine->cpu_count, .hpet = true, .com1 = true, .pvpanic = true};
     struct boot_config boot = {.kernel_path = config->kernel,
                                .initrd_path = config->initrd,
+                               .kernel_fd = &machine->kernel_fd,
+                               .initrd_fd = &machine->initrd_fd,
                                .command_line = config->append ? config->append : serial ? "console=ttyS0" : "",
                                .unpack_in_guest = config->boot_in_guest};
     int r = acpi_build(machine->memory, &acpi, &boot.rsdp, err);
@@ -518,6 +521,7 @@ int machine_create_with(struct machine **out, const struct machine_config *confi
         return error_set(err, -ENOMEM, "out of memory");
     machine->config = config;
     machine->cpu_count = config->cpus;
+    machine->kernel_fd = machine->initrd_fd = -1;
     pthread_mutex_init(&machine->device_lock, NULL);
     pthread_mutex_init(&machine->run_lock, NULL);
     pthread_mutex_init(&machine->join_lock, NULL);
@@ -630,6 +634,10 @@ void machine_destroy(struct machine *machine)
         loop_timer_destroy(machine->still_timer);
     if (machine->loop)
         loop_destroy(machine->loop);
+    if (machine->kernel_fd >= 0)
+        close(machine->kernel_fd);
+    if (machine->initrd_fd >= 0)
+        close(machine->initrd_fd);
     if (machine->trace && machine->trace != stderr)
         fclose(machine->trace);
     pthread_cond_destroy(&machine->run_changed);

@@ -110,6 +110,7 @@ struct machine {
     struct vcpu_thread *vcpu;
     unsigned cpu_count;
     struct boot_entry boot;
+    int kernel_fd, initrd_fd; /* kept for resets */
     FILE *trace;
     uint64_t tsc_khz;
 
