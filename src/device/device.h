@@ -16,10 +16,13 @@
 #include "util/error.h"
 #include "util/loop.h"
 
+struct virtio_mmio_host;
+
 /* What a machine gives its devices. Outlives them. */
 struct device_host {
     struct bus *bus;
-    struct pci_host *pci;
+    struct pci_host *pci;          /* NULL: the machine has no PCI */
+    struct virtio_mmio_host *mmio; /* set: virtio devices are memory-mapped (virtio_mmio.h), not PCI functions */
     struct physmap *memory;
     struct loop *loop;
 };

@@ -1,5 +1,6 @@
 /*
- * virtio over PCI, modern transport only (virtio 1.2, section 4.1), and the device status machine that goes with it.
+ * virtio devices (virtio 1.2, section 2): the device status machine, features and queues. How a driver reaches them, over PCI or as memory-mapped registers, is
+ * the machine's choice (struct device_host) and hidden from devices.
  *
  * A device fills a `struct virtio_device_ops`, embeds a `struct virtio`, and gets its queues served on the loop's thread: a driver's notification on a
  * vCPU's thread only marks the queue and wakes the loop. Everything runs with the device lock held.
@@ -14,7 +15,6 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "chipset/pci.h"
 #include "device/device.h"
 #include "device/virtqueue.h"
 #include "util/loop.h"
@@ -26,7 +26,7 @@ struct virtio_device_ops {
     const char *name;      /* for logs: "virtio-blk" */
     uint16_t device_id;    /* virtio 1.2, section 5: 1 net, 2 block, 3 console, 4 entropy */
     uint32_t class_code;   /* PCI class, 24 bits */
-    unsigned config_bytes; /* size of the device configuration */
+    unsigned config_bytes; /* size of the device configuration, at most VIRTIO_CONFIG_BYTES_MAX */
     /* Device configuration space, little endian. Bytes outside config_bytes are handled by the transport (read 0, dropped). Each call is 1, 2, 4 or 8 bytes long. */
     void (*config_read)(void *device, unsigned offset, void *data, unsigned size_bytes);
     void (*config_write)(void *device, unsigned offset, const void *data, unsigned size_bytes); /* NULL: read-only */
@@ -42,7 +42,7 @@ struct virtio_device_ops {
 
 struct virtio_queue_registers {
     struct virtqueue *ring;
-    uint16_t size, vector;
+    uint16_t size;
     bool enabled;
     bool draining; /* was reset by the driver and has chains in flight */
     _Atomic bool notified;
@@ -50,17 +50,17 @@ struct virtio_queue_registers {
 };
 
 struct virtio {
-    struct pci_function function; /* first */
     const struct device_host *host;
     const struct virtio_device_ops *ops;
     void *device;
+    const struct virtio_transport *transport; /* virtio_priv.h; NULL: not set up */
+    void *link;                               /* the transport's own */
     uint64_t device_features, features; /* offered (with the transport's own), accepted */
     uint32_t device_feature_select, driver_feature_select;
     uint64_t driver_features;
-    uint16_t config_vector, queue_select;
+    uint16_t queue_select;
     uint8_t status, generation, isr;
-    uint8_t draining_status; /* what status reads as while a reset waits for chains in flight, see virtio_pci.c */
-    unsigned pci_window;     /* offset of the PCI configuration access capability */
+    uint8_t draining_status; /* what status reads as while a reset waits for chains in flight, see virtio.c */
     unsigned queue_count, queue_size_max;
     struct virtio_queue_registers *queue;
     struct loop_event *wake;
@@ -70,15 +70,15 @@ struct virtio_config {
     uint64_t features;    /* the device's own; VERSION_1, EVENT_IDX, INDIRECT_DESC and RING_RESET are added */
     unsigned queue_count; /* 1..VIRTIO_QUEUES_MAX */
     unsigned queue_size;  /* largest ring, power of two up to VIRTQUEUE_SIZE_MAX */
-    int slot;             /* PCI slot, -1: any */
+    int slot;             /* PCI slot, -1: any; memory-mapped devices are placed in order */
 };
 
-/* Registers the PCI function. `virtio` is zeroed memory inside the device's structure and stays where it is. */
+/* Puts the device where drivers find it. `virtio` is zeroed memory inside the device's structure and stays where it is. */
 int virtio_init(struct virtio *virtio, const struct device_host *host, const struct virtio_device_ops *ops, void *device,
                     const struct virtio_config *config, struct error *err) __attribute__((warn_unused_result));
 /* Nothing may be in flight any more. Also after a failed or missing init of zeroed memory. */
 void virtio_fini(struct virtio *virtio);
-/* The machine's reset: also PCI configuration space. Calls ops->reset. */
+/* The machine's reset: also the transport (PCI configuration space). Calls ops->reset. */
 void virtio_reset(struct virtio *virtio);
 
 static inline struct virtqueue *virtio_queue(struct virtio *virtio, unsigned index)
@@ -91,7 +91,7 @@ static inline bool virtio_has_feature(const struct virtio *virtio, unsigned bit)
     return virtio->features >> bit & 1;
 }
 
-/* DRIVER_OK is set, NEEDS_RESET is not, and the function may master the bus. */
+/* DRIVER_OK is set, NEEDS_RESET is not, and the device may master the bus. */
 bool virtio_ready(const struct virtio *virtio);
 /* Calls ops->queue_notify for this queue later, on the loop's thread. Any thread. */
 void virtio_wake_queue(struct virtio *virtio, unsigned index);
@@ -102,7 +102,7 @@ void virtio_needs_reset(struct virtio *virtio, const char *reason);
 /* Chains out in any queue, detached ones included. */
 bool virtio_in_use(const struct virtio *virtio);
 
-/* Transport, PCI and queues, inside the caller's section; calls ops->ready when loading a running device, and wakes all queues. */
+/* Transport and queues, inside the caller's section; calls ops->ready when loading a running device, and wakes all queues. */
 void virtio_state(struct virtio *virtio, struct state_io *io);
 
 #endif
