@@ -38,7 +38,7 @@ int doppel_config_set(struct doppel_config *config, const char *key, const char 
 /* A JSON object whose members are the same keys; arrays for repeatable keys. Unknown keys are errors. */
 int doppel_config_load(struct doppel_config *config, const char *path, char *error);
 
-/* The value of kernel, initrd, append, trace, pid-file or stats; NULL when not set. Owned by config. */
+/* The value of kernel, initrd, append, trace, pid-file, stats or sandbox; NULL when not set. Owned by config. */
 const char *doppel_config_get(const struct doppel_config *config, const char *key);
 
 /* Descriptors for console "stdio"; default 0 and 1. Not closed. */
@@ -63,6 +63,13 @@ void doppel_vm_reset(struct doppel_vm *vm);
 void doppel_vm_stop(struct doppel_vm *vm); /* pulls the plug; acknowledged flushes are safe */
 int doppel_vm_pause(struct doppel_vm *vm, char *error); /* returns with every processor at rest; before doppel_vm_start: it starts paused */
 int doppel_vm_resume(struct doppel_vm *vm, char *error);
+
+/*
+ * The sandbox (option "sandbox"). A VM's own threads enter it by themselves. doppel_sandbox_begin gives the whole process namespaces of its own: first thing in
+ * main, with one thread. doppel_vm_shut_in leaves the calling thread only what it takes to wait for the VM and to destroy it; after the start, on each of the program's own threads.
+ */
+void doppel_sandbox_begin(void);
+int doppel_vm_shut_in(struct doppel_vm *vm, char *error);
 
 /* One screen of state: processors, interrupt controllers, queues, counters. */
 void doppel_vm_dump(struct doppel_vm *vm, FILE *out);

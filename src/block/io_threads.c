@@ -5,6 +5,7 @@
  * taking it from `todo` and putting it on `finished`; callbacks run on the loop's thread.
  */
 #include "block/block_priv.h"
+#include "util/sandbox_rules.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -12,6 +13,11 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <unistd.h>
+
+SANDBOX_ALLOW(IN_WORKER, preadv);
+SANDBOX_ALLOW(IN_WORKER, pwritev);
+SANDBOX_ALLOW(IN_WORKER, fdatasync);
+SANDBOX_ALLOW(IN_WORKER, fallocate);
 
 #define WORKERS 4u
 

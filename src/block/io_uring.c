@@ -14,6 +14,9 @@
 #include <string.h>
 
 #include "util/log.h"
+#include "util/sandbox_rules.h"
+
+SANDBOX_ALLOW(IN_LOOP | IN_MAIN, io_uring_enter);
 
 #define RING_ENTRIES 128u
 

@@ -15,6 +15,10 @@
 #include "doppel/doppel.h"
 #include "machine/config.h"
 #include "util/log.h"
+#include "util/sandbox_rules.h"
+
+SANDBOX_ALLOW(IN_MAIN, rt_sigtimedwait);
+SANDBOX_ALLOW(IN_MAIN, unlink);
 
 struct run {
     struct doppel_config *config;
@@ -102,11 +106,22 @@ static sigset_t signals_taken(void)
     return set;
 }
 
+/* A thread of this program gives up what it does not need; when it cannot, the guest does not run. */
+static void shut_in(struct run *run)
+{
+    char error[DOPPEL_ERROR_BYTES];
+    if (doppel_vm_shut_in(run->vm, error)) {
+        complain(error);
+        doppel_vm_stop(run->vm);
+    }
+}
+
 static void *signal_main(void *arg)
 {
     struct run *run = arg;
     bool asked = false;
     sigset_t set = signals_taken();
+    shut_in(run);
     for (;;) {
         int number = sigwaitinfo(&set, NULL);
         if (atomic_load(&run->over))
@@ -195,12 +210,12 @@ static int run_vm(struct run *run)
     if (write_pid_file(pid_file)) {
         status = STATUS_USAGE;
         pid_file = NULL; /* it is not ours to remove */
-    } else if (pthread_create(&signals, NULL, signal_main, run)) {
-        complain("cannot start a thread: too little memory, or too many of them (ulimit -u)");
     } else if (doppel_vm_start(run->vm, error)) {
         complain(error);
-        end_signals(run, signals);
+    } else if (pthread_create(&signals, NULL, signal_main, run)) {
+        complain("cannot start a thread: too little memory, or too many of them (ulimit -u)");
     } else {
+        shut_in(run);
         status = status_of(doppel_vm_wait(run->vm));
         end_signals(run, signals);
         if (strcmp(doppel_config_get(run->config, "stats"), "true") == 0)
@@ -228,7 +243,12 @@ int run_main(int argc, char **argv)
     }
     block_signals();
     guard_terminal();
-    int status = parse_options(&run, argc, argv) ? STATUS_USAGE : run_vm(&run);
+    int status = STATUS_USAGE;
+    if (parse_options(&run, argc, argv) == 0) {
+        if (strcmp(doppel_config_get(run.config, "sandbox"), "on") == 0)
+            doppel_sandbox_begin();
+        status = run_vm(&run);
+    }
     doppel_config_destroy(run.config);
     return status;
 }

@@ -6,6 +6,7 @@
 #include "doppel/doppel.h"
 #include "machine/config.h"
 #include "machine/machine.h"
+#include "sandbox/sandbox.h"
 
 struct doppel_config {
     struct machine_config machine;
@@ -130,6 +131,17 @@ int doppel_vm_resume(struct doppel_vm *vm, char *error)
 {
     struct error err = {0};
     return report(machine_resume(vm->machine, &err), &err, error);
+}
+
+void doppel_sandbox_begin(void)
+{
+    sandbox_begin();
+}
+
+int doppel_vm_shut_in(struct doppel_vm *vm, char *error)
+{
+    struct error err = {0};
+    return report(machine_shut_in(vm->machine, &err), &err, error);
 }
 
 void doppel_vm_dump(struct doppel_vm *vm, FILE *out)

@@ -42,7 +42,7 @@ void machine_config_init(struct machine_config *config)
 void machine_config_clear(struct machine_config *config)
 {
     char *strings[] = {config->kernel, config->initrd, config->append, config->engine, config->console,
-                       config->virtio_console, config->debug_console, config->trace, config->pid_file};
+                       config->virtio_console, config->debug_console, config->trace, config->pid_file, config->sandbox_omit};
     for (size_t i = 0; i < sizeof strings / sizeof *strings; i++)
         free(strings[i]);
     for (unsigned i = 0; i < config->disk_count; i++) {
@@ -284,6 +284,20 @@ static int set_on_panic(struct machine_config *config, const char *key, const ch
     return r;
 }
 
+static int set_sandbox(struct machine_config *config, const char *key, const char *value, struct error *err)
+{
+    static const char *const words[] = {"off", "on", NULL};
+    unsigned choice = 0;
+    if (strncmp(value, "omit=", 5) == 0) { /* not for users */
+        config->sandbox = true;
+        return replace(&config->sandbox_omit, value + 5, err);
+    }
+    int r = choose(key, value, words, &choice, err);
+    if (r == 0)
+        config->sandbox = choice == 1;
+    return r;
+}
+
 static int set_flag(bool *field, const char *key, const char *value, struct error *err)
 {
     static const char *const words[] = {"false", "true", NULL};
@@ -343,6 +357,7 @@ static const struct {
     {"on-reset", set_on_reset},
     {"on-panic", set_on_panic},
     {"stats", set_stats},
+    {"sandbox", set_sandbox},
     {"perf-map", set_perf_map},
     {"dump-code", set_dump_code},
     {"config", set_config},
@@ -370,6 +385,8 @@ const char *machine_config_text(const struct machine_config *config, const char 
 {
     if (strcmp(key, "stats") == 0)
         return config->stats ? "true" : "false";
+    if (strcmp(key, "sandbox") == 0)
+        return config->sandbox ? "on" : "off";
     char **field = text_field(config, key);
     return field ? *field : NULL;
 }

@@ -114,6 +114,8 @@ struct machine_config {
     enum on_panic on_panic;
     char *trace, *pid_file;
     bool stats, perf_map;
+    bool sandbox;
+    char *sandbox_omit; /* for tests: a rule to leave out, see sandbox_config.omit */
     enum engine_direct direct;
     struct code_address dump_code[CONFIG_DUMPS_MAX];
     unsigned dump_code_count;

@@ -556,6 +556,8 @@ int machine_create_with(struct machine **out, const struct machine_config *confi
 static void *loop_main(void *arg)
 {
     struct machine *machine = arg;
+    if (!machine_enter_sandbox(machine, IN_LOOP))
+        return NULL;
     int r = loop_run(machine->loop);
     if (r) {
         log_error("the event loop failed: %s", strerror(-r));
@@ -579,7 +581,10 @@ int machine_start(struct machine *machine, struct error *err)
     pthread_mutex_unlock(&machine->run_lock);
     if (again)
         return error_set(err, -EALREADY, "the virtual machine was started already");
-    int r = pthread_create(&machine->loop_thread, NULL, loop_main, machine);
+    int r = machine_make_sandbox(machine, err);
+    if (r)
+        return r;
+    r = pthread_create(&machine->loop_thread, NULL, loop_main, machine);
     if (r)
         return error_set(err, -r, "cannot start a thread: %s", strerror(r));
     machine->loop_started = true;
@@ -634,6 +639,7 @@ void machine_destroy(struct machine *machine)
         loop_timer_destroy(machine->still_timer);
     if (machine->loop)
         loop_destroy(machine->loop);
+    sandbox_destroy(machine->sandbox);
     if (machine->kernel_fd >= 0)
         close(machine->kernel_fd);
     if (machine->initrd_fd >= 0)

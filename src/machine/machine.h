@@ -33,6 +33,9 @@ int machine_start(struct machine *machine, struct error *err) __attribute__((war
 enum machine_end machine_wait(struct machine *machine);
 void machine_destroy(struct machine *machine);
 
+/* The calling thread gives up all but what it takes to wait for the machine and to clean up after it (sandbox/sandbox.h); nothing without a sandbox. After the start. */
+int machine_shut_in(struct machine *machine, struct error *err) __attribute__((warn_unused_result));
+
 /* From any thread. Paused before its start, a machine starts paused. -ECANCELED: another thread resumed it before it had stopped. */
 void machine_power_button(struct machine *machine);
 void machine_reset(struct machine *machine);

@@ -29,6 +29,7 @@
 #include "machine/machine.h"
 #include "machine/pvclock.h"
 #include "memory/memory.h"
+#include "sandbox/sandbox.h"
 #include "util/loop.h"
 
 /* What a vCPU's thread is asked to do; bits in vcpu_thread.requests. */
@@ -113,6 +114,7 @@ struct machine {
     int kernel_fd, initrd_fd; /* kept for resets */
     FILE *trace;
     uint64_t tsc_khz;
+    struct sandbox *sandbox; /* NULL: off */
 
     /* Running: guarded by run_lock, signalled through run_changed. */
     pthread_mutex_t run_lock;
@@ -147,6 +149,10 @@ void machine_console_command(void *ctx, int character);
 
 /* True when no device has requests in flight; starts finishing them otherwise. Device lock held, or nothing running. */
 bool machine_quiesce(struct machine *machine);
+
+/* shut_in.c: the sandbox is made when all files are open and before the first thread is, and entered by each thread first. True: go on. */
+int machine_make_sandbox(struct machine *machine, struct error *err);
+bool machine_enter_sandbox(struct machine *machine, unsigned kind);
 
 /* still.c */
 void machine_still(void *machine); /* still_timer's */

@@ -305,6 +305,8 @@ static void run_once(struct vcpu_thread *cpu)
 static void *vcpu_main(void *arg)
 {
     struct vcpu_thread *cpu = arg;
+    if (!machine_enter_sandbox(cpu->machine, IN_VCPU))
+        return NULL;
     for (;;) {
         uint32_t requests = atomic_load(&cpu->requests);
         if (requests & REQUEST_STOP)

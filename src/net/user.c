@@ -21,6 +21,32 @@
 #include "net/offload.h"
 #include "net/user_priv.h"
 #include "util/log.h"
+#include "util/sandbox_rules.h"
+
+/* What libslirp does for the guest's connections. */
+SANDBOX_ALLOW_WITH_IF(SANDBOX_NET_USER, IN_LOOP, socket, ARG_IS(0, AF_INET));
+SANDBOX_ALLOW_WITH_IF(SANDBOX_NET_USER, IN_LOOP, socket, ARG_IS(0, AF_INET6));
+SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, connect);
+SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, bind);
+SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, listen);
+SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, accept);
+SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, accept4);
+SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, sendto);
+SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, sendmsg);
+SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, recvfrom);
+SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, recvmsg);
+SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, shutdown);
+SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, setsockopt);
+SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, getsockopt);
+SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, getsockname);
+SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, getpeername);
+SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, poll);
+SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, ioctl);
+SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, fcntl);
+SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, close);
+/* It looks for the host's name servers now and then; Landlock lets this one file be found. */
+SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, openat);
+SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, newfstatat);
 
 #define NS_PER_MS 1000000ull
 /* slirp_pollfds_fill asks for a wait of at most this long even when nothing is due. */

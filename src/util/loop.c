@@ -10,6 +10,7 @@
  * holder of the guard who disarms it is sure.
  */
 #include "util/loop.h"
+#include "util/sandbox_rules.h"
 
 #include <errno.h>
 #include <stdatomic.h>
@@ -21,6 +22,12 @@
 #include <sys/timerfd.h>
 #include <time.h>
 #include <unistd.h>
+
+SANDBOX_ALLOW(IN_LOOP | IN_MAIN, epoll_wait); /* the end drains the loop on the thread that ends the machine */
+SANDBOX_ALLOW(IN_LOOP | IN_MAIN, epoll_ctl);
+SANDBOX_ALLOW(IN_LOOP | IN_MAIN | IN_VCPU, timerfd_settime);
+SANDBOX_ALLOW(IN_LOOP | IN_MAIN, read);
+SANDBOX_ALLOW(IN_MAIN, close);
 
 #define LOOP_BATCH 32 /* descriptor events fetched at once */
 #define TIMER_IDLE SIZE_MAX

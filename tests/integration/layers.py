@@ -4,6 +4,7 @@ import pathlib, re, sys
 
 ALLOWED = {
     "util": set(),
+    "sandbox": {"util"},
     "memory": {"util"},
     "arch": {"memory", "state", "util"},
     "state": {"util"},
@@ -12,7 +13,7 @@ ALLOWED = {
     "block": {"state", "util"},
     "net": {"state", "util"},
     "device": {"chipset", "block", "net", "memory", "state", "util"},
-    "machine": {"device", "chipset", "block", "net", "engine", "arch", "memory", "state", "util", "doppel"},
+    "machine": {"device", "chipset", "block", "net", "engine", "sandbox", "arch", "memory", "state", "util", "doppel"},
     "control": {"machine", "util", "doppel"},
     "cli": {"control", "machine", "util", "doppel"},
 }

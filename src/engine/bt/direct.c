@@ -24,6 +24,11 @@
 #include "engine/interp/system_priv.h"
 #include "state/inputs.h"
 #include "util/log.h"
+#include "util/sandbox_rules.h"
+
+SANDBOX_ALLOW_WITH_IF(SANDBOX_DIRECT, IN_VCPU, rt_sigaction, ARG_IS(0, SIGCHLD));
+SANDBOX_ALLOW_WITH(SANDBOX_DIRECT, IN_VCPU, sched_setaffinity);
+SANDBOX_ALLOW_WITH(SANDBOX_DIRECT, IN_VCPU, sched_getaffinity);
 
 #define SPACES 6u
 #define PROCESSES 64u

@@ -31,6 +31,28 @@
 
 #undef PF_W /* of a program header; cpu.h's is of a page fault */
 #include "arch/cpu.h"
+#include "util/sandbox_rules.h"
+
+/* Making a process, in it before it is ready, and driving it. The filter of the thread is its, too, under its own. */
+#define ALLOW(call) SANDBOX_ALLOW_WITH(SANDBOX_DIRECT, IN_VCPU, call)
+ALLOW(memfd_create);
+ALLOW(ftruncate);
+ALLOW(vfork);
+ALLOW(fcntl);
+ALLOW(dup2);
+ALLOW(close);
+SANDBOX_ALLOW_WITH_IF(SANDBOX_DIRECT, IN_VCPU, execveat, ARG_HAS(4, AT_EMPTY_PATH));
+ALLOW(mmap); /* code, too */
+ALLOW(close_range);
+ALLOW(setsid);
+ALLOW(prctl);
+ALLOW(seccomp);
+ALLOW(ptrace);
+ALLOW(wait4);
+ALLOW(prlimit64);
+SANDBOX_ALLOW_WITH_IF(SANDBOX_DIRECT, IN_VCPU | IN_MAIN, kill, ARG_IS(1, SIGKILL));
+SANDBOX_ALLOW_WITH_IF(SANDBOX_DIRECT, IN_ALL, kill, ARG_IS(1, SIGUSR1)); /* a kick may come from anywhere */
+#undef ALLOW
 
 #define PAGE 4096u
 #ifndef MFD_EXEC

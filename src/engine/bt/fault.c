@@ -19,6 +19,9 @@
 #include <unistd.h>
 
 #include "engine/bt/bt_priv.h"
+#include "util/sandbox_rules.h"
+
+SANDBOX_ALLOW(IN_VCPU, sigaltstack);
 
 #ifndef SS_AUTODISARM /* in <linux/signal.h>, which <signal.h> does not bear */
 #define SS_AUTODISARM (1u << 31)
@@ -373,7 +376,7 @@ static void mask_set(const uint64_t *mask, uint64_t *old)
 
 int fault_thread_enter(struct bt_vcpu *b)
 {
-    static const uint64_t blocked = ~(SIGNAL_BIT(SIGSEGV) | SIGNAL_BIT(SIGBUS) | SIGNAL_BIT(SIGFPE) | SIGNAL_BIT(SIGILL) | SIGNAL_BIT(SIGTRAP));
+    static const uint64_t blocked = ~(SIGNAL_BIT(SIGSEGV) | SIGNAL_BIT(SIGBUS) | SIGNAL_BIT(SIGFPE) | SIGNAL_BIT(SIGILL) | SIGNAL_BIT(SIGTRAP) | SIGNAL_BIT(SIGSYS));
     int rc = b->signal_stack ? 0 : stack_create(b);
     if (rc)
         return rc;

@@ -424,7 +424,8 @@ static uint64_t mask_now(void)
 
 static void test_thread(void **state)
 {
-    const uint64_t faults = 1ull << (SIGSEGV - 1) | 1ull << (SIGBUS - 1) | 1ull << (SIGFPE - 1) | 1ull << (SIGILL - 1) | 1ull << (SIGTRAP - 1);
+    const uint64_t faults = 1ull << (SIGSEGV - 1) | 1ull << (SIGBUS - 1) | 1ull << (SIGFPE - 1) | 1ull << (SIGILL - 1) | 1ull << (SIGTRAP - 1) |
+                            1ull << (SIGSYS - 1);
     const uint64_t never = 1ull << (SIGKILL - 1) | 1ull << (SIGSTOP - 1);
     stack_t inside, stack;
     assert_true(mask_now() == ~(faults | never));

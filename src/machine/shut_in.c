@@ -1,0 +1,65 @@
+/*
+ * The machine's sandbox: what this configuration needs of the host once it runs, put together from its parts. Threads that cannot enter it do not run, and the machine ends.
+ */
+#include <stdlib.h>
+#include <string.h>
+
+#include "machine/machine_priv.h"
+#include "util/log.h"
+
+static bool uses_user_network(const struct machine_config *config)
+{
+    for (unsigned i = 0; i < config->net_count; i++)
+        if (strncmp(config->net[i], "user", 4) == 0)
+            return true;
+    return config->net_count == 0;
+}
+
+/* The directory of a file that is removed at the end; "" where there is none. */
+static void directory_of(const char *file, char *directory, size_t size)
+{
+    snprintf(directory, size, "%s", file ? file : "");
+    char *slash = strrchr(directory, '/');
+    if (slash)
+        slash[slash == directory] = '\0';
+    else if (file)
+        snprintf(directory, size, ".");
+}
+
+int machine_make_sandbox(struct machine *machine, struct error *err)
+{
+    const struct machine_config *config = machine->config;
+    char pid_directory[4096];
+    struct sandbox_path paths[4];
+    struct sandbox_config sandbox = {.paths = paths, .omit = config->sandbox_omit};
+    if (!config->sandbox)
+        return 0;
+    directory_of(config->pid_file, pid_directory, sizeof pid_directory);
+    if (*pid_directory)
+        paths[sandbox.path_count++] = (struct sandbox_path){pid_directory, true, IN_MAIN};
+    if (uses_user_network(config)) {
+        sandbox.needs |= SANDBOX_NET_USER;
+        sandbox.host_network = true;
+        paths[sandbox.path_count++] = (struct sandbox_path){"/etc/resolv.conf", false, IN_LOOP};
+    }
+    if (config->vsock.present)
+        sandbox.needs |= SANDBOX_VSOCK;
+    if (config->direct != DIRECT_OFF && strcmp(machine->engine_ops->name, "bt") == 0)
+        sandbox.needs |= SANDBOX_DIRECT;
+    return sandbox_create(&machine->sandbox, &sandbox, err);
+}
+
+bool machine_enter_sandbox(struct machine *machine, unsigned kind)
+{
+    struct error err = {0};
+    if (!machine->sandbox || sandbox_enter(machine->sandbox, kind, &err) == 0)
+        return true;
+    log_error("%s", err.text);
+    machine_stop(machine, MACHINE_ERROR);
+    return false;
+}
+
+int machine_shut_in(struct machine *machine, struct error *err)
+{
+    return machine->sandbox ? sandbox_enter(machine->sandbox, IN_MAIN, err) : 0;
+}

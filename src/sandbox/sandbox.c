@@ -1,0 +1,294 @@
+/*
+ * Giving up what a thread does not need (sandbox.h): the order is namespaces, root directory, user, capabilities, paths, system calls, because each step needs what a
+ * later one takes away.
+ *
+ * All of it is the calling thread's: Linux keeps credentials, Landlock domains and filters by thread, and root directories, too, once they are not shared (CLONE_FS).
+ * Raw system calls on purpose: the C library's setresuid() would change all threads.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/capability.h>
+#include <linux/filter.h>
+#include <linux/landlock.h>
+#include <linux/securebits.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mount.h>
+#include <sys/prctl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "sandbox/sandbox_priv.h"
+#include "util/log.h"
+
+#define NOBODY 65534u
+
+struct sandbox {
+    struct sock_fprog filter[SANDBOX_KINDS];
+    int landlock[SANDBOX_KINDS]; /* rule sets; -1: the kernel has none */
+    int empty_root, network;     /* descriptors; -1: not available or not wanted */
+    bool drop_user;
+};
+
+static long landlock_version(void)
+{
+    return syscall(SYS_landlock_create_ruleset, NULL, 0, LANDLOCK_CREATE_RULESET_VERSION);
+}
+
+/* ---- namespaces ---- */
+
+static bool write_file(const char *path, const char *text)
+{
+    int fd = open(path, O_WRONLY | O_CLOEXEC);
+    bool written = fd >= 0 && write(fd, text, strlen(text)) == (ssize_t)strlen(text);
+    if (fd >= 0)
+        close(fd);
+    return written;
+}
+
+/* The user stays who they are, and may do in their own namespaces what root may elsewhere. */
+static bool enter_user_namespace(uid_t uid, gid_t gid)
+{
+    char line[64];
+    if (unshare(CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWIPC))
+        return false;
+    snprintf(line, sizeof line, "%u %u 1", uid, uid);
+    bool mapped = write_file("/proc/self/setgroups", "deny") && write_file("/proc/self/uid_map", line);
+    snprintf(line, sizeof line, "%u %u 1", gid, gid);
+    return mapped && write_file("/proc/self/gid_map", line);
+}
+
+/* Signals go to this process and those it makes, no others. One domain for all threads: they kick each other's processes. */
+static void scope_signals(void)
+{
+    struct {
+        uint64_t fs, net, scoped;
+    } attr = {.scoped = 2 /* LANDLOCK_SCOPE_SIGNAL */};
+    int rules = landlock_version() >= 6 ? (int)syscall(SYS_landlock_create_ruleset, &attr, sizeof attr, 0) : -1;
+    if (rules < 0)
+        return;
+    if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0)
+        (void)!syscall(SYS_landlock_restrict_self, rules, 0);
+    close(rules);
+}
+
+void sandbox_begin(void)
+{
+    uid_t uid = geteuid();
+    gid_t gid = getegid();
+    bool entered = uid == 0 ? unshare(CLONE_NEWNS | CLONE_NEWIPC) == 0 : enter_user_namespace(uid, gid);
+    if (entered) /* what is mounted outside still appears here, but not the other way round */
+        (void)mount(NULL, "/", NULL, MS_REC | MS_SLAVE, NULL);
+    scope_signals();
+}
+
+/* A directory with nothing in it, on a file system of its own that no path leads to. */
+static int make_empty_root(void)
+{
+    int fd = -1;
+    int fs = (int)syscall(SYS_fsopen, "tmpfs", 1 /* FSOPEN_CLOEXEC */);
+    if (fs >= 0 && syscall(SYS_fsconfig, fs, 6 /* FSCONFIG_CMD_CREATE */, NULL, NULL, 0) == 0)
+        fd = (int)syscall(SYS_fsmount, fs, 1 /* FSMOUNT_CLOEXEC */, MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC);
+    if (fs >= 0)
+        close(fs);
+    return fd;
+}
+
+/* A network namespace with nothing in it, made in passing: this thread goes back to its own. */
+static int make_empty_network(void)
+{
+    int own = open("/proc/thread-self/ns/net", O_RDONLY | O_CLOEXEC), made = -1;
+    if (own >= 0 && unshare(CLONE_NEWNET) == 0) {
+        made = open("/proc/thread-self/ns/net", O_RDONLY | O_CLOEXEC);
+        if (setns(own, CLONE_NEWNET)) { /* then it stays there, like all others will */
+            close(own);
+            return made;
+        }
+    }
+    if (own >= 0)
+        close(own);
+    return made;
+}
+
+/* ---- paths ---- */
+
+/* What a rule set of this version takes away: everything it knows. */
+static uint64_t landlock_rights(long version)
+{
+    uint64_t rights = (LANDLOCK_ACCESS_FS_MAKE_SYM << 1) - 1;
+    if (version >= 2)
+        rights |= 1ull << 13; /* REFER */
+    if (version >= 3)
+        rights |= 1ull << 14; /* TRUNCATE */
+    if (version >= 5)
+        rights |= 1ull << 15; /* IOCTL_DEV */
+    return rights;
+}
+
+static int landlock_add(int rules, const struct sandbox_path *path, uint64_t rights)
+{
+    const uint64_t of_files = LANDLOCK_ACCESS_FS_READ_FILE | LANDLOCK_ACCESS_FS_WRITE_FILE | 1ull << 14;
+    struct stat st;
+    uint64_t wanted = path->writable ? rights & ~(uint64_t)LANDLOCK_ACCESS_FS_EXECUTE : LANDLOCK_ACCESS_FS_READ_FILE | LANDLOCK_ACCESS_FS_READ_DIR;
+    int fd = open(path->path, O_PATH | O_CLOEXEC);
+    if (fd < 0 || fstat(fd, &st) < 0) {
+        int r = -errno;
+        if (fd >= 0)
+            close(fd);
+        return r == -ENOENT ? 0 : r; /* what is not there needs no leave */
+    }
+    if (!S_ISDIR(st.st_mode))
+        wanted &= of_files & rights;
+    struct landlock_path_beneath_attr rule = {.allowed_access = wanted, .parent_fd = fd};
+    long r = syscall(SYS_landlock_add_rule, rules, LANDLOCK_RULE_PATH_BENEATH, &rule, 0);
+    r = r < 0 ? -errno : 0;
+    close(fd);
+    return (int)r;
+}
+
+/* A rule set for one kind of thread, -1 where the kernel has no Landlock. */
+static int landlock_make(unsigned kind, const struct sandbox_config *config, int *rules, struct error *err)
+{
+    long version = landlock_version();
+    *rules = -1;
+    if (version < 1)
+        return 0;
+    struct {
+        uint64_t fs, net, scoped;
+    } attr = {.fs = landlock_rights(version)};
+    size_t size = version >= 6 ? 24 : version >= 4 ? 16 : 8;
+    if (version >= 6)
+        attr.scoped = 1; /* LANDLOCK_SCOPE_ABSTRACT_UNIX_SOCKET */
+    *rules = (int)syscall(SYS_landlock_create_ruleset, &attr, size, 0);
+    if (*rules < 0)
+        return error_set(err, -errno, "sandbox: cannot restrict paths: %s", strerror(errno));
+    for (unsigned n = 0; n < config->path_count; n++) {
+        int r = config->paths[n].threads & kind ? landlock_add(*rules, &config->paths[n], attr.fs) : 0;
+        if (r)
+            return error_set(err, r, "sandbox: cannot leave %s open: %s", config->paths[n].path, strerror(-r));
+    }
+    return 0;
+}
+
+/* ---- creation ---- */
+
+static bool has_capability(unsigned capability)
+{
+    struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
+    struct __user_cap_data_struct data[2] = {{0}};
+    return syscall(SYS_capget, &header, data) == 0 && data[capability / 32].effective >> capability % 32 & 1;
+}
+
+static void tell_missing(const struct sandbox *sandbox, const struct sandbox_config *config)
+{
+    char text[128] = "";
+    if (sandbox->empty_root < 0)
+        strcat(text, " an empty root directory,");
+    if (sandbox->network < 0 && !config->host_network)
+        strcat(text, " its own network,");
+    if (sandbox->landlock[0] < 0)
+        strcat(text, " Landlock,");
+    if (*text) {
+        text[strlen(text) - 1] = '\0';
+        log_info("sandbox: this host does not let the program have%s; the rest of the sandbox is in place", text);
+    }
+}
+
+int sandbox_create(struct sandbox **out, const struct sandbox_config *config, struct error *err)
+{
+    struct sandbox *sandbox = calloc(1, sizeof *sandbox);
+    int r = 0;
+    *out = NULL;
+    if (!sandbox)
+        return error_set(err, -ENOMEM, "out of memory");
+    for (unsigned n = 0; n < SANDBOX_KINDS; n++)
+        sandbox->landlock[n] = -1;
+    sandbox->drop_user = geteuid() == 0 && has_capability(CAP_SETUID) && has_capability(CAP_SETGID);
+    sandbox->empty_root = has_capability(CAP_SYS_ADMIN) && has_capability(CAP_SYS_CHROOT) ? make_empty_root() : -1;
+    sandbox->network = !config->host_network && has_capability(CAP_SYS_ADMIN) ? make_empty_network() : -1;
+    for (unsigned n = 0; n < SANDBOX_KINDS && r == 0; n++) {
+        r = filter_make(&sandbox->filter[n], 1u << n, config->needs, config->omit);
+        if (r)
+            error_set(err, r, "sandbox: cannot make the filter of system calls: %s; --sandbox off does without", strerror(-r));
+        else
+            r = landlock_make(1u << n, config, &sandbox->landlock[n], err);
+    }
+    if (r == 0)
+        r = filter_catch();
+    if (r) {
+        sandbox_destroy(sandbox);
+        return r;
+    }
+    tell_missing(sandbox, config);
+    *out = sandbox;
+    return 0;
+}
+
+void sandbox_destroy(struct sandbox *sandbox)
+{
+    if (!sandbox)
+        return;
+    for (unsigned n = 0; n < SANDBOX_KINDS; n++) {
+        filter_free(&sandbox->filter[n]);
+        if (sandbox->landlock[n] >= 0)
+            close(sandbox->landlock[n]);
+    }
+    if (sandbox->empty_root >= 0)
+        close(sandbox->empty_root);
+    if (sandbox->network >= 0)
+        close(sandbox->network);
+    free(sandbox);
+}
+
+/* ---- entering ---- */
+
+static bool leave_root(const struct sandbox *sandbox)
+{
+    return sandbox->empty_root < 0 || (unshare(CLONE_FS) == 0 && fchdir(sandbox->empty_root) == 0 && chroot(".") == 0 && chdir("/") == 0);
+}
+
+static bool leave_network(const struct sandbox *sandbox)
+{
+    return sandbox->network < 0 || setns(sandbox->network, CLONE_NEWNET) == 0;
+}
+
+/* Those who clean up, or work on a user's files, stay who they are. */
+static bool leave_user(const struct sandbox *sandbox)
+{
+    return !sandbox->drop_user || (syscall(SYS_setgroups, 0, NULL) == 0 && syscall(SYS_setresgid, NOBODY, NOBODY, NOBODY) == 0 &&
+                                   syscall(SYS_setresuid, NOBODY, NOBODY, NOBODY) == 0);
+}
+
+static bool leave_capabilities(void)
+{
+    struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
+    struct __user_cap_data_struct none[2] = {{0}};
+    for (unsigned long n = 0; prctl(PR_CAPBSET_READ, n, 0, 0, 0) == 1; n++)
+        (void)prctl(PR_CAPBSET_DROP, n, 0, 0, 0); /* needs a capability itself; without it there is none to gain either, see no_new_privs */
+    (void)prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0);
+    return syscall(SYS_capset, &header, none) == 0 && prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0;
+}
+
+int sandbox_enter(const struct sandbox *sandbox, unsigned kind, struct error *err)
+{
+    unsigned number = (unsigned)__builtin_ctz(kind);
+    bool serves_guest = kind & (IN_GUEST | IN_SHARE);
+    const char *what = NULL;
+    filter_note_kind(kind);
+    if (!leave_network(sandbox))
+        what = "its own network";
+    else if (serves_guest && !leave_root(sandbox))
+        what = "an empty root directory";
+    else if (kind & IN_GUEST && !leave_user(sandbox))
+        what = "another user";
+    else if (!leave_capabilities())
+        what = "no capabilities";
+    else if (sandbox->landlock[number] >= 0 && syscall(SYS_landlock_restrict_self, sandbox->landlock[number], 0))
+        what = "restricted paths";
+    else if (filter_load(&sandbox->filter[number]))
+        what = "a filter of system calls";
+    return what ? error_set(err, -errno, "sandbox: a thread (%s) cannot have %s: %s", sandbox_kind_name(kind), what, strerror(errno)) : 0;
+}

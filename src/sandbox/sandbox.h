@@ -1,0 +1,49 @@
+/*
+ * What the program gives up before the first guest instruction, so that whoever takes it over has next to nothing.
+ *
+ * Two steps. sandbox_begin, first thing and with one thread: namespaces of its own (user, when not root; mounts; IPC). Then, when all files are open: sandbox_create compiles
+ * what each kind of thread may do, and each thread calls sandbox_enter with its kind as the first thing it does, the creating one last:
+ *   - a root directory that is empty, and no path that leads anywhere (chroot; Landlock), but for those named;
+ *   - its own network, when no back end needs the host's;
+ *   - no privileges: user and groups nobody when root, no capabilities, no_new_privs;
+ *   - the system calls of its kind (util/sandbox_rules.h), no others.
+ * What the host does not offer is left out and told once, by sandbox_create.
+ */
+#ifndef DOPPEL_SANDBOX_SANDBOX_H
+#define DOPPEL_SANDBOX_SANDBOX_H
+
+#include <stdbool.h>
+
+#include "util/error.h"
+#include "util/sandbox_rules.h"
+
+struct sandbox;
+
+struct sandbox_path {
+    const char *path;
+    bool writable;    /* and what is below may be made and removed */
+    unsigned threads; /* kinds that may use it */
+};
+
+struct sandbox_config {
+    unsigned needs;    /* SANDBOX_NET_USER ... */
+    bool host_network; /* a back end needs it */
+    const struct sandbox_path *paths;
+    unsigned path_count;
+    const char *omit; /* "THREAD:CALL": for tests: a rule that is left out; NULL: none */
+};
+
+/* True when namespaces were entered. Single-threaded; before anything is opened or made. */
+void sandbox_begin(void);
+
+int sandbox_create(struct sandbox **sandbox, const struct sandbox_config *config, struct error *err) __attribute__((warn_unused_result));
+/* The calling thread only. `kind` is one of IN_MAIN ... Must be called before what it protects from can happen; a failure (with err) means that it did not take effect. */
+int sandbox_enter(const struct sandbox *sandbox, unsigned kind, struct error *err) __attribute__((warn_unused_result));
+/* Threads that have entered stay as they are. */
+void sandbox_destroy(struct sandbox *sandbox);
+
+/* All rules there are, NULL-terminated list not: for tests and docs. */
+const struct sandbox_rule *sandbox_rules(unsigned *count);
+const char *sandbox_kind_name(unsigned kind);
+
+#endif

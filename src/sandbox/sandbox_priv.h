@@ -1,0 +1,17 @@
+/* The sandbox, inside: system call filters (seccomp.c), everything else and the order of it (sandbox.c). */
+#ifndef DOPPEL_SANDBOX_SANDBOX_PRIV_H
+#define DOPPEL_SANDBOX_SANDBOX_PRIV_H
+
+#include "sandbox/sandbox.h"
+
+#define SANDBOX_EXIT_STATUS 148
+
+struct sock_fprog;
+
+int filter_make(struct sock_fprog *program, unsigned kind, unsigned needs, const char *omit);
+void filter_free(struct sock_fprog *program);
+int filter_load(const struct sock_fprog *program); /* for the calling thread */
+void filter_note_kind(unsigned kind);
+int filter_catch(void); /* SIGSYS, for the process */
+
+#endif

@@ -1,0 +1,174 @@
+/*
+ * From the rules that are spread over the program (util/sandbox_rules.h) to one filter for each kind of thread. libseccomp compiles them once, before threads start; a
+ * thread only loads the finished program. A call without a rule raises SIGSYS: the handler says which thread wanted what, and ends the program.
+ * Threading: after creation everything here is constant.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <seccomp.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "sandbox/sandbox_priv.h"
+
+/* What the C library does by itself, in any thread. */
+SANDBOX_ALLOW(IN_ALL, futex);
+SANDBOX_ALLOW(IN_ALL, rt_sigreturn);
+SANDBOX_ALLOW(IN_ALL, rt_sigprocmask);
+SANDBOX_ALLOW(IN_ALL, brk);
+SANDBOX_ALLOW_IF(IN_ALL, mmap, ARG_LACKS(2, PROT_EXEC));
+SANDBOX_ALLOW_IF(IN_ALL, mprotect, ARG_LACKS(2, PROT_EXEC));
+SANDBOX_ALLOW(IN_ALL, munmap);
+SANDBOX_ALLOW(IN_ALL, mremap);
+SANDBOX_ALLOW(IN_ALL, madvise);
+SANDBOX_ALLOW(IN_ALL, sched_yield);
+SANDBOX_ALLOW(IN_ALL, clock_gettime);
+SANDBOX_ALLOW(IN_ALL, exit);
+SANDBOX_ALLOW(IN_ALL, exit_group);
+SANDBOX_ALLOW(IN_ALL, restart_syscall);
+SANDBOX_ALLOW(IN_ALL, getpid);
+SANDBOX_ALLOW(IN_ALL, gettid);
+SANDBOX_ALLOW(IN_ALL, getrandom); /* malloc wants some */
+SANDBOX_ALLOW(IN_ALL, tgkill); /* only this process can be meant: see add_rule */
+SANDBOX_ALLOW(IN_ALL, write);  /* to what is open; errors are printed */
+
+extern const struct sandbox_rule __start_sandbox_allow[], __stop_sandbox_allow[];
+
+static const char *const kind_names[SANDBOX_KINDS] = {"main", "loop", "vcpu", "worker", "share", "api"};
+
+const struct sandbox_rule *sandbox_rules(unsigned *count)
+{
+    *count = (unsigned)(__stop_sandbox_allow - __start_sandbox_allow);
+    return __start_sandbox_allow;
+}
+
+const char *sandbox_kind_name(unsigned kind)
+{
+    return kind && kind < 1u << SANDBOX_KINDS ? kind_names[__builtin_ctz(kind)] : "?";
+}
+
+static bool is_omitted(const char *omit, unsigned kind, const struct sandbox_rule *rule)
+{
+    const char *colon = omit ? strchr(omit, ':') : NULL;
+    return colon && strncmp(omit, sandbox_kind_name(kind), (size_t)(colon - omit)) == 0 && strcmp(colon + 1, rule->name) == 0;
+}
+
+static int add_rule(scmp_filter_ctx filter, const struct sandbox_rule *rule)
+{
+    if (rule->number == SYS_tgkill) /* to other processes it says nothing */
+        return seccomp_rule_add(filter, SCMP_ACT_ALLOW, rule->number, 1, SCMP_A0(SCMP_CMP_EQ, (scmp_datum_t)getpid()));
+    if (rule->argument < 0)
+        return seccomp_rule_add(filter, SCMP_ACT_ALLOW, rule->number, 0);
+    struct scmp_arg_cmp compare = {.arg = (unsigned)rule->argument, .op = SCMP_CMP_MASKED_EQ, .datum_a = rule->mask, .datum_b = rule->value};
+    return seccomp_rule_add_array(filter, SCMP_ACT_ALLOW, rule->number, 1, &compare);
+}
+
+/* The filter's instructions, by way of a file in memory: libseccomp gives them no other way. */
+static int export_program(scmp_filter_ctx filter, struct sock_fprog *program)
+{
+    struct stat st;
+    int fd = memfd_create("filter", MFD_CLOEXEC), r = fd < 0 ? -errno : seccomp_export_bpf(filter, fd);
+    if (r == 0 && fstat(fd, &st) < 0)
+        r = -errno;
+    if (r == 0) {
+        program->len = (unsigned short)((size_t)st.st_size / sizeof(struct sock_filter));
+        program->filter = malloc((size_t)st.st_size);
+        if (!program->filter)
+            r = -ENOMEM;
+        else if (pread(fd, program->filter, (size_t)st.st_size, 0) != st.st_size)
+            r = -EIO;
+    }
+    if (fd >= 0)
+        close(fd);
+    return r;
+}
+
+int filter_make(struct sock_fprog *program, unsigned kind, unsigned needs, const char *omit)
+{
+    unsigned count;
+    const struct sandbox_rule *rules = sandbox_rules(&count);
+    scmp_filter_ctx filter = seccomp_init(SCMP_ACT_TRAP);
+    int r = filter ? 0 : -ENOMEM;
+    if (r == 0)
+        r = seccomp_attr_set(filter, SCMP_FLTATR_CTL_OPTIMIZE, 2); /* a tree: the wanted call is found in few steps */
+    for (unsigned n = 0; r == 0 && n < count; n++) {
+        const struct sandbox_rule *rule = &rules[n];
+        if (rule->threads & kind && (rule->needs & needs) == rule->needs && !is_omitted(omit, kind, rule))
+            r = add_rule(filter, rule);
+        if (r == -EEXIST)
+            r = 0;
+    }
+    if (r == 0)
+        r = export_program(filter, program);
+    if (filter)
+        seccomp_release(filter);
+    return r;
+}
+
+void filter_free(struct sock_fprog *program)
+{
+    free(program->filter);
+    program->filter = NULL;
+}
+
+int filter_load(const struct sock_fprog *program)
+{
+    /* Without SPEC_ALLOW older kernels slow down all that the thread does from here on. */
+    if (syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_SPEC_ALLOW, program) == 0)
+        return 0;
+    return -errno;
+}
+
+/* ---- when a rule is missing ---- */
+
+static __thread unsigned thread_kind; /* for the message */
+
+void filter_note_kind(unsigned kind)
+{
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGSYS);
+    pthread_sigmask(SIG_UNBLOCK, &set, NULL); /* blocked, it would end the program without a word */
+    thread_kind = kind;
+}
+
+static void append(char *line, size_t size, const char *text)
+{
+    strncat(line, text, size - strlen(line) - 1);
+}
+
+static void append_number(char *line, size_t size, unsigned long number)
+{
+    char digits[24], *at = digits + sizeof digits - 1;
+    *at = '\0';
+    do
+        *--at = (char)('0' + number % 10);
+    while (number /= 10);
+    append(line, size, at);
+}
+
+/* Only what a signal handler may do, and what every filter allows. */
+static void forbidden(int number, siginfo_t *info, void *context)
+{
+    char line[160] = "doppel: sandbox: a thread (";
+    append(line, sizeof line, thread_kind ? sandbox_kind_name(thread_kind) : "?");
+    append(line, sizeof line, ") tried system call ");
+    append_number(line, sizeof line, (unsigned long)info->si_syscall);
+    append(line, sizeof line, ", which it never makes: stopped\n");
+    (void)!write(STDERR_FILENO, line, strlen(line));
+    _exit(SANDBOX_EXIT_STATUS);
+}
+
+int filter_catch(void)
+{
+    struct sigaction action = {.sa_sigaction = forbidden, .sa_flags = SA_SIGINFO};
+    return sigaction(SIGSYS, &action, NULL) < 0 ? -errno : 0;
+}
