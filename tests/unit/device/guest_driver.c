@@ -23,6 +23,16 @@ static void intx_changed(void *ctx, unsigned pin, bool level)
     ((struct guest *)ctx)->intx[pin] = level;
 }
 
+static void init_machine(struct guest *g)
+{
+    memset(g, 0, sizeof(*g));
+    g->bus = bus_create();
+    assert_int_equal(physmap_create(&g->memory, GUEST_RAM_BYTES, NULL), 0);
+    assert_int_equal(loop_create(&g->loop, NULL), 0);
+    g->host = (struct device_host){.bus = g->bus, .memory = g->memory, .loop = g->loop};
+    g->next_page = 0x10000;
+}
+
 void guest_init(struct guest *g)
 {
     struct pci_host_config config = {
@@ -35,24 +45,32 @@ void guest_init(struct guest *g)
         .port_size_bytes = CHIPSET_PCI_PORT_BYTES,
     };
 
-    memset(g, 0, sizeof(*g));
-    g->bus = bus_create();
+    init_machine(g);
     g->msi = (struct msi_target){msi_arrived, g};
     config.bus = g->bus;
     config.msi = &g->msi;
     for (unsigned i = 0; i < 4; i++)
         config.intx[i] = (struct irq_line){.set = intx_changed, .ctx = g, .pin = i};
     assert_int_equal(pci_host_create(&g->pci, &config), 0);
-    assert_int_equal(physmap_create(&g->memory, GUEST_RAM_BYTES, NULL), 0);
-    assert_int_equal(loop_create(&g->loop, NULL), 0);
-    g->host = (struct device_host){.bus = g->bus, .pci = g->pci, .memory = g->memory, .loop = g->loop};
-    g->next_page = 0x10000;
+    g->host.pci = g->pci;
+}
+
+void guest_init_mmio(struct guest *g)
+{
+    init_machine(g);
+    g->mmio = true;
+    g->mmio_host = (struct virtio_mmio_host){
+        .bus = g->bus, .base = GUEST_MMIO_BASE, .places = GUEST_MMIO_PLACES, .line_count = 3, .shared_first = 2};
+    for (unsigned i = 0; i < 3; i++)
+        g->mmio_host.line[i] = (struct irq_line){.set = intx_changed, .ctx = g, .pin = i};
+    g->host.mmio = &g->mmio_host;
 }
 
 void guest_fini(struct guest *g)
 {
     loop_destroy(g->loop);
-    pci_host_destroy(g->pci);
+    if (!g->mmio)
+        pci_host_destroy(g->pci);
     physmap_destroy(g->memory);
     bus_destroy(g->bus);
 }
@@ -67,14 +85,40 @@ void guest_config_write(struct guest *g, unsigned offset, unsigned size, uint32_
     bus_write(g->bus, BUS_MMIO, CHIPSET_ECAM_BASE + (g->slot << 15) + offset, size, value);
 }
 
+/* Where a register of the PCI transport's common structure is among the memory-mapped ones; 0: there is none. Registers that a driver only writes read as zero there. */
+static unsigned mmio_register(unsigned offset)
+{
+    static const uint16_t registers[] = {
+        [C_DEVICE_FEATURE_SELECT] = 0x014, [C_DEVICE_FEATURE] = 0x010, [C_DRIVER_FEATURE_SELECT] = 0x024, [C_DRIVER_FEATURE] = 0x020,
+        [C_STATUS] = 0x070,                [C_GENERATION] = 0x0FC,     [C_QUEUE_SELECT] = 0x030,         [C_QUEUE_SIZE] = 0x034,
+        [C_QUEUE_ENABLE] = 0x044,          [C_QUEUE_DESC] = 0x080,     [C_QUEUE_DESC + 4] = 0x084,       [C_QUEUE_DRIVER] = 0x090,
+        [C_QUEUE_DRIVER + 4] = 0x094,      [C_QUEUE_DEVICE] = 0x0A0,   [C_QUEUE_DEVICE + 4] = 0x0A4,     [C_QUEUE_RESET] = 0x0C0,
+    };
+
+    return offset < sizeof(registers) / sizeof(registers[0]) ? registers[offset] : 0;
+}
+
 uint64_t common_read(struct guest *g, unsigned offset, unsigned size)
 {
-    return bus_read(g->bus, BUS_MMIO, g->common + offset, size);
+    if (!g->mmio)
+        return bus_read(g->bus, BUS_MMIO, g->common + offset, size);
+    return mmio_register(offset) ? bus_read(g->bus, BUS_MMIO, g->common + mmio_register(offset), 4) : 0;
 }
 
 void common_write(struct guest *g, unsigned offset, unsigned size, uint64_t value)
 {
-    bus_write(g->bus, BUS_MMIO, g->common + offset, size, value);
+    if (!g->mmio) {
+        bus_write(g->bus, BUS_MMIO, g->common + offset, size, value);
+        return;
+    }
+    if (!mmio_register(offset))
+        return;
+    if (offset == C_QUEUE_SIZE)
+        bus_write(g->bus, BUS_MMIO, g->common + 0x038, 4, value); /* the largest is a register of its own */
+    else
+        bus_write(g->bus, BUS_MMIO, g->common + mmio_register(offset), 4, (uint32_t)value);
+    if (size == 8)
+        bus_write(g->bus, BUS_MMIO, g->common + mmio_register(offset + 4), 4, value >> 32);
 }
 
 static uint64_t bar_base(struct guest *g, unsigned bar)
@@ -106,8 +150,33 @@ static uint64_t structure_base(struct guest *g, uint8_t type)
     return at ? bar_base(g, guest_config_read(g, at + 4, 1)) + guest_config_read(g, at + 8, 4) : 0;
 }
 
+static void attach_mmio(struct guest *g)
+{
+    g->slot = g->mmio_host.device_count - 1;
+    g->common = virtio_mmio_address(&g->mmio_host, g->slot);
+    g->notify = g->common + 0x050;
+    g->isr = g->common + 0x060;
+    g->config = g->common + 0x100;
+    g->multiplier = 0;
+    assert_int_equal(bus_read(g->bus, BUS_MMIO, g->common, 4), 0x74726976);
+    assert_int_equal(bus_read(g->bus, BUS_MMIO, g->common + 4, 4), 2);
+}
+
+uint8_t guest_take_isr(struct guest *g)
+{
+    uint8_t isr = (uint8_t)bus_read(g->bus, BUS_MMIO, g->isr, g->mmio ? 4 : 1);
+
+    if (g->mmio)
+        bus_write(g->bus, BUS_MMIO, g->common + 0x064, 4, isr);
+    return isr;
+}
+
 void guest_attach(struct guest *g, unsigned slot)
 {
+    if (g->mmio) {
+        attach_mmio(g);
+        return;
+    }
     g->slot = slot;
     pci_host_assign(g->pci);
     assert_int_equal(guest_config_read(g, 0, 2), 0x1AF4);
@@ -210,7 +279,8 @@ void guest_driver_ok(struct guest *g)
 
 void guest_start(struct guest *g, uint64_t features, unsigned queues)
 {
-    guest_enable_msix(g, queues + 1);
+    if (!g->mmio)
+        guest_enable_msix(g, queues + 1);
     guest_device_reset(g);
     assert_true(guest_negotiate(g, features | F_VERSION_1));
     common_write(g, C_CONFIG_VECTOR, 2, 0);
@@ -272,7 +342,7 @@ uint16_t guest_add(struct guest_queue *q, const struct guest_buffer *buffers, un
 
 void guest_kick(struct guest_queue *q)
 {
-    bus_write(q->guest->bus, BUS_MMIO, q->guest->notify + q->index * q->guest->multiplier, 2, q->index);
+    bus_write(q->guest->bus, BUS_MMIO, q->guest->notify + q->index * q->guest->multiplier, q->guest->mmio ? 4 : 2, q->index);
 }
 
 bool guest_has_used(struct guest_queue *q)

@@ -1,5 +1,6 @@
 /*
- * A guest's virtio driver for tests: finds a device over PCI, negotiates, sets up rings in guest memory and uses them.
+ * A guest's virtio driver for tests: finds a device over PCI or at its memory-mapped registers, negotiates, sets up rings in guest memory and uses them.
+ * Registers are named as in the PCI transport (C_*); for memory-mapped devices common_read and common_write translate.
  */
 #ifndef DOPPEL_TESTS_GUEST_DRIVER_H
 #define DOPPEL_TESTS_GUEST_DRIVER_H
@@ -9,6 +10,7 @@
 
 #include "chipset/chipset.h"
 #include "device/device.h"
+#include "device/virtio_mmio.h"
 
 #define GUEST_RAM_BYTES (16ull << 20)
 #define GUEST_QUEUES 8
@@ -75,6 +77,8 @@ struct guest {
     struct msi_target msi;
     unsigned messages[64]; /* MSIs, by data */
     bool intx[4];
+    bool mmio; /* the transport */
+    struct virtio_mmio_host mmio_host;
     /* The device under test. */
     unsigned slot;
     uint64_t common, notify, isr, config; /* bus addresses */
@@ -84,10 +88,15 @@ struct guest {
     struct guest_queue queue[GUEST_QUEUES];
 };
 
-void guest_init(struct guest *g);
+#define GUEST_MMIO_BASE 0xD0000000ull
+#define GUEST_MMIO_PLACES 4
+
+void guest_init(struct guest *g);      /* a machine with PCI */
+void guest_init_mmio(struct guest *g); /* one without; intx[] are its devices' lines 0..2, the last one shared */
 void guest_fini(struct guest *g);
-/* BARs assigned, bus mastering on, structures found. */
+/* BARs assigned, bus mastering on, structures found. Memory-mapped: the device that was made last. */
 void guest_attach(struct guest *g, unsigned slot);
+uint8_t guest_take_isr(struct guest *g); /* reads the interrupt status and acknowledges it */
 
 uint32_t guest_config_read(struct guest *g, unsigned offset, unsigned size);
 void guest_config_write(struct guest *g, unsigned offset, unsigned size, uint32_t value);
