@@ -2,7 +2,8 @@
  * Fuzz target: three virtio devices (disk, console, entropy) under a hostile driver.
  *
  * The input is a list of 8-byte steps {op, a, b, c}: register writes, ring and descriptor contents, notifications, saves and loads. Every address and length
- * in it reaches the devices unfiltered. One step sets a device up properly, so that the interesting states are not out of reach.
+ * in it reaches the devices unfiltered. One step sets a device up properly, so that the interesting states are not out of reach. The devices are PCI functions, and
+ * memory-mapped when the input's length is odd.
  */
 #include <stddef.h>
 #include <stdint.h>
@@ -14,8 +15,9 @@
 
 #include "chipset/chipset.h"
 #include "device/virtio_blk.h"
-#include "device/virtio_console.h"
 #include "device/virtio.h"
+#include "device/virtio_console.h"
+#include "device/virtio_mmio.h"
 #include "device/virtio_rng.h"
 #include "util/log.h"
 
@@ -45,7 +47,9 @@ struct target {
     int disk_fd;
     const struct device_class *class[DEVICES];
     struct device *device[DEVICES];
-    uint64_t bar[DEVICES];
+    uint64_t bar[DEVICES]; /* or window */
+    bool mmio;
+    struct virtio_mmio_host mmio_host;
 };
 
 static void must(bool condition)
@@ -71,7 +75,7 @@ static void console_ready(void *ctx)
 
 static void plug(struct target *t)
 {
-    const struct device_host host = {.bus = t->bus, .pci = t->pci, .memory = t->memory, .loop = t->loop};
+    const struct device_host host = {.bus = t->bus, .pci = t->pci, .mmio = t->mmio ? &t->mmio_host : NULL, .memory = t->memory, .loop = t->loop};
     char path[64];
     struct error err = {0};
     const struct block_config block_config = {.path = path};
@@ -100,6 +104,10 @@ static uint64_t ecam(unsigned device, unsigned offset)
 
 static void find_bars(struct target *t)
 {
+    for (unsigned i = 0; t->mmio && i < DEVICES; i++)
+        t->bar[i] = virtio_mmio_address(&t->mmio_host, i);
+    if (t->mmio)
+        return;
     pci_host_assign(t->pci);
     for (unsigned i = 0; i < DEVICES; i++) {
         bus_write(t->bus, BUS_MMIO, ecam(i, 4), 2, 6);
@@ -124,6 +132,7 @@ static void build(struct target *t)
     config.msi = &t->msi;
     must(t->bus && pci_host_create(&t->pci, &config) == 0 && physmap_create(&t->memory, RAM_BYTES, NULL) == 0);
     must(loop_create(&t->loop, NULL) == 0);
+    t->mmio_host = (struct virtio_mmio_host){.bus = t->bus, .base = 0xD0000000, .places = DEVICES, .line_count = 2, .shared_first = 1};
     plug(t);
     find_bars(t);
 }
@@ -156,9 +165,50 @@ static gpa_t ring_base(unsigned device, unsigned queue)
     return 0x1000 + (device * 2 + queue % 2) * 0x1000;
 }
 
+static void notify(struct target *t, unsigned device, unsigned queue)
+{
+    bus_write(t->bus, BUS_MMIO, t->bar[device] + (t->mmio ? 0x50 : 0x3000 + 4 * queue), t->mmio ? 4 : 2, queue);
+}
+
+static void set_up_mmio(struct target *t, unsigned device, uint32_t features)
+{
+    static const uint16_t addresses[3] = {0x080, 0x090, 0x0A0};
+    uint64_t base = t->bar[device];
+
+    bus_write(t->bus, BUS_MMIO, base + 0x070, 4, 0);
+    settle(t);
+    (void)bus_read(t->bus, BUS_MMIO, base + 0x070, 4);
+    bus_write(t->bus, BUS_MMIO, base + 0x070, 4, 3);
+    for (unsigned half = 0; half < 2; half++) {
+        bus_write(t->bus, BUS_MMIO, base + 0x014, 4, half);
+        uint32_t offered = (uint32_t)bus_read(t->bus, BUS_MMIO, base + 0x010, 4);
+        bus_write(t->bus, BUS_MMIO, base + 0x024, 4, half);
+        bus_write(t->bus, BUS_MMIO, base + 0x020, 4, half ? offered : offered & features);
+    }
+    bus_write(t->bus, BUS_MMIO, base + 0x070, 4, 0xB);
+    for (unsigned queue = 0; queue < 2; queue++) {
+        gpa_t rings = ring_base(device, queue);
+
+        memset(physmap_get(t->memory, rings, 4096, PHYSMAP_WRITE), 0, 4096);
+        bus_write(t->bus, BUS_MMIO, base + 0x030, 4, queue);
+        bus_write(t->bus, BUS_MMIO, base + 0x038, 4, QUEUE_SIZE);
+        for (unsigned i = 0; i < 3; i++) {
+            bus_write(t->bus, BUS_MMIO, base + addresses[i], 4, rings + 0x400 * i);
+            bus_write(t->bus, BUS_MMIO, base + addresses[i] + 4, 4, 0);
+        }
+        bus_write(t->bus, BUS_MMIO, base + 0x044, 4, 1);
+    }
+    bus_write(t->bus, BUS_MMIO, base + 0x070, 4, 0xF);
+}
+
 static void set_up(struct target *t, unsigned device, uint32_t features)
 {
     uint64_t base = t->bar[device];
+
+    if (t->mmio) {
+        set_up_mmio(t, device, features);
+        return;
+    }
 
     bus_write(t->bus, BUS_MMIO, ecam(device, 4), 2, 6);
     bus_write(t->bus, BUS_MMIO, base + 0x14, 1, 0);
@@ -248,7 +298,7 @@ static void post_request(struct target *t, const struct step *s)
         poke(t, at + 0x200, segment, sizeof(segment));
     poke(t, rings, chain, sizeof(chain));
     publish(t, 0, &head);
-    bus_write(t->bus, BUS_MMIO, t->bar[0] + 0x3000 + 4 * (s->a & 1), 2, 0);
+    notify(t, 0, s->a & 1);
     must(loop_run_once(t->loop, 0) >= 0);
 }
 
@@ -292,7 +342,10 @@ static void run_step(struct target *t, const struct step *s)
 
     switch (s->op % 15) {
     case 0:
-        bus_write(t->bus, BUS_MMIO, t->bar[device] + s->b % 0x40, size, s->c);
+        if (t->mmio)
+            bus_write(t->bus, BUS_MMIO, t->bar[device] + s->b % 0x44 * 4 + (s->b >> 13 == 0), s->b >> 12 & 1 ? size : 4, s->c);
+        else
+            bus_write(t->bus, BUS_MMIO, t->bar[device] + s->b % 0x40, size, s->c);
         break;
     case 1: /* not the BARs nor the command register: set_up mends the latter only */
         if (s->b % 256 >= 0x28 || s->b % 256 == 4)
@@ -315,7 +368,7 @@ static void run_step(struct target *t, const struct step *s)
     case 7:
     case 8:
         publish(t, device, s);
-        bus_write(t->bus, BUS_MMIO, t->bar[device] + 0x3000 + 4 * (s->a >> 5 & 1), 2, 0);
+        notify(t, device, s->a >> 5 & 1);
         break;
     case 9:
         set_up(t, device, s->c);
@@ -324,7 +377,7 @@ static void run_step(struct target *t, const struct step *s)
         read_everything(t, device, s);
         break;
     case 11:
-        bus_write(t->bus, BUS_MMIO, t->bar[device] + 0x2000 + s->b % 0x100, size, s->c);
+        bus_write(t->bus, BUS_MMIO, t->bar[device] + (t->mmio ? 0x100 : 0x2000) + s->b % 0x100, size, s->c);
         virtio_console_resize(t->device[1], s->b, (uint16_t)s->c);
         (void)virtio_console_receive(t->device[1], (const uint8_t *)s, sizeof(*s));
         break;
@@ -342,7 +395,7 @@ static void run_step(struct target *t, const struct step *s)
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
-    struct target target = {0};
+    struct target target = {.mmio = size % 2};
 
     log_set_level(LOG_ERROR);
     build(&target);
