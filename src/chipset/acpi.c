@@ -265,6 +265,8 @@ static void write_mcfg(struct builder *builder)
         .bus_last = (uint8_t)((CHIPSET_ECAM_BYTES >> 20) - 1),
     };
 
+    if (builder->config->no_pci)
+        return;
     list_in_xsdt(builder, table_begin(builder, "MCFG", 1));
     aml_u64(&builder->out, 0); /* reserved */
     aml_raw(&builder->out, &allocation, sizeof(allocation));

@@ -8,11 +8,17 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "chipset/chipset.h"
 #include "memory/memory.h"
 #include "util/error.h"
 
 #define ACPI_TABLES_BASE 0xE0000ull
 #define ACPI_TABLES_BYTES 0x10000ull
+
+/* A memory-mapped virtio device: a page of registers, an IOAPIC pin (level, high, may be shared). */
+struct acpi_virtio {
+    uint32_t address, gsi;
+};
 
 struct acpi_config {
     unsigned cpu_count; /* 1..255; processor n has local APIC id n */
@@ -20,6 +26,9 @@ struct acpi_config {
     bool com1, com2;
     bool pvpanic;
     bool no_i8042;      /* no keyboard controller: clears the 8042 flag and leaves the keyboard out of the DSDT */
+    bool no_pci;        /* no host bridge and no ECAM */
+    struct acpi_virtio virtio[CHIPSET_VIRTIO_MMIO_PLACES];
+    unsigned virtio_count;
 };
 
 /* *rsdp: where the RSDP is, for boot_config. */

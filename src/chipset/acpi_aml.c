@@ -216,6 +216,16 @@ void aml_irq(struct aml *aml, unsigned irq)
     aml_u16(aml, (uint16_t)(1u << irq));
 }
 
+/* Extended interrupt descriptor (6.4.3.6). */
+void aml_gsi(struct aml *aml, uint32_t gsi)
+{
+    aml_byte(aml, 0x89);
+    aml_u16(aml, 6);
+    aml_byte(aml, 0x09); /* consumed, level, high, shared */
+    aml_byte(aml, 1);
+    aml_u32(aml, gsi);
+}
+
 void aml_memory32_fixed(struct aml *aml, uint32_t base, uint32_t length_bytes)
 {
     aml_byte(aml, 0x86);

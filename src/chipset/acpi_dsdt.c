@@ -116,8 +116,28 @@ static void write_pci(struct aml *aml)
     aml_close(aml);
 }
 
+/* The id that drivers of memory-mapped virtio devices look for. */
+static void write_virtio(struct aml *aml, const struct acpi_config *config)
+{
+    for (unsigned i = 0; i < config->virtio_count; i++) {
+        char name[5];
+
+        snprintf(name, sizeof(name), "V%03X", i & 0xFFF);
+        aml_device(aml, name);
+        aml_name(aml, "_HID");
+        aml_string(aml, "LNRO0005");
+        aml_name(aml, "_UID");
+        aml_integer(aml, i);
+        aml_resources(aml);
+        aml_memory32_fixed(aml, config->virtio[i].address, PAGE_SIZE_BYTES);
+        aml_gsi(aml, config->virtio[i].gsi);
+        aml_resources_end(aml);
+        aml_close(aml);
+    }
+}
+
 /* Addresses that are taken and belong to no device an OS would drive. */
-static void write_motherboard(struct aml *aml)
+static void write_motherboard(struct aml *aml, const struct acpi_config *config)
 {
     aml_device(aml, "MBRD");
     aml_name(aml, "_HID");
@@ -126,7 +146,8 @@ static void write_motherboard(struct aml *aml)
     aml_integer(aml, 0);
     aml_resources(aml);
     aml_io(aml, CHIPSET_PM_EVENT_PORT, CHIPSET_PM_TIMER_PORT + 4 - CHIPSET_PM_EVENT_PORT);
-    aml_memory32_fixed(aml, CHIPSET_ECAM_BASE, CHIPSET_ECAM_BYTES);
+    if (!config->no_pci)
+        aml_memory32_fixed(aml, CHIPSET_ECAM_BASE, CHIPSET_ECAM_BYTES);
     aml_resources_end(aml);
     aml_close(aml);
 }
@@ -162,8 +183,10 @@ static void write_processors(struct aml *aml, unsigned count)
 void acpi_write_dsdt(struct aml *aml, const struct acpi_config *config)
 {
     aml_scope(aml, "\\_SB");
-    write_pci(aml);
-    write_motherboard(aml);
+    if (!config->no_pci)
+        write_pci(aml);
+    write_motherboard(aml, config);
+    write_virtio(aml, config);
     for (unsigned i = 0; i < sizeof(isa_devices) / sizeof(isa_devices[0]); i++) {
         if (!isa_devices[i].present || isa_devices[i].present(config))
             write_isa_device(aml, &isa_devices[i]);

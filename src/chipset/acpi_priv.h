@@ -47,6 +47,7 @@ void aml_resources(struct aml *aml);
 void aml_resources_end(struct aml *aml);
 void aml_io(struct aml *aml, uint16_t port, uint8_t length_bytes);
 void aml_irq(struct aml *aml, unsigned irq); /* edge, high, exclusive */
+void aml_gsi(struct aml *aml, uint32_t gsi);  /* level, high, shared; any number */
 void aml_memory32_fixed(struct aml *aml, uint32_t base, uint32_t length_bytes);
 /* Windows that a bridge passes on. */
 void aml_bus_window(struct aml *aml, uint16_t first, uint16_t last);

@@ -78,6 +78,7 @@ struct device {
     char serial[VIRTIO_BLK_SERIAL_BYTES];
     unsigned queue_count;
     bool writeback; /* the guest's wish: false flushes after every write */
+    bool unsafe;    /* ours: nothing is ever flushed */
 };
 
 struct blk_request {
@@ -145,7 +146,7 @@ static struct blk_request *make_request(struct device *disk, struct virtqueue_ch
     request->block = (struct block_request){.op = op, .iov = request->iov, .done = block_done};
     request->disk = disk;
     request->chain = chain;
-    request->flush_after = !disk->writeback && op != BLOCK_READ && op != BLOCK_FLUSH;
+    request->flush_after = !disk->writeback && !disk->unsafe && op != BLOCK_READ && op != BLOCK_FLUSH;
     request->segment = request->segment_count = 0;
     return request;
 }
@@ -169,8 +170,13 @@ static uint8_t start_transfer(struct device *disk, struct virtqueue_chain *chain
 
 static uint8_t start_flush(struct device *disk, struct virtqueue_chain *chain)
 {
-    struct blk_request *request = make_request(disk, chain, BLOCK_FLUSH, 0);
+    struct blk_request *request;
 
+    if (disk->unsafe) {
+        end_chain(chain, S_OK);
+        return S_OK;
+    }
+    request = make_request(disk, chain, BLOCK_FLUSH, 0);
     if (!request)
         return S_IOERR;
     block_submit(disk->block, &request->block);
@@ -335,11 +341,12 @@ static const struct virtio_device_ops blk_ops = {
 
 /* ---- the class ---- */
 
-static uint64_t blk_features(const struct block *block)
+static uint64_t blk_features(const struct block *block, bool unsafe)
 {
-    uint64_t features = 1ull << F_SEG_MAX | 1ull << F_BLK_SIZE | 1ull << F_TOPOLOGY |
-                        1ull << F_FLUSH | 1ull << F_CONFIG_WCE | 1ull << F_MQ;
+    uint64_t features = 1ull << F_SEG_MAX | 1ull << F_BLK_SIZE | 1ull << F_TOPOLOGY | 1ull << F_MQ;
 
+    if (!unsafe)
+        features |= 1ull << F_FLUSH | 1ull << F_CONFIG_WCE;
     if (block_readonly(block))
         return features | 1ull << F_RO;
     if (block_can_discard(block))
@@ -352,7 +359,7 @@ static int blk_create(struct device **out, const struct device_host *host, const
     const struct virtio_blk_config *blk_config = config;
     unsigned queues = blk_config->queues ? blk_config->queues : 1;
     struct virtio_config pci_config = {
-        .features = blk_features(blk_config->block),
+        .features = blk_features(blk_config->block, blk_config->unsafe),
         .queue_count = queues < VIRTIO_BLK_QUEUES_MAX ? queues : VIRTIO_BLK_QUEUES_MAX,
         .queue_size = QUEUE_SIZE,
         .slot = blk_config->slot,
@@ -366,6 +373,7 @@ static int blk_create(struct device **out, const struct device_host *host, const
     disk->block = blk_config->block;
     disk->queue_count = pci_config.queue_count;
     disk->writeback = true;
+    disk->unsafe = blk_config->unsafe;
     if (blk_config->serial)
         memcpy(disk->serial, blk_config->serial, strnlen(blk_config->serial, sizeof(disk->serial)));
     ret = virtio_init(&disk->virtio, host, &blk_ops, disk, &pci_config, err);

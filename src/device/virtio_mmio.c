@@ -231,6 +231,8 @@ static void destroy(struct virtio *virtio)
     struct virtio_mmio *mmio = mmio_of(virtio);
 
     set_level(mmio, false);
+    if (mmio->place + 1 == mmio->host->device_count)
+        mmio->host->device_count--;
     bus_remove(mmio->host->bus, BUS_MMIO, virtio_mmio_address(mmio->host, mmio->place), virtio);
     free(mmio);
     virtio->link = NULL;

@@ -550,6 +550,8 @@ static int nic_create(struct device **device, const struct device_host *host, co
     struct net_info info;
     net_get_info(nic->net, &info);
     nic->status = info.link_up ? STATUS_LINK_UP : 0;
+    if (config->mtu)
+        info.mtu = (uint16_t)config->mtu;
     nic->mtu = info.mtu;
     virtio_net_default_mac(nic->permanent_mac, config->machine, info.interface, config->index);
     if (info.has_mac)

@@ -13,7 +13,7 @@
 #include <unistd.h>
 
 #include "engine/engine.h"
-#include "net/net.h"
+#include "machine/config_priv.h"
 
 const struct option_info option_table[] = {
 #define OPTION(key, argument, flags, help) {key, argument, help, flags},
@@ -99,16 +99,6 @@ int parse_size(const char *text, uint64_t *bytes)
     return 0;
 }
 
-static int replace(char **field, const char *value, struct error *err)
-{
-    char *copy = strdup(value);
-    if (!copy)
-        return error_set(err, -ENOMEM, "out of memory");
-    free(*field);
-    *field = copy;
-    return 0;
-}
-
 /* One word of a list such as "restart|exit": its index goes to *choice. */
 static int choose(const char *key, const char *value, const char *const *words, unsigned *choice, struct error *err)
 {
@@ -151,75 +141,22 @@ static int set_cpus(struct machine_config *config, const char *key, const char *
     return 0;
 }
 
-/* FILE[,readonly][,format=F][,serial=S]; a comma in the path is written twice, as in QEMU. */
-static int set_disk(struct machine_config *config, const char *key, const char *value, struct error *err)
-{
-    if (config->disk_count == CONFIG_DISKS_MAX)
-        return error_set(err, -E2BIG, "--disk: more than %d disks", CONFIG_DISKS_MAX);
-    struct disk_config disk = {.writeback = true};
-    char *text = strdup(value), *out = text, *in = text;
-    int r = 0;
-    if (!text)
-        return error_set(err, -ENOMEM, "out of memory");
-    while (*in && !(in[0] == ',' && in[1] != ',')) {
-        if (in[0] == ',')
-            in++;
-        *out++ = *in++;
-    }
-    char *rest = *in ? in + 1 : NULL;
-    *out = '\0';
-    if (!*text)
-        r = error_set(err, -EINVAL, "--disk: no file name in \"%s\"", value);
-    else
-        r = replace(&disk.path, text, err);
-    for (char *word; r == 0 && (word = strsep(&rest, ","));) {
-        if (strcmp(word, "readonly") == 0 || strcmp(word, "readonly=on") == 0)
-            disk.readonly = true;
-        else if (strcmp(word, "readonly=off") == 0)
-            disk.readonly = false;
-        else if (strncmp(word, "format=", 7) == 0)
-            r = replace(&disk.format, word + 7, err);
-        else if (strncmp(word, "serial=", 7) == 0)
-            r = strlen(word + 7) > 20
-                    ? error_set(err, -EINVAL, "--disk: serial \"%s\" is longer than 20 characters", word + 7)
-                    : replace(&disk.serial, word + 7, err);
-        else
-            r = error_set(err, -EINVAL, "--disk: unknown property \"%s\"; known are readonly, format=, serial= (a comma in a file name is written twice)",
-                          word);
-    }
-    if (r == 0 && disk.format && strcmp(disk.format, "raw") != 0)
-        r = error_set(err, -EINVAL, "--disk: format \"%s\" is not supported; convert the image: qemu-img convert -O raw %s disk.raw",
-                      disk.format, disk.path);
-    if (r == 0) {
-        config->disk[config->disk_count++] = disk;
-    } else {
-        free(disk.path);
-        free(disk.format);
-        free(disk.serial);
-    }
-    free(text);
-    return r;
-}
-
-static int set_net(struct machine_config *config, const char *key, const char *value, struct error *err)
-{
-    if (config->net_count == CONFIG_NETS_MAX)
-        return error_set(err, -E2BIG, "--net: more than %d network cards", CONFIG_NETS_MAX);
-    int r = net_check(value, err);
-    if (r)
-        return r;
-    r = replace(&config->net[config->net_count], value, err);
-    if (r == 0)
-        config->net_count++;
-    return r;
-}
-
 static int set_engine(struct machine_config *config, const char *key, const char *value, struct error *err)
 {
     static const char *const words[] = {"auto", "bt", "kvm", "interp", NULL};
     unsigned choice;
     int r = choose(key, value, words, &choice, err);
-    return r ? r : replace(&config->engine, value, err);
+    return r ? r : config_replace(&config->engine, value, err);
+}
+
+static int set_transport(struct machine_config *config, const char *key, const char *value, struct error *err)
+{
+    static const char *const words[] = {"pci", "mmio", NULL}; /* enum virtio_transport */
+    unsigned choice = 0;
+    int r = choose(key, value, words, &choice, err);
+    if (r == 0)
+        config->transport = (enum virtio_transport)choice;
+    return r;
 }
 
 static int set_direct(struct machine_config *config, const char *key, const char *value, struct error *err)
@@ -237,7 +174,7 @@ static int set_any_console(char **field, const char *key, const char *value, str
                  (strncmp(value, "file:", 5) == 0 && value[5]) || (strncmp(value, "unix:", 5) == 0 && value[5]);
     if (!known)
         return error_set(err, -EINVAL, "--%s: \"%s\" is not one of stdio, none, pty, file:PATH, unix:PATH", key, value);
-    return replace(field, value, err);
+    return config_replace(field, value, err);
 }
 
 static int set_console(struct machine_config *config, const char *key, const char *value, struct error *err)
@@ -346,8 +283,9 @@ static const struct {
 } setters[] = {
     {"memory", set_memory},
     {"cpus", set_cpus},
-    {"disk", set_disk},
-    {"net", set_net},
+    {"disk", config_set_disk},
+    {"net", config_set_net},
+    {"transport", set_transport},
     {"engine", set_engine},
     {"direct", set_direct},
     {"console", set_console},
@@ -400,7 +338,7 @@ int machine_config_set(struct machine_config *config, const char *key, const cha
         return error_set(err, -EINVAL, "--%s needs a value: --%s %s", key, key, option->argument);
     char **field = text_field(config, key);
     if (field)
-        return replace(field, value, err);
+        return config_replace(field, value, err);
     for (size_t i = 0; i < sizeof setters / sizeof *setters; i++)
         if (strcmp(setters[i].key, key) == 0)
             return setters[i].set(config, key, value, err);

@@ -358,6 +358,22 @@ static int create_pci(struct machine *machine)
     return r;
 }
 
+/* Lines that belong to nobody else, those below 16 first: they are all that kernels without ACPI have. More devices share the lines that PCI would have. */
+static int create_mmio(struct machine *machine)
+{
+    static const uint8_t own[] = {5, 10, 11, 14, 15, 6, 12, 3, 7};
+    struct virtio_mmio_host *mmio = &machine->mmio;
+    mmio->bus = machine->bus;
+    mmio->base = CHIPSET_VIRTIO_MMIO_BASE;
+    mmio->places = CHIPSET_VIRTIO_MMIO_PLACES;
+    for (unsigned i = 0; i < sizeof own; i++)
+        mmio->line[mmio->line_count++] = isa_line(machine, own[i]);
+    mmio->shared_first = mmio->line_count;
+    for (unsigned i = 0; i < 4; i++)
+        mmio->line[mmio->line_count++] = (struct irq_line){.set = ioapic_line_set, .ctx = machine, .pin = CHIPSET_GSI_PCI + i};
+    return bus_add(machine->bus, BUS_PORT, CHIPSET_RESET_PORT, 1, &pm_reset_port_ops, machine->pm);
+}
+
 static int create_chipset(struct machine *machine, struct error *err)
 {
     machine->bus = bus_create();
@@ -369,15 +385,43 @@ static int create_chipset(struct machine *machine, struct error *err)
     if (r == 0)
         r = create_ports(machine);
     if (r == 0)
-        r = create_pci(machine);
+        r = machine->config->transport == TRANSPORT_MMIO ? create_mmio(machine) : create_pci(machine);
     return r ? error_set(err, r, "cannot make the chipset: %s", strerror(-r)) : 0;
 }
 
 /* ---- power-on ---- */
 
-int machine_power_on(struct machine *machine, void *ctx, struct error *err)
+static int build_tables(struct machine *machine, gpa_t *rsdp, struct error *err)
+{
+    const struct virtio_mmio_host *mmio = &machine->mmio;
+    struct acpi_config acpi = {.cpu_count = machine->cpu_count, .hpet = true, .com1 = true, .pvpanic = true, .no_pci = !machine->pci};
+    for (unsigned i = 0; i < mmio->device_count; i++)
+        acpi.virtio[acpi.virtio_count++] = (struct acpi_virtio){.address = (uint32_t)virtio_mmio_address(mmio, i),
+                                                                .gsi = mmio->line[virtio_mmio_line(mmio, i)].pin};
+    return acpi_build(machine->memory, &acpi, rsdp, err);
+}
+
+static int load_kernel(struct machine *machine, struct error *err)
 {
     const struct machine_config *config = machine->config;
+    char *line = machine_command_line(machine);
+    struct boot_config boot = {.kernel_path = config->kernel,
+                               .initrd_path = config->initrd,
+                               .kernel_fd = &machine->kernel_fd,
+                               .initrd_fd = &machine->initrd_fd,
+                               .command_line = line,
+                               .unpack_in_guest = config->boot_in_guest};
+    if (!line)
+        return error_set(err, -ENOMEM, "out of memory");
+    int r = build_tables(machine, &boot.rsdp, err);
+    if (r == 0)
+        r = boot_load(machine->memory, &boot, &machine->boot, err);
+    free(line);
+    return r;
+}
+
+int machine_power_on(struct machine *machine, void *ctx, struct error *err)
+{
     for (unsigned i = 0; i < machine->part_count; i++)
         if (machine->part[i].reset)
             machine->part[i].reset(machine->part[i].object);
@@ -385,19 +429,9 @@ int machine_power_on(struct machine *machine, void *ctx, struct error *err)
         lapic_reset(machine->lapics, i, false);
         lapic_set_virtual_wire(machine->lapics, i);
     }
-    pci_host_assign(machine->pci);
-
-    bool serial = !config->console || strcmp(config->console, "none") != 0;
-    struct acpi_config acpi = {.cpu_count = machine->cpu_count, .hpet = true, .com1 = true, .pvpanic = true};
-    struct boot_config boot = {.kernel_path = config->kernel,
-                               .initrd_path = config->initrd,
-                               .kernel_fd = &machine->kernel_fd,
-                               .initrd_fd = &machine->initrd_fd,
-                               .command_line = config->append ? config->append : serial ? "console=ttyS0" : "",
-                               .unpack_in_guest = config->boot_in_guest};
-    int r = acpi_build(machine->memory, &acpi, &boot.rsdp, err);
-    if (r == 0)
-        r = boot_load(machine->memory, &boot, &machine->boot, err);
+    if (machine->pci)
+        pci_host_assign(machine->pci);
+    int r = load_kernel(machine, err);
     if (r)
         return r;
 

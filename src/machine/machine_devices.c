@@ -40,7 +40,7 @@ static void device_destroy(void *object)
 
 static int add_device(struct machine *machine, const char *class_name, const void *config, struct device **out, struct error *err)
 {
-    struct device_host host = {.bus = machine->bus, .pci = machine->pci, .memory = machine->memory, .loop = machine->loop};
+    struct device_host host = {.bus = machine->bus, .pci = machine->pci, .mmio = machine->pci ? NULL : &machine->mmio, .memory = machine->memory, .loop = machine->loop};
     struct machine_device *slot = &machine->device[machine->device_count];
     slot->class = device_class_find(class_name);
     if (!slot->class)
@@ -61,16 +61,35 @@ static int add_device(struct machine *machine, const char *class_name, const voi
     return 0;
 }
 
-static int create_disk(struct machine *machine, unsigned index, struct error *err)
+/* `place`: how many disks come before it. */
+static int create_disk(struct machine *machine, unsigned index, unsigned place, struct error *err)
 {
     const struct disk_config *disk = &machine->config->disk[index];
     struct block_config file = {.path = disk->path, .format = disk->format, .readonly = disk->readonly};
     int r = block_open(&machine->block[index], &file, machine->loop, err);
     if (r)
         return r;
-    struct virtio_blk_config config = {
-        .block = machine->block[index], .serial = disk->serial, .queues = machine->cpu_count, .slot = SLOT_DISK + (int)index};
+    struct virtio_blk_config config = {.block = machine->block[index],
+                                       .serial = disk->serial,
+                                       .unsafe = !disk->writeback,
+                                       .queues = machine->cpu_count,
+                                       .slot = SLOT_DISK + (int)place};
     return add_device(machine, "virtio-blk", &config, NULL, err);
+}
+
+/* The root disk first: its name in the guest is known then. */
+static int create_disks(struct machine *machine, struct error *err)
+{
+    unsigned place = 0;
+    for (int root = 1; root >= 0; root--)
+        for (unsigned i = 0; i < machine->config->disk_count; i++) {
+            if (machine->config->disk[i].root != root)
+                continue;
+            int r = create_disk(machine, i, place++, err);
+            if (r)
+                return r;
+        }
+    return 0;
 }
 
 static int create_nets(struct machine *machine, struct error *err)
@@ -81,7 +100,7 @@ static int create_nets(struct machine *machine, struct error *err)
         const char *spec = config->net_count ? config->net[i] : "user";
         if (strcmp(spec, "none") == 0)
             continue;
-        struct virtio_net_config net = {.net = spec, .machine = config->kernel, .index = i, .slot = SLOT_NET + (int)i};
+        struct virtio_net_config net = {.net = spec, .machine = config->kernel, .mtu = config->net_card[i].mtu, .index = i, .slot = SLOT_NET + (int)i};
         int r = add_device(machine, "virtio-net", &net, NULL, err);
         if (r)
             return r;
@@ -132,7 +151,5 @@ int machine_create_devices(struct machine *machine, struct error *err)
         r = create_virtio_console(machine, err);
     if (r == 0)
         r = create_nets(machine, err);
-    for (unsigned i = 0; r == 0 && i < machine->config->disk_count; i++)
-        r = create_disk(machine, i, err);
-    return r;
+    return r ? r : create_disks(machine, err);
 }

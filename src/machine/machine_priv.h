@@ -24,6 +24,7 @@
 #include "chipset/rtc.h"
 #include "chipset/uart.h"
 #include "device/device.h"
+#include "device/virtio_mmio.h"
 #include "engine/engine.h"
 #include "machine/console.h"
 #include "machine/machine.h"
@@ -82,7 +83,8 @@ struct machine {
     struct physmap *memory;
     struct cpuid_table *cpuid;
     struct bus *bus;
-    struct pci_host *pci;
+    struct pci_host *pci; /* NULL: virtio devices are memory-mapped, see mmio */
+    struct virtio_mmio_host mmio;
     struct lapic_set *lapics;
     struct ioapic *ioapic;
     struct pic *pic;
@@ -134,6 +136,9 @@ void machine_add_part(struct machine *machine, const struct machine_part *part);
 /* machine_devices.c: disks, network cards, consoles, random device. */
 int machine_create_devices(struct machine *machine, struct error *err);
 int machine_open_virtio_console(struct machine *machine, struct error *err);
+
+/* command_line.c: the kernel's, to be freed; NULL: no memory. */
+char *machine_command_line(const struct machine *machine);
 
 /* Puts every part in its state after power-on and loads the kernel again. No vCPU runs, nothing is in flight; device lock held or no thread started. */
 int machine_power_on(struct machine *machine, void *unused, struct error *err);

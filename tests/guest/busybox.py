@@ -135,6 +135,30 @@ def shell_of(cpus):
         check_disk(image, "data", digest)
 
 
+def mmio():
+    """Everything on memory-mapped registers, in a machine without PCI; also after a reset."""
+    with tempfile.TemporaryDirectory() as folder:
+        images = [f"{folder}/disk{n}.img" for n in range(2)]
+        for image in images:
+            make_disk(image)
+        port = free_port()
+        with busybox("--transport", "mmio", "--disk", f"{images[0]},serial=other", "--disk", f"{images[1]},serial=testdisk,root",
+                     "--net", f"user,forward=tcp:{port}:80") as vm:
+            vm.run("test ! -d /proc/bus/pci/00 && grep -q root=/dev/vda /proc/cmdline")
+            assert vm.run("ls -d /sys/devices/platform/LNRO0005:0?/virtio* | wc -l") == "4"
+            vm.type("reboot\n")
+            wait_for_shell(vm)
+            network(vm, port)
+            digest = disk(vm)
+            assert vm.run("cat /sys/block/vdb/serial") == "other"
+            vm.run("test $(dd if=/dev/hwrng bs=512 count=2 2>/dev/null | sort -u | wc -c) -gt 512")
+            complaints = vm.run("dmesg | grep -E 'BUG:|Oops|Call Trace|nobody cared|ACPI Error|ACPI BIOS Error' || true")
+            assert not complaints, f"the kernel complains:\n{complaints}"
+            vm.type("poweroff\n")
+            vm.finish(0)
+        check_disk(images[1], "data", digest)
+
+
 def user_ticks(vm):
     return [int(line.split()[1]) for line in vm.run("grep -E '^cpu[0-9]' /proc/stat").split("\n")]
 
@@ -264,6 +288,7 @@ def unpacking():
 guest.main({
     "shell": lambda: shell_of(1),
     "smp": lambda: shell_of(2),
+    "mmio": mmio,
     "network": network_inside,
     "readonly": readonly,
     "locked": locked,

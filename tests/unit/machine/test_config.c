@@ -40,6 +40,9 @@ static void refusals(void **state)
         {"engine", "warp", "interp"},      {"on-reset", "x", "restart"}, {"console", "tty", "stdio"},
         {"console", "file:", "stdio"},     {"disk", "", "file name"},    {"disk", "a,sector=1", "sector=1"},
         {"disk", "a,format=qcow2", "raw"}, {"disk", "a,serial=123456789012345678901", "20"},
+        {"disk", "a,root=1", "no value"},  {"disk", "a,cache=none", "writeback"}, {"disk", "a,bps=fast", "bps=fast"}, {"disk", "a,iops=0", "iops=0"},
+        {"disk", "a,bps=", "bps="},        {"disk", "a,id=", "1 to 64"}, {"disk", "a,id=../x", "letters"}, {"disk", "a,bps=99999999999T", "bps="},
+        {"net", "user,id=a b", "letters"}, {"net", "user,tx-bps=x", "tx-bps=x"}, {"net", "user,id=x,colour=red", "colour"}, {"transport", "isa", "mmio"},
         {"colour", "red", "colour"},       {"kernel", NULL, "needs a value"}, {"boot", "slow", "fast"},
         {"net", "carrier-pigeon", "carrier-pigeon"}, {"perf-map", "2", "true"}, {"dump-code", "xyz", "xyz"},
         {"dump-code", "", "address"},      {"dump-code", "phys:", "phys:"}, {"dump-code", "12 34", "12 34"}, {"dump-code", "-1", "-1"},
@@ -68,6 +71,38 @@ static void disks(void **state)
     for (unsigned i = 1; i < CONFIG_DISKS_MAX; i++)
         assert_int_equal(machine_config_set(&config, "disk", "x", NULL), 0);
     assert_true(machine_config_set(&config, "disk", "x", NULL) < 0);
+    machine_config_clear(&config);
+}
+
+static void properties(void **state)
+{
+    struct machine_config config;
+    machine_config_init(&config);
+    assert_int_equal(machine_config_set(&config, "disk", "a,id=one,root,cache=unsafe,bps=10M,iops=55", NULL), 0);
+    const struct disk_config *disk = &config.disk[0];
+    assert_string_equal(disk->id, "one");
+    assert_true(disk->root && !disk->writeback && !disk->readonly);
+    assert_int_equal(disk->limit.bandwidth.size, 1 << 20);
+    assert_int_equal(disk->limit.bandwidth.refill_ms, 100);
+    assert_int_equal(disk->limit.ops.size, 55); /* not a multiple of ten: a whole second's */
+    assert_int_equal(disk->limit.ops.refill_ms, 1000);
+    assert_true(machine_config_set(&config, "disk", "b,id=one", NULL) < 0);
+    assert_true(machine_config_set(&config, "disk", "b,root", NULL) < 0);
+    assert_int_equal(machine_config_set(&config, "disk", "b,readonly=off,cache=writeback", NULL), 0);
+    assert_true(config.disk[1].writeback);
+    assert_int_equal(config.disk_count, 2);
+
+    assert_int_equal(machine_config_set(&config, "net", "user,bps=1000,mtu=1400,rx-pps=70,id=eth", NULL), 0);
+    assert_string_equal(config.net[0], "user,mtu=1400");
+    assert_string_equal(config.net_card[0].id, "eth");
+    assert_int_equal(config.net_card[0].receive.bandwidth.size, 100);
+    assert_int_equal(config.net_card[0].transmit.bandwidth.size, 100);
+    assert_int_equal(config.net_card[0].receive.ops.size, 7);
+    assert_int_equal(config.net_card[0].transmit.ops.size, 0);
+    assert_true(machine_config_set(&config, "net", "none,id=eth", NULL) < 0);
+    assert_int_equal(config.net_count, 1);
+    assert_int_equal(machine_config_set(&config, "transport", "mmio", NULL), 0);
+    assert_int_equal(config.transport, TRANSPORT_MMIO);
     machine_config_clear(&config);
 }
 
@@ -147,7 +182,7 @@ static void whole(void **state)
 
 int main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(sizes), cmocka_unit_test(refusals), cmocka_unit_test(disks), cmocka_unit_test(debugging),
+    const struct CMUnitTest tests[] = {cmocka_unit_test(sizes), cmocka_unit_test(refusals), cmocka_unit_test(disks), cmocka_unit_test(properties), cmocka_unit_test(debugging),
                                        cmocka_unit_test(json), cmocka_unit_test(whole)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -1,0 +1,13 @@
+/* Shared by config.c and config_devices.c. Never included outside this folder. */
+#ifndef DOPPEL_MACHINE_CONFIG_PRIV_H
+#define DOPPEL_MACHINE_CONFIG_PRIV_H
+
+#include "machine/config.h"
+
+/* Puts a copy of `value` in the place of *field. */
+int config_replace(char **field, const char *value, struct error *err);
+
+int config_set_disk(struct machine_config *config, const char *key, const char *value, struct error *err);
+int config_set_net(struct machine_config *config, const char *key, const char *value, struct error *err);
+
+#endif
