@@ -10,13 +10,13 @@
 #include <linux/capability.h>
 #include <linux/filter.h>
 #include <linux/landlock.h>
+#include <linux/mount.h>
 #include <linux/securebits.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -25,6 +25,7 @@
 #include "util/log.h"
 
 #define NOBODY 65534u
+#define COPY_BYTES_MAX 65536
 
 struct sandbox {
     struct sock_fprog filter[SANDBOX_KINDS];
@@ -81,19 +82,47 @@ void sandbox_begin(void)
     gid_t gid = getegid();
     bool entered = uid == 0 ? unshare(CLONE_NEWNS | CLONE_NEWIPC) == 0 : enter_user_namespace(uid, gid);
     if (entered) /* what is mounted outside still appears here, but not the other way round */
-        (void)mount(NULL, "/", NULL, MS_REC | MS_SLAVE, NULL);
+        (void)syscall(SYS_mount, NULL, "/", NULL, MS_REC | MS_SLAVE, NULL);
     scope_signals();
 }
 
-/* A directory with nothing in it, on a file system of its own that no path leads to. */
-static int make_empty_root(void)
+/* Puts a copy of a small file where it would be, if it is there. */
+static void copy_file(int root, const char *path)
 {
-    int fd = -1;
-    int fs = (int)syscall(SYS_fsopen, "tmpfs", 1 /* FSOPEN_CLOEXEC */);
-    if (fs >= 0 && syscall(SYS_fsconfig, fs, 6 /* FSCONFIG_CMD_CREATE */, NULL, NULL, 0) == 0)
-        fd = (int)syscall(SYS_fsmount, fs, 1 /* FSMOUNT_CLOEXEC */, MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC);
+    char relative[4096], data[COPY_BYTES_MAX];
+    int from = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    ssize_t size = from < 0 ? -1 : read(from, data, sizeof data);
+    if (from >= 0)
+        close(from);
+    if (size < 0 || (size_t)snprintf(relative, sizeof relative, "%s", path + strspn(path, "/")) >= sizeof relative)
+        return;
+    for (char *slash = relative; (slash = strchr(slash, '/')); *slash++ = '/') {
+        *slash = '\0';
+        (void)mkdirat(root, relative, 0755);
+    }
+    int to = openat(root, relative, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0444);
+    if (to < 0)
+        return;
+    (void)!write(to, data, (size_t)size);
+    close(to);
+}
+
+/* A directory with next to nothing in it, on a file system of its own that no path leads to: copies of the files that threads serving the guest read. */
+static int make_empty_root(const struct sandbox_config *config)
+{
+    struct mount_attr attr = {.attr_set = MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC};
+    int fd = -1, fs = (int)syscall(SYS_fsopen, "tmpfs", FSOPEN_CLOEXEC);
+    if (fs >= 0 && syscall(SYS_fsconfig, fs, FSCONFIG_CMD_CREATE, NULL, NULL, 0) == 0)
+        fd = (int)syscall(SYS_fsmount, fs, FSMOUNT_CLOEXEC, 0);
     if (fs >= 0)
         close(fs);
+    for (unsigned n = 0; fd >= 0 && n < config->path_count; n++)
+        if (config->paths[n].threads & IN_GUEST && !config->paths[n].writable)
+            copy_file(fd, config->paths[n].path);
+    if (fd >= 0 && syscall(SYS_mount_setattr, fd, "", AT_EMPTY_PATH, &attr, sizeof attr)) {
+        close(fd);
+        fd = -1;
+    }
     return fd;
 }
 
@@ -128,12 +157,13 @@ static uint64_t landlock_rights(long version)
     return rights;
 }
 
-static int landlock_add(int rules, const struct sandbox_path *path, uint64_t rights)
+/* root: the empty one, for a thread that goes there; -1: none. */
+static int landlock_add(int rules, const struct sandbox_path *path, int root, uint64_t rights)
 {
     const uint64_t of_files = LANDLOCK_ACCESS_FS_READ_FILE | LANDLOCK_ACCESS_FS_WRITE_FILE | 1ull << 14;
     struct stat st;
     uint64_t wanted = path->writable ? rights & ~(uint64_t)LANDLOCK_ACCESS_FS_EXECUTE : LANDLOCK_ACCESS_FS_READ_FILE | LANDLOCK_ACCESS_FS_READ_DIR;
-    int fd = open(path->path, O_PATH | O_CLOEXEC);
+    int fd = root >= 0 ? openat(root, path->path + strspn(path->path, "/"), O_PATH | O_CLOEXEC) : open(path->path, O_PATH | O_CLOEXEC);
     if (fd < 0 || fstat(fd, &st) < 0) {
         int r = -errno;
         if (fd >= 0)
@@ -150,7 +180,7 @@ static int landlock_add(int rules, const struct sandbox_path *path, uint64_t rig
 }
 
 /* A rule set for one kind of thread, -1 where the kernel has no Landlock. */
-static int landlock_make(unsigned kind, const struct sandbox_config *config, int *rules, struct error *err)
+static int landlock_make(unsigned kind, const struct sandbox_config *config, int root, int *rules, struct error *err)
 {
     long version = landlock_version();
     *rules = -1;
@@ -166,7 +196,7 @@ static int landlock_make(unsigned kind, const struct sandbox_config *config, int
     if (*rules < 0)
         return error_set(err, -errno, "sandbox: cannot restrict paths: %s", strerror(errno));
     for (unsigned n = 0; n < config->path_count; n++) {
-        int r = config->paths[n].threads & kind ? landlock_add(*rules, &config->paths[n], attr.fs) : 0;
+        int r = config->paths[n].threads & kind ? landlock_add(*rules, &config->paths[n], kind & IN_GUEST ? root : -1, attr.fs) : 0;
         if (r)
             return error_set(err, r, "sandbox: cannot leave %s open: %s", config->paths[n].path, strerror(-r));
     }
@@ -207,14 +237,14 @@ int sandbox_create(struct sandbox **out, const struct sandbox_config *config, st
     for (unsigned n = 0; n < SANDBOX_KINDS; n++)
         sandbox->landlock[n] = -1;
     sandbox->drop_user = geteuid() == 0 && has_capability(CAP_SETUID) && has_capability(CAP_SETGID);
-    sandbox->empty_root = has_capability(CAP_SYS_ADMIN) && has_capability(CAP_SYS_CHROOT) ? make_empty_root() : -1;
+    sandbox->empty_root = has_capability(CAP_SYS_ADMIN) && has_capability(CAP_SYS_CHROOT) ? make_empty_root(config) : -1;
     sandbox->network = !config->host_network && has_capability(CAP_SYS_ADMIN) ? make_empty_network() : -1;
     for (unsigned n = 0; n < SANDBOX_KINDS && r == 0; n++) {
         r = filter_make(&sandbox->filter[n], 1u << n, config->needs, config->omit);
         if (r)
             error_set(err, r, "sandbox: cannot make the filter of system calls: %s; --sandbox off does without", strerror(-r));
         else
-            r = landlock_make(1u << n, config, &sandbox->landlock[n], err);
+            r = landlock_make(1u << n, config, sandbox->empty_root, &sandbox->landlock[n], err);
     }
     if (r == 0)
         r = filter_catch();

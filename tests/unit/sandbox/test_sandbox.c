@@ -1,0 +1,337 @@
+/*
+ * A thread that somebody has taken over, in each part of the program: whatever it tries with the host, by system calls put into it, it gets nothing. Each attempt is made in a process
+ * of its own. Some attempts end the program (SIGSYS); others are refused by the kernel.
+ */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <cmocka.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <netinet/in.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/ptrace.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "doppel/doppel.h"
+#include "sandbox/sandbox.h"
+#include "util/log.h"
+
+#define STOPPED 148 /* by the filter */
+#define REFUSED 10  /* by the kernel */
+#define DONE 11     /* the attempt came through */
+#define BROKEN 12
+
+static char secret[] = "/tmp/doppel-sandbox-XXXXXX", socket_path[sizeof secret + 8];
+
+static int try_open(void)
+{
+    return open(secret, O_RDONLY);
+}
+
+static int try_openat2(void)
+{
+    uint64_t how[3] = {O_RDONLY};
+    return (int)syscall(SYS_openat2, AT_FDCWD, secret, how, sizeof how);
+}
+
+static int try_create(void)
+{
+    char path[64];
+    snprintf(path, sizeof path, "%s.new", secret);
+    return open(path, O_WRONLY | O_CREAT, 0600);
+}
+
+static int try_unix(void)
+{
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    strcpy(address.sun_path, socket_path);
+    int fd = socket(AF_UNIX, SOCK_STREAM, 0);
+    return fd < 0 ? fd : connect(fd, (struct sockaddr *)&address, sizeof address);
+}
+
+static int try_packet(void)
+{
+    return socket(AF_PACKET, SOCK_RAW, 0);
+}
+
+static int try_netlink(void)
+{
+    return socket(AF_NETLINK, SOCK_RAW, 0);
+}
+
+static int try_exec(void)
+{
+    char *const arguments[] = {(char *)"true", NULL};
+    return execve("/bin/true", arguments, arguments + 1);
+}
+
+static int try_execveat(void)
+{
+    char *const arguments[] = {(char *)"true", NULL};
+    return (int)syscall(SYS_execveat, AT_FDCWD, "/bin/true", arguments, arguments + 1, AT_EMPTY_PATH);
+}
+
+static int try_shell(void)
+{
+    return system("true") == 0 ? 0 : -1;
+}
+
+static int try_kill(void)
+{
+    return kill(getppid(), SIGUSR1);
+}
+
+static int try_ptrace(void)
+{
+    return (int)ptrace(PTRACE_SEIZE, getppid(), NULL, NULL);
+}
+
+static int try_peek(void)
+{
+    char data[8];
+    struct iovec here = {data, sizeof data}, there = {secret, sizeof data};
+    return (int)syscall(SYS_process_vm_readv, getppid(), &here, 1, &there, 1, 0);
+}
+
+static int try_user(void)
+{
+    return (int)syscall(SYS_setresuid, 0, 0, 0);
+}
+
+static int try_namespace(void)
+{
+    return unshare(CLONE_NEWUSER);
+}
+
+static int try_mount(void)
+{
+    return (int)syscall(SYS_mount, "none", "/", "tmpfs", 0, NULL);
+}
+
+static int try_ring(void)
+{
+    uint32_t parameters[32] = {0};
+    return (int)syscall(SYS_io_uring_setup, 4, parameters);
+}
+
+static int try_pidfd(void)
+{
+    return (int)syscall(SYS_pidfd_open, getppid(), 0);
+}
+
+static int try_bpf(void)
+{
+    return (int)syscall(SYS_bpf, 0, NULL, 0);
+}
+
+static int try_chroot(void)
+{
+    return chroot("..") == 0 && chdir("/tmp") == 0 ? 0 : -1;
+}
+
+static int try_links(void)
+{
+    char path[64];
+    snprintf(path, sizeof path, "%s.link", secret);
+    return link(secret, path);
+}
+
+static int try_remove(void)
+{
+    return unlink(secret);
+}
+
+static const struct attempt {
+    const char *name;
+    int (*run)(void);
+} attempts[] = {
+    {"open a file", try_open},
+    {"open a file in another way", try_openat2},
+    {"create a file", try_create},
+    {"connect to a Unix socket", try_unix},
+    {"make a packet socket", try_packet},
+    {"make a netlink socket", try_netlink},
+    {"execute a program", try_exec},
+    {"execute a program in another way", try_execveat},
+    {"start a shell", try_shell},
+    {"signal another process", try_kill},
+    {"trace another process", try_ptrace},
+    {"read another process", try_peek},
+    {"become root", try_user},
+    {"make a namespace", try_namespace},
+    {"mount", try_mount},
+    {"make an io_uring", try_ring},
+    {"open a process", try_pidfd},
+    {"load a program into the kernel", try_bpf},
+    {"leave the root directory", try_chroot},
+    {"link a file", try_links},
+    {"remove a file", try_remove},
+};
+
+struct injected {
+    const struct sandbox *sandbox;
+    unsigned kind;
+    int (*run)(void);
+};
+
+static void *thread_main(void *ctx)
+{
+    struct injected *injected = ctx;
+    struct error err = {0};
+    if (sandbox_enter(injected->sandbox, injected->kind, &err)) {
+        fprintf(stderr, "%s\n", err.text);
+        _exit(BROKEN);
+    }
+    _exit(injected->run() < 0 ? REFUSED : DONE);
+}
+
+/* In a new process: a thread of this kind tries. Returns the process's status. */
+static int attempt_status(unsigned kind, unsigned needs, const struct sandbox_path *paths, unsigned path_count, int (*run)(void))
+{
+    pid_t pid = fork();
+    assert_true(pid >= 0);
+    if (pid == 0) {
+        struct sandbox_config config = {.needs = needs, .host_network = needs & SANDBOX_NET_USER, .paths = paths, .path_count = path_count};
+        struct injected injected = {.kind = kind, .run = run};
+        struct error err = {0};
+        pthread_t thread;
+        struct sandbox *sandbox;
+        int null = open("/dev/null", O_WRONLY);
+        dup2(null, STDERR_FILENO); /* the filter's line */
+        sandbox_begin();
+        if (sandbox_create(&sandbox, &config, &err))
+            _exit(BROKEN);
+        injected.sandbox = sandbox;
+        if (pthread_create(&thread, NULL, thread_main, &injected))
+            _exit(BROKEN);
+        pthread_join(thread, NULL);
+        _exit(BROKEN);
+    }
+    int status = 0;
+    assert_int_equal(waitpid(pid, &status, 0), pid);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
+}
+
+static void check_kind(unsigned kind, unsigned needs)
+{
+    for (size_t n = 0; n < sizeof attempts / sizeof *attempts; n++) {
+        int status = attempt_status(kind, needs, NULL, 0, attempts[n].run);
+        if (status != STOPPED && status != REFUSED && status != -SIGSYS)
+            fail_msg("a thread (%s, needs %u) could %s: status %d", sandbox_kind_name(kind), needs, attempts[n].name, status);
+    }
+}
+
+static void hijacked(void **state)
+{
+    static const unsigned kinds[] = {IN_LOOP, IN_VCPU, IN_WORKER};
+    for (size_t n = 0; n < sizeof kinds / sizeof *kinds; n++) {
+        check_kind(kinds[n], 0);
+        check_kind(kinds[n], SANDBOX_DIRECT | SANDBOX_NET_USER);
+    }
+}
+
+/* Without the sandbox they come through: the attempts are real. */
+static void attempts_are_real(void **state)
+{
+    static int (*const sure[])(void) = {try_open, try_openat2, try_unix, try_shell};
+    for (size_t n = 0; n < sizeof sure / sizeof *sure; n++)
+        assert_true(sure[n]() >= 0);
+}
+
+static int use_named(void)
+{
+    char data[8] = "";
+    int fd = open(secret, O_RDONLY);
+    return fd < 0 || read(fd, data, sizeof data) != 6 || memcmp(data, "secret", 6) != 0 ? -1 : 0;
+}
+
+static int write_named(void)
+{
+    return open(secret, O_WRONLY);
+}
+
+/* What is named may be used, as it was named. */
+static void named_paths(void **state)
+{
+    const struct sandbox_path path = {secret, false, IN_LOOP};
+    assert_int_equal(attempt_status(IN_LOOP, SANDBOX_NET_USER, &path, 1, use_named), DONE);
+    assert_int_equal(attempt_status(IN_LOOP, SANDBOX_NET_USER, &path, 1, write_named), REFUSED);
+    assert_int_not_equal(attempt_status(IN_VCPU, SANDBOX_NET_USER, &path, 1, use_named), DONE);
+}
+
+static int do_nothing(void)
+{
+    return 0;
+}
+
+static int change_memory(void)
+{
+    void *memory = mmap(NULL, 65536, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return memory == MAP_FAILED || munmap(memory, 65536) ? -1 : 0;
+}
+
+static int make_code(void)
+{
+    return mmap(NULL, 4096, PROT_READ | PROT_WRITE | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0) == MAP_FAILED ? -1 : 0;
+}
+
+static void what_is_left(void **state)
+{
+    for (unsigned kind = 1; kind < 1u << SANDBOX_KINDS; kind <<= 1) {
+        assert_int_equal(attempt_status(kind, 0, NULL, 0, do_nothing), DONE);
+        assert_int_equal(attempt_status(kind, 0, NULL, 0, change_memory), DONE);
+        assert_int_equal(attempt_status(kind, 0, NULL, 0, make_code), STOPPED);
+    }
+}
+
+/* The rules are spread over the program, so all of it has to be here. */
+static int setup(void **state)
+{
+    struct doppel_vm *vm;
+    struct doppel_config *config = doppel_config_create();
+    if (doppel_vm_create(config, &vm, NULL) == 0)
+        return -1;
+    doppel_config_destroy(config);
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    int fd = mkstemp(secret), listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    snprintf(socket_path, sizeof socket_path, "%s.sock", secret);
+    strcpy(address.sun_path, socket_path);
+    signal(SIGUSR1, SIG_IGN);
+    log_set_level(LOG_ERROR);
+    return fd < 0 || write(fd, "secret", 6) != 6 || fchmod(fd, 0644) || close(fd) || listener < 0 ||
+           bind(listener, (struct sockaddr *)&address, sizeof address) || listen(listener, 64);
+}
+
+static int teardown(void **state)
+{
+    char path[64];
+    unlink(socket_path);
+    snprintf(path, sizeof path, "%s.new", secret);
+    unlink(path);
+    snprintf(path, sizeof path, "%s.link", secret);
+    unlink(path);
+    return unlink(secret);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(attempts_are_real),
+        cmocka_unit_test(hijacked),
+        cmocka_unit_test(named_paths),
+        cmocka_unit_test(what_is_left),
+    };
+    return cmocka_run_group_tests(tests, setup, teardown);
+}
