@@ -227,7 +227,7 @@ static int set_sandbox(struct machine_config *config, const char *key, const cha
     unsigned choice = 0;
     if (strncmp(value, "omit=", 5) == 0) { /* not for users */
         config->sandbox = true;
-        return config_config_replace(&config->sandbox_omit, value + 5, err);
+        return config_replace(&config->sandbox_omit, value + 5, err);
     }
     int r = choose(key, value, words, &choice, err);
     if (r == 0)
