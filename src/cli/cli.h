@@ -22,6 +22,7 @@ struct subcommand {
 
 extern const struct subcommand subcommands[];
 
+int serve_main(int argc, char **argv);
 int run_main(int argc, char **argv);
 int help_main(int argc, char **argv);
 int version_main(int argc, char **argv);

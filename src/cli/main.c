@@ -1,4 +1,5 @@
 /* doppel: finds the subcommand and runs it. */
+#include <stdbool.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -6,6 +7,7 @@
 
 const struct subcommand subcommands[] = {
     {"run", run_main, "OPTIONS", "run a virtual machine in the foreground"},
+    {"serve", serve_main, "--api-sock PATH [OPTIONS]", "run a virtual machine behind an HTTP API on a Unix socket"},
     {"completion", completion_main, "bash|zsh|fish", "print a completion script for a shell"},
     {"manual", manual_main, "", "print the manual page's source (man -l -)"},
     {"version", version_main, "", "print the version"},
@@ -13,8 +15,17 @@ const struct subcommand subcommands[] = {
     {0},
 };
 
+/* Under the name that these tools start, all arguments are the API server's. */
+static bool is_compatible_name(const char *path)
+{
+    const char *name = strrchr(path, '/');
+    return strcmp(name ? name + 1 : path, "firecracker") == 0;
+}
+
 int main(int argc, char **argv)
 {
+    if (argc && is_compatible_name(argv[0]))
+        return serve_main(argc, argv);
     if (argc < 2) {
         print_usage(stderr);
         return STATUS_USAGE;

@@ -29,6 +29,8 @@ struct device_host {
 
 struct device; /* each class's own structure */
 
+typedef void device_counter_fn(void *ctx, const char *name, uint64_t value);
+
 struct device_class {
     const char *name; /* "virtio-blk"; also the state section's name */
     const char *help;
@@ -40,6 +42,8 @@ struct device_class {
     /* Starts finishing what is in flight; true when nothing is left. The machine calls it from the loop until it is true. NULL: always quiet. */
     bool (*quiesce)(struct device *device);
     void (*destroy)(struct device *device);
+    /* What it has counted since it was made. Optional. */
+    void (*counters)(struct device *device, device_counter_fn *emit, void *ctx);
 };
 
 extern const struct device_class *const device_classes[]; /* NULL-terminated, from devices.def */

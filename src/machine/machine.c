@@ -117,12 +117,15 @@ static void panicked(void *ctx, bool crash_loaded)
 static size_t serial_receive(void *ctx, const uint8_t *data, size_t size_bytes)
 {
     struct machine *machine = ctx;
-    return uart_receive(machine->com1, data, size_bytes);
+    size_t taken = uart_receive(machine->com1, data, size_bytes);
+    machine->serial_read += taken;
+    return taken;
 }
 
 static void serial_write(void *ctx, const uint8_t *data, size_t size_bytes)
 {
     struct machine *machine = ctx;
+    machine->serial_written += size_bytes;
     console_write(machine->serial_console, data, size_bytes);
 }
 

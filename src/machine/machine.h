@@ -46,6 +46,13 @@ bool machine_is_paused(struct machine *machine);
 void machine_dump(struct machine *machine, FILE *out);
 void machine_stats(struct machine *machine, FILE *out);
 
+/* Every counter: `group` is "vcpu", "uart" or a device's kind with its id behind, such as "block_rootfs". With the device lock held. */
+typedef void machine_counter_fn(void *ctx, const char *group, const char *name, uint64_t value);
+void machine_counters(struct machine *machine, machine_counter_fn *emit, void *ctx);
+
+/* Presses and releases Ctrl, Alt and Delete. -EBUSY: the keys before have not been read yet. */
+int machine_ctrl_alt_del(struct machine *machine, struct error *err) __attribute__((warn_unused_result));
+
 /* Every part's section, in a fixed order, without RAM. With the device lock and everything standing still (machine_call_still), or before the start. */
 int machine_state(struct machine *machine, struct state_io *io) __attribute__((warn_unused_result));
 

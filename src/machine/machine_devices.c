@@ -49,6 +49,7 @@ static int add_device(struct machine *machine, const char *class_name, const voi
     int r = slot->class->create(&slot->device, &machine->device_host, config, err);
     if (r)
         return r;
+    slot->kind = strncmp(class_name, "virtio-", 7) == 0 ? class_name + 7 : class_name;
     machine->device_count++;
     if (out)
         *out = slot->device;
@@ -59,6 +60,14 @@ static int add_device(struct machine *machine, const char *class_name, const voi
                                                      .quiesce = device_quiesce,
                                                      .destroy = device_destroy});
     return 0;
+}
+
+/* Names the device made last for counters. */
+static void name_device(struct machine *machine, const char *kind, const char *id)
+{
+    struct machine_device *device = &machine->device[machine->device_count - 1];
+    device->kind = kind;
+    device->id = id;
 }
 
 /* `place`: how many disks come before it. */
@@ -74,7 +83,10 @@ static int create_disk(struct machine *machine, unsigned index, unsigned place, 
                                        .unsafe = !disk->writeback,
                                        .queues = machine->cpu_count,
                                        .slot = SLOT_DISK + (int)place};
-    return add_device(machine, "virtio-blk", &config, NULL, err);
+    r = add_device(machine, "virtio-blk", &config, NULL, err);
+    if (r == 0)
+        name_device(machine, "block", disk->id);
+    return r;
 }
 
 /* The root disk first: its name in the guest is known then. */
@@ -104,6 +116,7 @@ static int create_nets(struct machine *machine, struct error *err)
         int r = add_device(machine, "virtio-net", &net, NULL, err);
         if (r)
             return r;
+        name_device(machine, "net", config->net_card[i].id);
     }
     return 0;
 }

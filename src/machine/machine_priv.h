@@ -68,6 +68,7 @@ struct machine_part {
 struct machine_device {
     const struct device_class *class;
     struct device *device;
+    const char *kind, *id; /* for counters: "block", "rootfs"; id NULL: none */
 };
 
 #define MACHINE_DEVICES_MAX (CONFIG_DISKS_MAX + CONFIG_NETS_MAX + 2)
@@ -97,6 +98,7 @@ struct machine {
     struct pvpanic *pvpanic;
     struct debugcon *debugcon;
     struct msi_target msi;
+    uint64_t serial_written, serial_read, serial_dropped; /* bytes; device lock */
     struct console *serial_console, *virtio_console_backend, *debug_console;
     struct device *virtio_console;
     struct block *block[CONFIG_DISKS_MAX];

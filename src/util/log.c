@@ -1,12 +1,14 @@
 /*
- * Logging to stderr. A line is put together first and written with one write(2), so that lines of several threads do not mix.
+ * Logging. A line is put together first and written with one write(2), so that lines of several threads do not mix.
  *
- * The level and the line ending belong to the process, as stderr does: they are the only variables of file scope here.
+ * Level, line ending and file belong to the process, as stderr does: they are the only variables of file scope here.
  * Threading: any thread. The rate limit is approximate under contention (a few lines more), never blocking.
  */
 #include "util/log.h"
 
 #include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
@@ -18,6 +20,14 @@
 
 static _Atomic int log_level_now = LOG_INFO;
 static atomic_bool log_raw_terminal;
+
+/* The file, guarded by `lock`; fd -1: stderr. */
+static struct {
+    pthread_mutex_t lock;
+    int fd;
+    bool level, origin;
+    char instance[72], module[72];
+} log_file = {.lock = PTHREAD_MUTEX_INITIALIZER, .fd = -1};
 
 static const char *const log_level_names[] = {
     [LOG_ERROR] = "error",
@@ -41,10 +51,10 @@ void log_set_raw_terminal(bool raw)
     atomic_store_explicit(&log_raw_terminal, raw, memory_order_relaxed);
 }
 
-static void log_write(const char *data, size_t size_bytes)
+static void log_write(int fd, const char *data, size_t size_bytes)
 {
     while (size_bytes > 0) {
-        ssize_t done = write(STDERR_FILENO, data, size_bytes);
+        ssize_t done = write(fd, data, size_bytes);
         if (done < 0 && errno == EINTR)
             continue;
         if (done <= 0)
@@ -54,26 +64,74 @@ static void log_write(const char *data, size_t size_bytes)
     }
 }
 
-void log_message(enum log_level level, const char *format, ...)
+int log_open(const char *path, const struct log_format *format)
+{
+    /* O_RDWR opens a pipe without a reader. */
+    int fd = open(path, O_RDWR | O_CREAT | O_APPEND | O_NONBLOCK | O_CLOEXEC | O_NOCTTY, 0600);
+    if (fd < 0)
+        return -errno;
+    pthread_mutex_lock(&log_file.lock);
+    if (log_file.fd >= 0)
+        close(log_file.fd);
+    log_file.fd = fd;
+    log_file.level = format->level;
+    log_file.origin = format->origin;
+    snprintf(log_file.instance, sizeof log_file.instance, "%s", format->instance);
+    snprintf(log_file.module, sizeof log_file.module, "%s", format->module ? format->module : "");
+    pthread_mutex_unlock(&log_file.lock);
+    return 0;
+}
+
+/* What snprintf says, as what is really in the buffer. */
+static size_t written(int length, size_t room)
+{
+    return length < 0 ? 0 : (size_t)length < room ? (size_t)length : room - 1;
+}
+
+/* The beginning of a line of the file; 0: the line is not wanted. */
+static size_t file_prefix(char *text, size_t room, enum log_level level, const char *file, int line)
+{
+    static const char *const names[] = {[LOG_ERROR] = "ERROR", [LOG_WARNING] = "WARN", [LOG_INFO] = "INFO", [LOG_DEBUG] = "DEBUG"};
+    char thread[16] = "main", level_text[8] = "", origin[96] = "";
+    struct timespec now;
+    struct tm date;
+    const char *source = strstr(file, "src/");
+    if (!strstr(file, log_file.module))
+        return 0;
+    clock_gettime(CLOCK_REALTIME, &now);
+    gmtime_r(&now.tv_sec, &date);
+    pthread_getname_np(pthread_self(), thread, sizeof thread);
+    if (log_file.level)
+        snprintf(level_text, sizeof level_text, ":%s", names[level]);
+    if (log_file.origin)
+        snprintf(origin, sizeof origin, ":%s:%d", source ? source : file, line);
+    size_t length = strftime(text, room, "%Y-%m-%dT%H:%M:%S", &date);
+    return length + written(snprintf(text + length, room - length, ".%09ld [%s:%s%s%s] ", now.tv_nsec, log_file.instance, thread, level_text, origin),
+                            room - length);
+}
+
+void log_message_at(enum log_level level, const char *file, int line_number, const char *format, ...)
 {
     if (level > log_get_level())
         return;
     int saved_errno = errno;
     char line[1024];
     const size_t room = sizeof(line) - 2; /* for the line's end */
-    size_t length = (size_t)snprintf(line, room, level == LOG_INFO ? "doppel: " : "doppel: %s: ", log_level_names[level]);
-
-    va_list args;
-    va_start(args, format);
-    int body = vsnprintf(line + length, room - length, format, args);
-    va_end(args);
-    if (body > 0)
-        length += (size_t)body < room - length ? (size_t)body : room - length - 1;
-
-    if (atomic_load_explicit(&log_raw_terminal, memory_order_relaxed))
-        line[length++] = '\r';
-    line[length++] = '\n';
-    log_write(line, length);
+    pthread_mutex_lock(&log_file.lock);
+    bool to_file = log_file.fd >= 0;
+    size_t length = to_file ? file_prefix(line, room, level, file, line_number)
+                            : (size_t)snprintf(line, room, level == LOG_INFO ? "doppel: " : "doppel: %s: ", log_level_names[level]);
+    if (length) {
+        va_list args;
+        va_start(args, format);
+        length += written(vsnprintf(line + length, room - length, format, args), room - length);
+        va_end(args);
+        if (!to_file && atomic_load_explicit(&log_raw_terminal, memory_order_relaxed))
+            line[length++] = '\r';
+        line[length++] = '\n';
+        log_write(to_file ? log_file.fd : STDERR_FILENO, line, length);
+    }
+    pthread_mutex_unlock(&log_file.lock);
     errno = saved_errno;
 }
 
@@ -82,9 +140,9 @@ void log_text(const char *text)
     bool raw = atomic_load_explicit(&log_raw_terminal, memory_order_relaxed);
     while (*text) {
         size_t length = strcspn(text, "\n");
-        log_write(text, length);
+        log_write(STDERR_FILENO, text, length);
         if (text[length])
-            log_write(raw ? "\r\n" : "\n", raw ? 2 : 1);
+            log_write(STDERR_FILENO, raw ? "\r\n" : "\n", raw ? 2 : 1);
         text += length + (text[length] != 0);
     }
 }

@@ -1,5 +1,5 @@
 /*
- * Logging to stderr (or a file), one line a message: "doppel: warning: text".
+ * Logging to stderr, one line a message: "doppel: warning: text", or to a file or named pipe: "TIME [instance:thread:WARNING:src/file.c:12] text".
  *
  * Anything a guest can trigger logs through LOG_GUEST, which is rate-limited per call site: at most 10 lines in 10 seconds, then
  * a count of what was left out. Threading: every function may be called from any thread; not from a signal handler.
@@ -11,7 +11,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-enum log_level { LOG_ERROR, LOG_WARNING, LOG_INFO, LOG_DEBUG };
+enum log_level { LOG_OFF = -1, LOG_ERROR, LOG_WARNING, LOG_INFO, LOG_DEBUG };
 
 struct log_limit {
     _Atomic uint64_t window_start_ns;
@@ -21,10 +21,21 @@ struct log_limit {
 void log_set_level(enum log_level level);
 enum log_level log_get_level(void);
 
+/* How lines of a file look. */
+struct log_format {
+    const char *instance; /* whose lines they are */
+    bool level, origin;   /* whether they say these */
+    const char *module;   /* only lines of source files whose path has this in it; NULL: all */
+};
+
+/* From now on everything goes to this file (created, or appended to) or named pipe (which needs no reader yet); what a full pipe does not take is lost. */
+int log_open(const char *path, const struct log_format *format) __attribute__((warn_unused_result));
+
 /* Lines end in "\r\n" while a terminal is in raw mode. */
 void log_set_raw_terminal(bool raw);
 
-void log_message(enum log_level level, const char *format, ...) __attribute__((format(printf, 2, 3)));
+void log_message_at(enum log_level level, const char *file, int line, const char *format, ...) __attribute__((format(printf, 4, 5)));
+#define log_message(level, ...) log_message_at(level, __FILE__, __LINE__, __VA_ARGS__)
 /* Text of many lines as it is, with the line ends the terminal needs. */
 void log_text(const char *text);
 bool log_limit_pass(struct log_limit *limit);
