@@ -29,23 +29,11 @@ static bool has_word(const char *text, const char *word)
     return false;
 }
 
-/* Where the guest finds its root: the first disk, its partition, or the first persistent memory. */
-static void add_root(struct api *api, char *line, size_t room)
+/* A root that is a disk is the machine's to name. */
+static void add_pmem_root(struct api *api, char *line, size_t room)
 {
-    size_t index;
+    size_t index, length = strlen(line);
     json_t *element;
-    size_t length = strlen(line);
-    json_array_foreach(api_section(api, "drives"), index, element)
-    {
-        const char *access = api_flag(element, "is_read_only") ? "ro" : "rw";
-        if (!api_flag(element, "is_root_device"))
-            continue;
-        if (api_has(element, "partuuid"))
-            snprintf(line + length, room - length, " root=PARTUUID=%s %s", api_text(element, "partuuid"), access);
-        else
-            snprintf(line + length, room - length, " root=/dev/vda %s", access);
-        return;
-    }
     json_array_foreach(api_section(api, "pmem"), index, element)
     {
         if (!api_flag(element, "root_device"))
@@ -63,7 +51,7 @@ static int build_boot(struct api *api, struct machine_config *config, struct err
         return error_set(err, -EINVAL, "Cannot start microvm without kernel configuration.");
     const char *arguments = api_has(source, "boot_args") ? api_text(source, "boot_args") : DEFAULT_ARGUMENTS;
     snprintf(line, sizeof line, "%s%s", arguments, api->options.pci || has_word(arguments, "pci=off") ? "" : " pci=off");
-    add_root(api, line, sizeof line);
+    add_pmem_root(api, line, sizeof line);
     config->append = strdup(line);
     return config->append && copy(&config->kernel, source, "kernel_image_path") && copy(&config->initrd, source, "initrd_path")
                ? 0
