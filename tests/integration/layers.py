@@ -12,8 +12,9 @@ ALLOWED = {
     "chipset": {"arch", "memory", "state", "util"},
     "block": {"state", "util"},
     "net": {"state", "util"},
-    "device": {"chipset", "block", "net", "memory", "state", "util"},
-    "machine": {"device", "chipset", "block", "net", "engine", "sandbox", "arch", "memory", "state", "util", "doppel"},
+    "fs": {"state", "util"},
+    "device": {"chipset", "block", "net", "fs", "memory", "state", "util"},
+    "machine": {"device", "chipset", "block", "net", "fs", "engine", "sandbox", "arch", "memory", "state", "util", "doppel"},
     "control": {"machine", "util", "doppel"},
     "cli": {"control", "machine", "util", "doppel"},
 }
