@@ -285,6 +285,7 @@ static const struct {
     {"cpus", set_cpus},
     {"disk", config_set_disk},
     {"net", config_set_net},
+    {"share", config_set_share},
     {"transport", set_transport},
     {"engine", set_engine},
     {"direct", set_direct},

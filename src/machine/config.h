@@ -8,6 +8,7 @@
 #include <stdint.h>
 
 #include "engine/engine.h"
+#include "fs/fs.h"
 #include "state/state.h"
 #include "util/error.h"
 
@@ -70,6 +71,9 @@ struct pmem_config {
 struct share_config {
     char *path, *tag;
     bool readonly;
+    enum fs_cache cache;
+    bool writeback;
+    int64_t uid, gid; /* see fs_config */
 };
 
 struct memory_hotplug_config {

@@ -1,5 +1,5 @@
 /*
- * The options --disk and --net: a list of properties after the file or the back end, each with a setter in a table. Threading: none.
+ * The options --disk, --net and --share: a list of properties after the file, the back end or the directory, each with a setter in a table. Threading: none.
  */
 #include <ctype.h>
 #include <errno.h>
@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "device/virtio_fs.h"
 #include "machine/config_priv.h"
 #include "net/net.h"
 
@@ -261,6 +262,91 @@ int config_set_net(struct machine_config *config, const char *key, const char *v
         return 0;
     }
     free(card.id);
+    free(text);
+    return r;
+}
+
+/* ---- shares ---- */
+
+static int set_share_id(int64_t *id, const char *name, const char *value, struct error *err)
+{
+    char *end;
+    errno = 0;
+    unsigned long long number = strtoull(value, &end, 10);
+    if (!isdigit((unsigned char)*value) || *end || errno || number >= UINT32_MAX)
+        return error_set(err, -EINVAL, "--share: %s=%s is not a number of a user or group", name, value);
+    *id = (int64_t)number;
+    return 0;
+}
+
+static int set_share_cache(struct share_config *share, const char *value, struct error *err)
+{
+    static const char *const names[] = {[FS_CACHE_AUTO] = "auto", [FS_CACHE_NONE] = "none", [FS_CACHE_ALWAYS] = "always"};
+    for (unsigned i = 0; i < sizeof names / sizeof *names; i++) {
+        if (strcmp(names[i], value) == 0) {
+            share->cache = (enum fs_cache)i;
+            return 0;
+        }
+    }
+    return error_set(err, -EINVAL, "--share: cache=%s is not one of auto, none, always", value);
+}
+
+static int set_share_property(struct share_config *share, const char *word, struct error *err)
+{
+    if (strcmp(word, "ro") == 0)
+        share->readonly = true;
+    else if (strcmp(word, "writeback") == 0)
+        share->writeback = true;
+    else if (strncmp(word, "cache=", 6) == 0)
+        return set_share_cache(share, word + 6, err);
+    else if (strncmp(word, "uid=", 4) == 0)
+        return set_share_id(&share->uid, "uid", word + 4, err);
+    else if (strncmp(word, "gid=", 4) == 0)
+        return set_share_id(&share->gid, "gid", word + 4, err);
+    else
+        return error_set(err, -EINVAL, "--share: unknown property \"%s\"; known are ro, cache=, writeback, uid=, gid= (a comma in a path is written twice)", word);
+    return 0;
+}
+
+static int check_share(const struct machine_config *config, const struct share_config *share, const char *tag, struct error *err)
+{
+    if (strlen(tag) > VIRTIO_FS_TAG_BYTES)
+        return error_set(err, -EINVAL, "--share: the tag \"%s\" is longer than %d characters", tag, VIRTIO_FS_TAG_BYTES);
+    for (unsigned i = 0; i < config->share_count; i++)
+        if (strcmp(config->share[i].tag, tag) == 0)
+            return error_set(err, -EEXIST, "--share: two shares have the tag \"%s\"", tag);
+    if (share->writeback && (share->readonly || share->cache == FS_CACHE_NONE))
+        return error_set(err, -EINVAL, "--share: writeback needs a share that is written and cached, not %s", share->readonly ? "ro" : "cache=none");
+    return 0;
+}
+
+/* DIR:TAG, then properties; the last colon is the one that counts. */
+int config_set_share(struct machine_config *config, const char *key, const char *value, struct error *err)
+{
+    if (config->share_count == CONFIG_SHARES_MAX)
+        return error_set(err, -E2BIG, "--share: more than %d shares", CONFIG_SHARES_MAX);
+    struct share_config share = {.uid = FS_ID_AS_ON_HOST, .gid = FS_ID_AS_ON_HOST};
+    char *text = strdup(value);
+    if (!text)
+        return error_set(err, -ENOMEM, "out of memory");
+    char *rest = cut_path(text), *colon = strrchr(text, ':');
+    int r = colon && colon != text && colon[1] ? 0 : error_set(err, -EINVAL, "--share: \"%s\" is not DIR:TAG, such as /home/me/src:src", value);
+    for (char *word; r == 0 && (word = strsep(&rest, ","));)
+        r = set_share_property(&share, word, err);
+    if (r == 0)
+        r = check_share(config, &share, colon + 1, err);
+    if (r == 0) {
+        *colon = '\0';
+        r = config_replace(&share.path, text, err);
+    }
+    if (r == 0)
+        r = config_replace(&share.tag, colon + 1, err);
+    if (r == 0) {
+        config->share[config->share_count++] = share;
+    } else {
+        free(share.path);
+        free(share.tag);
+    }
     free(text);
     return r;
 }

@@ -8,6 +8,7 @@
 int config_replace(char **field, const char *value, struct error *err);
 
 int config_set_disk(struct machine_config *config, const char *key, const char *value, struct error *err);
+int config_set_share(struct machine_config *config, const char *key, const char *value, struct error *err);
 int config_set_net(struct machine_config *config, const char *key, const char *value, struct error *err);
 
 #endif

@@ -85,6 +85,14 @@ static void files_state(struct machine_config *config, struct state_io *io)
         state_string(io, &config->share[i].path);
         state_string(io, &config->share[i].tag);
         state_bool(io, &config->share[i].readonly);
+        unsigned cache = config->share[i].cache;
+        choice_state(io, &cache, FS_CACHE_ALWAYS + 1);
+        config->share[i].cache = (enum fs_cache)cache;
+        state_bool(io, &config->share[i].writeback);
+        state_i64(io, &config->share[i].uid);
+        state_i64(io, &config->share[i].gid);
+        if (state_loading(io) && (!config->share[i].path || !config->share[i].tag))
+            state_fail(io, "a share without a directory or a tag");
     }
 }
 

@@ -1,5 +1,5 @@
 /*
- * The optional devices of a machine, made from its configuration: disks, network cards, the virtio console, the entropy source. Slots are fixed by kind and
+ * The optional devices of a machine, made from its configuration: disks, network cards, shares, the virtio console, the entropy source. Slots are fixed by kind and
  * order, so that the same configuration gives the same machine.
  */
 #include <errno.h>
@@ -7,6 +7,7 @@
 
 #include "device/virtio_blk.h"
 #include "device/virtio_console.h"
+#include "device/virtio_fs.h"
 #include "device/virtio_net.h"
 #include "device/virtio_rng.h"
 #include "machine/machine_priv.h"
@@ -121,6 +122,23 @@ static int create_nets(struct machine *machine, struct error *err)
     return 0;
 }
 
+static int create_share(struct machine *machine, unsigned index, struct error *err)
+{
+    const struct share_config *share = &machine->config->share[index];
+    struct virtio_fs_config config = {
+        .fs = {.path = share->path,
+               .readonly = share->readonly,
+               .cache = share->cache,
+               .writeback = share->writeback,
+               .uid = share->uid,
+               .gid = share->gid},
+        .tag = share->tag,
+        .queues = machine->cpu_count,
+        .slot = -1,
+    };
+    return add_device(machine, "virtio-fs", &config, NULL, err);
+}
+
 /* ---- virtio console ---- */
 
 static void virtio_console_output(void *ctx, const uint8_t *data, size_t size_bytes)
@@ -164,5 +182,9 @@ int machine_create_devices(struct machine *machine, struct error *err)
         r = create_virtio_console(machine, err);
     if (r == 0)
         r = create_nets(machine, err);
-    return r ? r : create_disks(machine, err);
+    if (r == 0)
+        r = create_disks(machine, err);
+    for (unsigned i = 0; r == 0 && i < machine->config->share_count; i++)
+        r = create_share(machine, i, err);
+    return r;
 }

@@ -92,6 +92,11 @@ uint64_t loop_now_ns(void)
     return (uint64_t)ts.tv_sec * NS_PER_SECOND + (uint64_t)ts.tv_nsec;
 }
 
+pthread_mutex_t *loop_guard(struct loop *loop)
+{
+    return loop->guard;
+}
+
 static void guard_take(struct loop *loop)
 {
     if (loop->guard)

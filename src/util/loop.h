@@ -54,6 +54,9 @@ struct loop_event *loop_event_create(struct loop *loop, loop_post_fn *fn, void *
 void loop_event_raise(struct loop_event *event);
 void loop_event_destroy(struct loop_event *event);
 
+/* The mutex under which callbacks run, for threads beside the loop; NULL: none. */
+pthread_mutex_t *loop_guard(struct loop *loop);
+
 uint64_t loop_now_ns(void);
 
 #endif

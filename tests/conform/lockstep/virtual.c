@@ -128,6 +128,11 @@ int loop_create(struct loop **out, pthread_mutex_t *guard)
     return 0;
 }
 
+pthread_mutex_t *loop_guard(struct loop *loop)
+{
+    return loop->guard;
+}
+
 void loop_destroy(struct loop *loop) /* the process ends soon: timers and events that are left are nobody's */
 {
     free(loop);

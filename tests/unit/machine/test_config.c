@@ -1,4 +1,5 @@
 /* Options and configuration files: what is taken, what is refused, and that each refusal names the thing. */
+#include <errno.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -57,6 +58,29 @@ static void refusals(void **state)
             fail_msg("\"%s\" does not mention \"%s\"", err.text, cases[i].mentions);
     }
     assert_int_equal(config.disk_count, 0);
+    machine_config_clear(&config);
+}
+
+static void shares(void **state)
+{
+    struct machine_config config;
+    static const char *const wrong[] = {"", "dir", "dir:", ":tag", "a:0123456789012345678901234567890123456", "a:t,rw", "a:t,cache=some", "a:t,uid=-1", "a:t,uid=x",
+                                        "a:t,gid=4294967295", "a:t,ro,writeback", "a:t,cache=none,writeback"};
+    machine_config_init(&config);
+    assert_int_equal(machine_config_set(&config, "share", "/a:b,,c:tag,ro,cache=always,uid=0,gid=7", NULL), 0);
+    assert_string_equal(config.share[0].path, "/a:b,c");
+    assert_string_equal(config.share[0].tag, "tag");
+    assert_true(config.share[0].readonly);
+    assert_int_equal(config.share[0].cache, FS_CACHE_ALWAYS);
+    assert_int_equal(config.share[0].uid, 0);
+    assert_int_equal(config.share[0].gid, 7);
+    assert_int_equal(machine_config_set(&config, "share", "b:tag", NULL), -EEXIST);
+    assert_int_equal(machine_config_set(&config, "share", "b:012345678901234567890123456789012345,writeback", NULL), 0);
+    assert_int_equal(config.share[1].uid, FS_ID_AS_ON_HOST);
+    assert_true(config.share[1].writeback);
+    for (unsigned i = 0; i < sizeof wrong / sizeof *wrong; i++)
+        assert_true(machine_config_set(&config, "share", wrong[i], NULL) < 0);
+    assert_int_equal(config.share_count, 2);
     machine_config_clear(&config);
 }
 
@@ -182,7 +206,7 @@ static void whole(void **state)
 
 int main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(sizes), cmocka_unit_test(refusals), cmocka_unit_test(disks), cmocka_unit_test(properties), cmocka_unit_test(debugging),
+    const struct CMUnitTest tests[] = {cmocka_unit_test(sizes), cmocka_unit_test(refusals), cmocka_unit_test(shares), cmocka_unit_test(disks), cmocka_unit_test(properties), cmocka_unit_test(debugging),
                                        cmocka_unit_test(json), cmocka_unit_test(whole)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
