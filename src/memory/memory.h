@@ -2,9 +2,8 @@
  * PhysMap: guest-physical memory, the one truth about where a gpa's bytes are.
  *
  * Guest RAM is one memfd. Ranges of gpa space are RAM (read-write), ROM (guest writes are dropped) or nothing (MMIO or a hole: accesses go to the
- * bus). Callers ask with an intent and a length and never compute host pointers themselves. In this version every RAM page is resident;
- * the interface already lets a page be somewhere else or move (`-EAGAIN`, physmap_put), so that sharing, ballooning and
- * swapping need no new callers.
+ * bus). Callers ask with an intent and a length and never compute host pointers themselves. Pages that nobody has
+ * touched, or that were given back (physmap_discard), take no memory and read as zero.
  * Threading: ranges are set up before vCPUs run. Look-ups and marks are lock-free from any thread.
  */
 #ifndef DOPPEL_MEMORY_MEMORY_H
@@ -85,6 +84,18 @@ int physmap_write(struct physmap *map, gpa_t gpa, const void *data, uint64_t len
 int physmap_set_rom(struct physmap *map, gpa_t gpa, uint64_t length_bytes) __attribute__((warn_unused_result));
 /* True when a guest write to gpa is silently dropped (ROM) rather than sent to the bus. */
 bool physmap_is_rom(const struct physmap *map, gpa_t gpa);
+
+/*
+ * Gives the pages of [gpa, +length) back to the host: they read as zero from then on, take no memory, and come back at a touch. Page aligned, not empty, in one range of
+ * RAM, no ROM: -EINVAL, -EFAULT. The bytes stay when it fails (other -errno). From any thread that may mark memory, while vCPUs run and devices transfer:
+ * - every mapping of RAM shows the holes at once, so engines' windows, TLBs and shadows stay valid; pointers from physmap_get, too. Watchers are told as after
+ *   a write of zeroes, so no translation of the old bytes outlives the call, except in a vCPU that has yet to leave the block it is in.
+ * - a store at the same time lands in the old page and is lost, or in the new one and stays; a load reads old bytes, zeroes, or what was stored. New pages are
+ *   zeroed by the host: nobody sees another's bytes. A transfer that the host's kernel has under way into the old pages ends in pages that nobody sees.
+ */
+int physmap_discard(struct physmap *map, gpa_t gpa, uint64_t length_bytes) __attribute__((warn_unused_result));
+/* What RAM takes of the host's memory, swap included. Any thread. */
+uint64_t physmap_resident_bytes(const struct physmap *map);
 
 /* Zeroes all RAM and marks it dirty (machine reset keeps RAM; this is for tests and fresh starts). */
 void physmap_zero(struct physmap *map);

@@ -17,6 +17,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #define ROM_RANGES_MAX 16
@@ -366,6 +367,29 @@ bool physmap_is_rom(const struct physmap *map, gpa_t gpa)
     uint64_t offset;
 
     return ram_offset(map, gpa, 1, &offset) && touches_rom(map, gpa, 1);
+}
+
+int physmap_discard(struct physmap *map, gpa_t gpa, uint64_t length_bytes)
+{
+    uint64_t offset;
+
+    if (length_bytes == 0 || (gpa & PAGE_MASK_BITS) || (length_bytes & PAGE_MASK_BITS))
+        return -EINVAL;
+    if (!ram_offset(map, gpa, length_bytes, &offset) || touches_rom(map, gpa, length_bytes))
+        return -EFAULT;
+    while (fallocate(map->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)length_bytes) < 0) {
+        if (errno != EINTR)
+            return -errno;
+    }
+    physmap_mark_dirty(map, gpa, length_bytes);
+    return 0;
+}
+
+uint64_t physmap_resident_bytes(const struct physmap *map)
+{
+    struct stat st;
+
+    return fstat(map->fd, &st) == 0 ? (uint64_t)st.st_blocks * 512 : 0;
 }
 
 void physmap_zero(struct physmap *map)

@@ -205,6 +205,46 @@ static void test_watch(void **state)
     physmap_destroy(map);
 }
 
+static void test_discard(void **state)
+{
+    struct physmap *map = make(4 * MIB);
+    uint8_t *base = physmap_get(map, 0, 4 * MIB, PHYSMAP_WRITE);
+    uint8_t *window = mmap(NULL, 4 * MIB, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    struct watch w = {.map = map};
+
+    assert_int_equal(physmap_map(map, window, PROT_READ), 0);
+    assert_int_equal(physmap_resident_bytes(map), 0);
+    memset(base, 'x', 4 * MIB);
+    assert_int_equal(physmap_resident_bytes(map), 4 * MIB);
+    physmap_watch_set(map, changed, &w);
+    physmap_watch_page(map, 0x5000, true);
+    assert_int_equal(physmap_discard(map, 0x4000, 0x3000), 0);
+    assert_int_equal(physmap_resident_bytes(map), 4 * MIB - 0x1000); /* the watcher has read two of the three */
+    assert_int_equal(w.calls, 1);
+    assert_memory_equal(w.seen, "\0\0\0", 4);
+    for (gpa_t page = 0; page < 16; page++) {
+        bool hole = page >= 4 && page < 7;
+        assert_int_equal(physmap_take_dirty(map, page * 4096), hole);
+        assert_int_equal(base[page * 4096 + 17], hole ? 0 : 'x');
+        assert_int_equal(window[page * 4096 + 4095], hole ? 0 : 'x');
+    }
+    base[0x5000] = 'y'; /* comes back, zeroed */
+    assert_int_equal(window[0x5000], 'y');
+    assert_int_equal(window[0x5001], 0);
+    physmap_set_rom(map, 0xE0000, 0x10000);
+    assert_int_equal(physmap_discard(map, 0x1001, 4096), -EINVAL);
+    assert_int_equal(physmap_discard(map, 0x1000, 4095), -EINVAL);
+    assert_int_equal(physmap_discard(map, 0x1000, 0), -EINVAL);
+    assert_int_equal(physmap_discard(map, 4 * MIB - 4096, 8192), -EFAULT);
+    assert_int_equal(physmap_discard(map, 4 * MIB, 4096), -EFAULT);
+    assert_int_equal(physmap_discard(map, 1ull << 63, 4096), -EFAULT);
+    assert_int_equal(physmap_discard(map, 0xEF000, 8192), -EFAULT); /* ROM stays what it is */
+    assert_int_equal(base[4 * MIB - 1], 'x');
+    assert_int_equal(base[0xF0000], 'x');
+    munmap(window, 4 * MIB);
+    physmap_destroy(map);
+}
+
 static void test_refusals(void **state)
 {
     struct physmap *map;
@@ -224,7 +264,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_low_only), cmocka_unit_test(test_split),    cmocka_unit_test(test_rom),
         cmocka_unit_test(test_dirty),    cmocka_unit_test(test_map),      cmocka_unit_test(test_watch),
-        cmocka_unit_test(test_refusals),
+        cmocka_unit_test(test_discard),  cmocka_unit_test(test_refusals),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);
