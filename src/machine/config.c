@@ -1,7 +1,7 @@
 /*
  * Options and configuration files. Each key of options.def has a setter in one table; everything else (help, completion, JSON) is generic.
  */
-#include "machine/config.h"
+#include "machine/config_priv.h"
 
 #include <ctype.h>
 #include <errno.h>
@@ -287,6 +287,7 @@ static const struct {
     {"net", config_set_net},
     {"share", config_set_share},
     {"transport", set_transport},
+    {"balloon", config_set_balloon},
     {"engine", set_engine},
     {"direct", set_direct},
     {"console", set_console},
@@ -415,6 +416,9 @@ int machine_config_check(const struct machine_config *config, struct error *err)
     if (config->memory_bytes > host)
         return error_set(err, -EINVAL, "--memory: %llu MiB is more than this host has (%llu MiB)",
                          (unsigned long long)(config->memory_bytes >> 20), (unsigned long long)(host >> 20));
+    if (config->balloon.present && config->balloon.amount_mib > config->memory_bytes >> 20)
+        return error_set(err, -EINVAL, "--balloon: %u MiB is more than the guest's memory (%llu MiB)", config->balloon.amount_mib,
+                         (unsigned long long)(config->memory_bytes >> 20));
     const char *consoles[] = {config->console ? config->console : "stdio", config->virtio_console, config->debug_console};
     unsigned on_stdio = 0;
     for (unsigned i = 0; i < 3; i++)

@@ -1,4 +1,4 @@
-/* Shared by config.c and config_devices.c. Never included outside this folder. */
+/* Shared by config.c and config_devices.c and config_memory.c. Never included outside this folder. */
 #ifndef DOPPEL_MACHINE_CONFIG_PRIV_H
 #define DOPPEL_MACHINE_CONFIG_PRIV_H
 
@@ -10,5 +10,7 @@ int config_replace(char **field, const char *value, struct error *err);
 int config_set_disk(struct machine_config *config, const char *key, const char *value, struct error *err);
 int config_set_share(struct machine_config *config, const char *key, const char *value, struct error *err);
 int config_set_net(struct machine_config *config, const char *key, const char *value, struct error *err);
+/* config_memory.c */
+int config_set_balloon(struct machine_config *config, const char *key, const char *value, struct error *err);
 
 #endif

@@ -57,6 +57,29 @@ int machine_ctrl_alt_del(struct machine *machine, struct error *err) __attribute
 int machine_state(struct machine *machine, struct state_io *io) __attribute__((warn_unused_result));
 
 /*
+ * The balloon (machine_balloon.c). From any thread. -ENODEV: the machine has none, or it was made without what is asked for; -EINVAL: more than the guest's memory.
+ */
+#define MACHINE_BALLOON_STATISTICS 16u
+extern const char *const machine_balloon_statistic_names[MACHINE_BALLOON_STATISTICS]; /* "swap_in" ... */
+
+struct machine_balloon {
+    uint64_t target_pages, actual_pages; /* of 4 KiB: wanted, and held as the guest says */
+    uint64_t discarded_bytes;            /* given back to the host so far by inflation, hinting and reporting */
+    uint32_t statistics_interval_s;      /* 0: the guest is not asked */
+    bool deflate_on_oom, hinting, reporting, statistics;
+    bool known[MACHINE_BALLOON_STATISTICS]; /* the guest has told this one */
+    uint64_t statistic[MACHINE_BALLOON_STATISTICS]; /* memory in bytes, events counted */
+    uint32_t host_command, guest_command; /* of hinting: 0 stop, 1 done, else the number of a round */
+};
+int machine_balloon_get(struct machine *machine, struct machine_balloon *balloon, struct error *err) __attribute__((warn_unused_result));
+int machine_balloon_resize(struct machine *machine, uint64_t mebibytes, struct error *err) __attribute__((warn_unused_result));
+/* Seconds between statistics, the first come at once. -EINVAL for a change between none and some: that is decided when the machine is made. */
+int machine_balloon_set_interval(struct machine *machine, uint32_t seconds, struct error *err) __attribute__((warn_unused_result));
+/* A round of free page hinting; `acknowledge`: the guest gets its pages back as soon as it has told all, otherwise by machine_balloon_hint_stop. */
+int machine_balloon_hint_start(struct machine *machine, bool acknowledge, struct error *err) __attribute__((warn_unused_result));
+int machine_balloon_hint_stop(struct machine *machine, struct error *err) __attribute__((warn_unused_result));
+
+/*
  * Snapshots: a state file (configuration, every part, processors) and a memory file (RAM as it is, sparse: pages of zeroes are holes).
  * Both replace what was there at once, when they are complete. A running guest stands still while they are written, a paused one stays paused.
  * A differential one has those pages only that were written since the last snapshot of either kind; onto an existing memory file of the guest's

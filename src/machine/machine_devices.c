@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <string.h>
 
+#include "device/virtio_balloon.h"
 #include "device/virtio_blk.h"
 #include "device/virtio_console.h"
 #include "device/virtio_fs.h"
@@ -139,6 +140,19 @@ static int create_share(struct machine *machine, unsigned index, struct error *e
     return add_device(machine, "virtio-fs", &config, NULL, err);
 }
 
+static int create_balloon(struct machine *machine, struct error *err)
+{
+    const struct balloon_config *balloon = &machine->config->balloon;
+    struct virtio_balloon_config config = {.target_pages = balloon->amount_mib << 8,
+                                           .deflate_on_oom = balloon->deflate_on_oom,
+                                           .hinting = balloon->hinting,
+                                           .reporting = balloon->reporting,
+                                           .statistics = balloon->statistics_interval_s != 0,
+                                           .statistics_interval_s = balloon->statistics_interval_s,
+                                           .slot = -1};
+    return add_device(machine, "virtio-balloon", &config, &machine->balloon, err);
+}
+
 /* ---- virtio console ---- */
 
 static void virtio_console_output(void *ctx, const uint8_t *data, size_t size_bytes)
@@ -186,5 +200,7 @@ int machine_create_devices(struct machine *machine, struct error *err)
         r = create_disks(machine, err);
     for (unsigned i = 0; r == 0 && i < machine->config->share_count; i++)
         r = create_share(machine, i, err);
+    if (r == 0 && machine->config->balloon.present)
+        r = create_balloon(machine, err);
     return r;
 }

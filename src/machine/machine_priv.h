@@ -71,7 +71,7 @@ struct machine_device {
     const char *kind, *id; /* for counters: "block", "rootfs"; id NULL: none */
 };
 
-#define MACHINE_DEVICES_MAX (CONFIG_DISKS_MAX + CONFIG_NETS_MAX + CONFIG_SHARES_MAX + 2)
+#define MACHINE_DEVICES_MAX (CONFIG_DISKS_MAX + CONFIG_NETS_MAX + CONFIG_SHARES_MAX + 3)
 #define MACHINE_PARTS_MAX (MACHINE_DEVICES_MAX + 16)
 
 struct machine {
@@ -100,7 +100,7 @@ struct machine {
     struct msi_target msi;
     uint64_t serial_written, serial_read, serial_dropped; /* bytes; device lock */
     struct console *serial_console, *virtio_console_backend, *debug_console;
-    struct device *virtio_console;
+    struct device *virtio_console, *balloon; /* NULL: none */
     struct block *block[CONFIG_DISKS_MAX];
 
     struct device_host device_host;

@@ -64,6 +64,9 @@ void machine_dump_locked(struct machine *machine, FILE *out)
         if (counter_sum(machine, i))
             fprintf(out, "%s %" PRIu64 "%s", engine_counter_names[i], counter_sum(machine, i), i % 4 == 3 ? "\n" : "  ");
     fprintf(out, "unclaimed %" PRIu64 "\n", bus_unclaimed(machine->bus));
+    fprintf(out, "memory: %" PRIu64 " KiB of the guest's %" PRIu64 " KiB are in use on the host", physmap_resident_bytes(machine->memory) >> 10,
+            physmap_ram_bytes(machine->memory) >> 10);
+    fprintf(out, "\n");
     print_missing(machine, out);
     print_engine(machine, out);
 }
@@ -89,6 +92,15 @@ void machine_stats(struct machine *machine, FILE *out)
         fprintf(out, "%-22s %15" PRIu64 "  %s\n", exit_names[why], sum, exit_help[why]);
     }
     fprintf(out, "%-22s %15" PRIu64 "  %s\n", "bus_unclaimed", bus_unclaimed(machine->bus), "accesses to ports and addresses where nothing is");
+    fprintf(out, "%-22s %15" PRIu64 "  %s\n", "memory_resident", physmap_resident_bytes(machine->memory), "bytes of the guest's memory that are in use on the host");
+    if (machine->balloon) {
+        struct machine_balloon balloon;
+        struct error err = {0};
+        if (!machine_balloon_get(machine, &balloon, &err)) {
+            fprintf(out, "%-22s %15" PRIu64 "  %s\n", "balloon_pages", balloon.actual_pages, "pages of the guest's memory in the balloon");
+            fprintf(out, "%-22s %15" PRIu64 "  %s\n", "balloon_discarded", balloon.discarded_bytes, "bytes given back by balloon, hinting and reporting so far");
+        }
+    }
     print_missing(machine, out);
     print_engine(machine, out);
 }

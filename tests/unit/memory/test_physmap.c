@@ -231,7 +231,7 @@ static void test_discard(void **state)
     base[0x5000] = 'y'; /* comes back, zeroed */
     assert_int_equal(window[0x5000], 'y');
     assert_int_equal(window[0x5001], 0);
-    physmap_set_rom(map, 0xE0000, 0x10000);
+    assert_int_equal(physmap_set_rom(map, 0xE0000, 0x10000), 0);
     assert_int_equal(physmap_discard(map, 0x1001, 4096), -EINVAL);
     assert_int_equal(physmap_discard(map, 0x1000, 4095), -EINVAL);
     assert_int_equal(physmap_discard(map, 0x1000, 0), -EINVAL);

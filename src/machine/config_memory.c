@@ -1,0 +1,54 @@
+/* Options about memory that comes and goes. A value is something first (a size, a file) and properties behind it, with commas between. Threading: none. */
+#include <ctype.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "machine/config_priv.h"
+
+/* "name" or "name=on|off". */
+static bool is_flag(const char *word, const char *name, bool *flag)
+{
+    size_t length = strlen(name);
+    if (strncmp(word, name, length) != 0)
+        return false;
+    *flag = strcmp(word + length, "=off") != 0;
+    return !word[length] || !*flag || strcmp(word + length, "=on") == 0;
+}
+
+static bool is_number(const char *word, const char *name, uint32_t most, uint32_t *number)
+{
+    size_t length = strlen(name);
+    char *end;
+    if (strncmp(word, name, length) != 0 || word[length] != '=' || !isdigit((unsigned char)word[length + 1]))
+        return false;
+    unsigned long long value = strtoull(word + length + 1, &end, 10);
+    *number = (uint32_t)value;
+    return !*end && value <= most;
+}
+
+/* SIZE[,deflate-on-oom][,reporting][,hinting][,stats=SECONDS] */
+int config_set_balloon(struct machine_config *config, const char *key, const char *value, struct error *err)
+{
+    struct balloon_config balloon = {.present = true};
+    char *text = strdup(value), *rest = text;
+    uint64_t bytes;
+    int r = 0;
+    if (!text)
+        return error_set(err, -ENOMEM, "out of memory");
+    const char *word = strsep(&rest, ",");
+    if (parse_size(word, &bytes) || bytes % (1u << 20) || bytes > CONFIG_MEMORY_MAX_BYTES)
+        r = error_set(err, -EINVAL, "--%s: \"%s\" is not a size in MiB; write 0 for a balloon to be inflated later, or for example 256M", key, word);
+    else
+        balloon.amount_mib = (uint32_t)(bytes >> 20);
+    while (r == 0 && (word = strsep(&rest, ","))) {
+        bool known = is_flag(word, "deflate-on-oom", &balloon.deflate_on_oom) || is_flag(word, "reporting", &balloon.reporting) ||
+                     is_flag(word, "hinting", &balloon.hinting) || is_number(word, "stats", 86400, &balloon.statistics_interval_s);
+        if (!known)
+            r = error_set(err, -EINVAL, "--%s: unknown property \"%s\"; known are deflate-on-oom, reporting, hinting, stats=SECONDS (up to 86400)", key, word);
+    }
+    free(text);
+    if (r == 0)
+        config->balloon = balloon;
+    return r;
+}

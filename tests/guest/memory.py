@@ -1,0 +1,161 @@
+#!/usr/bin/env python3
+"""Memory that comes and goes under Debian's kernel: balloon, free page reporting and hinting. `memory.py CONTROL CHURN SCENARIO` is one test (control.c, churn.c)."""
+import glob
+import gzip
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+
+import guest
+
+MIB = 1 << 20
+control_program, churn_program = sys.argv[1:3]
+del sys.argv[1:3]
+
+
+def modules(*names):
+    """Files of the kernel's modules, dependencies first."""
+    release = os.path.basename(glob.glob(guest.cached("kernel") + "/lib/modules/*")[0])
+    files = []
+    for name in names:
+        out = subprocess.run(["/sbin/modprobe", "-d", guest.cached("kernel"), "-S", release, "--show-depends", name], capture_output=True, text=True, check=True)
+        for line in out.stdout.splitlines():
+            if line.startswith("insmod") and line.split()[1] not in files:
+                files.append(line.split()[1])
+    return files
+
+
+def archive(path, entries):
+    """A cpio archive ("newc") of (name, contents) behind the busybox initial RAM disk: the kernel unpacks both."""
+    def entry(inode, name, mode, data):
+        fields = [inode, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(name) + 1, 0]
+        head = b"070701" + b"".join(b"%08X" % field for field in fields) + name.encode() + b"\0"
+        return head + b"\0" * (-len(head) % 4) + data + b"\0" * (-len(data) % 4)
+
+    parts = [entry(1, "extra", 0o40755, b"")]
+    parts += [entry(n + 2, "extra/" + name, 0o100755, data) for n, (name, data) in enumerate(entries)]
+    parts.append(entry(0, "TRAILER!!!", 0, b""))
+    with open(guest.cached("demo-initrd.gz"), "rb") as first, open(path, "wb") as out:
+        data = first.read()
+        out.write(data + b"\0" * (-len(data) % 4) + gzip.compress(b"".join(parts), 1))
+
+
+class MemoryGuest(guest.Guest):
+    """A busybox guest with these modules, /extra/churn, and a way to command the machine."""
+
+    def __init__(self, names, *arguments, append=""):
+        guest.need(control_program, churn_program, guest.kernel, guest.cache)
+        self.folder = tempfile.TemporaryDirectory(prefix="doppel-memory-")
+        initrd, path = self.folder.name + "/initrd", self.folder.name + "/control"
+        files = modules(*names)
+        entries = []
+        for name in [*files, churn_program]:
+            with open(name, "rb") as file:
+                entries.append(("churn" if name == churn_program else os.path.basename(name), file.read()))
+        archive(initrd, entries)
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            listener.listen()
+            listener.settimeout(30)
+            os.environ["DOPPEL_CONTROL"] = path
+            guest.doppel = control_program
+            super().__init__(["--kernel", guest.kernel, "--initrd", initrd, "--append", "console=ttyS0 quiet " + append, "--net", "none",
+                              *os.environ.get("DOPPEL_ARGUMENTS", "").split(), *arguments])
+            self.control = listener.accept()[0]
+        self.control.settimeout(60)
+        self.replies = self.control.makefile("r")
+        self.files = [os.path.basename(file) for file in files]
+
+    def boot(self):
+        guest.wait_for_shell(self)
+        for file in self.files:
+            self.attempt(f"insmod /extra/{file}")  # some are in the initial RAM disk already
+
+    def command(self, line):
+        """Numbers by name of the machine's reply."""
+        self.control.sendall(line.encode() + b"\n")
+        reply = self.replies.readline().strip()
+        assert reply.startswith("ok"), f"{line}: {reply or 'no reply'}"
+        return {name: int(value) for name, value in (word.split("=") for word in reply.split()[1:])}
+
+    def resident(self):
+        return self.command("resident")["bytes"] / MIB
+
+    def until(self, what, true, seconds=60):
+        """Waits until it is so; there is nothing to wait for but to look again."""
+        end = time.monotonic() + seconds
+        while not true():
+            assert time.monotonic() < end, f"not within {seconds} s: {what}"
+            self.read_some(0.05)
+
+    def power_off(self):
+        self.type("poweroff\n")
+        self.finish(0, 60)
+
+
+def balloon():
+    with MemoryGuest(["virtio_balloon"], "--memory", "512M", "--balloon", "64,stats=1") as vm:
+        vm.boot()
+        vm.until("the balloon is inflated", lambda: vm.command("balloon")["actual"] == 64 * 256)
+        vm.run("/extra/churn 1 200 1", 60)
+        before = vm.resident()
+        vm.command("inflate 300")
+        vm.until("it grows", lambda: vm.command("balloon")["actual"] == 300 * 256)
+        after = vm.resident()
+        print(f"resident: {before:.0f} MiB, with 300 MiB in the balloon {after:.0f} MiB")
+        assert before > 260 and after < 212, "inflation gave nothing back"
+        vm.until("statistics", lambda: "available_memory" in vm.command("balloon"))
+        free = int(re.search(r"MemTotal: +(\d+)", vm.run("cat /proc/meminfo")).group(1))
+        vm.command("interval 1")
+        vm.until("new statistics", lambda: abs(vm.command("balloon")["total_memory"] / 1024 - free) < 2048)
+        print({name: value for name, value in vm.command("balloon").items() if "_" in name})
+        # Memory goes and comes while programs use it.
+        vm.type("/extra/churn 6 120 2; echo done''.\n")
+        for size in [380, 100, 350, 0, 300, 200, 360, 10]:
+            vm.command(f"inflate {size}")
+            vm.until("it follows", lambda: abs(vm.command("balloon")["actual"] - size * 256) < 30 * 256, 20)
+        vm.expect(r"churn: ok\r*\n", 60)
+        vm.expect(r"done\.", 10)
+        vm.command("inflate 0")
+        vm.until("it is empty", lambda: vm.command("balloon")["actual"] == 0)
+        vm.run("/extra/churn 2 400 2", 60)
+        vm.power_off()
+
+
+def reporting():
+    with MemoryGuest(["virtio_balloon"], "--memory", "512M", "--balloon", "0,reporting") as vm:
+        vm.boot()
+        vm.run("/extra/churn 2 300 2", 60)
+        high = vm.resident()
+        assert high > 330
+        vm.until("free pages are reported", lambda: vm.resident() < 150, 60)
+        print(f"resident: {high:.0f} MiB after use, {vm.resident():.0f} MiB when reported")
+        vm.run("/extra/churn 2 300 2", 60)
+        assert vm.command("balloon")["actual"] == 0
+        vm.power_off()
+
+
+def hinting():
+    with MemoryGuest(["virtio_balloon"], "--memory", "512M", "--balloon", "0,hinting") as vm:
+        vm.boot()
+        vm.run("/extra/churn 1 300 2", 60)
+        for acknowledge in (1, 0):
+            high = vm.resident()
+            assert high > 330
+            vm.command(f"hint {acknowledge}")
+            done = 1 if acknowledge else vm.command("balloon")["host"]
+            vm.until("the guest has told all", lambda: vm.command("balloon")["guest"] == 0 and vm.command("balloon")["host"] == done)
+            vm.until("pages are back", lambda: vm.resident() < 150, 30)
+            print(f"resident: {high:.0f} MiB before hinting, {vm.resident():.0f} MiB after")
+            if not acknowledge:
+                vm.command("hint-stop")
+            vm.run("/extra/churn 1 300 2", 60)
+        vm.power_off()
+
+
+if __name__ == "__main__":
+    guest.main({"balloon": balloon, "reporting": reporting, "hinting": hinting})
