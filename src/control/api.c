@@ -146,7 +146,7 @@ int api_create(struct api **out, const struct api_options *options, struct error
     pthread_cond_init(&api->changed, NULL);
     api->configuration = api_default_configuration();
     api->mmds = mmds_store_create(options->mmds_bytes_max);
-    api->metrics = api_metrics_create(options);
+    api->metrics = api_metrics_create(&api->options);
     if (!api->configuration || !api->mmds || !api->metrics) {
         api_destroy(api);
         return error_set(err, -ENOMEM, "out of memory");
@@ -183,7 +183,7 @@ struct mmds_store *api_mmds(struct api *api)
     return api->mmds;
 }
 
-static void set_machine(struct api *api, struct machine *machine)
+void api_set_machine(struct api *api, struct machine *machine)
 {
     pthread_mutex_lock(&api->lock);
     api->machine = machine;
@@ -209,7 +209,7 @@ int api_start(struct api *api, struct error *err)
         machine_config_clear(&api->config); /* as if nothing had been asked */
         return r;
     }
-    set_machine(api, machine);
+    api_set_machine(api, machine);
     return 0;
 }
 

@@ -41,6 +41,8 @@ struct api {
 
 /* What is checked and done for each call, whoever makes it. `id` is "" without one in the path. */
 int api_execute(struct api *api, const struct api_endpoint *endpoint, const char *id, const json_t *body, json_t **answer, struct error *err);
+/* A machine was started: calls and api_wait know it from now on. */
+void api_set_machine(struct api *api, struct machine *machine);
 /* The endpoint that PUTs a section of the full configuration; NULL: there is none of that name. */
 const struct api_endpoint *api_endpoint_of_section(const char *section);
 
@@ -68,5 +70,8 @@ int api_build_config(struct api *api, struct machine_config *config, struct erro
 /* api_run.c */
 api_handler api_get_instance, api_get_version, api_put_action, api_patch_vm, api_put_mmds, api_patch_mmds, api_get_mmds, api_get_balloon,
     api_get_memory_hotplug_configured;
+
+/* api_snapshot.c */
+api_handler api_put_snapshot_create, api_put_snapshot_load;
 
 #endif

@@ -20,7 +20,7 @@
 #include "util/log.h"
 
 #define SPARE_CONNECTIONS 4u
-#define DISCARD_FACTOR 16u /* bodies of unknown length are read and thrown away up to this many times the bound, for the reply to be seen */
+#define DISCARD_FACTOR 16u /* bodies too large are read and thrown away up to this many times the bound, so that a client that only sends sees its reply */
 #define NS_PER_SECOND 1000000000ull
 
 int http_decode(char *text)
@@ -122,10 +122,18 @@ static struct http_call *call_create(struct http_server *server, struct MHD_Conn
     call->peer = info->socket_context;
     call->begin_ns = loop_now_ns();
     find_route(call, method, url);
-    const char *length = MHD_lookup_connection_value(connection, MHD_HEADER_KIND, MHD_HTTP_HEADER_CONTENT_LENGTH);
-    if (length && strtoull(length, NULL, 10) > server->options.body_bytes_max)
-        call->too_large = true;
     return call;
+}
+
+/* Or that waits to be told to send its body. */
+static bool is_hopeless(struct http_call *call)
+{
+    size_t max = call->server->options.body_bytes_max;
+    const char *text = MHD_lookup_connection_value(call->connection, MHD_HEADER_KIND, MHD_HTTP_HEADER_CONTENT_LENGTH);
+    unsigned long long length = text ? strtoull(text, NULL, 10) : 0;
+    bool waits = MHD_lookup_connection_value(call->connection, MHD_HEADER_KIND, MHD_HTTP_HEADER_EXPECT) != NULL;
+    call->too_large = length > max;
+    return length > DISCARD_FACTOR * max || (call->too_large && waits);
 }
 
 static void call_destroy(struct http_call *call)
@@ -209,9 +217,9 @@ static enum MHD_Result on_request(void *ctx, struct MHD_Connection *connection, 
         call = *con_cls = call_create(server, connection, method, url);
         if (!call)
             return MHD_NO;
-        if (!call->too_large)
+        if (!is_hopeless(call))
             return MHD_YES;
-        dispatch(call); /* before the body comes, while a reply can still stop it */
+        dispatch(call); /* before the body comes */
         return http_queue_reply(call);
     }
     if (*upload_bytes) {
@@ -287,6 +295,13 @@ static void on_connection(void *ctx, struct MHD_Connection *connection, void **s
     }
 }
 
+/* MHD misses an end that came together with the last bytes of half a request. */
+static bool is_gone(const struct http_connection *peer)
+{
+    char byte;
+    return recv(peer->fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) == 0;
+}
+
 static void sweep(void *ctx)
 {
     struct http_server *server = ctx;
@@ -294,9 +309,7 @@ static void sweep(void *ctx)
     struct http_connection *peer;
     TAILQ_FOREACH(peer, &server->connections, link)
     {
-        if (now - peer->since_ns < patience)
-            break;
-        if (!peer->at_work)
+        if (!peer->at_work && (now - peer->since_ns >= patience || is_gone(peer)))
             cut_off(peer);
     }
     if (server->connection_count)

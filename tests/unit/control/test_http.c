@@ -180,7 +180,8 @@ static void bounds(void **state)
     static char request[70000];
     assert_int_equal(start(&rig, 0), 0);
     expect(&rig, "PUT /things/a HTTP/1.1\r\nContent-Length: 99999999999999999999\r\n\r\n", "413", "");
-    expect(&rig, "PUT /things/a HTTP/1.1\r\nContent-Length: 1001\r\n\r\n", "413", "1000 bytes"); /* without waiting for the body */
+    expect(&rig, "PUT /things/a HTTP/1.1\r\nContent-Length: 100000\r\n\r\n", "413", "1000 bytes"); /* without waiting for the body */
+    expect(&rig, "PUT /things/a HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 1001\r\n\r\n", "413", "1000 bytes");
     int n = sprintf(request, "PUT /things/a HTTP/1.1\r\nContent-Length: 1000\r\n\r\n");
     memset(request + n, 'x', 1000);
     request[n + 1000] = '\0';
