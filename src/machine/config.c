@@ -286,6 +286,7 @@ static const struct {
     {"disk", config_set_disk},
     {"net", config_set_net},
     {"share", config_set_share},
+    {"vsock", config_set_vsock},
     {"transport", set_transport},
     {"balloon", config_set_balloon},
     {"engine", set_engine},

@@ -129,8 +129,7 @@ static int set_disk_property(struct disk_config *disk, char *word, struct error 
                      "(a comma in a file name is written twice)", word);
 }
 
-/* Cuts the file's name off; a comma in it is written twice, as in QEMU. Returns what follows it, NULL: nothing. */
-static char *cut_path(char *text)
+char *config_cut_path(char *text)
 {
     char *out = text, *in = text;
     while (*in && !(in[0] == ',' && in[1] != ',')) {
@@ -162,7 +161,7 @@ int config_set_disk(struct machine_config *config, const char *key, const char *
     char *text = strdup(value);
     if (!text)
         return error_set(err, -ENOMEM, "out of memory");
-    char *rest = cut_path(text);
+    char *rest = config_cut_path(text);
     int r = *text ? config_replace(&disk.path, text, err) : error_set(err, -EINVAL, "--disk: no file name in \"%s\"", value);
     for (char *word; r == 0 && (word = strsep(&rest, ","));)
         r = set_disk_property(&disk, word, err);
@@ -329,7 +328,7 @@ int config_set_share(struct machine_config *config, const char *key, const char 
     char *text = strdup(value);
     if (!text)
         return error_set(err, -ENOMEM, "out of memory");
-    char *rest = cut_path(text), *colon = strrchr(text, ':');
+    char *rest = config_cut_path(text), *colon = strrchr(text, ':');
     int r = colon && colon != text && colon[1] ? 0 : error_set(err, -EINVAL, "--share: \"%s\" is not DIR:TAG, such as /home/me/src:src", value);
     for (char *word; r == 0 && (word = strsep(&rest, ","));)
         r = set_share_property(&share, word, err);

@@ -2,6 +2,9 @@
  * A configuration inside a snapshot: what it takes to make the same machine again. What is the host's affair (where counters, traces and the
  * process id go, descriptors) is not saved. Loaded values are checked like a user's; paths are taken as they are, and opening them is the caller's decision.
  */
+#include <string.h>
+
+#include "device/virtio_vsock.h"
 #include "machine/config.h"
 
 static void choice_state(struct state_io *io, unsigned *value, unsigned count)
@@ -102,6 +105,9 @@ static void others_state(struct machine_config *config, struct state_io *io)
     state_bool(io, &vsock->present);
     state_u32(io, &vsock->cid);
     state_string(io, &vsock->path);
+    if (state_loading(io) && vsock->present &&
+        (!vsock->path || strlen(vsock->path) > VIRTIO_VSOCK_PATH_MAX || vsock->cid < VIRTIO_VSOCK_CID_MIN || vsock->cid > VIRTIO_VSOCK_CID_MAX))
+        state_fail(io, "a vsock device that there cannot be");
 
     struct balloon_config *balloon = &config->balloon;
     bool *const flags[] = {&balloon->present, &balloon->deflate_on_oom, &balloon->hinting, &balloon->reporting};

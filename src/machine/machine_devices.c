@@ -1,5 +1,5 @@
 /*
- * The optional devices of a machine, made from its configuration: disks, network cards, shares, the virtio console, the entropy source. Slots are fixed by kind and
+ * The optional devices of a machine, made from its configuration: disks, network cards, shares, the virtio console, the entropy source, vsock. Slots are fixed by kind and
  * order, so that the same configuration gives the same machine.
  */
 #include <errno.h>
@@ -11,10 +11,11 @@
 #include "device/virtio_fs.h"
 #include "device/virtio_net.h"
 #include "device/virtio_rng.h"
+#include "device/virtio_vsock.h"
 #include "machine/machine_priv.h"
 
-enum { SLOT_RNG = 1, SLOT_CONSOLE = 2, SLOT_NET = 3, SLOT_DISK = SLOT_NET + CONFIG_NETS_MAX };
-_Static_assert(SLOT_DISK + CONFIG_DISKS_MAX <= PCI_SLOTS, "one PCI slot a device");
+enum { SLOT_RNG = 1, SLOT_CONSOLE = 2, SLOT_NET = 3, SLOT_DISK = SLOT_NET + CONFIG_NETS_MAX, SLOT_VSOCK = SLOT_DISK + CONFIG_DISKS_MAX };
+_Static_assert(SLOT_VSOCK < PCI_SLOTS, "one PCI slot a device");
 
 static void device_reset(void *object)
 {
@@ -188,6 +189,13 @@ int machine_open_virtio_console(struct machine *machine, struct error *err)
                         config->output_fd, &ops, err);
 }
 
+static int create_vsock(struct machine *machine, struct error *err)
+{
+    const struct vsock_config *vsock = &machine->config->vsock;
+    struct virtio_vsock_config config = {.cid = vsock->cid, .path = vsock->path, .slot = SLOT_VSOCK};
+    return add_device(machine, "virtio-vsock", &config, NULL, err);
+}
+
 int machine_create_devices(struct machine *machine, struct error *err)
 {
     struct virtio_rng_config rng = {.slot = SLOT_RNG};
@@ -198,6 +206,8 @@ int machine_create_devices(struct machine *machine, struct error *err)
         r = create_nets(machine, err);
     if (r == 0)
         r = create_disks(machine, err);
+    if (r == 0 && machine->config->vsock.present)
+        r = create_vsock(machine, err);
     for (unsigned i = 0; r == 0 && i < machine->config->share_count; i++)
         r = create_share(machine, i, err);
     if (r == 0 && machine->config->balloon.present)

@@ -71,7 +71,7 @@ struct machine_device {
     const char *kind, *id; /* for counters: "block", "rootfs"; id NULL: none */
 };
 
-#define MACHINE_DEVICES_MAX (CONFIG_DISKS_MAX + CONFIG_NETS_MAX + CONFIG_SHARES_MAX + 3)
+#define MACHINE_DEVICES_MAX (CONFIG_DISKS_MAX + CONFIG_NETS_MAX + CONFIG_SHARES_MAX + 4)
 #define MACHINE_PARTS_MAX (MACHINE_DEVICES_MAX + 16)
 
 struct machine {

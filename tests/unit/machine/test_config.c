@@ -44,6 +44,7 @@ static void refusals(void **state)
         {"disk", "a,root=1", "no value"},  {"disk", "a,cache=none", "writeback"}, {"disk", "a,bps=fast", "bps=fast"}, {"disk", "a,iops=0", "iops=0"},
         {"disk", "a,bps=", "bps="},        {"disk", "a,id=", "1 to 64"}, {"disk", "a,id=../x", "letters"}, {"disk", "a,bps=99999999999T", "bps="},
         {"net", "user,id=a b", "letters"}, {"net", "user,tx-bps=x", "tx-bps=x"}, {"net", "user,id=x,colour=red", "colour"}, {"transport", "isa", "mmio"},
+        {"vsock", "cid=3", "path"},        {"vsock", "path=a,cid=2", "cid=2"}, {"vsock", "path=a,cid=4294967295", "4294967294"}, {"vsock", "path=a,x=1", "x=1"},
         {"colour", "red", "colour"},       {"kernel", NULL, "needs a value"}, {"boot", "slow", "fast"},
         {"net", "carrier-pigeon", "carrier-pigeon"}, {"perf-map", "2", "true"}, {"dump-code", "xyz", "xyz"},
         {"dump-code", "", "address"},      {"dump-code", "phys:", "phys:"}, {"dump-code", "12 34", "12 34"}, {"dump-code", "-1", "-1"},
@@ -95,6 +96,20 @@ static void disks(void **state)
     for (unsigned i = 1; i < CONFIG_DISKS_MAX; i++)
         assert_int_equal(machine_config_set(&config, "disk", "x", NULL), 0);
     assert_true(machine_config_set(&config, "disk", "x", NULL) < 0);
+    machine_config_clear(&config);
+}
+
+static void vsock(void **state)
+{
+    struct machine_config config;
+    machine_config_init(&config);
+    assert_int_equal(machine_config_set(&config, "vsock", "path=a,,b.sock,cid=77", NULL), 0);
+    assert_string_equal(config.vsock.path, "a,b.sock");
+    assert_int_equal(config.vsock.cid, 77);
+    assert_int_equal(machine_config_set(&config, "vsock", "path=c", NULL), 0);
+    assert_int_equal(config.vsock.cid, 3);
+    assert_true(machine_config_set(&config, "vsock", "path=", NULL) < 0);
+    assert_string_equal(config.vsock.path, "c");
     machine_config_clear(&config);
 }
 
@@ -206,7 +221,7 @@ static void whole(void **state)
 
 int main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(sizes), cmocka_unit_test(refusals), cmocka_unit_test(shares), cmocka_unit_test(disks), cmocka_unit_test(properties), cmocka_unit_test(debugging),
+    const struct CMUnitTest tests[] = {cmocka_unit_test(sizes), cmocka_unit_test(refusals), cmocka_unit_test(shares), cmocka_unit_test(disks), cmocka_unit_test(vsock), cmocka_unit_test(properties), cmocka_unit_test(debugging),
                                        cmocka_unit_test(json), cmocka_unit_test(whole)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
