@@ -68,7 +68,11 @@ void virtio_wake_queue(struct virtio *virtio, unsigned index)
 
 void virtio_notify(struct virtio *virtio, uint64_t index)
 {
-    if (index < virtio->queue_count)
+    if (index >= virtio->queue_count)
+        return;
+    if (virtio->ops->queue_kick)
+        virtio->ops->queue_kick(virtio->device, (unsigned)index);
+    else
         virtio_wake_queue(virtio, (unsigned)index);
 }
 

@@ -36,6 +36,8 @@ struct virtio_device_ops {
     void (*ready)(void *device);
     /* On the loop's thread: the driver notified this queue. Called for enabled queues after DRIVER_OK only. */
     void (*queue_notify)(void *device, unsigned index);
+    /* For devices with threads of their own: the driver notified this queue, on the vCPU's thread. Instead of queue_notify, which then only follows other wake-ups. Optional. */
+    void (*queue_kick)(void *device, unsigned index);
     /* The driver reset the device: forget requests that are only queued inside the device; those in flight end by a push of their detached chains. Optional. */
     void (*reset)(void *device);
 };

@@ -1,10 +1,11 @@
 /*
  * virtio-fs: a shared directory (virtio 1.2, section 5.11) over the file server of fs/fs.h.
  *
- * A few threads take requests from the queues, serve them and push the answers themselves, so that storage that is slow holds up nobody but those who
- * asked. They hold the device lock (the loop's guard) around the rings only, not while they serve. A loop without a guard belongs to one thread; then requests are served
- * on it.
- * Threading: with the device lock held; `kicks`, `sleeping` and `stopping` have a lock of their own, inside the device lock.
+ * Requests that are quick are served by the vCPU that makes them, on its way through the doorbell: waking another thread and being woken by it costs several times as much. All
+ * others, and those of storage that turned out to be slow, are served by a few threads, so that the machine does not stand still. Threads that may not touch
+ * files (sandbox) hand everything over.
+ * Threading: with the device lock held; the list of chains for workers has a lock of its own, inside the device lock. Workers take the device lock to push. A loop without
+ * a guard belongs to one thread, and everything is served on it.
  */
 #include "device/virtio_fs.h"
 
@@ -13,14 +14,16 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
+#include <sys/resource.h>
 
 #include "device/virtio.h"
 #include "util/log.h"
 
 #define QUEUE_SIZE 1024u /* the guest's kernel makes requests no longer than a ring */
 #define WORKERS 4u
-#define LOCK_TRY_NS 10000000u
+#define HERE_MAX 16u /* requests served on the thread that makes them, of one notification */
+#define SLOW_NS 1000000u
+#define SLOW_FACTOR 10u
 _Static_assert(VIRTQUEUE_CHAIN_MAX <= FS_VECTORS_MAX, "a chain is a message");
 
 /* 5.11.2: the queue for FORGET and its like, then those for requests. */
@@ -40,40 +43,19 @@ struct device {
     pthread_mutex_t *guard; /* the device lock; NULL: no workers */
     pthread_mutex_t lock;
     pthread_cond_t wake;
-    uint64_t kicks;
-    unsigned sleeping;
+    struct virtqueue_chain *first, **last; /* waiting for a worker */
     bool stopping;
+    bool at_once;
+    uint64_t slow_until_ns; /* requests go to the workers */
     pthread_t worker[WORKERS];
     unsigned worker_count;
 };
 
 /* ---- requests ---- */
 
-static struct virtqueue_chain *take_chain(struct device *share)
+static struct fs_message message_of(const struct virtqueue_chain *chain)
 {
-    struct virtqueue_chain *chain = NULL;
-
-    if (!virtio_ready(&share->virtio))
-        return NULL;
-    for (unsigned i = 0; i < share->virtio.queue_count && !chain; i++)
-        chain = virtqueue_pop(virtio_queue(&share->virtio, i));
-    return chain;
-}
-
-static bool pending(struct device *share)
-{
-    bool any = false;
-
-    if (virtio_ready(&share->virtio)) {
-        for (unsigned i = 0; i < share->virtio.queue_count; i++)
-            any |= virtqueue_pending(virtio_queue(&share->virtio, i));
-    }
-    return any;
-}
-
-static uint64_t serve(struct device *share, const struct virtqueue_chain *chain)
-{
-    const struct fs_message message = {
+    return (struct fs_message){
         .in = chain->in,
         .out = chain->out,
         .in_count = chain->in_count,
@@ -81,91 +63,80 @@ static uint64_t serve(struct device *share, const struct virtqueue_chain *chain)
         .in_bytes = chain->in_bytes,
         .out_bytes = chain->out_bytes,
     };
+}
 
-    return fs_serve(share->fs, &message);
+/* How often this thread has waited for something. */
+static long waits(void)
+{
+    struct rusage usage;
+
+    return getrusage(RUSAGE_THREAD, &usage) < 0 ? 0 : usage.ru_nvcsw;
+}
+
+/* Serves on this thread, with the device lock. Storage that made it wait is left to the workers for a while, so that the machine stands still for a small part of the time only. */
+static void serve_here(struct device *share, const struct fs_message *message, struct virtqueue_chain *chain)
+{
+    uint64_t started_ns = loop_now_ns(), took_ns;
+    long waited = waits();
+
+    virtqueue_push(chain, fs_serve(share->fs, message), true);
+    took_ns = loop_now_ns() - started_ns;
+    if (took_ns > SLOW_NS && waits() != waited)
+        share->slow_until_ns = started_ns + SLOW_FACTOR * took_ns;
 }
 
 /* ---- workers ---- */
 
-static void wake_worker(struct device *share)
+static void hand_over(struct device *share, struct virtqueue_chain *chain)
 {
+    chain->next = NULL;
     pthread_mutex_lock(&share->lock);
-    share->kicks++;
-    if (share->sleeping)
-        pthread_cond_signal(&share->wake);
+    *share->last = chain;
+    share->last = &chain->next;
+    pthread_cond_signal(&share->wake);
     pthread_mutex_unlock(&share->lock);
 }
 
-/* Until there was a kick after number *seen. False: the device goes. */
-static bool wait_for_kick(struct device *share, uint64_t *seen)
+static struct virtqueue_chain *take_first(struct device *share)
 {
-    bool stopping;
+    struct virtqueue_chain *chain = share->first;
 
-    pthread_mutex_lock(&share->lock);
-    while (*seen == share->kicks && !share->stopping) {
-        share->sleeping++;
-        pthread_cond_wait(&share->wake, &share->lock);
-        share->sleeping--;
+    if (chain) {
+        share->first = chain->next;
+        if (!share->first)
+            share->last = &share->first;
     }
-    *seen = share->kicks;
-    stopping = share->stopping;
-    pthread_mutex_unlock(&share->lock);
-    return !stopping;
+    return chain;
 }
 
-/* Takes the device lock; false when the device goes, whose owner may hold the lock while it waits for us. */
-static bool guard_take(struct device *share)
-{
-    for (;;) {
-        struct timespec until;
-        bool stopping;
-
-        clock_gettime(CLOCK_MONOTONIC, &until);
-        until.tv_nsec += LOCK_TRY_NS;
-        if (until.tv_nsec >= 1000000000) {
-            until.tv_nsec -= 1000000000;
-            until.tv_sec++;
-        }
-        if (pthread_mutex_trylock(share->guard) == 0 || pthread_mutex_clocklock(share->guard, CLOCK_MONOTONIC, &until) == 0)
-            return true;
-        pthread_mutex_lock(&share->lock);
-        stopping = share->stopping;
-        pthread_mutex_unlock(&share->lock);
-        if (stopping)
-            return false;
-    }
-}
-
-/* Serves until the queues are empty. A chain that is out keeps the device alive, so the lock is there to be had for its push. */
-static void work(struct device *share)
-{
-    struct virtqueue_chain *chain;
-
-    if (!guard_take(share))
-        return;
-    while ((chain = take_chain(share))) {
-        uint64_t used_bytes;
-
-        if (pending(share))
-            wake_worker(share);
-        pthread_mutex_unlock(share->guard);
-        used_bytes = serve(share, chain);
-        pthread_mutex_lock(share->guard);
-        virtqueue_push(chain, used_bytes, true);
-    }
-    pthread_mutex_unlock(share->guard);
-}
-
+/* A chain that is out keeps the device alive, so the device lock is there to be had for its push. */
 static void *worker_main(void *ctx)
 {
     struct device *share = ctx;
-    uint64_t seen = 0;
+    struct virtqueue_chain *chain;
 
     fs_thread_prepare(share->fs);
-    while (wait_for_kick(share, &seen))
-        work(share);
+    pthread_mutex_lock(&share->lock);
+    for (;;) {
+        struct fs_message message;
+        uint64_t used_bytes;
+
+        while (!(chain = take_first(share)) && !share->stopping)
+            pthread_cond_wait(&share->wake, &share->lock);
+        if (!chain)
+            break;
+        pthread_mutex_unlock(&share->lock);
+        message = message_of(chain);
+        used_bytes = fs_serve(share->fs, &message);
+        pthread_mutex_lock(share->guard);
+        virtqueue_push(chain, used_bytes, true);
+        pthread_mutex_unlock(share->guard);
+        pthread_mutex_lock(&share->lock);
+    }
+    pthread_mutex_unlock(&share->lock);
     return NULL;
 }
+
 
 static int start_workers(struct device *share)
 {
@@ -197,19 +168,36 @@ static void stop_workers(struct device *share)
 
 /* ---- the driver ---- */
 
-static void fs_notify(void *ctx, unsigned index)
+static void serve_queue(struct device *share, unsigned index)
 {
-    struct device *share = ctx;
+    struct virtqueue *queue = virtio_queue(&share->virtio, index);
     struct virtqueue_chain *chain;
 
-    if (share->guard) {
-        wake_worker(share);
-        return;
+    for (unsigned i = 0; i < QUEUE_SIZE && (chain = virtqueue_pop(queue)); i++) {
+        struct fs_message message = message_of(chain);
+        bool here = share->at_once && i < HERE_MAX && loop_now_ns() >= share->slow_until_ns && fs_is_quick(share->fs, &message);
+
+        if (here || !share->guard)
+            serve_here(share, &message, chain);
+        else
+            hand_over(share, chain);
     }
-    for (unsigned i = 0; i < QUEUE_SIZE && (chain = virtqueue_pop(virtio_queue(&share->virtio, index))); i++)
-        virtqueue_push(chain, serve(share, chain), true);
-    if (virtqueue_pending(virtio_queue(&share->virtio, index)))
+    if (virtqueue_pending(queue))
         virtio_wake_queue(&share->virtio, index);
+}
+
+/* On the thread of the vCPU that made the requests: it is awake, and is what waits for them. */
+static void fs_kick(void *ctx, unsigned index)
+{
+    struct device *share = ctx;
+
+    if (share->virtio.queue[index].enabled && virtio_ready(&share->virtio))
+        serve_queue(share, index);
+}
+
+static void fs_notify(void *ctx, unsigned index)
+{
+    serve_queue(ctx, index);
 }
 
 static void config_read(void *ctx, unsigned offset, void *data, unsigned size_bytes)
@@ -221,7 +209,17 @@ static void config_read(void *ctx, unsigned offset, void *data, unsigned size_by
 
 static void driver_reset(void *ctx)
 {
-    fs_reset(((struct device *)ctx)->fs);
+    struct device *share = ctx;
+    struct virtqueue_chain *chain;
+
+    fs_reset(share->fs);
+    do {
+        pthread_mutex_lock(&share->lock);
+        chain = take_first(share);
+        pthread_mutex_unlock(&share->lock);
+        if (chain)
+            virtqueue_push(chain, 0, false);
+    } while (chain);
 }
 
 static const struct virtio_device_ops fs_ops = {
@@ -231,6 +229,7 @@ static const struct virtio_device_ops fs_ops = {
     .config_bytes = sizeof(struct fs_config_space),
     .config_read = config_read,
     .queue_notify = fs_notify,
+    .queue_kick = fs_kick,
     .reset = driver_reset,
 };
 
@@ -262,6 +261,8 @@ static int share_create(struct device **out, const struct device_host *host, con
     memcpy(share->space.tag, fs_config->tag, strnlen(fs_config->tag, VIRTIO_FS_TAG_BYTES));
     share->space.num_request_queues = queues;
     share->guard = loop_guard(host->loop);
+    share->at_once = fs_config->at_once;
+    share->last = &share->first;
     pthread_mutex_init(&share->lock, NULL);
     pthread_cond_init(&share->wake, NULL);
     ret = fs_create(&share->fs, &fs_config->fs, err);
@@ -297,10 +298,9 @@ static int share_state(struct device *share, struct state_io *io)
     return state_end(io);
 }
 
-/* Nothing arrives while the processors stand still, so an empty ring stays empty. */
 static bool share_quiesce(struct device *share)
 {
-    return !virtio_in_use(&share->virtio) && !pending(share);
+    return !virtio_in_use(&share->virtio);
 }
 
 const struct device_class virtio_fs_class = {

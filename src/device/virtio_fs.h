@@ -13,6 +13,7 @@
 struct virtio_fs_config {
     struct fs_config fs;
     const char *tag; /* what the guest mounts it by */
+    bool at_once;    /* vCPU threads may touch files: quick requests are served on the thread that makes them */
     unsigned queues; /* request queues; clamped to 1..VIRTIO_FS_QUEUES_MAX */
     int slot;        /* PCI slot, -1: the next free one */
 };

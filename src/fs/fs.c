@@ -8,6 +8,7 @@
 #include <fcntl.h>
 #include <linux/securebits.h>
 #include <sched.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
@@ -22,6 +23,7 @@
 #define DESCRIPTORS_KEPT 256u
 #define DESCRIPTORS_MIN 64u
 #define DESCRIPTORS_MAX (1u << 17)
+#define DESCRIPTORS_RESERVED 8192u
 
 /* The hard limit is what the administrator meant to allow; soft limits are low for programs that use select(). */
 static unsigned descriptors_granted(void)
@@ -41,12 +43,37 @@ static unsigned descriptors_granted(void)
     return granted < DESCRIPTORS_MIN ? DESCRIPTORS_MIN : granted > DESCRIPTORS_MAX ? DESCRIPTORS_MAX : (unsigned)granted;
 }
 
+/* A table of descriptors that grows in a process with threads waits for all processors to notice, many milliseconds long; so it grows now. */
+static void reserve_descriptors(int fd, unsigned granted)
+{
+    int last = fcntl(fd, F_DUPFD_CLOEXEC, (int)(granted < DESCRIPTORS_RESERVED ? granted : DESCRIPTORS_RESERVED) - 1);
+
+    if (last >= 0)
+        close(last);
+}
+
 void fs_limit(struct fs *fs, unsigned node_descriptors, unsigned handles)
 {
     pthread_mutex_lock(&fs->lock);
     fs->fd_max = node_descriptors;
     fs->handles_max = handles;
     pthread_mutex_unlock(&fs->lock);
+}
+
+/* umask(2) cannot look without changing. */
+static uint32_t process_umask(void)
+{
+    FILE *status = fopen("/proc/self/status", "re");
+    char line[128];
+    unsigned mask = 0;
+
+    while (status && fgets(line, sizeof(line), status)) {
+        if (sscanf(line, "Umask: %o", &mask) == 1)
+            break;
+    }
+    if (status)
+        fclose(status);
+    return mask;
 }
 
 static int open_root(struct fs *fs, struct error *err)
@@ -62,6 +89,8 @@ static int open_root(struct fs *fs, struct error *err)
     if (device && device->refused)
         ret = error_set(err, -EINVAL, "cannot share %s: it belongs to the kernel, not to a disk", fs->path);
     else if (device)
+        fs->local = device->local;
+    if (ret == 0 && device)
         ret = fs_nodes_create(fs, fd, &stat);
     else if (ret == 0)
         ret = -EIO;
@@ -90,6 +119,7 @@ int fs_create(struct fs **out, const struct fs_config *config, struct error *err
     clock_getres(CLOCK_REALTIME_COARSE, &tick);
     fs->clock_tick_ns = (uint64_t)tick.tv_sec * 1000000000u + (uint64_t)tick.tv_nsec;
     fs_limit(fs, descriptors_granted() / 2, descriptors_granted() / 2);
+    fs->umask = process_umask();
     fs->path = strdup(config->path);
     fs->proc_fd = open("/proc/self/fd", O_PATH | O_DIRECTORY | O_CLOEXEC);
     if (!fs->path)
@@ -98,6 +128,8 @@ int fs_create(struct fs **out, const struct fs_config *config, struct error *err
         ret = error_set(err, -errno, "cannot share %s: /proc is needed for it: %s", config->path, strerror(errno));
     else
         ret = open_root(fs, err);
+    if (ret == 0)
+        reserve_descriptors(fs->proc_fd, descriptors_granted());
     if (ret < 0) {
         fs_destroy(fs);
         return ret;

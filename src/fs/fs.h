@@ -30,6 +30,7 @@ struct fs_config {
     bool readonly;
     enum fs_cache cache;
     bool writeback;    /* the guest may keep written data for a while */
+    bool xattr;        /* users' extended attributes; the guest's kernel then asks for one before it writes to a file */
     int64_t uid, gid;  /* what the VMM's own user and group look like to the guest, or FS_ID_AS_ON_HOST */
 };
 
@@ -46,6 +47,11 @@ int fs_create(struct fs **fs, const struct fs_config *config, struct error *err)
 void fs_destroy(struct fs *fs);
 /* Returns the number of bytes written to `out` from its start; 0: there is no answer. May wait for the host's storage. Any thread. */
 uint64_t fs_serve(struct fs *fs, const struct fs_message *message);
+/*
+ * True when this message is one of those that end at once unless the storage is slow, so that handing it to another thread would take longer. A guess; the guest
+ * may change the message behind it.
+ */
+bool fs_is_quick(const struct fs *fs, const struct fs_message *message);
 /* For threads that only call fs_serve: gives them a file mode mask of their own (none), and lets them make files for the guest's users. */
 void fs_thread_prepare(const struct fs *fs);
 /* The guest's driver started anew: it holds nothing any more. Calls under way end with nothing kept. Any thread. */

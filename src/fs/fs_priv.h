@@ -92,8 +92,10 @@ struct fs {
     char *path;
     int proc_fd; /* /proc/self/fd: how an O_PATH descriptor becomes another */
     bool privileged;
+    bool local; /* the directory's file system needs no network */
     uint32_t own_uid, own_gid;
     uint64_t clock_tick_ns;
+    uint32_t umask; /* of the process */
 
     pthread_mutex_t lock; /* all below */
     bool initialized;
@@ -190,6 +192,7 @@ struct fs_timeout {
     uint32_t ns;
 };
 struct fs_timeout fs_timeout(const struct fs *fs);
+int fs_change_mode(struct fs *fs, const struct fs_ref *ref, uint32_t mode);
 uint32_t fs_safe_mode(uint32_t mode, uint32_t type);
 
 #define FS_OP(name) fs_op_fn fs_op_##name;

@@ -147,7 +147,7 @@ uint32_t fs_safe_mode(uint32_t mode, uint32_t type)
     return mode & (type == S_IFDIR ? 07777u : 01777u);
 }
 
-static int change_mode(struct fs *fs, const struct fs_ref *ref, uint32_t mode)
+int fs_change_mode(struct fs *fs, const struct fs_ref *ref, uint32_t mode)
 {
     char name[FS_PROC_NAME_BYTES];
 
@@ -220,7 +220,7 @@ static int drop_set_id(struct fs *fs, const struct fs_ref *ref)
     int ret = fs_statx(ref->fd, "", &stat);
 
     if (ret == 0 && ref->node->type == S_IFREG && stat.stx_mode & (S_ISUID | S_ISGID))
-        ret = change_mode(fs, ref, stat.stx_mode);
+        ret = fs_change_mode(fs, ref, stat.stx_mode);
     return ret;
 }
 
@@ -239,7 +239,7 @@ int fs_op_setattr(struct fs_call *call)
     if (ret == 0 && in->valid & FATTR_KILL_SUIDGID)
         ret = drop_set_id(fs, &ref);
     if (ret == 0 && in->valid & FATTR_MODE)
-        ret = change_mode(fs, &ref, in->mode);
+        ret = fs_change_mode(fs, &ref, in->mode);
     if (ret == 0 && in->valid & FATTR_SIZE)
         ret = change_size(fs, &ref, in);
     if (ret == 0 && in->valid & (FATTR_ATIME | FATTR_MTIME))
@@ -304,6 +304,8 @@ static int xattr_begin(struct fs_call *call, const char *name, struct fs_ref *re
     int ret;
 
     *ref = (struct fs_ref){NULL, -1};
+    if (!call->fs->config.xattr)
+        return -ENOSYS; /* and it never asks again */
     if (name && strncmp(name, XATTR_PREFIX, strlen(XATTR_PREFIX)))
         return -EOPNOTSUPP;
     if (name && strlen(name) > XATTR_NAME_MAX)

@@ -79,11 +79,10 @@ int fs_op_release(struct fs_call *call)
 int fs_op_flush(struct fs_call *call)
 {
     const struct fuse_flush_in *in = call->arg;
-    const struct fs_device *device = fs_device_of(call->fs, -1, call->fs->root->identity.device);
     struct fs_handle *handle;
     int fd, ret;
 
-    if (device && device->local)
+    if (call->fs->local)
         return -ENOSYS;
     ret = fs_handle_get(call->fs, in->fh, false, &handle);
     if (ret < 0)

@@ -59,6 +59,44 @@ static int reply_entry(struct fs_call *call, const struct fs_ref *parent, const 
     return 0;
 }
 
+/* The process's mask is not the guest's: what it took away from a file just made is given back. On threads without a mask nothing was. */
+static int restore_mode(struct fs_call *call, struct fs_node *node, uint32_t mode, struct statx *stat)
+{
+    struct fs_ref ref;
+    int ret;
+
+    if (!(mode & call->fs->umask) || (stat->stx_mode & 07777) != (mode & ~call->fs->umask))
+        return 0;
+    ret = fs_ref_take(call->fs, node, &ref);
+    if (ret < 0)
+        return ret;
+    ret = fs_change_mode(call->fs, &ref, mode);
+    if (ret == 0)
+        ret = fs_statx(ref.fd, "", stat);
+    fs_ref_put(call->fs, &ref);
+    return ret;
+}
+
+static int reply_made(struct fs_call *call, const struct fs_ref *parent, uint32_t mode)
+{
+    struct fuse_entry_out entry;
+    struct fs_node *node;
+    struct statx stat;
+    int ret = fs_node_lookup(call->fs, parent, call->name, call->epoch, &node, &stat);
+
+    if (ret < 0)
+        return ret;
+    if (!S_ISLNK(stat.stx_mode))
+        ret = restore_mode(call, node, mode, &stat);
+    if (ret < 0) {
+        fs_node_forget(call->fs, node->id, 1);
+        return ret;
+    }
+    fs_fill_entry(call->fs, node, &stat, &entry);
+    fs_reply(call, &entry, sizeof(entry));
+    return 0;
+}
+
 static int directory_get(struct fs_call *call, uint64_t id, struct fs_ref *directory)
 {
     int ret = fs_ref_get(call->fs, id, directory);
@@ -172,7 +210,7 @@ static int make(struct fs_call *call, enum making what, uint32_t mode)
         break;
     }
     become_self(call);
-    ret = ret < 0 ? -errno : reply_entry(call, &parent, call->name);
+    ret = ret < 0 ? -errno : reply_made(call, &parent, fs_safe_mode(mode, what == MAKE_DIRECTORY ? S_IFDIR : S_IFREG));
     fs_ref_put(call->fs, &parent);
     return ret;
 }
@@ -257,6 +295,8 @@ static int create_node(struct fs_call *call, const struct fs_ref *parent, const 
         ret = fs_node_enter(fs, parent->node, name, call->epoch, stat, -1, node);
     else if (ret == 0)
         ret = fs_node_lookup(fs, parent, name, call->epoch, node, stat);
+    if (ret == 0 && (ret = restore_mode(call, *node, fs_safe_mode(in->mode, S_IFREG), stat)) < 0)
+        fs_node_forget(fs, (*node)->id, 1);
     if (ret < 0) {
         close(fd);
         return ret;

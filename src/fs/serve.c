@@ -16,6 +16,8 @@
 #define OUT_HEADER_BYTES ((uint32_t)sizeof(struct fuse_out_header))
 #define COPY_BYTES 1024u /* on the stack; longer ones are allocated */
 #define MINOR_MIN 31u
+#define PAGE_BYTES 4096u
+#define QUICK_BYTES (64u << 10) /* of data */
 
 enum {
     WRITES = 1,    /* changes the directory or its files */
@@ -25,6 +27,8 @@ enum {
     DATA = 16,     /* what follows the structure is left where it is */
     NO_ANSWER = 32,
     BEFORE_INIT = 64,
+    QUICK = 128,   /* a few microseconds of the host's time as a rule */
+    MAKES = 256,   /* a file, whose owner is the guest's user */
 };
 
 struct operation {
@@ -32,54 +36,54 @@ struct operation {
     fs_op_fn *run;
     uint16_t arg_bytes;   /* at least */
     uint16_t reply_bytes; /* the room it needs for its answer, without the header; more if it asks for it */
-    uint8_t flags;
+    uint16_t flags;
 };
 
 static fs_op_fn op_init, op_destroy;
 
 #define ENTRY_BYTES sizeof(struct fuse_entry_out)
 static const struct operation operations[] = {
-    [FUSE_LOOKUP] = {"lookup", fs_op_lookup, 0, ENTRY_BYTES, NAME},
-    [FUSE_FORGET] = {"forget", fs_op_forget, sizeof(struct fuse_forget_in), 0, NO_ANSWER},
-    [FUSE_GETATTR] = {"getattr", fs_op_getattr, sizeof(struct fuse_getattr_in), sizeof(struct fuse_attr_out), 0},
-    [FUSE_SETATTR] = {"setattr", fs_op_setattr, sizeof(struct fuse_setattr_in), sizeof(struct fuse_attr_out), WRITES},
-    [FUSE_READLINK] = {"readlink", fs_op_readlink, 0, 0, 0},
-    [FUSE_SYMLINK] = {"symlink", fs_op_symlink, 0, ENTRY_BYTES, WRITES | NAME | TEXT},
-    [FUSE_MKNOD] = {"mknod", fs_op_mknod, sizeof(struct fuse_mknod_in), ENTRY_BYTES, WRITES | NAME},
-    [FUSE_MKDIR] = {"mkdir", fs_op_mkdir, sizeof(struct fuse_mkdir_in), ENTRY_BYTES, WRITES | NAME},
-    [FUSE_UNLINK] = {"unlink", fs_op_unlink, 0, 0, WRITES | NAME},
-    [FUSE_RMDIR] = {"rmdir", fs_op_rmdir, 0, 0, WRITES | NAME},
-    [FUSE_RENAME] = {"rename", fs_op_rename, sizeof(struct fuse_rename_in), 0, WRITES | NAME | NAME2},
-    [FUSE_LINK] = {"link", fs_op_link, sizeof(struct fuse_link_in), ENTRY_BYTES, WRITES | NAME},
-    [FUSE_OPEN] = {"open", fs_op_open, sizeof(struct fuse_open_in), sizeof(struct fuse_open_out), 0},
-    [FUSE_READ] = {"read", fs_op_read, sizeof(struct fuse_read_in), 0, 0},
-    [FUSE_WRITE] = {"write", fs_op_write, sizeof(struct fuse_write_in), sizeof(struct fuse_write_out), WRITES | DATA},
-    [FUSE_STATFS] = {"statfs", fs_op_statfs, 0, sizeof(struct fuse_statfs_out), 0},
-    [FUSE_RELEASE] = {"release", fs_op_release, sizeof(struct fuse_release_in), 0, 0},
+    [FUSE_LOOKUP] = {"lookup", fs_op_lookup, 0, ENTRY_BYTES, NAME | QUICK},
+    [FUSE_FORGET] = {"forget", fs_op_forget, sizeof(struct fuse_forget_in), 0, NO_ANSWER | QUICK},
+    [FUSE_GETATTR] = {"getattr", fs_op_getattr, sizeof(struct fuse_getattr_in), sizeof(struct fuse_attr_out), QUICK},
+    [FUSE_SETATTR] = {"setattr", fs_op_setattr, sizeof(struct fuse_setattr_in), sizeof(struct fuse_attr_out), WRITES | QUICK},
+    [FUSE_READLINK] = {"readlink", fs_op_readlink, 0, 0, QUICK},
+    [FUSE_SYMLINK] = {"symlink", fs_op_symlink, 0, ENTRY_BYTES, WRITES | NAME | TEXT | QUICK | MAKES},
+    [FUSE_MKNOD] = {"mknod", fs_op_mknod, sizeof(struct fuse_mknod_in), ENTRY_BYTES, WRITES | NAME | QUICK | MAKES},
+    [FUSE_MKDIR] = {"mkdir", fs_op_mkdir, sizeof(struct fuse_mkdir_in), ENTRY_BYTES, WRITES | NAME | QUICK | MAKES},
+    [FUSE_UNLINK] = {"unlink", fs_op_unlink, 0, 0, WRITES | NAME | QUICK},
+    [FUSE_RMDIR] = {"rmdir", fs_op_rmdir, 0, 0, WRITES | NAME | QUICK},
+    [FUSE_RENAME] = {"rename", fs_op_rename, sizeof(struct fuse_rename_in), 0, WRITES | NAME | NAME2 | QUICK},
+    [FUSE_LINK] = {"link", fs_op_link, sizeof(struct fuse_link_in), ENTRY_BYTES, WRITES | NAME | QUICK},
+    [FUSE_OPEN] = {"open", fs_op_open, sizeof(struct fuse_open_in), sizeof(struct fuse_open_out), QUICK},
+    [FUSE_READ] = {"read", fs_op_read, sizeof(struct fuse_read_in), 0, QUICK},
+    [FUSE_WRITE] = {"write", fs_op_write, sizeof(struct fuse_write_in), sizeof(struct fuse_write_out), WRITES | DATA | QUICK},
+    [FUSE_STATFS] = {"statfs", fs_op_statfs, 0, sizeof(struct fuse_statfs_out), QUICK},
+    [FUSE_RELEASE] = {"release", fs_op_release, sizeof(struct fuse_release_in), 0, QUICK},
     [FUSE_FSYNC] = {"fsync", fs_op_fsync, sizeof(struct fuse_fsync_in), 0, 0},
-    [FUSE_SETXATTR] = {"setxattr", fs_op_setxattr, FUSE_COMPAT_SETXATTR_IN_SIZE, 0, WRITES | TEXT},
-    [FUSE_GETXATTR] = {"getxattr", fs_op_getxattr, sizeof(struct fuse_getxattr_in), 0, TEXT},
-    [FUSE_LISTXATTR] = {"listxattr", fs_op_listxattr, sizeof(struct fuse_getxattr_in), 0, 0},
-    [FUSE_REMOVEXATTR] = {"removexattr", fs_op_removexattr, 0, 0, WRITES | TEXT},
-    [FUSE_FLUSH] = {"flush", fs_op_flush, sizeof(struct fuse_flush_in), 0, 0},
-    [FUSE_INIT] = {"init", op_init, offsetof(struct fuse_init_in, flags2), sizeof(struct fuse_init_out), BEFORE_INIT},
-    [FUSE_OPENDIR] = {"opendir", fs_op_opendir, sizeof(struct fuse_open_in), sizeof(struct fuse_open_out), 0},
-    [FUSE_READDIR] = {"readdir", fs_op_readdir, sizeof(struct fuse_read_in), 0, 0},
-    [FUSE_RELEASEDIR] = {"releasedir", fs_op_releasedir, sizeof(struct fuse_release_in), 0, 0},
+    [FUSE_SETXATTR] = {"setxattr", fs_op_setxattr, FUSE_COMPAT_SETXATTR_IN_SIZE, 0, WRITES | TEXT | QUICK},
+    [FUSE_GETXATTR] = {"getxattr", fs_op_getxattr, sizeof(struct fuse_getxattr_in), 0, TEXT | QUICK},
+    [FUSE_LISTXATTR] = {"listxattr", fs_op_listxattr, sizeof(struct fuse_getxattr_in), 0, QUICK},
+    [FUSE_REMOVEXATTR] = {"removexattr", fs_op_removexattr, 0, 0, WRITES | TEXT | QUICK},
+    [FUSE_FLUSH] = {"flush", fs_op_flush, sizeof(struct fuse_flush_in), 0, QUICK},
+    [FUSE_INIT] = {"init", op_init, offsetof(struct fuse_init_in, flags2), sizeof(struct fuse_init_out), BEFORE_INIT | QUICK},
+    [FUSE_OPENDIR] = {"opendir", fs_op_opendir, sizeof(struct fuse_open_in), sizeof(struct fuse_open_out), QUICK},
+    [FUSE_READDIR] = {"readdir", fs_op_readdir, sizeof(struct fuse_read_in), 0, QUICK},
+    [FUSE_RELEASEDIR] = {"releasedir", fs_op_releasedir, sizeof(struct fuse_release_in), 0, QUICK},
     [FUSE_FSYNCDIR] = {"fsyncdir", fs_op_fsyncdir, sizeof(struct fuse_fsync_in), 0, 0},
-    [FUSE_ACCESS] = {"access", fs_op_access, sizeof(struct fuse_access_in), 0, 0},
-    [FUSE_CREATE] = {"create", fs_op_create, sizeof(struct fuse_create_in), ENTRY_BYTES + sizeof(struct fuse_open_out), WRITES | NAME},
-    [FUSE_INTERRUPT] = {"interrupt", NULL, 0, 0, NO_ANSWER}, /* nothing here waits for other guests' doings */
+    [FUSE_ACCESS] = {"access", fs_op_access, sizeof(struct fuse_access_in), 0, QUICK},
+    [FUSE_CREATE] = {"create", fs_op_create, sizeof(struct fuse_create_in), ENTRY_BYTES + sizeof(struct fuse_open_out), WRITES | NAME | QUICK | MAKES},
+    [FUSE_INTERRUPT] = {"interrupt", NULL, 0, 0, NO_ANSWER | QUICK}, /* nothing here waits for other guests' doings */
     [FUSE_DESTROY] = {"destroy", op_destroy, 0, 0, 0},
-    [FUSE_IOCTL] = {"ioctl", fs_op_ioctl, 0, 0, 0},
-    [FUSE_BATCH_FORGET] = {"batch_forget", fs_op_batch_forget, sizeof(struct fuse_batch_forget_in), 0, NO_ANSWER},
+    [FUSE_IOCTL] = {"ioctl", fs_op_ioctl, 0, 0, QUICK},
+    [FUSE_BATCH_FORGET] = {"batch_forget", fs_op_batch_forget, sizeof(struct fuse_batch_forget_in), 0, NO_ANSWER | QUICK},
     [FUSE_FALLOCATE] = {"fallocate", fs_op_fallocate, sizeof(struct fuse_fallocate_in), 0, WRITES},
-    [FUSE_READDIRPLUS] = {"readdirplus", fs_op_readdirplus, sizeof(struct fuse_read_in), 0, 0},
-    [FUSE_RENAME2] = {"rename2", fs_op_rename2, sizeof(struct fuse_rename2_in), 0, WRITES | NAME | NAME2},
+    [FUSE_READDIRPLUS] = {"readdirplus", fs_op_readdirplus, sizeof(struct fuse_read_in), 0, QUICK},
+    [FUSE_RENAME2] = {"rename2", fs_op_rename2, sizeof(struct fuse_rename2_in), 0, WRITES | NAME | NAME2 | QUICK},
     [FUSE_LSEEK] = {"lseek", fs_op_lseek, sizeof(struct fuse_lseek_in), sizeof(struct fuse_lseek_out), 0},
     [FUSE_COPY_FILE_RANGE] = {"copy_file_range", fs_op_copy_file_range, sizeof(struct fuse_copy_file_range_in), sizeof(struct fuse_write_out), WRITES},
     [FUSE_SYNCFS] = {"syncfs", fs_op_syncfs, sizeof(struct fuse_syncfs_in), 0, 0},
-    [FUSE_TMPFILE] = {"tmpfile", fs_op_tmpfile, sizeof(struct fuse_create_in), ENTRY_BYTES + sizeof(struct fuse_open_out), WRITES | TEXT},
+    [FUSE_TMPFILE] = {"tmpfile", fs_op_tmpfile, sizeof(struct fuse_create_in), ENTRY_BYTES + sizeof(struct fuse_open_out), WRITES | TEXT | QUICK | MAKES},
 };
 #define OPERATIONS (sizeof(operations) / sizeof(operations[0]))
 
@@ -302,6 +306,27 @@ static int check_and_run(struct fs_call *call, const struct operation *operation
     if (!(operation->flags & NO_ANSWER) && fs_reply_room(call) < operation->reply_bytes)
         return -EINVAL;
     return run(call, operation);
+}
+
+bool fs_is_quick(const struct fs *fs, const struct fs_message *message)
+{
+    const struct operation *operation;
+    struct fuse_in_header header;
+    uint32_t valid;
+
+    if (message->in_bytes < IN_HEADER_BYTES || message->in_bytes > QUICK_BYTES + PAGE_BYTES || message->out_bytes > QUICK_BYTES + PAGE_BYTES)
+        return false;
+    copy_out(message, 0, &header, sizeof(header));
+    operation = header.opcode < OPERATIONS ? &operations[header.opcode] : NULL;
+    if (!operation || !(operation->flags & QUICK) || !fs->local)
+        return false;
+    if (operation->flags & MAKES && fs->privileged && (header.uid != fs->own_uid || header.gid != fs->own_gid))
+        return false; /* such calls change who the thread is */
+    if (header.opcode == FUSE_SETATTR) {
+        copy_out(message, IN_HEADER_BYTES, &valid, sizeof(valid));
+        return !(valid & FATTR_SIZE);
+    }
+    return true;
 }
 
 uint64_t fs_serve(struct fs *fs, const struct fs_message *message)

@@ -72,7 +72,7 @@ struct share_config {
     char *path, *tag;
     bool readonly;
     enum fs_cache cache;
-    bool writeback;
+    bool writeback, xattr;
     int64_t uid, gid; /* see fs_config */
 };
 

@@ -296,6 +296,8 @@ static int set_share_property(struct share_config *share, const char *word, stru
         share->readonly = true;
     else if (strcmp(word, "writeback") == 0)
         share->writeback = true;
+    else if (strcmp(word, "xattr") == 0)
+        share->xattr = true;
     else if (strncmp(word, "cache=", 6) == 0)
         return set_share_cache(share, word + 6, err);
     else if (strncmp(word, "uid=", 4) == 0)
@@ -303,7 +305,7 @@ static int set_share_property(struct share_config *share, const char *word, stru
     else if (strncmp(word, "gid=", 4) == 0)
         return set_share_id(&share->gid, "gid", word + 4, err);
     else
-        return error_set(err, -EINVAL, "--share: unknown property \"%s\"; known are ro, cache=, writeback, uid=, gid= (a comma in a path is written twice)", word);
+        return error_set(err, -EINVAL, "--share: unknown property \"%s\"; known are ro, cache=, writeback, xattr, uid=, gid= (a comma in a path is written twice)", word);
     return 0;
 }
 

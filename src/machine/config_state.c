@@ -92,6 +92,7 @@ static void files_state(struct machine_config *config, struct state_io *io)
         choice_state(io, &cache, FS_CACHE_ALWAYS + 1);
         config->share[i].cache = (enum fs_cache)cache;
         state_bool(io, &config->share[i].writeback);
+        state_bool(io, &config->share[i].xattr);
         state_i64(io, &config->share[i].uid);
         state_i64(io, &config->share[i].gid);
         if (state_loading(io) && (!config->share[i].path || !config->share[i].tag))

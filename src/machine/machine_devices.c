@@ -132,9 +132,11 @@ static int create_share(struct machine *machine, unsigned index, struct error *e
                .readonly = share->readonly,
                .cache = share->cache,
                .writeback = share->writeback,
+               .xattr = share->xattr,
                .uid = share->uid,
                .gid = share->gid},
         .tag = share->tag,
+        .at_once = !machine->config->sandbox,
         .queues = machine->cpu_count,
         .slot = -1,
     };

@@ -353,9 +353,12 @@ static int xattr(uint32_t opcode, uint64_t node, const char *name, uint32_t size
 
 static void test_xattr(void **state)
 {
+    struct fs_config config = {HOST_IDS, .xattr = true};
     uint64_t node;
 
     host_write(c.share, "f", "text");
+    assert_int_equal(xattr(FUSE_GETXATTR, ROOT, "user.a", 0, NULL), -ENOSYS);
+    restart(config);
     assert_int_equal(client_lookup(&c, ROOT, "f", &node), 0);
     if (xattr(FUSE_SETXATTR, node, "user.a", 5, "value") == -EOPNOTSUPP)
         skip();

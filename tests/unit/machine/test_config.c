@@ -76,9 +76,9 @@ static void shares(void **state)
     assert_int_equal(config.share[0].uid, 0);
     assert_int_equal(config.share[0].gid, 7);
     assert_int_equal(machine_config_set(&config, "share", "b:tag", NULL), -EEXIST);
-    assert_int_equal(machine_config_set(&config, "share", "b:012345678901234567890123456789012345,writeback", NULL), 0);
+    assert_int_equal(machine_config_set(&config, "share", "b:012345678901234567890123456789012345,writeback,xattr", NULL), 0);
     assert_int_equal(config.share[1].uid, FS_ID_AS_ON_HOST);
-    assert_true(config.share[1].writeback);
+    assert_true(config.share[1].writeback && config.share[1].xattr);
     for (unsigned i = 0; i < sizeof wrong / sizeof *wrong; i++)
         assert_true(machine_config_set(&config, "share", wrong[i], NULL) < 0);
     assert_int_equal(config.share_count, 2);
