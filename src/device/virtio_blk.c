@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "device/rate_gate.h"
 #include "device/virtio.h"
 #include "util/log.h"
 
@@ -77,6 +78,8 @@ struct device {
     struct block *block;
     char serial[VIRTIO_BLK_SERIAL_BYTES];
     unsigned queue_count;
+    struct rate_gate gate;
+    uint32_t waiting; /* queues with a request that the gate turned away */
     bool writeback; /* the guest's wish: false flushes after every write */
     bool unsafe;    /* ours: nothing is ever flushed */
 };
@@ -264,6 +267,29 @@ static void take_chain(struct device *disk, struct virtqueue *queue, struct virt
         end_chain(chain, status);
 }
 
+/* What counts as bandwidth: the data, in either direction. */
+static uint64_t transfer_bytes(const struct virtqueue_chain *chain)
+{
+    struct blk_header header;
+
+    if (virtqueue_read(chain, 0, &header, sizeof(header)) != sizeof(header))
+        return 0;
+    if (header.type == T_OUT)
+        return chain->in_bytes - HEADER_BYTES;
+    return header.type == T_IN && chain->out_bytes ? chain->out_bytes - 1 : 0;
+}
+
+/* The queue's notifications stay off meanwhile. */
+static void gate_opened(void *ctx)
+{
+    struct device *disk = ctx;
+    uint32_t waiting = disk->waiting;
+
+    disk->waiting = 0;
+    for (; waiting; waiting &= waiting - 1)
+        virtio_wake_queue(&disk->virtio, (unsigned)__builtin_ctz(waiting));
+}
+
 static void blk_notify(void *ctx, unsigned index)
 {
     struct device *disk = ctx;
@@ -273,6 +299,11 @@ static void blk_notify(void *ctx, unsigned index)
     for (unsigned i = 0; i < 2 * QUEUE_SIZE; i++) {
         struct virtqueue_chain *chain = virtqueue_pop(queue);
 
+        if (chain && !rate_gate_pass(&disk->gate, transfer_bytes(chain))) {
+            virtqueue_unpop(chain);
+            disk->waiting |= 1u << index;
+            return;
+        }
         if (chain)
             take_chain(disk, queue, chain);
         else if (!virtqueue_set_notification(queue, true))
@@ -376,8 +407,13 @@ static int blk_create(struct device **out, const struct device_host *host, const
     disk->unsafe = blk_config->unsafe;
     if (blk_config->serial)
         memcpy(disk->serial, blk_config->serial, strnlen(blk_config->serial, sizeof(disk->serial)));
-    ret = virtio_init(&disk->virtio, host, &blk_ops, disk, &pci_config, err);
+    ret = rate_gate_init(&disk->gate, host->loop, blk_config->limit, gate_opened, disk);
+    if (ret < 0)
+        error_set(err, ret, "virtio-blk: no memory");
+    else
+        ret = virtio_init(&disk->virtio, host, &blk_ops, disk, &pci_config, err);
     if (ret < 0) {
+        rate_gate_fini(&disk->gate);
         free(disk);
         return ret;
     }
@@ -413,8 +449,14 @@ static bool blk_quiesce(struct device *disk)
 
 static void blk_destroy(struct device *disk)
 {
+    rate_gate_fini(&disk->gate);
     virtio_fini(&disk->virtio);
     free(disk);
+}
+
+void virtio_blk_set_limit(struct device *disk, const struct bucket_config *bandwidth, const struct bucket_config *ops)
+{
+    rate_gate_set(&disk->gate, bandwidth, ops);
 }
 
 const struct device_class virtio_blk_class = {

@@ -6,6 +6,7 @@
 
 #include "block/block.h"
 #include "device/device.h"
+#include "util/token_bucket.h"
 
 #define VIRTIO_BLK_SERIAL_BYTES 20 /* longer ones are cut */
 #define VIRTIO_BLK_QUEUES_MAX 16
@@ -15,7 +16,11 @@ struct virtio_blk_config {
     const char *serial;  /* what /dev/disk/by-id shows; may be NULL */
     bool unsafe;         /* flushes cost nothing and keep nothing: none are offered, none are made */
     unsigned queues;     /* request queues, usually one per processor; clamped to 1..VIRTIO_BLK_QUEUES_MAX */
+    const struct rate_limit_config *limit; /* of all queues together; NULL: none */
     int slot;            /* PCI slot, -1: the next free one */
 };
+
+/* Changes the limit; NULL leaves one as it is. Device lock held. */
+void virtio_blk_set_limit(struct device *device, const struct bucket_config *bandwidth, const struct bucket_config *ops);
 
 #endif

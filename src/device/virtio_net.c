@@ -14,6 +14,7 @@
 #include <string.h>
 
 #include "device/device.h"
+#include "device/rate_gate.h"
 #include "device/virtio.h"
 #include "net/net.h"
 #include "net/offload.h"
@@ -84,6 +85,7 @@ struct virtio_net {
     bool rx_mode[RX_MODES];
     struct mac_table unicast, multicast;
     bool tx_waiting; /* the back end is full */
+    struct rate_gate rx_gate, tx_gate;
     struct virtio_net_counters counters;
     struct virtqueue_chain *merged[QUEUE_SIZE]; /* the buffers of the frame being received */
 };
@@ -289,6 +291,20 @@ static bool receive_frame(struct virtio_net *nic, struct net_header *header, con
     return true;
 }
 
+static uint64_t length_of(const struct iovec *iov, unsigned iov_count)
+{
+    uint64_t bytes = 0;
+    for (unsigned i = 0; i < iov_count; i++)
+        bytes += iov[i].iov_len;
+    return bytes;
+}
+
+static void rx_gate_opened(void *ctx)
+{
+    struct virtio_net *nic = ctx;
+    net_resume(nic->net);
+}
+
 static bool nic_receive(void *ctx, const struct iovec *iov, unsigned iov_count)
 {
     struct virtio_net *nic = ctx;
@@ -312,8 +328,12 @@ static bool nic_receive(void *ctx, const struct iovec *iov, unsigned iov_count)
         nic->counters.rx_unsuitable++;
         return true;
     }
+    uint64_t frame_bytes = length_of(iov, iov_count) - NET_HEADER_BYTES;
+    if (!rate_gate_pass(&nic->rx_gate, frame_bytes))
+        return false; /* rx_gate_opened goes on */
     if (receive_frame(nic, &start.header, iov, iov_count))
         return true;
+    rate_gate_give_back(&nic->rx_gate, frame_bytes);
     if (virtio_ready(&nic->virtio))
         return false;
     nic->counters.rx_no_driver++; /* the queue broke on the way: there will be no buffer before a reset */
@@ -343,6 +363,12 @@ static bool transmit_chain(struct virtio_net *nic, const struct virtqueue_chain 
     return true;
 }
 
+static void tx_gate_opened(void *ctx)
+{
+    struct virtio_net *nic = ctx;
+    virtio_wake_queue(&nic->virtio, QUEUE_TX);
+}
+
 static void notify_tx(struct virtio_net *nic)
 {
     struct virtqueue *queue = virtio_queue(&nic->virtio, QUEUE_TX);
@@ -352,9 +378,15 @@ static void notify_tx(struct virtio_net *nic)
         struct virtqueue_chain *chain;
         virtqueue_set_notification(queue, false);
         while ((chain = virtqueue_pop(queue))) {
+            uint64_t frame_bytes = chain->in_bytes > NET_HEADER_BYTES ? chain->in_bytes - NET_HEADER_BYTES : 0;
+            if (!rate_gate_pass(&nic->tx_gate, frame_bytes)) {
+                virtqueue_unpop(chain);
+                return; /* tx_gate_opened goes on */
+            }
             done_bytes += chain->in_bytes;
             if (!transmit_chain(nic, chain)) {
                 virtqueue_unpop(chain);
+                rate_gate_give_back(&nic->tx_gate, frame_bytes);
                 nic->tx_waiting = true; /* nic_writable goes on */
                 return;
             }
@@ -532,6 +564,8 @@ static void nic_destroy(struct device *device)
     if (!nic)
         return;
     net_close(nic->net);
+    rate_gate_fini(&nic->rx_gate);
+    rate_gate_fini(&nic->tx_gate);
     virtio_fini(&nic->virtio);
     free(nic);
 }
@@ -543,7 +577,14 @@ static int nic_create(struct device **device, const struct device_host *host, co
     if (!nic)
         return error_set(err, -ENOMEM, "virtio-net: out of memory");
     const struct net_client client = {.receive = nic_receive, .link = nic_link, .writable = nic_writable, .ctx = nic};
-    int result = net_open(&nic->net, config->net, host->loop, &client, err);
+    int result = rate_gate_init(&nic->rx_gate, host->loop, config->receive, rx_gate_opened, nic);
+    if (result == 0)
+        result = rate_gate_init(&nic->tx_gate, host->loop, config->transmit, tx_gate_opened, nic);
+    if (result < 0) {
+        error_set(err, result, "virtio-net: out of memory");
+        goto fail;
+    }
+    result = net_open(&nic->net, config->net, host->loop, &client, err);
     if (result < 0)
         goto fail;
 
@@ -617,7 +658,16 @@ static int nic_state(struct device *device, struct state_io *io)
 
 void virtio_net_get_counters(const struct device *device, struct virtio_net_counters *counters)
 {
-    *counters = ((const struct virtio_net *)device)->counters;
+    const struct virtio_net *nic = (const struct virtio_net *)device;
+    *counters = nic->counters;
+    counters->rx_limited = nic->rx_gate.turned_away;
+    counters->tx_limited = nic->tx_gate.turned_away;
+}
+
+void virtio_net_set_limit(struct device *device, bool receive, const struct bucket_config *bandwidth, const struct bucket_config *ops)
+{
+    struct virtio_net *nic = (struct virtio_net *)device;
+    rate_gate_set(receive ? &nic->rx_gate : &nic->tx_gate, bandwidth, ops);
 }
 
 const struct device_class virtio_net_class = {

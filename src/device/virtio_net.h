@@ -7,12 +7,15 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "util/token_bucket.h"
+
 /* All strings are borrowed for the time of create. */
 struct virtio_net_config {
     const char *net;     /* the back end's spec, see net_open: "user,forward=tcp:2222:22" */
     const char *machine; /* the machine's name or identity, for the default MAC address; may be NULL */
     unsigned mtu;        /* told to the driver; 0: the back end's, if it says one */
     unsigned index;      /* of this NIC in its machine: 0, 1, ... */
+    const struct rate_limit_config *receive, *transmit; /* NULL: no limit */
     int slot;            /* PCI slot, -1: the next free one */
 };
 
@@ -22,11 +25,15 @@ struct virtio_net_counters {
     uint64_t rx_filtered;   /* for other stations */
     uint64_t rx_no_room;    /* larger than the driver's receive buffers can ever be */
     uint64_t rx_unsuitable; /* with an offload that the driver did not negotiate */
+    uint64_t rx_limited, tx_limited; /* how often a frame had to wait for the rate limit */
     uint64_t tx_malformed;  /* without a whole header and address, or too long */
 };
 
 struct device;
 void virtio_net_get_counters(const struct device *device, struct virtio_net_counters *counters);
+
+/* Changes the limit of what the guest receives or transmits; NULL leaves one as it is. Device lock held. */
+void virtio_net_set_limit(struct device *device, bool receive, const struct bucket_config *bandwidth, const struct bucket_config *ops);
 
 /*
  * The address used when the spec has no mac=: 52:54:00 and 24 bits of a hash, the same for the same machine, host interface and index. The interface (NULL:

@@ -9,6 +9,7 @@
 #include <errno.h>
 #include <stdlib.h>
 
+#include "device/rate_gate.h"
 #include "device/virtio.h"
 #include "state/inputs.h"
 #include "util/log.h"
@@ -19,7 +20,13 @@
 
 struct device {
     struct virtio virtio;
+    struct rate_gate gate;
 };
+
+static void gate_opened(void *ctx)
+{
+    virtio_wake_queue(&((struct device *)ctx)->virtio, 0);
+}
 
 static void rng_notify(void *ctx, unsigned index)
 {
@@ -36,6 +43,10 @@ static void rng_notify(void *ctx, unsigned index)
             continue;
         }
         size_t wanted = chain->out_bytes < sizeof(data) ? chain->out_bytes : sizeof(data);
+        if (!rate_gate_pass(&rng->gate, wanted)) {
+            virtqueue_unpop(chain);
+            return; /* gate_opened goes on */
+        }
         int ret = inputs_random(data, wanted);
         if (ret < 0) {
             LOG_GUEST(LOG_ERROR, "virtio-rng: no random bytes from the host (%d)", ret);
@@ -63,8 +74,13 @@ static int rng_create(struct device **out, const struct device_host *host, const
     *out = NULL;
     if (!rng)
         return error_set(err, -ENOMEM, "virtio-rng: no memory");
-    ret = virtio_init(&rng->virtio, host, &rng_ops, rng, &pci_config, err);
+    ret = rate_gate_init(&rng->gate, host->loop, rng_config->limit, gate_opened, rng);
+    if (ret < 0)
+        error_set(err, ret, "virtio-rng: no memory");
+    else
+        ret = virtio_init(&rng->virtio, host, &rng_ops, rng, &pci_config, err);
     if (ret < 0) {
+        rate_gate_fini(&rng->gate);
         free(rng);
         return ret;
     }
@@ -86,6 +102,7 @@ static int rng_state(struct device *rng, struct state_io *io)
 
 static void rng_destroy(struct device *rng)
 {
+    rate_gate_fini(&rng->gate);
     virtio_fini(&rng->virtio);
     free(rng);
 }

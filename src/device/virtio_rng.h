@@ -5,8 +5,10 @@
 #define DOPPEL_DEVICE_VIRTIO_RNG_H
 
 #include "device/device.h"
+#include "util/token_bucket.h"
 
 struct virtio_rng_config {
+    const struct rate_limit_config *limit; /* NULL: none */
     int slot; /* PCI slot, -1: the next free one */
 };
 

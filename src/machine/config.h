@@ -11,6 +11,7 @@
 #include "fs/fs.h"
 #include "state/state.h"
 #include "util/error.h"
+#include "util/token_bucket.h"
 
 #define CONFIG_DISKS_MAX 16
 #define CONFIG_NETS_MAX 8
@@ -20,16 +21,6 @@
 #define CONFIG_DUMPS_MAX 16
 #define CONFIG_MEMORY_MIN_BYTES (1ull << 20)
 #define CONFIG_MEMORY_MAX_BYTES (240ull << 30) /* the 64-bit PCI window starts at 256 GiB */
-
-/* A token bucket: `size` tokens, refilled evenly in refill_ms, after a first burst that is not. size or refill_ms 0: no limit. */
-struct bucket_config {
-    uint64_t size, one_time_burst, refill_ms;
-};
-
-struct rate_limit_config {
-    struct bucket_config bandwidth; /* bytes */
-    struct bucket_config ops;       /* requests or frames */
-};
 
 struct disk_config {
     char *path, *format, *serial;

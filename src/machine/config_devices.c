@@ -37,7 +37,7 @@ static int set_id(char **field, const char *option, const char *value, struct er
     return config_replace(field, value, err);
 }
 
-/* So many a second: 500, 10K, 8M (powers of 1024). Tenths of seconds make bursts short where they come out even. */
+/* So many a second: 500, 10K, 8M (powers of 1024). Tenths of seconds make bursts short where they come out even, or nearly. */
 static int set_rate(struct bucket_config *bucket, const char *option, const char *name, const char *value, struct error *err)
 {
     char *end = NULL;
@@ -50,7 +50,7 @@ static int set_rate(struct bucket_config *bucket, const char *option, const char
         rate = 0;
     if (rate == 0 || rate > RATE_MAX)
         return error_set(err, -EINVAL, "--%s: %s=%s is not a number a second such as 500, 64K or 10M", option, name, value);
-    bool even = rate % 10 == 0;
+    bool even = rate % 10 == 0 || rate >= 1000;
     *bucket = (struct bucket_config){.size = even ? rate / 10 : rate, .refill_ms = even ? 100 : 1000};
     return 0;
 }

@@ -125,8 +125,13 @@ static size_t serial_receive(void *ctx, const uint8_t *data, size_t size_bytes)
 static void serial_write(void *ctx, const uint8_t *data, size_t size_bytes)
 {
     struct machine *machine = ctx;
-    machine->serial_written += size_bytes;
-    console_write(machine->serial_console, data, size_bytes);
+    uint64_t passed = size_bytes;
+    if (machine->serial_bucket.size)
+        passed = token_bucket_take_some(&machine->serial_bucket, inputs_now_ns(), size_bytes);
+    machine->serial_dropped += size_bytes - passed;
+    machine->serial_written += passed;
+    if (passed)
+        console_write(machine->serial_console, data, passed);
 }
 
 static void serial_ready(void *ctx)
@@ -314,6 +319,7 @@ static int create_timers_and_power(struct machine *machine)
 
 static int create_ports(struct machine *machine)
 {
+    token_bucket_init(&machine->serial_bucket, &machine->config->serial_limit, inputs_now_ns());
     struct uart_config uart = {.bus = machine->bus,
                                .loop = machine->loop,
                                .port = UART_COM1_PORT,

@@ -85,6 +85,7 @@ static int create_disk(struct machine *machine, unsigned index, unsigned place, 
                                        .serial = disk->serial,
                                        .unsafe = !disk->writeback,
                                        .queues = machine->cpu_count,
+                                       .limit = &disk->limit,
                                        .slot = SLOT_DISK + (int)place};
     r = add_device(machine, "virtio-blk", &config, NULL, err);
     if (r == 0)
@@ -115,7 +116,14 @@ static int create_nets(struct machine *machine, struct error *err)
         const char *spec = config->net_count ? config->net[i] : "user";
         if (strcmp(spec, "none") == 0)
             continue;
-        struct virtio_net_config net = {.net = spec, .machine = config->kernel, .mtu = config->net_card[i].mtu, .index = i, .slot = SLOT_NET + (int)i};
+        const struct net_card_config *card = &config->net_card[i];
+        struct virtio_net_config net = {.net = spec,
+                                        .machine = config->kernel,
+                                        .mtu = card->mtu,
+                                        .index = i,
+                                        .receive = &card->receive,
+                                        .transmit = &card->transmit,
+                                        .slot = SLOT_NET + (int)i};
         int r = add_device(machine, "virtio-net", &net, NULL, err);
         if (r)
             return r;
@@ -200,7 +208,7 @@ static int create_vsock(struct machine *machine, struct error *err)
 
 int machine_create_devices(struct machine *machine, struct error *err)
 {
-    struct virtio_rng_config rng = {.slot = SLOT_RNG};
+    struct virtio_rng_config rng = {.limit = &machine->config->entropy_limit, .slot = SLOT_RNG};
     int r = add_device(machine, "virtio-rng", &rng, NULL, err);
     if (r == 0 && machine->config->virtio_console)
         r = create_virtio_console(machine, err);

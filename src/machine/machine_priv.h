@@ -100,6 +100,7 @@ struct machine {
     struct msi_target msi;
     uint64_t serial_written, serial_read, serial_dropped; /* bytes; device lock */
     struct console *serial_console, *virtio_console_backend, *debug_console;
+    struct token_bucket serial_bucket;
     struct device *virtio_console, *balloon; /* NULL: none */
     struct block *block[CONFIG_DISKS_MAX];
 

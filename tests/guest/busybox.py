@@ -159,6 +159,25 @@ def mmio():
         check_disk(images[1], "data", digest)
 
 
+def limits():
+    """Disks are as fast as allowed, not faster, and hardly slower."""
+    with tempfile.TemporaryDirectory() as folder:
+        images = [f"{folder}/disk{n}.img" for n in range(2)]
+        for image in images:
+            host("truncate", "-s", "16M", image)
+        with busybox("--disk", f"{images[0]},bps=4M", "--disk", f"{images[1]},iops=200", "--net", "none") as vm:
+            for device, block, count, wanted in ("vda", 65536, 160, 2.5), ("vdb", 4096, 500, 2.5):
+                # The first empties the bucket.
+                vm.run(f"dd if=/dev/{device} of=/dev/null bs={block} count={count // 4} iflag=direct 2>/dev/null", 60)
+                before = time.monotonic()
+                vm.run(f"dd if=/dev/{device} of=/dev/null bs={block} count={count} iflag=direct 2>/dev/null", 60)
+                seconds = time.monotonic() - before
+                print(f"{device}: {seconds:.2f} s, {wanted} s wanted")
+                assert 0.93 * wanted < seconds < 1.6 * wanted, f"{device} took {seconds:.2f} s, not {wanted} s"
+            vm.type("poweroff\n")
+            vm.finish(0)
+
+
 def user_ticks(vm):
     return [int(line.split()[1]) for line in vm.run("grep -E '^cpu[0-9]' /proc/stat").split("\n")]
 
@@ -289,6 +308,7 @@ guest.main({
     "shell": lambda: shell_of(1),
     "smp": lambda: shell_of(2),
     "mmio": mmio,
+    "limits": limits,
     "network": network_inside,
     "readonly": readonly,
     "locked": locked,

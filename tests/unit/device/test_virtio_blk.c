@@ -434,6 +434,59 @@ static void test_unsafe(void **state)
     assert_int_equal(request(T_FLUSH, 0, data, 0, false), S_OK); /* nobody should, and it does no harm */
 }
 
+static uint64_t now_ms(void)
+{
+    return loop_now_ns() / 1000000;
+}
+
+/* Fifty requests of 4 KiB at 1 MB/s, ten of which are in the bucket; the rest waits, and nothing but the timer starts it. */
+static void test_limit(void **state)
+{
+    const struct bucket_config bandwidth = {40960, 0, 40}, none = {0};
+    struct guest_queue *q = &f.g.queue[0];
+    gpa_t header = guest_alloc(&f.g, 4096), data = guest_alloc(&f.g, 4096), status = guest_alloc(&f.g, 4096);
+    const struct guest_buffer buffers[] = {{header, 16, false}, {data, 4096, true}, {status, 1, true}};
+
+    guest_start(&f.g, F_INDIRECT_DESC, 1);
+    q->indirect = true;
+    virtio_blk_set_limit(f.device, &bandwidth, NULL);
+    uint64_t begin = now_ms();
+    for (unsigned i = 0; i < 50; i++)
+        guest_add(q, buffers, 3);
+    guest_kick(q);
+    for (unsigned i = 0; i < 50; i++) {
+        guest_wait_used(q);
+        guest_take_used(q, NULL);
+        assert_true(i < 10 || now_ms() - begin >= (i - 9) * 4 - 1);
+    }
+    assert_true(now_ms() - begin >= 159);
+
+    /* A limit that is lifted lets go of what waits. */
+    virtio_blk_set_limit(f.device, NULL, &(struct bucket_config){1, 0, 3600000});
+    guest_add(q, buffers, 3);
+    guest_add(q, buffers, 3);
+    guest_kick(q);
+    guest_wait_used(q);
+    guest_take_used(q, NULL);
+    guest_run(&f.g);
+    assert_false(guest_has_used(q));
+    assert_true(virtio_blk_class.quiesce(f.device)); /* it waits in the ring */
+    virtio_blk_set_limit(f.device, &none, &none);
+    guest_wait_used(q);
+    guest_take_used(q, NULL);
+
+    /* A reset meanwhile is the end of it. */
+    virtio_blk_set_limit(f.device, NULL, &(struct bucket_config){1, 0, 20});
+    guest_add(q, buffers, 3);
+    guest_add(q, buffers, 3);
+    guest_kick(q);
+    guest_run(&f.g);
+    guest_device_reset(&f.g);
+    guest_start(&f.g, 0, 1);
+    assert_int_equal(request(T_IN, 0, data, 512, true), S_OK);
+    assert_int_equal(request(T_IN, 0, data, 512, true), S_OK);
+}
+
 /* Argument "mmio": over memory-mapped registers. */
 int main(int argc, char **argv)
 {
@@ -441,7 +494,7 @@ int main(int argc, char **argv)
     const struct CMUnitTest tests[] = {
         TEST(test_config),         TEST(test_read_write),         TEST(test_id),            TEST(test_layouts),
         TEST(test_short_requests), TEST(test_discard_and_zeroes), TEST(test_write_through), TEST(test_queues),
-        TEST(test_reset_in_flight), TEST(test_readonly),          TEST(test_state), TEST(test_unsafe),
+        TEST(test_reset_in_flight), TEST(test_readonly),          TEST(test_state), TEST(test_unsafe), TEST(test_limit),
     };
 
     mmio = argc > 1;

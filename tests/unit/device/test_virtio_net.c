@@ -471,6 +471,53 @@ static void add_tx(uint32_t first, uint32_t second, uint8_t tag)
     guest_add(&f.g.queue[TX], buffers, second ? 2 : 1);
 }
 
+/* Ten frames of 100 bytes, five at once and then one every 5 ms. */
+static void test_receive_limit(void **state)
+{
+    uint8_t mac[6];
+    guest_start(&f.g, F_MAC, 2);
+    read_mac(mac);
+    fill(f.net.frame, 100, mac);
+    f.net.frame_bytes = 100;
+    f.net.waiting = 10;
+    virtio_net_set_limit(f.device, true, &(struct bucket_config){500, 0, 25}, NULL);
+    uint64_t begin = loop_now_ns();
+    for (unsigned i = 0; i < 10; i++)
+        add_rx(1, 2000);
+    guest_kick(&f.g.queue[RX]);
+    guest_run(&f.g);
+    for (unsigned i = 0; i < 10; i++) {
+        guest_wait_used(&f.g.queue[RX]);
+        assert_int_equal(guest_take_used(&f.g.queue[RX], NULL), 112);
+    }
+    assert_true(loop_now_ns() - begin >= 25 * 1000000ull);
+    assert_true(counters().rx_limited >= 5 && counters().tx_limited == 0);
+}
+
+/* Three at once, and one more every 10 ms; a full back end costs nothing of the limit. */
+static void test_transmit_limit(void **state)
+{
+    guest_start(&f.g, F_MAC, 2);
+    virtio_net_set_limit(f.device, false, NULL, &(struct bucket_config){3, 0, 30});
+    f.net.full = true;
+    for (unsigned i = 0; i < 6; i++)
+        add_tx(12, 60, (uint8_t)i);
+    guest_kick(&f.g.queue[TX]);
+    guest_run(&f.g);
+    f.net.full = false;
+    uint64_t begin = loop_now_ns();
+    f.net.client.writable(f.net.client.ctx);
+    guest_run(&f.g);
+    assert_true(f.net.sent >= 3);
+    for (unsigned i = 0; i < 6; i++) {
+        guest_wait_used(&f.g.queue[TX]);
+        guest_take_used(&f.g.queue[TX], NULL);
+    }
+    assert_true(loop_now_ns() - begin >= 29 * 1000000ull);
+    assert_int_equal(f.net.sent, 6);
+    assert_true(counters().tx_limited >= 3);
+}
+
 static void test_transmit(void **state)
 {
     guest_start(&f.g, F_MAC | F_CSUM, 2);
@@ -611,6 +658,7 @@ int main(void)
         TEST(test_identity),         TEST(test_plain_back_end),     TEST(test_bad_spec),    TEST(test_receive),
         TEST(test_mergeable),        TEST(test_wait_for_buffers),   TEST(test_no_room_ever), TEST(test_unsuitable),
         TEST(test_bad_receive_buffer), TEST(test_filter),           TEST(test_bad_commands), TEST(test_transmit),
+        TEST(test_receive_limit),      TEST(test_transmit_limit),
         TEST(test_transmit_many),    TEST(test_transmit_full),      TEST(test_offloads_and_link), TEST(test_state),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -121,7 +121,7 @@ static void properties(void **state)
     const struct disk_config *disk = &config.disk[0];
     assert_string_equal(disk->id, "one");
     assert_true(disk->root && !disk->writeback && !disk->readonly);
-    assert_int_equal(disk->limit.bandwidth.size, 1 << 20);
+    assert_int_equal(disk->limit.bandwidth.size, (10 << 20) / 10);
     assert_int_equal(disk->limit.bandwidth.refill_ms, 100);
     assert_int_equal(disk->limit.ops.size, 55); /* not a multiple of ten: a whole second's */
     assert_int_equal(disk->limit.ops.refill_ms, 1000);
