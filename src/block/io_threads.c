@@ -23,6 +23,7 @@ SANDBOX_ALLOW(IN_WORKER, fallocate);
 
 struct threads {
     struct block_io io; /* first */
+    struct loop *loop;
     struct loop_event *finished_event;
     pthread_mutex_t lock;
     pthread_cond_t work;
@@ -57,6 +58,7 @@ static void *worker_main(void *ctx)
 {
     struct threads *threads = ctx;
     struct block_task *task;
+    bool entered = false;
 
     pthread_mutex_lock(&threads->lock);
     for (;;) {
@@ -66,6 +68,7 @@ static void *worker_main(void *ctx)
             break;
         TAILQ_REMOVE(&threads->todo, task, link);
         pthread_mutex_unlock(&threads->lock);
+        entered = entered || loop_thread_enter(threads->loop, IN_WORKER);
         task->result = perform(task);
         pthread_mutex_lock(&threads->lock);
         TAILQ_INSERT_TAIL(&threads->finished, task, link);
@@ -126,6 +129,7 @@ static int threads_create(struct block_io **io, struct loop *loop)
     if (!threads)
         return -ENOMEM;
     threads->io.ops = &block_io_threads_ops;
+    threads->loop = loop;
     TAILQ_INIT(&threads->todo);
     TAILQ_INIT(&threads->finished);
     pthread_mutex_init(&threads->lock, NULL);

@@ -15,6 +15,10 @@
 #include <unistd.h>
 
 #include "chipset/boot_priv.h"
+#include "util/sandbox_rules.h"
+
+SANDBOX_ALLOW(IN_LOOP, pread64); /* again at each reset */
+SANDBOX_ALLOW_IF(IN_LOOP, newfstatat, ARG_HAS(3, AT_EMPTY_PATH));
 
 #define KERNEL_BYTES_MAX (2ull << 30)
 #define MIB ((uint64_t)1 << 20)

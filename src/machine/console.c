@@ -12,6 +12,7 @@
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -19,6 +20,14 @@
 #include <unistd.h>
 
 #include "util/log.h"
+#include "util/sandbox_rules.h"
+
+SANDBOX_ALLOW(IN_LOOP | IN_VCPU | IN_MAIN, poll);
+SANDBOX_ALLOW(IN_LOOP | IN_VCPU | IN_MAIN, sendto); /* what is connected already */
+SANDBOX_ALLOW(IN_LOOP, accept4);
+SANDBOX_ALLOW(IN_LOOP, close);
+SANDBOX_ALLOW_IF(IN_MAIN, ioctl, ARG_IS(1, TCSETS)); /* the terminal as it was */
+SANDBOX_ALLOW_IF(IN_MAIN, ioctl, ARG_IS(1, TCGETS));
 
 #define ESCAPE 0x01 /* Ctrl-A */
 /* Reading goes on while this has room, so that the keys for Doppel itself work when the guest has stopped taking input. */

@@ -1,6 +1,7 @@
 /*
  * The machine's sandbox: what this configuration needs of the host once it runs, put together from its parts. Threads that cannot enter it do not run, and the machine ends.
  */
+#include <limits.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -26,17 +27,30 @@ static void directory_of(const char *file, char *directory, size_t size)
         snprintf(directory, size, ".");
 }
 
+static const char *socket_path(const char *console)
+{
+    return console && strncmp(console, "unix:", 5) == 0 ? console + 5 : NULL;
+}
+
+static bool enter(void *ctx, unsigned kind)
+{
+    return machine_enter_sandbox(ctx, kind);
+}
+
 int machine_make_sandbox(struct machine *machine, struct error *err)
 {
     const struct machine_config *config = machine->config;
-    char pid_directory[4096];
-    struct sandbox_path paths[4];
+    const char *const removed[] = {config->pid_file, socket_path(config->console), socket_path(config->virtio_console), socket_path(config->debug_console)};
+    char directory[sizeof removed / sizeof *removed][PATH_MAX];
+    struct sandbox_path paths[sizeof removed / sizeof *removed + 1];
     struct sandbox_config sandbox = {.paths = paths, .omit = config->sandbox_omit};
     if (!config->sandbox)
         return 0;
-    directory_of(config->pid_file, pid_directory, sizeof pid_directory);
-    if (*pid_directory)
-        paths[sandbox.path_count++] = (struct sandbox_path){pid_directory, true, IN_MAIN};
+    for (unsigned i = 0; i < sizeof removed / sizeof *removed; i++) {
+        directory_of(removed[i], directory[i], sizeof directory[i]);
+        if (*directory[i])
+            paths[sandbox.path_count++] = (struct sandbox_path){directory[i], true, IN_MAIN};
+    }
     if (uses_user_network(config)) {
         sandbox.needs |= SANDBOX_NET_USER;
         sandbox.host_network = true;
@@ -46,7 +60,10 @@ int machine_make_sandbox(struct machine *machine, struct error *err)
         sandbox.needs |= SANDBOX_VSOCK;
     if (config->direct != DIRECT_OFF && strcmp(machine->engine_ops->name, "bt") == 0)
         sandbox.needs |= SANDBOX_DIRECT;
-    return sandbox_create(&machine->sandbox, &sandbox, err);
+    int r = sandbox_create(&machine->sandbox, &sandbox, err);
+    if (r == 0)
+        loop_set_thread_enter(machine->loop, enter, machine);
+    return r;
 }
 
 bool machine_enter_sandbox(struct machine *machine, unsigned kind)

@@ -2,7 +2,7 @@
  * Snapshots in two files, state and memory (machine.h). The state file is section "snapshot" (what it is and what belongs to it), then "config", then
  * "machine", in the format of state/state.h. Each file is written under another name beside its own and renamed when it is complete and on the disk, memory first:
  * the state file's name is the last thing to change. It holds a number drawn anew each time that nothing else depends on; it tells one snapshot from another.
- * Threading: saving on any thread but the loop's and vCPUs'; it works on the loop's thread.
+ * Threading: saving on any thread but the loop's and vCPUs'; the writing is done on the loop's, which opens nothing.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -120,38 +120,50 @@ static int write_state(struct machine *machine, struct new_file *file, struct er
     return r;
 }
 
+struct save {
+    struct new_file state, memory;
+    bool differential;
+};
+
+/* Everything stands still meanwhile, and the thread may open nothing. */
 static int save(struct machine *machine, void *ctx, struct error *err)
 {
-    const struct snapshot_files *files = ctx;
-    struct new_file state, memory = {.fd = -1};
-    int r = new_file_open(&state, files->state, err);
-    if (r == 0)
-        r = files->differential ? new_file_update(&memory, files->memory, physmap_ram_bytes(machine->memory), err)
-                                : new_file_open(&memory, files->memory, err);
-    if (r == 0)
-        r = write_state(machine, &state, err);
-    if (r == 0) {
-        r = ram_file_write(machine->memory, memory.fd, files->differential, err);
-        if (r)
-            error_prefix(err, "%s", files->memory);
-        /* What may be written without a fault was noted as dirty before: engines are to notice again. */
-        for (unsigned i = 0; r == 0 && i < machine->cpu_count; i++)
-            machine->engine_ops->state_changed(machine->vcpu[i].vcpu);
-    }
-    if (r == 0)
-        r = new_file_commit(&memory, err);
-    if (r == 0)
-        r = new_file_commit(&state, err);
-    new_file_close(&memory);
-    new_file_close(&state);
-    return r;
+    struct save *files = ctx;
+    int r = write_state(machine, &files->state, err);
+    if (r)
+        return r;
+    r = ram_file_write(machine->memory, files->memory.fd, files->differential, err);
+    if (r)
+        return error_prefix(err, "%s", files->memory.path);
+    /* What may be written without a fault was noted as dirty before: engines are to notice again. */
+    for (unsigned i = 0; i < machine->cpu_count; i++)
+        machine->engine_ops->state_changed(machine->vcpu[i].vcpu);
+    return 0;
 }
 
 int machine_snapshot_save(struct machine *machine, const struct snapshot_files *files, struct error *err)
 {
+    struct save ctx = {.memory = {.fd = -1}, .differential = files->differential};
     if (strcmp(files->state, files->memory) == 0)
         return error_set(err, -EINVAL, "state and memory of a snapshot cannot be one file (%s)", files->state);
-    return machine_call_still(machine, save, (void *)(uintptr_t)files, err);
+    int r = new_file_open(&ctx.state, files->state, err);
+    if (r == 0)
+        r = files->differential ? new_file_update(&ctx.memory, files->memory, physmap_ram_bytes(machine->memory), err)
+                                : new_file_open(&ctx.memory, files->memory, err);
+    if (r == 0)
+        r = machine_call_still(machine, save, &ctx, err);
+    if (r == 0) {
+        r = new_file_commit(&ctx.memory, err);
+        if (r == 0)
+            r = new_file_commit(&ctx.state, err);
+        if (r) { /* the marks are gone, and what they stood for is in no file */
+            physmap_mark_written(machine->memory, 0, physmap_low_bytes(machine->memory));
+            physmap_mark_written(machine->memory, PHYSMAP_HIGH_BASE, physmap_high_bytes(machine->memory));
+        }
+    }
+    new_file_close(&ctx.memory);
+    new_file_close(&ctx.state);
+    return r;
 }
 
 /* ---- reading ---- */

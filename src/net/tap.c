@@ -18,6 +18,10 @@
 
 #include "net/net_priv.h"
 #include "util/log.h"
+#include "util/sandbox_rules.h"
+
+SANDBOX_ALLOW(IN_LOOP, writev);
+SANDBOX_ALLOW_IF(IN_LOOP, ioctl, ARG_IS(1, TUNSETOFFLOAD));
 
 #define TUN_PATH "/dev/net/tun"
 #define TAP_EXAMPLE "tap:tap0"

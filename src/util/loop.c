@@ -24,7 +24,7 @@
 #include <unistd.h>
 
 SANDBOX_ALLOW(IN_LOOP | IN_MAIN, epoll_wait); /* the end drains the loop on the thread that ends the machine */
-SANDBOX_ALLOW(IN_LOOP | IN_MAIN, epoll_ctl);
+SANDBOX_ALLOW(IN_LOOP | IN_VCPU | IN_MAIN, epoll_ctl);
 SANDBOX_ALLOW(IN_LOOP | IN_MAIN | IN_VCPU, timerfd_settime);
 SANDBOX_ALLOW(IN_LOOP | IN_MAIN, read);
 SANDBOX_ALLOW(IN_MAIN, close);
@@ -71,6 +71,9 @@ struct loop {
     atomic_bool stop;
     _Atomic unsigned always_ready; /* descriptors of that kind that want events */
 
+    bool (*thread_enter)(void *ctx, unsigned kind); /* lock */
+    void *thread_enter_ctx;                         /* lock */
+
     pthread_mutex_t lock;
     bool waiting; /* the thread is in, or about to enter, epoll_wait; lock */
     bool woken;   /* wake_fd was written since; lock */
@@ -84,6 +87,23 @@ struct loop {
     LIST_HEAD(, loop_event) events;
     TAILQ_HEAD(, loop_event) queue;
 };
+
+void loop_set_thread_enter(struct loop *loop, bool (*enter)(void *ctx, unsigned kind), void *ctx)
+{
+    pthread_mutex_lock(&loop->lock);
+    loop->thread_enter = enter;
+    loop->thread_enter_ctx = ctx;
+    pthread_mutex_unlock(&loop->lock);
+}
+
+bool loop_thread_enter(struct loop *loop, unsigned kind)
+{
+    pthread_mutex_lock(&loop->lock);
+    bool (*enter)(void *ctx, unsigned kind) = loop->thread_enter;
+    void *ctx = loop->thread_enter_ctx;
+    pthread_mutex_unlock(&loop->lock);
+    return enter && enter(ctx, kind);
+}
 
 uint64_t loop_now_ns(void)
 {

@@ -10,6 +10,7 @@
 #define DOPPEL_UTIL_LOOP_H
 
 #include <pthread.h>
+#include <stdbool.h>
 #include <stdint.h>
 
 struct loop;
@@ -56,6 +57,13 @@ void loop_event_destroy(struct loop_event *event);
 
 /* The mutex under which callbacks run, for threads beside the loop; NULL: none. */
 pthread_mutex_t *loop_guard(struct loop *loop);
+
+/*
+ * Threads that back ends make. Whoever runs the loop may want each to do something before it works for a guest (enter a sandbox): such a thread calls loop_thread_enter with its
+ * kind before each piece of work until that returns true. The setter: before the loop runs.
+ */
+void loop_set_thread_enter(struct loop *loop, bool (*enter)(void *ctx, unsigned kind), void *ctx);
+bool loop_thread_enter(struct loop *loop, unsigned kind);
 
 uint64_t loop_now_ns(void);
 

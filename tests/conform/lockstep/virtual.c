@@ -82,6 +82,15 @@ int inputs_random(void *data, size_t size_bytes)
     return 0;
 }
 
+void loop_set_thread_enter(struct loop *loop, bool (*enter)(void *ctx, unsigned kind), void *ctx)
+{
+}
+
+bool loop_thread_enter(struct loop *loop, unsigned kind)
+{
+    return true;
+}
+
 uint64_t loop_now_ns(void)
 {
     return clock_state.now_ns;
