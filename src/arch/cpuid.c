@@ -10,6 +10,7 @@
 #include "arch/cpuid.h"
 
 #include <cpuid.h>
+#include <errno.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -35,6 +36,8 @@ struct cpuid_table {
     uint32_t max_basic, max_extended;
     uint64_t xcr0, cr4, efer;
     unsigned physical_bits;
+    struct msr_mask msr[CPUID_MSR_MASKS_MAX];
+    unsigned msr_count;
 };
 
 #define MAX_HYPERVISOR 0x40000010u
@@ -368,6 +371,89 @@ struct cpuid_table *cpuid_table_build(struct cpuid_config *config)
     return t;
 }
 
+/* ---- masks ---- */
+
+static const char *const register_names[] = {"EAX", "EBX", "ECX", "EDX"};
+
+/* Leaves whose registers are sets of features, by register: those of a saved table must all be here. */
+static const struct {
+    uint32_t leaf, subleaf;
+    bool eax, ebx, ecx, edx;
+} feature_leaves[] = {
+    {1, ANY_SUBLEAF, .ecx = true, .edx = true},
+    {7, 0, .ebx = true, .ecx = true, .edx = true},
+    {7, 1, .eax = true},
+    {7, 2, .edx = true},
+    {0xD, 0, .eax = true, .edx = true},
+    {0xD, 1, .eax = true},
+    {0x80000001, ANY_SUBLEAF, .ecx = true, .edx = true},
+};
+
+static bool is_feature_register(const struct entry *entry, unsigned reg)
+{
+    for (unsigned n = 0; n < sizeof(feature_leaves) / sizeof(feature_leaves[0]); n++) {
+        const bool features[] = {feature_leaves[n].eax, feature_leaves[n].ebx, feature_leaves[n].ecx, feature_leaves[n].edx};
+        if (feature_leaves[n].leaf == entry->leaf && feature_leaves[n].subleaf == entry->subleaf)
+            return features[reg];
+    }
+    return false;
+}
+
+int cpuid_table_mask(struct cpuid_table *t, const struct cpuid_mask *mask, struct error *err)
+{
+    const struct cpuid_regs *found = find(t, mask->leaf, mask->subleaf);
+    if (!found || mask->reg > 3)
+        return error_set(err, -ENOENT, "there is no CPUID leaf %#x.%#x", mask->leaf, mask->subleaf);
+    struct entry *entry = &t->entries[0];
+    while (&entry->regs != found)
+        entry++;
+    uint32_t *const registers[] = {&entry->regs.eax, &entry->regs.ebx, &entry->regs.ecx, &entry->regs.edx};
+    uint32_t *value = registers[mask->reg], after = (*value & ~mask->mask) | (mask->value & mask->mask);
+    if (is_feature_register(entry, mask->reg) && after & ~*value)
+        return error_set(err, -ENOTSUP, "CPUID leaf %#x.%#x %s bits %#x are features that this host or the engine lacks", mask->leaf, mask->subleaf,
+                         register_names[mask->reg], after & ~*value);
+    *value = after;
+    return 0;
+}
+
+int cpuid_table_mask_msr(struct cpuid_table *t, const struct msr_mask *mask, struct error *err)
+{
+    if (t->msr_count == CPUID_MSR_MASKS_MAX)
+        return error_set(err, -E2BIG, "more than %d MSRs are modified", CPUID_MSR_MASKS_MAX);
+    t->msr[t->msr_count++] = *mask;
+    return 0;
+}
+
+uint64_t cpuid_msr_value(const struct cpuid_table *table, uint32_t index, uint64_t value)
+{
+    for (unsigned n = 0; n < table->msr_count; n++)
+        if (table->msr[n].index == index)
+            value = (value & ~table->msr[n].mask) | (table->msr[n].value & table->msr[n].mask);
+    return value;
+}
+
+int cpuid_table_seal(struct cpuid_table *t, struct error *err)
+{
+    const struct cpuid_regs *xsave = find(t, 0xD, 0), *one = find(t, 1, 0), *seven = find(t, 7, 0);
+    if (xsave)
+        t->xcr0 = xsave->eax | (uint64_t)xsave->edx << 32;
+    /* SDM vol. 1, section 13.3: AVX needs SSE, the three parts of AVX-512 go together and need AVX. */
+    uint64_t avx512 = t->xcr0 & XCR0_AVX512;
+    if (t->xcr0 && ((t->xcr0 & 3) != 3 || (avx512 && (avx512 != XCR0_AVX512 || !has_avx(t)))))
+        return error_set(err, -EINVAL, "CPUID leaf 0xd.0 would offer an XCR0 of %#llx, which XSETBV does not take", (unsigned long long)t->xcr0);
+    const struct {
+        bool offered;
+        uint64_t cr4;
+    } switches[] = {{one->ecx & BIT(17), CR4_PCIDE},   {one->ecx & L1_ECX_XSAVE, CR4_OSXSAVE}, {seven->ebx & BIT(0), CR4_FSGSBASE},
+                    {seven->ebx & BIT(7), CR4_SMEP},   {seven->ebx & BIT(20), CR4_SMAP},       {seven->ecx & BIT(2), CR4_UMIP}};
+    for (unsigned n = 0; n < sizeof(switches) / sizeof(switches[0]); n++)
+        if (!switches[n].offered)
+            t->cr4 &= ~switches[n].cr4;
+    if (!(find(t, 0x80000001, 0)->edx & BIT(20)))
+        t->efer &= ~(uint64_t)EFER_NXE;
+    return 0;
+}
+
 void cpuid_table_destroy(struct cpuid_table *table)
 {
     free(table);
@@ -458,20 +544,6 @@ unsigned cpuid_physical_address_bits(const struct cpuid_table *table)
 
 /* ---- saving ---- */
 
-/* Leaves whose registers are sets of features, by register: those of a saved table must all be here. */
-static const struct {
-    uint32_t leaf, subleaf;
-    bool eax, ebx, ecx, edx;
-} feature_leaves[] = {
-    {1, ANY_SUBLEAF, .ecx = true, .edx = true},
-    {7, 0, .ebx = true, .ecx = true, .edx = true},
-    {7, 1, .eax = true},
-    {7, 2, .edx = true},
-    {0xD, 0, .eax = true, .edx = true},
-    {0xD, 1, .eax = true},
-    {0x80000001, ANY_SUBLEAF, .ecx = true, .edx = true},
-};
-
 static struct cpuid_regs features_of(const struct cpuid_table *t, unsigned n)
 {
     const struct cpuid_regs *r = NULL;
@@ -490,12 +562,11 @@ static bool find_missing(const struct cpuid_table *saved, const struct cpuid_tab
     for (unsigned n = 0; n < sizeof(feature_leaves) / sizeof(feature_leaves[0]); n++) {
         struct cpuid_regs s = features_of(saved, n), h = features_of(host, n);
         const uint32_t missing[] = {s.eax & ~h.eax, s.ebx & ~h.ebx, s.ecx & ~h.ecx, s.edx & ~h.edx};
-        static const char *const names[] = {"EAX", "EBX", "ECX", "EDX"};
         for (unsigned i = 0; i < 4; i++) {
             if (!missing[i])
                 continue;
             snprintf(reason, reason_bytes, "the guest uses a processor with features that this host lacks (CPUID leaf %x.%x %s bits %08x)",
-                     feature_leaves[n].leaf, feature_leaves[n].subleaf == ANY_SUBLEAF ? 0 : feature_leaves[n].subleaf, names[i], missing[i]);
+                     feature_leaves[n].leaf, feature_leaves[n].subleaf == ANY_SUBLEAF ? 0 : feature_leaves[n].subleaf, register_names[i], missing[i]);
             return true;
         }
     }
@@ -507,7 +578,7 @@ int cpuid_state(struct cpuid_table *table, struct state_io *io)
     struct cpuid_table t = *table;
     uint32_t count = t.count;
     char reason[160];
-    state_begin(io, "cpuid", 1);
+    state_begin(io, "cpuid", 2);
     state_u32(io, &count);
     if (state_loading(io) && count > TABLE_ENTRIES) {
         state_fail(io, "more leaves than there can be");
@@ -523,6 +594,18 @@ int cpuid_state(struct cpuid_table *table, struct state_io *io)
     uint32_t *const fields[] = {&t.max_basic, &t.max_extended};
     for (unsigned i = 0; i < sizeof(fields) / sizeof(fields[0]); i++)
         state_u32(io, fields[i]);
+    uint32_t msr_count = t.msr_count;
+    state_u32(io, &msr_count);
+    if (state_loading(io) && msr_count > CPUID_MSR_MASKS_MAX) {
+        state_fail(io, "more modified MSRs than there can be");
+        msr_count = 0;
+    }
+    t.msr_count = msr_count;
+    for (unsigned n = 0; n < t.msr_count; n++) {
+        state_u32(io, &t.msr[n].index);
+        state_u64(io, &t.msr[n].mask);
+        state_u64(io, &t.msr[n].value);
+    }
     uint64_t *const masks[] = {&t.xcr0, &t.cr4, &t.efer};
     const uint64_t most[] = {table->xcr0, table->cr4, table->efer};
     for (unsigned i = 0; i < sizeof(masks) / sizeof(masks[0]); i++) {

@@ -11,6 +11,22 @@
 #include <stdint.h>
 
 #include "arch/cpu.h"
+#include "util/error.h"
+
+#define CPUID_MSR_MASKS_MAX 32
+
+/* The bits in `mask` of one register of a leaf are those of `value`. */
+struct cpuid_mask {
+    uint32_t leaf, subleaf;
+    unsigned reg; /* 0 EAX, 1 EBX, 2 ECX, 3 EDX */
+    uint32_t mask, value;
+};
+
+/* What a guest reads from an MSR has these bits, whatever it wrote. An MSR that the machine has not stays absent. */
+struct msr_mask {
+    uint32_t index;
+    uint64_t mask, value;
+};
 
 struct cpuid_config {
     unsigned cpu_count;      /* 1..255; one package, one thread a core */
@@ -29,6 +45,16 @@ struct cpuid_table;
 /* NULL: no memory. Fills config->xcr0_supported. */
 struct cpuid_table *cpuid_table_build(struct cpuid_config *config);
 void cpuid_table_destroy(struct cpuid_table *table);
+
+/*
+ * Before the table is used. A leaf that is not there: -ENOENT. Setting a feature that this host or the engines lack: -ENOTSUP. The registers that switch features on
+ * (CR4, EFER, XCR0) follow at cpuid_table_seal.
+ */
+int cpuid_table_mask(struct cpuid_table *table, const struct cpuid_mask *mask, struct error *err) __attribute__((warn_unused_result));
+int cpuid_table_mask_msr(struct cpuid_table *table, const struct msr_mask *mask, struct error *err) __attribute__((warn_unused_result));
+/* -EINVAL: what is left of XCR0 is not a state that XSETBV takes. */
+int cpuid_table_seal(struct cpuid_table *table, struct error *err) __attribute__((warn_unused_result));
+uint64_t cpuid_msr_value(const struct cpuid_table *table, uint32_t index, uint64_t value);
 
 struct cpuid_regs cpuid_query(const struct cpuid_table *table, const struct cpu_state *cpu, unsigned apic_id, uint32_t leaf, uint32_t subleaf);
 

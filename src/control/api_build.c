@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "control/api_cpu.h"
 #include "control/api_priv.h"
 
 /* What the description gives a guest that names no arguments. */
@@ -167,7 +168,10 @@ int api_build_config(struct api *api, struct machine_config *config, struct erro
     config->transport = api->options.pci ? TRANSPORT_PCI : TRANSPORT_MMIO;
     config->on_reset = ON_RESET_EXIT;
     config->on_panic = ON_PANIC_IGNORE; /* it resets by itself, or stays for a look, as its command line says */
-    int r = build_boot(api, config, err);
+    const json_t *custom = api_section(api, "cpu-config");
+    int r = custom ? api_cpu_custom(custom, &config->processor, err) : api_cpu_template(api_text(machine, "cpu_template"), &config->processor, err);
+    if (r == 0)
+        r = build_boot(api, config, err);
     if (r == 0)
         r = build_drives(api, config);
     if (r == 0)

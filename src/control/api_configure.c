@@ -89,7 +89,8 @@ int api_check_machine_config(struct api *api, const json_t *body, struct error *
         return error_set(err, -EINVAL, "The memory size (MiB) is invalid: the most is %llu.", CONFIG_MEMORY_MAX_BYTES >> 20);
     if (strcmp(pages, "2M") == 0)
         return error_set(err, -ENOTSUP, "huge_pages 2M is not available in Doppel, whose guest memory is shared page by page; use None or Transparent.");
-    return api_cpu_check_template(api_text(body, "cpu_template"), err);
+    struct processor_config processor = {0};
+    return api_cpu_template(api_text(body, "cpu_template"), &processor, err);
 }
 
 int api_put_machine_config(struct api_request *request, struct error *err)
@@ -127,7 +128,8 @@ int api_patch_machine_config(struct api_request *request, struct error *err)
 
 int api_check_cpu_config(struct api *api, const json_t *body, struct error *err)
 {
-    return api_cpu_check(body, err);
+    struct processor_config processor = {0};
+    return api_cpu_custom(body, &processor, err);
 }
 
 int api_put_cpu_config(struct api_request *request, struct error *err)

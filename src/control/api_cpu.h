@@ -7,8 +7,9 @@
 #include "machine/config.h"
 #include "util/error.h"
 
-int api_cpu_check_template(const char *name, struct error *err) __attribute__((warn_unused_result));
-/* Of a body that fits its schema: numbers, bitmaps, and that nothing is asked that cannot be. */
-int api_cpu_check(const json_t *cpu_config, struct error *err) __attribute__((warn_unused_result));
+/* Fills `processor` (zeroed); checks everything that can be wrong with it on this host. */
+int api_cpu_template(const char *name, struct processor_config *processor, struct error *err) __attribute__((warn_unused_result));
+/* `cpu_config` fits its schema. */
+int api_cpu_custom(const json_t *cpu_config, struct processor_config *processor, struct error *err) __attribute__((warn_unused_result));
 
 #endif

@@ -7,6 +7,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "arch/cpuid.h"
 #include "engine/engine.h"
 #include "fs/fs.h"
 #include "state/state.h"
@@ -78,6 +79,17 @@ struct metadata_config {
     char *address; /* NULL: 169.254.169.254 */
 };
 
+#define CONFIG_CPUID_MASKS_MAX 128
+
+/* How the guest's processor differs from what this host and the engine could show it. */
+struct processor_config {
+    struct cpuid_mask cpuid[CONFIG_CPUID_MASKS_MAX];
+    unsigned cpuid_count;
+    bool cpuid_optional; /* leaves that are not there are passed over */
+    struct msr_mask msr[CPUID_MSR_MASKS_MAX];
+    unsigned msr_count;
+};
+
 enum virtio_transport { TRANSPORT_PCI, TRANSPORT_MMIO };
 
 enum on_reset { ON_RESET_RESTART, ON_RESET_EXIT };
@@ -103,6 +115,7 @@ struct machine_config {
     struct rate_limit_config entropy_limit;
     struct bucket_config serial_limit;
     enum virtio_transport transport;
+    struct processor_config processor; /* a snapshot has the table made of it instead */
     char *engine, *console, *virtio_console, *debug_console;
     bool boot_in_guest;
     enum on_reset on_reset;

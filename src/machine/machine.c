@@ -512,9 +512,9 @@ static int create_engine(struct machine *machine, struct error *err)
     machine->tsc_khz = inputs_tsc_khz();
     struct cpuid_config cpuid = {.cpu_count = machine->cpu_count, .tsc_khz = machine->tsc_khz, .apic_bus_hz = LAPIC_TIMER_HZ,
                                  .no_random = !inputs_random_is_host()};
-    machine->cpuid = cpuid_table_build(&cpuid);
+    machine->cpuid = processor_table(&cpuid, &machine->config->processor, err);
     if (!machine->cpuid)
-        return error_set(err, -ENOMEM, "out of memory");
+        return err->code;
     for (;;) {
         int r = machine->engine_ops->create(&machine->engine, machine->memory, err);
         if (r == 0) {

@@ -46,6 +46,9 @@ bool machine_is_paused(struct machine *machine);
 void machine_dump(struct machine *machine, FILE *out);
 void machine_stats(struct machine *machine, FILE *out);
 
+/* Whether a processor can be made so here. */
+int machine_check_processor(const struct processor_config *config, struct error *err) __attribute__((warn_unused_result));
+
 /* Every counter: `group` is "vcpu", "uart" or a device's kind with its id behind, such as "block_rootfs". With the device lock held. */
 typedef void machine_counter_fn(void *ctx, const char *group, const char *name, uint64_t value);
 void machine_counters(struct machine *machine, machine_counter_fn *emit, void *ctx);

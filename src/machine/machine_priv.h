@@ -149,6 +149,9 @@ int machine_power_on(struct machine *machine, void *unused, struct error *err);
 int machine_create_with(struct machine **machine, const struct machine_config *config, int (*begin)(struct machine *machine, void *ctx, struct error *err),
                         void *ctx, struct error *err) __attribute__((warn_unused_result));
 
+/* processor.c: what CPUID and MSRs show. NULL with a message. */
+struct cpuid_table *processor_table(struct cpuid_config *cpuid, const struct processor_config *config, struct error *err);
+
 /* machine_report.c: machine_dump with the device lock already held. */
 void machine_dump_locked(struct machine *machine, FILE *out);
 

@@ -341,6 +341,7 @@ void op_rdmsr(struct icpu *c, const struct insn *i)
     }
     if (!valid)
         msr_fault(c, "read", index);
+    value = cpuid_msr_value(c->v.cpuid, index, value);
     TRACE(c, "rdmsr %#x = %#llx\n", index, (unsigned long long)value);
     s->gpr[GPR_RAX] = (uint32_t)value;
     s->gpr[GPR_RDX] = value >> 32;

@@ -6,6 +6,7 @@
 
 #include <cmocka.h>
 
+#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -155,6 +156,44 @@ static void out_of_range(void **state)
         assert_int_equal(r.eax | r.ebx | r.ecx | r.edx, 0);
 }
 
+/* Masks take features away, and what switches them on goes with them; they give nothing that is not there. */
+static void masks(void **state)
+{
+    struct fixture *f = *state;
+    struct error err = {0};
+    uint32_t signature = query(f, 1, 0).eax;
+    const struct cpuid_mask take[] = {{7, 0, 1, 1u << 20 | 1u << 7, 0}, {7, 0, 2, ~0u, 0}, {1, 0, 0, 0xF, ~signature & 0xF}, {0xB, 1, 1, 0xFFFF, 77}};
+    for (size_t i = 0; i < sizeof take / sizeof *take; i++)
+        assert_int_equal(cpuid_table_mask(f->table, &take[i], &err), 0);
+    assert_int_equal(cpuid_table_mask(f->table, &(struct cpuid_mask){0x77, 0, 0, 1, 1}, &err), -ENOENT);
+    assert_int_equal(cpuid_table_mask(f->table, &(struct cpuid_mask){1, 0, 2, 1u << 5, 1u << 5}, &err), -ENOTSUP); /* VMX */
+    assert_non_null(strstr(err.text, "0x1.0 ECX bits 0x20"));
+    assert_int_equal(cpuid_table_seal(f->table, &err), 0);
+    assert_int_equal(query(f, 7, 0).ebx & (1u << 20 | 1u << 7), 0);
+    assert_int_equal(query(f, 7, 0).ecx, 0);
+    assert_int_equal(query(f, 1, 0).eax, signature ^ 0xF);
+    assert_int_equal(query(f, 0xB, 1).ebx, 77);
+    assert_int_equal(cpuid_cr4_allowed(f->table) & (CR4_SMAP | CR4_SMEP | CR4_UMIP), 0);
+    assert_int_equal(cpuid_cr4_allowed(f->table) & CR4_PCIDE, CR4_PCIDE);
+    if (!cpuid_xcr0_allowed(f->table))
+        return;
+    assert_int_equal(cpuid_table_mask(f->table, &(struct cpuid_mask){0xD, 0, 0, XCR0_AVX512, 0}, &err), 0);
+    assert_int_equal(cpuid_table_seal(f->table, &err), 0);
+    assert_int_equal(cpuid_xcr0_allowed(f->table) & XCR0_AVX512, 0);
+    assert_int_equal(cpuid_table_mask(f->table, &(struct cpuid_mask){0xD, 0, 0, 2, 0}, &err), 0); /* AVX without SSE */
+    assert_int_equal(cpuid_table_seal(f->table, &err), -EINVAL);
+}
+
+static void msr_masks(void **state)
+{
+    struct fixture *f = *state;
+    for (unsigned i = 0; i < CPUID_MSR_MASKS_MAX; i++)
+        assert_int_equal(cpuid_table_mask_msr(f->table, &(struct msr_mask){0x100 + i, 0xFF, i}, NULL), 0);
+    assert_int_equal(cpuid_table_mask_msr(f->table, &(struct msr_mask){0x200, 0xFF, 1}, NULL), -E2BIG);
+    assert_int_equal(cpuid_msr_value(f->table, 0x103, 0x1234), 0x1203);
+    assert_int_equal(cpuid_msr_value(f->table, 0x99, 0x1234), 0x1234);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -165,6 +204,8 @@ int main(void)
         cmocka_unit_test_setup_teardown(frequencies, setup, teardown),
         cmocka_unit_test_setup_teardown(hypervisor_leaves, setup, teardown),
         cmocka_unit_test_setup_teardown(out_of_range, setup, teardown),
+        cmocka_unit_test_setup_teardown(masks, setup, teardown),
+        cmocka_unit_test_setup_teardown(msr_masks, setup, teardown),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
