@@ -29,6 +29,9 @@ static void write_root(const struct machine_config *config, const char *given, F
             fprintf(out, " root=/dev/vda");
         fprintf(out, " %s", disk->readonly ? "ro" : "rw");
     }
+    for (unsigned i = 0; i < config->pmem_count && !has_word(given, "root="); i++)
+        if (config->pmem[i].root)
+            fprintf(out, " root=/dev/pmem%u %s", i, config->pmem[i].readonly ? "ro" : "rw");
 }
 
 static void write_mmio(const struct virtio_mmio_host *host, FILE *out)

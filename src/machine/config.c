@@ -289,6 +289,7 @@ static const struct {
     {"vsock", config_set_vsock},
     {"transport", set_transport},
     {"balloon", config_set_balloon},
+    {"pmem", config_set_pmem},
     {"engine", set_engine},
     {"direct", set_direct},
     {"console", set_console},
@@ -420,6 +421,13 @@ int machine_config_check(const struct machine_config *config, struct error *err)
     if (config->balloon.present && config->balloon.amount_mib > config->memory_bytes >> 20)
         return error_set(err, -EINVAL, "--balloon: %u MiB is more than the guest's memory (%llu MiB)", config->balloon.amount_mib,
                          (unsigned long long)(config->memory_bytes >> 20));
+    unsigned roots = 0;
+    for (unsigned i = 0; i < config->disk_count; i++)
+        roots += config->disk[i].root;
+    for (unsigned i = 0; i < config->pmem_count; i++)
+        roots += config->pmem[i].root;
+    if (roots > 1)
+        return error_set(err, -EINVAL, "more than one of --disk and --pmem is the kernel's root");
     const char *consoles[] = {config->console ? config->console : "stdio", config->virtio_console, config->debug_console};
     unsigned on_stdio = 0;
     for (unsigned i = 0; i < 3; i++)

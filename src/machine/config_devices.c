@@ -26,7 +26,7 @@ int config_replace(char **field, const char *value, struct error *err)
 }
 
 /* Letters, digits, '_' and '-': what an HTTP path can name. */
-static int set_id(char **field, const char *option, const char *value, struct error *err)
+int config_set_id(char **field, const char *option, const char *value, struct error *err)
 {
     size_t length = strlen(value);
     for (size_t i = 0; i < length; i++)
@@ -81,7 +81,7 @@ static int disk_serial(struct disk_config *disk, const char *value, struct error
 
 static int disk_id(struct disk_config *disk, const char *value, struct error *err)
 {
-    return set_id(&disk->id, "disk", value, err);
+    return config_set_id(&disk->id, "disk", value, err);
 }
 
 static int disk_root(struct disk_config *disk, const char *value, struct error *err)
@@ -195,7 +195,7 @@ static int set_card_property(struct net_card_config *card, const char *word, str
     const char *value = strchr(word, '=');
     size_t length = value ? (size_t)(value - word) : 0;
     if (length == 2 && memcmp(word, "id", 2) == 0) {
-        int r = set_id(&card->id, "net", value + 1, err);
+        int r = config_set_id(&card->id, "net", value + 1, err);
         return r ? r : 1;
     }
     for (size_t i = 0; i < sizeof net_limits / sizeof *net_limits; i++) {

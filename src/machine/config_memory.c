@@ -27,6 +27,38 @@ static bool is_number(const char *word, const char *name, uint32_t most, uint32_
     return !*end && value <= most;
 }
 
+static int set_pmem_property(struct pmem_config *pmem, const char *key, const char *word, struct error *err)
+{
+    if (strncmp(word, "id=", 3) == 0)
+        return config_set_id(&pmem->id, key, word + 3, err);
+    if (is_flag(word, "readonly", &pmem->readonly) || is_flag(word, "root", &pmem->root))
+        return 0;
+    return error_set(err, -EINVAL, "--%s: unknown property \"%s\"; known are readonly, root, id= (a comma in a file name is written twice)", key, word);
+}
+
+/* FILE[,readonly][,root][,id=I] */
+int config_set_pmem(struct machine_config *config, const char *key, const char *value, struct error *err)
+{
+    struct pmem_config pmem = {0};
+    char *text = strdup(value);
+    if (config->pmem_count == CONFIG_PMEMS_MAX || !text) {
+        free(text);
+        return error_set(err, -E2BIG, "--%s: more than %d", key, CONFIG_PMEMS_MAX);
+    }
+    char *rest = config_cut_path(text);
+    int r = *text ? config_replace(&pmem.path, text, err) : error_set(err, -EINVAL, "--%s: no file name in \"%s\"", key, value);
+    for (char *word; r == 0 && (word = strsep(&rest, ","));)
+        r = set_pmem_property(&pmem, key, word, err);
+    if (r == 0) {
+        config->pmem[config->pmem_count++] = pmem;
+    } else {
+        free(pmem.path);
+        free(pmem.id);
+    }
+    free(text);
+    return r;
+}
+
 /* SIZE[,deflate-on-oom][,reporting][,hinting][,stats=SECONDS] */
 int config_set_balloon(struct machine_config *config, const char *key, const char *value, struct error *err)
 {

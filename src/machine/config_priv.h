@@ -9,12 +9,14 @@ int config_replace(char **field, const char *value, struct error *err);
 
 /* Cuts the first word off a list; a comma in it is written twice, as in QEMU. Returns what follows it, NULL: nothing. */
 char *config_cut_path(char *text);
+int config_set_id(char **field, const char *option, const char *value, struct error *err);
 
 int config_set_disk(struct machine_config *config, const char *key, const char *value, struct error *err);
 int config_set_share(struct machine_config *config, const char *key, const char *value, struct error *err);
 int config_set_vsock(struct machine_config *config, const char *key, const char *value, struct error *err);
 int config_set_net(struct machine_config *config, const char *key, const char *value, struct error *err);
 /* config_memory.c */
+int config_set_pmem(struct machine_config *config, const char *key, const char *value, struct error *err);
 int config_set_balloon(struct machine_config *config, const char *key, const char *value, struct error *err);
 
 #endif

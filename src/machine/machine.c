@@ -577,7 +577,7 @@ int machine_create_with(struct machine **out, const struct machine_config *confi
     if (r == 0)
         r = open_trace(machine, err);
     if (r == 0)
-        r = physmap_create(&machine->memory, config->memory_bytes, err);
+        r = machine_create_memory(machine, err);
     if (r == 0)
         r = create_chipset(machine, err);
     if (r == 0)
@@ -667,6 +667,7 @@ void machine_destroy(struct machine *machine)
     for (unsigned i = 0; i < CONFIG_DISKS_MAX; i++)
         if (machine->block[i])
             block_close(machine->block[i]);
+    machine_close_pmems(machine);
     console_close(machine->serial_console);
     console_close(machine->virtio_console_backend);
     console_close(machine->debug_console);

@@ -5,7 +5,6 @@
 #include <errno.h>
 #include <string.h>
 
-#include "device/virtio_balloon.h"
 #include "device/virtio_blk.h"
 #include "device/virtio_console.h"
 #include "device/virtio_fs.h"
@@ -41,7 +40,7 @@ static void device_destroy(void *object)
     device->class->destroy(device->device);
 }
 
-static int add_device(struct machine *machine, const char *class_name, const void *config, struct device **out, struct error *err)
+int machine_add_device(struct machine *machine, const char *class_name, const void *config, struct device **out, struct error *err)
 {
     struct device_host host = {.bus = machine->bus, .pci = machine->pci, .mmio = machine->pci ? NULL : &machine->mmio, .memory = machine->memory, .loop = machine->loop};
     struct machine_device *slot = &machine->device[machine->device_count];
@@ -65,8 +64,7 @@ static int add_device(struct machine *machine, const char *class_name, const voi
     return 0;
 }
 
-/* Names the device made last for counters. */
-static void name_device(struct machine *machine, const char *kind, const char *id)
+void machine_name_device(struct machine *machine, const char *kind, const char *id)
 {
     struct machine_device *device = &machine->device[machine->device_count - 1];
     device->kind = kind;
@@ -87,9 +85,9 @@ static int create_disk(struct machine *machine, unsigned index, unsigned place, 
                                        .queues = machine->cpu_count,
                                        .limit = &disk->limit,
                                        .slot = SLOT_DISK + (int)place};
-    r = add_device(machine, "virtio-blk", &config, NULL, err);
+    r = machine_add_device(machine, "virtio-blk", &config, NULL, err);
     if (r == 0)
-        name_device(machine, "block", disk->id);
+        machine_name_device(machine, "block", disk->id);
     return r;
 }
 
@@ -124,10 +122,10 @@ static int create_nets(struct machine *machine, struct error *err)
                                         .receive = &card->receive,
                                         .transmit = &card->transmit,
                                         .slot = SLOT_NET + (int)i};
-        int r = add_device(machine, "virtio-net", &net, NULL, err);
+        int r = machine_add_device(machine, "virtio-net", &net, NULL, err);
         if (r)
             return r;
-        name_device(machine, "net", config->net_card[i].id);
+        machine_name_device(machine, "net", config->net_card[i].id);
     }
     return 0;
 }
@@ -148,20 +146,7 @@ static int create_share(struct machine *machine, unsigned index, struct error *e
         .queues = machine->cpu_count,
         .slot = -1,
     };
-    return add_device(machine, "virtio-fs", &config, NULL, err);
-}
-
-static int create_balloon(struct machine *machine, struct error *err)
-{
-    const struct balloon_config *balloon = &machine->config->balloon;
-    struct virtio_balloon_config config = {.target_pages = balloon->amount_mib << 8,
-                                           .deflate_on_oom = balloon->deflate_on_oom,
-                                           .hinting = balloon->hinting,
-                                           .reporting = balloon->reporting,
-                                           .statistics = balloon->statistics_interval_s != 0,
-                                           .statistics_interval_s = balloon->statistics_interval_s,
-                                           .slot = -1};
-    return add_device(machine, "virtio-balloon", &config, &machine->balloon, err);
+    return machine_add_device(machine, "virtio-fs", &config, NULL, err);
 }
 
 /* ---- virtio console ---- */
@@ -188,7 +173,7 @@ static int create_virtio_console(struct machine *machine, struct error *err)
 {
     struct virtio_console_config config = {
         .sink = {virtio_console_output, machine}, .ready = virtio_console_ready, .ready_ctx = machine, .slot = SLOT_CONSOLE};
-    return add_device(machine, "virtio-console", &config, &machine->virtio_console, err);
+    return machine_add_device(machine, "virtio-console", &config, &machine->virtio_console, err);
 }
 
 int machine_open_virtio_console(struct machine *machine, struct error *err)
@@ -203,13 +188,13 @@ static int create_vsock(struct machine *machine, struct error *err)
 {
     const struct vsock_config *vsock = &machine->config->vsock;
     struct virtio_vsock_config config = {.cid = vsock->cid, .path = vsock->path, .slot = SLOT_VSOCK};
-    return add_device(machine, "virtio-vsock", &config, NULL, err);
+    return machine_add_device(machine, "virtio-vsock", &config, NULL, err);
 }
 
 int machine_create_devices(struct machine *machine, struct error *err)
 {
     struct virtio_rng_config rng = {.limit = &machine->config->entropy_limit, .slot = SLOT_RNG};
-    int r = add_device(machine, "virtio-rng", &rng, NULL, err);
+    int r = machine_add_device(machine, "virtio-rng", &rng, NULL, err);
     if (r == 0 && machine->config->virtio_console)
         r = create_virtio_console(machine, err);
     if (r == 0)
@@ -220,7 +205,7 @@ int machine_create_devices(struct machine *machine, struct error *err)
         r = create_vsock(machine, err);
     for (unsigned i = 0; r == 0 && i < machine->config->share_count; i++)
         r = create_share(machine, i, err);
-    if (r == 0 && machine->config->balloon.present)
-        r = create_balloon(machine, err);
+    if (r == 0)
+        r = machine_create_memory_devices(machine, err);
     return r;
 }

@@ -71,7 +71,7 @@ struct machine_device {
     const char *kind, *id; /* for counters: "block", "rootfs"; id NULL: none */
 };
 
-#define MACHINE_DEVICES_MAX (CONFIG_DISKS_MAX + CONFIG_NETS_MAX + CONFIG_SHARES_MAX + 4)
+#define MACHINE_DEVICES_MAX (CONFIG_DISKS_MAX + CONFIG_NETS_MAX + CONFIG_SHARES_MAX + CONFIG_PMEMS_MAX + 5)
 #define MACHINE_PARTS_MAX (MACHINE_DEVICES_MAX + 16)
 
 struct machine {
@@ -102,7 +102,7 @@ struct machine {
     struct console *serial_console, *virtio_console_backend, *debug_console;
     struct token_bucket serial_bucket;
     struct device *virtio_console, *balloon; /* NULL: none */
-    struct block *block[CONFIG_DISKS_MAX];
+    struct block *block[CONFIG_DISKS_MAX], *pmem[CONFIG_PMEMS_MAX];
 
     struct device_host device_host;
     struct machine_device device[MACHINE_DEVICES_MAX];
@@ -138,6 +138,14 @@ void machine_add_part(struct machine *machine, const struct machine_part *part);
 
 /* machine_devices.c: disks, network cards, consoles, random device. */
 int machine_create_devices(struct machine *machine, struct error *err);
+int machine_add_device(struct machine *machine, const char *class_name, const void *config, struct device **out, struct error *err);
+void machine_name_device(struct machine *machine, const char *kind, const char *id); /* the one made last, for counters */
+
+/* machine_memory.c: RAM and files of persistent memory, and the devices about memory. */
+int machine_create_memory(struct machine *machine, struct error *err);
+int machine_create_memory_devices(struct machine *machine, struct error *err);
+void machine_close_pmems(struct machine *machine);
+
 int machine_open_virtio_console(struct machine *machine, struct error *err);
 
 /* command_line.c: the kernel's, to be freed; NULL: no memory. */

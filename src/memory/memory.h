@@ -1,10 +1,11 @@
 /*
  * PhysMap: guest-physical memory, the one truth about where a gpa's bytes are.
  *
- * Guest RAM is one memfd. Ranges of gpa space are RAM (read-write), ROM (guest writes are dropped) or nothing (MMIO or a hole: accesses go to the
- * bus). Callers ask with an intent and a length and never compute host pointers themselves. Pages that nobody has
+ * Guest RAM is one memfd; behind it may be files of the host that the guest has as persistent memory. Ranges of gpa space are RAM (read-write), ROM (guest writes are
+ * dropped) or nothing (MMIO or a hole: accesses go to the bus). Callers ask with an intent and a length and never compute host pointers themselves. Pages that nobody has
  * touched, or that were given back (physmap_discard), take no memory and read as zero.
- * Threading: ranges are set up before vCPUs run. Look-ups and marks are lock-free from any thread.
+ * Everything has an offset, too, in one linear order: RAM, then files. Whoever maps memory for an engine maps it in that order (physmap_map).
+ * Threading: ranges are set up before vCPUs run, but for blocks of pluggable memory (physmap_plug). Look-ups and marks are lock-free from any thread.
  */
 #ifndef DOPPEL_MEMORY_MEMORY_H
 #define DOPPEL_MEMORY_MEMORY_H
@@ -30,11 +31,34 @@ enum physmap_intent { PHYSMAP_READ, PHYSMAP_WRITE, PHYSMAP_EXECUTE };
 #define PHYSMAP_LOW_LIMIT 0xC0000000ull
 #define PHYSMAP_HIGH_BASE 0x100000000ull
 
-/* ram_bytes is a multiple of 4096. Maps [0, min(ram, low limit)) and the rest from 4 GiB. */
-int physmap_create(struct physmap **map, uint64_t ram_bytes, struct error *err) __attribute__((warn_unused_result));
+/* Pluggable memory and files lie from here on, each at a multiple of 1 GiB, in this order. */
+#define PHYSMAP_EXTRA_BASE 0x5000000000ull
+#define PHYSMAP_FILES_MAX 8u
+#define PHYSMAP_FILE_ALIGNMENT (2ull << 20)
+
+struct physmap_file {
+    int fd; /* borrowed; open for writing unless readonly */
+    uint64_t bytes; /* above 0. The guest sees a multiple of PHYSMAP_FILE_ALIGNMENT: the rest is memory that belongs to no file */
+    bool readonly; /* ROM to the guest, and private: no way leads to the file */
+};
+
+struct physmap_config {
+    uint64_t ram_bytes;               /* multiple of 4096 */
+    uint64_t plug_bytes, block_bytes; /* RAM that comes and goes by blocks, a power of two from 2 MiB; all unplugged. 0: none */
+    const struct physmap_file *file;
+    unsigned file_count;
+};
+
+/* Maps [0, min(ram, low limit)) and the rest from 4 GiB. */
+int physmap_create_with(struct physmap **map, const struct physmap_config *config, struct error *err) __attribute__((warn_unused_result));
+int physmap_create(struct physmap **map, uint64_t ram_bytes, struct error *err) __attribute__((warn_unused_result)); /* RAM only */
 void physmap_destroy(struct physmap *map);
 
-uint64_t physmap_ram_bytes(const struct physmap *map);
+uint64_t physmap_ram_bytes(const struct physmap *map);   /* size of the RAM's file: all that can ever be plugged included */
+uint64_t physmap_space_bytes(const struct physmap *map); /* all offsets are below: RAM and files */
+gpa_t physmap_plug_base(const struct physmap *map);
+gpa_t physmap_file_base(const struct physmap *map, unsigned index, uint64_t *length_bytes); /* as the guest sees it */
+gpa_t physmap_end(const struct physmap *map); /* no memory is at this address or above */
 uint64_t physmap_low_bytes(const struct physmap *map);  /* RAM below 4 GiB */
 uint64_t physmap_high_bytes(const struct physmap *map); /* RAM from 4 GiB on */
 
@@ -45,15 +69,15 @@ uint64_t physmap_high_bytes(const struct physmap *map); /* RAM from 4 GiB on */
 void *physmap_get(struct physmap *map, gpa_t gpa, uint64_t length_bytes, enum physmap_intent intent);
 
 /*
- * Maps all RAM once more, at the page-aligned address `at`, over whatever is mapped there: low RAM first, the rest right behind it. Offsets in such
+ * Maps everything once more, physmap_space_bytes at the page-aligned address `at`, over whatever is mapped there. Offsets in such
  * a mapping are those of physmap_offset. The caller unmaps. 0 or -errno.
  */
 int physmap_map(struct physmap *map, void *at, int prot) __attribute__((warn_unused_result));
-/* The RAM's file, for mapping it in another process: its offsets are those of physmap_offset. Stays the map's. */
+/* The RAM's file, for mapping it in another process: its offsets are those of physmap_offset below physmap_ram_bytes. Stays the map's. */
 int physmap_fd(const struct physmap *map);
-/* Offset of [gpa, +length) in a linear mapping of the RAM; false when the range is not all in one range of RAM. */
+/* Offset of [gpa, +length) in a linear mapping; false when the range is not all in one range of RAM. */
 bool physmap_offset(const struct physmap *map, gpa_t gpa, uint64_t length_bytes, uint64_t *offset);
-/* The reverse. offset < physmap_ram_bytes. */
+/* The reverse. offset < physmap_space_bytes. */
 gpa_t physmap_gpa(const struct physmap *map, uint64_t offset);
 
 /*
@@ -94,6 +118,11 @@ bool physmap_is_rom(const struct physmap *map, gpa_t gpa);
  *   zeroed by the host: nobody sees another's bytes. A transfer that the host's kernel has under way into the old pages ends in pages that nobody sees.
  */
 int physmap_discard(struct physmap *map, gpa_t gpa, uint64_t length_bytes) __attribute__((warn_unused_result));
+/*
+ * Plugs or unplugs the blocks of [gpa, +length), of whole blocks inside pluggable memory (-EINVAL otherwise). What is not plugged is nothing, and takes no memory. Plugging: any time, one thread at
+ * once. Unplugging: with no vCPU running and nothing in flight; engines forget what they know of addresses (engine_ops.state_changed) before they run again.
+ */
+int physmap_plug(struct physmap *map, gpa_t gpa, uint64_t length_bytes, bool plugged) __attribute__((warn_unused_result));
 /* What RAM takes of the host's memory, swap included. Any thread. */
 uint64_t physmap_resident_bytes(const struct physmap *map);
 

@@ -1,8 +1,9 @@
 /*
- * PhysMap: one memfd, mapped once, holds all guest RAM: low RAM first, then the part that the guest sees from 4 GiB on.
+ * PhysMap: one memfd, mapped once, holds all guest RAM: low RAM first, then the part that the guest sees from 4 GiB on, then pluggable RAM and what fills files up to the
+ * guest's granularity. The files themselves are mapped behind it.
  *
- * Invariants: `base` maps exactly `ram` bytes, and the memfd is sealed at that size, so that no access inside can raise SIGBUS for a
- * shrunken file. ROM is RAM with a guard: a short sorted list of page-aligned ranges, written before vCPUs run and constant afterwards.
+ * Invariants: `base` maps exactly `space` bytes, and the memfd is sealed at its size, so that no access inside can raise SIGBUS for a
+ * shrunken file; other files are the host's, and locked. ROM is RAM with a guard: a short sorted list of page-aligned ranges, written before vCPUs run and constant afterwards.
  * The dirty and watch bitmaps hold one bit a page of RAM.
  * Threading: look-ups read only constant fields and take no lock; the bitmaps are atomic. Watchers are called with watch_lock held for reading, so
  * that they may take locks under which others mark memory.
@@ -25,7 +26,16 @@
 SANDBOX_ALLOW_IF(IN_LOOP, fallocate, ARG_IS(1, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE));
 SANDBOX_ALLOW(IN_LOOP | IN_MAIN | IN_API, fstat);
 
-#define ROM_RANGES_MAX 16
+#define ROM_RANGES_MAX (16 + 2 * PHYSMAP_FILES_MAX)
+#define EXTRA_MAX (1 + 2 * PHYSMAP_FILES_MAX)
+#define EXTRA_ALIGNMENT (1ull << 30)
+#define BLOCK_BYTES_MIN (2ull << 20)
+
+/* What is at PHYSMAP_EXTRA_BASE and above. */
+struct extra {
+    gpa_t gpa;
+    uint64_t length, offset;
+};
 
 struct rom_range {
     gpa_t start, end;
@@ -39,7 +49,14 @@ struct watcher {
 struct physmap {
     int fd;
     uint8_t *base;
-    uint64_t ram_bytes, low_bytes, high_bytes;
+    uint64_t ram_bytes, low_bytes, high_bytes, space_bytes; /* of the memfd; of RAM that is always there; of the memfd and files */
+    struct extra extra[EXTRA_MAX]; /* ascending by gpa */
+    unsigned extra_count, file_count;
+    gpa_t end;
+    struct physmap_file file[PHYSMAP_FILES_MAX]; /* fd: ours */
+    uint64_t file_offset[PHYSMAP_FILES_MAX], file_gpa[PHYSMAP_FILES_MAX];
+    uint64_t plug_bytes, block_bytes;
+    _Atomic uint8_t *plugged; /* by block; NULL: nothing is pluggable */
     struct rom_range rom[ROM_RANGES_MAX]; /* ascending, disjoint */
     unsigned rom_count;
     _Atomic uint64_t *dirty, *watched;
@@ -74,22 +91,84 @@ static int ram_map(struct physmap *map, struct error *err)
         ret = -errno;
         return error_set(err, ret, "cannot seal the guest's memory: %s", strerror(-ret));
     }
-    map->base = mmap(NULL, map->ram_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, map->fd, 0);
-    if (map->base == MAP_FAILED) {
-        ret = -errno;
-        map->base = NULL;
+    map->base = mmap(NULL, map->space_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    ret = map->base == MAP_FAILED ? -errno : physmap_map(map, map->base, PROT_READ | PROT_WRITE);
+    if (ret < 0) {
+        if (map->base == MAP_FAILED)
+            map->base = NULL;
         return error_set(err, ret, "cannot map %llu MiB for the guest's memory: %s; give the guest less memory or raise "
                                    "the address space limit (ulimit -v)",
-                         mebibytes, strerror(-ret));
+                         (unsigned long long)map->space_bytes >> 20, strerror(-ret));
     }
-    /* A core dump of the VMM is about the VMM. Kernels without the advice lose nothing. */
-    (void)madvise(map->base, map->ram_bytes, MADV_DONTDUMP);
+    return 0;
+}
+
+static uint64_t round_up(uint64_t value, uint64_t alignment)
+{
+    return (value + alignment - 1) & ~(alignment - 1);
+}
+
+static void extra_add(struct physmap *map, gpa_t gpa, uint64_t length, uint64_t offset)
+{
+    if (length)
+        map->extra[map->extra_count++] = (struct extra){gpa, length, offset};
+    map->end = length ? gpa + length : map->end;
+}
+
+/* Pluggable memory, then files; what fills a file up is in the memfd behind pluggable memory. */
+static int extras_plan(struct physmap *map, const struct physmap_config *config, struct error *err)
+{
+    gpa_t gpa = PHYSMAP_EXTRA_BASE;
+
+    map->plug_bytes = config->plug_bytes;
+    map->block_bytes = config->block_bytes;
+    extra_add(map, gpa, config->plug_bytes, config->ram_bytes);
+    map->ram_bytes += config->plug_bytes;
+    for (unsigned i = 0; i < config->file_count; i++)
+        map->ram_bytes += round_up(config->file[i].bytes, PHYSMAP_FILE_ALIGNMENT) - round_up(config->file[i].bytes, PAGE_SIZE_BYTES);
+    map->space_bytes = map->ram_bytes;
+    uint64_t fill_offset = config->ram_bytes + config->plug_bytes;
+    gpa = round_up(gpa + config->plug_bytes, EXTRA_ALIGNMENT);
+    for (unsigned i = 0; i < config->file_count; i++) {
+        uint64_t bytes = round_up(config->file[i].bytes, PAGE_SIZE_BYTES), all = round_up(bytes, PHYSMAP_FILE_ALIGNMENT);
+        map->file[i] = config->file[i];
+        map->file[i].fd = fcntl(config->file[i].fd, F_DUPFD_CLOEXEC, 0);
+        map->file_count++;
+        if (map->file[i].fd < 0)
+            return error_set(err, -errno, "cannot keep a file of persistent memory: %s", strerror(errno));
+        map->file_offset[i] = map->space_bytes;
+        map->file_gpa[i] = gpa;
+        extra_add(map, gpa, bytes, map->space_bytes);
+        extra_add(map, gpa + bytes, all - bytes, fill_offset);
+        map->space_bytes += bytes;
+        fill_offset += all - bytes;
+        gpa = round_up(gpa + all, EXTRA_ALIGNMENT);
+    }
+    return 0;
+}
+
+static int config_check(const struct physmap_config *config, struct error *err)
+{
+    uint64_t block = config->block_bytes, bytes = config->plug_bytes;
+
+    if (config->plug_bytes && (block < BLOCK_BYTES_MIN || (block & (block - 1)) || config->plug_bytes % block))
+        return error_set(err, -EINVAL, "pluggable memory of %llu bytes in blocks of %llu: must be whole blocks, and a block a power of two from 2 MiB",
+                         (unsigned long long)config->plug_bytes, (unsigned long long)block);
+    for (unsigned i = 0; i < config->file_count; i++)
+        bytes = config->file[i].bytes < 1ull << 46 && bytes < 1ull << 46 ? bytes + config->file[i].bytes : UINT64_MAX;
+    if (bytes > 1ull << 46 || config->file_count > PHYSMAP_FILES_MAX)
+        return error_set(err, -E2BIG, "more pluggable or persistent memory than a guest can have");
     return 0;
 }
 
 int physmap_create(struct physmap **out, uint64_t ram_bytes, struct error *err)
 {
-    uint64_t host_bytes = host_memory_bytes();
+    return physmap_create_with(out, &(struct physmap_config){.ram_bytes = ram_bytes}, err);
+}
+
+int physmap_create_with(struct physmap **out, const struct physmap_config *config, struct error *err)
+{
+    uint64_t host_bytes = host_memory_bytes(), ram_bytes = config->ram_bytes;
     struct physmap *map;
     int ret;
 
@@ -100,6 +179,9 @@ int physmap_create(struct physmap **out, uint64_t ram_bytes, struct error *err)
     if (ram_bytes > host_bytes)
         return error_set(err, -ENOMEM, "guest memory of %llu MiB is more than this host has (%llu MiB); give the guest less",
                          (unsigned long long)(ram_bytes >> 20), (unsigned long long)(host_bytes >> 20));
+    ret = config_check(config, err);
+    if (ret < 0)
+        return ret;
     map = calloc(1, sizeof(*map));
     if (!map)
         return error_set(err, -ENOMEM, "no memory for the guest's memory map");
@@ -108,14 +190,26 @@ int physmap_create(struct physmap **out, uint64_t ram_bytes, struct error *err)
     map->ram_bytes = ram_bytes;
     map->low_bytes = ram_bytes < PHYSMAP_LOW_LIMIT ? ram_bytes : PHYSMAP_LOW_LIMIT;
     map->high_bytes = ram_bytes - map->low_bytes;
-    ret = ram_map(map, err);
+    map->end = map->high_bytes ? PHYSMAP_HIGH_BASE + map->high_bytes : map->low_bytes;
+    ret = extras_plan(map, config, err);
+    if (ret == 0)
+        ret = ram_map(map, err);
     if (ret < 0)
         goto fail;
-    map->dirty = calloc((ram_bytes / PAGE_SIZE_BYTES + 63) / 64, sizeof(*map->dirty));
-    map->watched = calloc((ram_bytes / PAGE_SIZE_BYTES + 63) / 64, sizeof(*map->watched));
-    if (!map->dirty || !map->watched) {
+    map->dirty = calloc((map->space_bytes / PAGE_SIZE_BYTES + 63) / 64, sizeof(*map->dirty));
+    map->watched = calloc((map->space_bytes / PAGE_SIZE_BYTES + 63) / 64, sizeof(*map->watched));
+    if (config->plug_bytes)
+        map->plugged = calloc(config->plug_bytes / config->block_bytes, sizeof(*map->plugged));
+    if (!map->dirty || !map->watched || (config->plug_bytes && !map->plugged)) {
         ret = error_set(err, -ENOMEM, "no memory for the guest's page maps");
         goto fail;
+    }
+    for (unsigned i = 0; i < map->extra_count; i++) {
+        for (unsigned n = 0; n < map->file_count; n++)
+            if (map->file[n].readonly && map->extra[i].gpa >= map->file_gpa[n] && map->extra[i].gpa < round_up(map->file_gpa[n] + map->file[n].bytes, PHYSMAP_FILE_ALIGNMENT))
+                ret = physmap_set_rom(map, map->extra[i].gpa, map->extra[i].length);
+        if (ret < 0)
+            goto fail;
     }
     *out = map;
     return 0;
@@ -131,9 +225,13 @@ void physmap_destroy(struct physmap *map)
         return;
     free(map->dirty);
     free(map->watched);
+    free((void *)map->plugged);
+    for (unsigned i = 0; i < map->file_count; i++)
+        if (map->file[i].fd >= 0)
+            close(map->file[i].fd);
     pthread_rwlock_destroy(&map->watch_lock);
     if (map->base)
-        munmap(map->base, map->ram_bytes);
+        munmap(map->base, map->space_bytes);
     if (map->fd >= 0)
         close(map->fd);
     free(map);
@@ -142,6 +240,27 @@ void physmap_destroy(struct physmap *map)
 uint64_t physmap_ram_bytes(const struct physmap *map)
 {
     return map->ram_bytes;
+}
+
+uint64_t physmap_space_bytes(const struct physmap *map)
+{
+    return map->space_bytes;
+}
+
+gpa_t physmap_plug_base(const struct physmap *map)
+{
+    return PHYSMAP_EXTRA_BASE;
+}
+
+gpa_t physmap_file_base(const struct physmap *map, unsigned index, uint64_t *length_bytes)
+{
+    *length_bytes = round_up(map->file[index].bytes, PHYSMAP_FILE_ALIGNMENT);
+    return map->file_gpa[index];
+}
+
+gpa_t physmap_end(const struct physmap *map)
+{
+    return map->end;
 }
 
 uint64_t physmap_low_bytes(const struct physmap *map)
@@ -159,7 +278,30 @@ int physmap_fd(const struct physmap *map)
     return map->fd;
 }
 
-/* Offset of [gpa, +length) in the memfd; false when it is not all in one range of RAM. Nothing here can wrap. */
+static bool is_plugged(const struct physmap *map, uint64_t from, uint64_t length_bytes)
+{
+    uint64_t last = length_bytes ? from + length_bytes - 1 : from;
+
+    for (uint64_t block = from / map->block_bytes; block <= last / map->block_bytes; block++)
+        if (!atomic_load_explicit(&map->plugged[block], memory_order_relaxed))
+            return false;
+    return true;
+}
+
+static bool extra_offset(const struct physmap *map, gpa_t gpa, uint64_t length_bytes, uint64_t *offset)
+{
+    for (unsigned i = 0; i < map->extra_count; i++) {
+        const struct extra *extra = &map->extra[i];
+        uint64_t from = gpa - extra->gpa;
+        if (gpa < extra->gpa || from >= extra->length)
+            continue;
+        *offset = extra->offset + from;
+        return length_bytes <= extra->length - from && (i || !map->plugged || is_plugged(map, from, length_bytes));
+    }
+    return false;
+}
+
+/* Offset of [gpa, +length) in linear order; false when it is not all in one range of memory. Nothing here can wrap. */
 static inline bool ram_offset(const struct physmap *map, gpa_t gpa, uint64_t length_bytes, uint64_t *offset)
 {
     if (gpa < map->low_bytes) {
@@ -170,7 +312,7 @@ static inline bool ram_offset(const struct physmap *map, gpa_t gpa, uint64_t len
         *offset = map->low_bytes + (gpa - PHYSMAP_HIGH_BASE);
         return length_bytes <= map->high_bytes - (gpa - PHYSMAP_HIGH_BASE);
     }
-    return false;
+    return gpa >= PHYSMAP_EXTRA_BASE && extra_offset(map, gpa, length_bytes, offset);
 }
 
 /* [gpa, +length) is inside RAM already. */
@@ -198,7 +340,15 @@ int physmap_map(struct physmap *map, void *at, int prot)
 {
     if (mmap(at, map->ram_bytes, prot, MAP_SHARED | MAP_NORESERVE | MAP_FIXED, map->fd, 0) == MAP_FAILED)
         return -errno;
-    (void)madvise(at, map->ram_bytes, MADV_DONTDUMP);
+    for (unsigned i = 0; i < map->file_count; i++) {
+        const struct physmap_file *file = &map->file[i];
+        /* A private mapping has all rights on a file that may only be read; nobody uses them. */
+        if (mmap((uint8_t *)at + map->file_offset[i], file->bytes, prot, (file->readonly ? MAP_PRIVATE : MAP_SHARED) | MAP_NORESERVE | MAP_FIXED, file->fd, 0) ==
+            MAP_FAILED)
+            return -errno;
+    }
+    /* A core dump of the VMM is about the VMM. Kernels without the advice lose nothing. */
+    (void)madvise(at, map->space_bytes, MADV_DONTDUMP);
     return 0;
 }
 
@@ -209,7 +359,14 @@ bool physmap_offset(const struct physmap *map, gpa_t gpa, uint64_t length_bytes,
 
 gpa_t physmap_gpa(const struct physmap *map, uint64_t offset)
 {
-    return offset < map->low_bytes ? offset : PHYSMAP_HIGH_BASE + (offset - map->low_bytes);
+    if (offset < map->low_bytes)
+        return offset;
+    if (offset - map->low_bytes < map->high_bytes)
+        return PHYSMAP_HIGH_BASE + (offset - map->low_bytes);
+    for (unsigned i = 0; i < map->extra_count; i++)
+        if (offset >= map->extra[i].offset && offset - map->extra[i].offset < map->extra[i].length)
+            return map->extra[i].gpa + (offset - map->extra[i].offset);
+    return map->end;
 }
 
 /* ---- dirty pages and watched pages ---- */
@@ -380,13 +537,30 @@ int physmap_discard(struct physmap *map, gpa_t gpa, uint64_t length_bytes)
 
     if (length_bytes == 0 || (gpa & PAGE_MASK_BITS) || (length_bytes & PAGE_MASK_BITS))
         return -EINVAL;
-    if (!ram_offset(map, gpa, length_bytes, &offset) || touches_rom(map, gpa, length_bytes))
+    if (!ram_offset(map, gpa, length_bytes, &offset) || offset >= map->ram_bytes || touches_rom(map, gpa, length_bytes))
         return -EFAULT;
     while (fallocate(map->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)length_bytes) < 0) {
         if (errno != EINTR)
             return -errno;
     }
     physmap_mark_dirty(map, gpa, length_bytes);
+    return 0;
+}
+
+int physmap_plug(struct physmap *map, gpa_t gpa, uint64_t length_bytes, bool plugged)
+{
+    uint64_t from = gpa - PHYSMAP_EXTRA_BASE;
+
+    if (gpa < PHYSMAP_EXTRA_BASE || !length_bytes || from >= map->plug_bytes || length_bytes > map->plug_bytes - from || from % map->block_bytes ||
+        length_bytes % map->block_bytes)
+        return -EINVAL;
+    for (uint64_t at = from; at < from + length_bytes; at += map->block_bytes) {
+        _Atomic uint8_t *block = &map->plugged[at / map->block_bytes];
+        int ret = *block && !plugged ? physmap_discard(map, PHYSMAP_EXTRA_BASE + at, map->block_bytes) : 0;
+        if (ret < 0)
+            return ret;
+        atomic_store_explicit(block, plugged, memory_order_relaxed);
+    }
     return 0;
 }
 
@@ -405,4 +579,6 @@ void physmap_zero(struct physmap *map)
         memset(map->base, 0, map->ram_bytes);
     physmap_mark_dirty(map, 0, map->low_bytes);
     physmap_mark_dirty(map, PHYSMAP_HIGH_BASE, map->high_bytes);
+    for (uint64_t at = 0; at < map->plug_bytes; at += map->block_bytes)
+        physmap_mark_dirty(map, PHYSMAP_EXTRA_BASE + at, map->block_bytes);
 }

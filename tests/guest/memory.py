@@ -2,6 +2,7 @@
 """Memory that comes and goes under Debian's kernel: balloon, free page reporting and hinting. `memory.py CONTROL CHURN SCENARIO` is one test (control.c, churn.c)."""
 import glob
 import gzip
+import hashlib
 import os
 import re
 import socket
@@ -157,5 +158,43 @@ def hinting():
         vm.power_off()
 
 
+def host(*command):
+    return subprocess.run(command, check=True, capture_output=True, timeout=60).stdout
+
+
+def pmem():
+    with tempfile.TemporaryDirectory(prefix="doppel-pmem-") as folder:
+        disk, other = folder + "/disk", folder + "/other"
+        host("truncate", "-s", "64M", disk)
+        host("/sbin/mke2fs", "-q", "-F", "-b", "4096", "-t", "ext4", disk)
+        with open(other, "wb") as file:
+            file.write(b"0123456789abcdef" * (3 << 16) + b"end." * 128)
+        with MemoryGuest(["virtio_pmem", "nd_pmem", "ext4"], "--memory", "256M", "--pmem", disk + ",id=first", "--pmem", other + ",readonly") as vm:
+            vm.boot()
+            vm.until("the devices", lambda: vm.attempt("test -b /dev/pmem0 -a -b /dev/pmem1")[0] == 0)
+            assert vm.run("cat /sys/block/pmem0/size /sys/block/pmem1/size").split() == [str(64 * 2048), str(4 * 2048)]
+            vm.run("mount -t ext4 -o dax /dev/pmem0 /mnt")
+            vm.run("cp /extra/churn /mnt/churn; mkdir /mnt/d; seq 1 200000 > /mnt/d/numbers; sync")
+            # A program that runs from the file itself, and reads and writes through it.
+            vm.run("/mnt/churn 1 40 2", 60)
+            vm.run("for i in 1 2 3 4 5 6 7 8; do cp /mnt/churn /mnt/c$i; /mnt/c$i 0 4 1 || exit 1; rm /mnt/c$i; done", 60)
+            sums = vm.run("md5sum /mnt/churn /mnt/d/numbers | cut -c1-32").split()
+            # What is read-only stays as it is, whatever the guest does.
+            vm.attempt("echo changed > /dev/pmem1; sync")
+            vm.attempt("dd if=/dev/zero of=/dev/pmem1 bs=4096 count=4")
+            assert "0123456789abcdef" in vm.run("dd if=/dev/pmem1 bs=16 count=1 2>/dev/null; echo")
+            assert "end." in vm.run("dd if=/dev/pmem1 bs=1M skip=3 count=1 2>/dev/null | head -c 4; echo")
+            assert int(vm.run("dd if=/dev/pmem1 bs=1024 skip=3073 2>/dev/null | tr -d '\\0' | wc -c")) == 0
+            vm.run("umount /mnt; sync", 60)
+            vm.power_off()
+        host("/sbin/e2fsck", "-fn", disk)
+        content = host("/sbin/debugfs", "-R", "cat /d/numbers", disk)
+        assert content == b"".join(b"%d\n" % n for n in range(1, 200001)), "the file on the host differs"
+        assert hashlib.md5(content).hexdigest() == sums[1]
+        assert hashlib.md5(host("/sbin/debugfs", "-R", "cat /churn", disk)).hexdigest() == sums[0]
+        with open(other, "rb") as file:
+            assert file.read(16) == b"0123456789abcdef"
+
+
 if __name__ == "__main__":
-    guest.main({"balloon": balloon, "reporting": reporting, "hinting": hinting})
+    guest.main({"balloon": balloon, "reporting": reporting, "hinting": hinting, "pmem": pmem})

@@ -59,7 +59,7 @@ struct bt_layout {
     uint8_t *window_w, *window_r;
     uint8_t *dt_pool;
     uint8_t *witness;      /* one readable page, nothing mapped for twice the DT pool's size before and after it: see struct bt_link */
-    uint64_t ram_bytes;
+    uint64_t ram_bytes;    /* of each window: physmap_space_bytes */
     uint8_t *tc_exec;      /* below 2 GiB; read and execute */
     uint8_t *tc_write;     /* the same memory, read and write */
     uint64_t tc_bytes;

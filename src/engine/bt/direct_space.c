@@ -213,6 +213,12 @@ static bool is_usable(struct direct_space *space, gva_t gva)
     return !hidden && gva >= DIRECT_ADDRESS_FIRST && gva < DIRECT_ADDRESS_LIMIT;
 }
 
+/* Only RAM can be mapped there: files of persistent memory have descriptors of their own, and stay translated code's. */
+static bool ram_offset(struct physmap *memory, gpa_t gpa, uint64_t *offset)
+{
+    return physmap_offset(memory, gpa, PAGE_SIZE_BYTES, offset) && *offset < physmap_ram_bytes(memory);
+}
+
 /* The code there is not executed here any more. */
 static void guard_remove(struct direct_space *space, unsigned k)
 {
@@ -319,7 +325,7 @@ static uint64_t entry_wanted(struct direct_space *space, gva_t gva, uint64_t gue
     struct physmap *memory = e->interp.memory;
     uint64_t offset, rights = guest & ENTRY_RIGHTS;
     gpa_t gpa = guest & ~PAGE_MASK_BITS;
-    if (!guest || !is_usable(space, gva) || !physmap_offset(memory, gpa, PAGE_SIZE_BYTES, &offset))
+    if (!guest || !is_usable(space, gva) || !ram_offset(memory, gpa, &offset))
         return 0;
     uint8_t *flags = &e->code_flags[offset / PAGE_SIZE_BYTES];
     if (physmap_is_rom(memory, gpa) || (*flags & BT_CODE_PRESENT))
@@ -461,7 +467,7 @@ enum direct_fill direct_space_fill(struct direct_space *space, struct bt_vcpu *b
     uint64_t offset;
     uint32_t error;
     if (gva >= DIRECT_ADDRESS_LIMIT || paging_walk(b->c.v.memory, &b->c.v.cpu, b->c.max_phys_bits, gva, access | PAGING_USER, &page, &error) || !is_usable(space, gva) ||
-        !physmap_offset(b->c.v.memory, page.gpa & ~PAGE_MASK_BITS, PAGE_SIZE_BYTES, &offset))
+        !ram_offset(b->c.v.memory, page.gpa & ~PAGE_MASK_BITS, &offset))
         return DIRECT_FILL_NOT;
     struct leaf *leaf = leaf_get(space, gva);
     if (!leaf)

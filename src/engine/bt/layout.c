@@ -336,10 +336,10 @@ int layout_probe(struct error *err)
 
 int layout_create(struct bt_layout *layout, struct physmap *memory, uint64_t tc_bytes, struct error *err)
 {
-    *layout = (struct bt_layout){.ram_bytes = physmap_ram_bytes(memory), .tc_bytes = tc_bytes};
+    *layout = (struct bt_layout){.ram_bytes = physmap_space_bytes(memory), .tc_bytes = tc_bytes};
     assert(tc_bytes && tc_bytes <= TC_BYTES_MAX && !(tc_bytes & PAGE_MASK_BITS));
     if (layout->ram_bytes >= BT_ALIAS_BYTES / 4)
-        return error_set(err, -E2BIG, "the translator runs guests of less than %llu GiB of memory: use engine interp", BT_ALIAS_BYTES / 4 >> 30);
+        return error_set(err, -E2BIG, "the translator runs guests of less than %llu GiB of memory, persistent and pluggable memory included: use engine interp", BT_ALIAS_BYTES / 4 >> 30);
     struct plan plan = plan_make(layout->ram_bytes);
     layout->length_bytes = plan.end;
     int rc = aliases_create(layout, err);

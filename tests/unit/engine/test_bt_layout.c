@@ -98,6 +98,38 @@ static void windows_show_ram(void **state)
     layout_destroy(&l);
 }
 
+/* Files of persistent memory lie in the windows behind RAM, and nothing is accessible but them. */
+static void windows_show_files(void **state)
+{
+    int fd = memfd_create("file", MFD_CLOEXEC);
+    const struct physmap_file files[] = {{.fd = fd, .bytes = 5000}, {.fd = fd, .bytes = 2u << 20, .readonly = true}};
+    const struct physmap_config config = {.ram_bytes = RAM_BYTES, .file = files, .file_count = 2};
+    struct physmap *memory;
+    struct bt_layout l;
+    uint64_t length, offset;
+    assert_int_equal(ftruncate(fd, 2u << 20), 0);
+    assert_int_equal(physmap_create_with(&memory, &config, NULL), 0);
+    assert_int_equal(layout_create(&l, memory, TC_BYTES, NULL), 0);
+    assert_int_equal(l.ram_bytes, RAM_BYTES + (2u << 20) - 8192 + 8192 + (2u << 20));
+    gpa_t gpa = physmap_file_base(memory, 0, &length);
+    assert_true(physmap_offset(memory, gpa, 8192, &offset));
+    l.window_w[offset + 4100] = 0x5a;
+    assert_int_equal(l.window_r[offset + 4100], 0x5a);
+    assert_int_equal(*(uint8_t *)physmap_get(memory, gpa + 4100, 1, PHYSMAP_READ), 0x5a);
+    char byte = 0;
+    assert_int_equal(pread(fd, &byte, 1, 4100), 1);
+    assert_int_equal(byte, 0x5a);
+    for (uint64_t at = 0; at < l.ram_bytes; at += PAGE_SIZE_BYTES)
+        assert_true(probe_readable(l.window_r + at) && !probe_writable(l.window_r + at));
+    for (uint64_t distance = 1; distance <= BT_GUARD_BYTES; distance += PAGE_SIZE_BYTES - 1) {
+        assert_false(probe_readable(l.window_w + l.ram_bytes - 1 + distance));
+        assert_false(probe_readable(l.window_r + l.ram_bytes - 1 + distance));
+    }
+    layout_destroy(&l);
+    physmap_destroy(memory);
+    close(fd);
+}
+
 static void translations_run_where_they_are_not_written(void **state)
 {
     static const uint8_t code[] = {0xb8, 42, 0, 0, 0, 0xc3}; /* mov eax, 42; ret */
@@ -175,6 +207,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(every_alias_is_reserved),
         cmocka_unit_test(windows_show_ram),
+        cmocka_unit_test(windows_show_files),
         cmocka_unit_test(translations_run_where_they_are_not_written),
         cmocka_unit_test(nothing_runs_where_it_is_written),
         cmocka_unit_test(several_in_one_process),

@@ -62,6 +62,46 @@ static void refusals(void **state)
     machine_config_clear(&config);
 }
 
+static void memory_options(void **state)
+{
+    static const struct {
+        const char *key, *value;
+    } wrong[] = {
+        {"balloon", ""}, {"balloon", "1K"}, {"balloon", "999999G"}, {"balloon", "64,report"}, {"balloon", "64,stats"}, {"balloon", "64,stats=x"},
+        {"balloon", "64,stats=99999999999999999999"}, {"balloon", "64,"}, {"balloon", "64,reporting=maybe"},
+        {"pmem", ""}, {"pmem", ",readonly"}, {"pmem", "a,writable"}, {"pmem", "a,id="},
+    };
+    struct machine_config config;
+    struct error err = {0};
+    machine_config_init(&config);
+    for (size_t n = 0; n < sizeof wrong / sizeof *wrong; n++) {
+        assert_int_equal(machine_config_set(&config, wrong[n].key, wrong[n].value, &err), -EINVAL);
+        assert_non_null(strstr(err.text, wrong[n].key));
+    }
+    assert_false(config.balloon.present || config.pmem_count);
+    assert_int_equal(machine_config_set(&config, "balloon", "1G,deflate-on-oom,reporting=on,hinting,stats=7", &err), 0);
+    assert_true(config.balloon.present && config.balloon.deflate_on_oom && config.balloon.reporting && config.balloon.hinting);
+    assert_int_equal(config.balloon.amount_mib, 1024);
+    assert_int_equal(config.balloon.statistics_interval_s, 7);
+    assert_int_equal(machine_config_set(&config, "kernel", "k", &err), 0);
+    assert_int_equal(machine_config_check(&config, &err), -EINVAL);
+    assert_non_null(strstr(err.text, "more than the guest's memory"));
+    assert_int_equal(machine_config_set(&config, "balloon", "0,reporting=off", &err), 0);
+    assert_false(config.balloon.reporting || config.balloon.hinting);
+    assert_int_equal(machine_config_set(&config, "pmem", "a,,b,readonly,root,id=x", &err), 0);
+    assert_int_equal(machine_config_set(&config, "pmem", "c", &err), 0);
+    assert_string_equal(config.pmem[0].path, "a,b");
+    assert_string_equal(config.pmem[0].id, "x");
+    assert_true(config.pmem[0].readonly && config.pmem[0].root && !config.pmem[1].readonly && !config.pmem[1].root);
+    assert_int_equal(machine_config_check(&config, &err), 0);
+    config.pmem[1].root = true;
+    assert_int_equal(machine_config_check(&config, &err), -EINVAL);
+    for (unsigned n = 2; n < CONFIG_PMEMS_MAX; n++)
+        assert_int_equal(machine_config_set(&config, "pmem", "c", &err), 0);
+    assert_int_equal(machine_config_set(&config, "pmem", "c", &err), -E2BIG);
+    machine_config_clear(&config);
+}
+
 static void shares(void **state)
 {
     struct machine_config config;
@@ -221,7 +261,7 @@ static void whole(void **state)
 
 int main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(sizes), cmocka_unit_test(refusals), cmocka_unit_test(shares), cmocka_unit_test(disks), cmocka_unit_test(vsock), cmocka_unit_test(properties), cmocka_unit_test(debugging),
+    const struct CMUnitTest tests[] = {cmocka_unit_test(sizes), cmocka_unit_test(refusals), cmocka_unit_test(shares), cmocka_unit_test(disks), cmocka_unit_test(memory_options), cmocka_unit_test(vsock), cmocka_unit_test(properties), cmocka_unit_test(debugging),
                                        cmocka_unit_test(json), cmocka_unit_test(whole)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

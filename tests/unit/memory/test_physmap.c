@@ -9,6 +9,7 @@
 #include <cmocka.h>
 
 #include <errno.h>
+#include <fcntl.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -95,7 +96,7 @@ static void test_rom(void **state)
     assert_int_equal(physmap_set_rom(map, 0xC0001, 4096), -EINVAL);
     assert_int_equal(physmap_set_rom(map, 4 * MIB, 4096), -EFAULT);
     assert_false(physmap_is_rom(map, 5 * MIB));
-    for (unsigned i = 0; i < 15; i++)
+    for (unsigned i = 0; i < 31; i++)
         assert_int_equal(physmap_set_rom(map, 0x200000 + i * 8192, 4096), 0);
     assert_int_equal(physmap_set_rom(map, 0x300000, 4096), -ENOSPC);
     physmap_destroy(map);
@@ -245,6 +246,107 @@ static void test_discard(void **state)
     physmap_destroy(map);
 }
 
+static void test_files(void **state)
+{
+    const char text[] = "what is in the file";
+    int fd = memfd_create("file", MFD_CLOEXEC), other = memfd_create("other", MFD_CLOEXEC);
+    struct physmap_file file[] = {{.fd = fd, .bytes = 3 * MIB + 512}, {.fd = other, .bytes = 4 * MIB, .readonly = true}};
+    struct physmap_config config = {.ram_bytes = 4 * MIB, .file = file, .file_count = 2};
+    struct physmap *map;
+    struct error err = {0};
+    uint64_t length, offset;
+    char data[32] = "";
+
+    assert_int_equal(ftruncate(fd, 3 * MIB + 512), 0);
+    assert_int_equal(ftruncate(other, 4 * MIB), 0);
+    assert_int_equal(pwrite(other, text, sizeof text, 4096), sizeof text);
+    assert_int_equal(physmap_create_with(&map, &config, &err), 0);
+    gpa_t first = physmap_file_base(map, 0, &length);
+    assert_int_equal(first, PHYSMAP_EXTRA_BASE);
+    assert_int_equal(length, 4 * MIB);
+    gpa_t second = physmap_file_base(map, 1, &length);
+    assert_int_equal(second, PHYSMAP_EXTRA_BASE + (1ull << 30));
+    assert_int_equal(length, 4 * MIB);
+    assert_int_equal(physmap_end(map), second + length);
+    assert_int_equal(physmap_ram_bytes(map), 4 * MIB + MIB - 4096); /* RAM, and what fills the first file up */
+    assert_int_equal(physmap_space_bytes(map), physmap_ram_bytes(map) + 3 * MIB + 4096 + 4 * MIB);
+
+    assert_int_equal(physmap_write(map, first + 5000, text, sizeof text), 0);
+    assert_int_equal(pread(fd, data, sizeof data, 5000), sizeof data);
+    assert_string_equal(data, text);
+    assert_int_equal(physmap_read(map, second + 4096, data, sizeof text), 0);
+    assert_string_equal(data, text);
+    assert_true(physmap_is_rom(map, second) && physmap_is_rom(map, second + 4 * MIB - 1) && !physmap_is_rom(map, first));
+    assert_null(physmap_get(map, second, 1, PHYSMAP_WRITE));
+    assert_non_null(physmap_get(map, second, 4 * MIB, PHYSMAP_EXECUTE));
+    assert_non_null(physmap_get(map, first + 4 * MIB - 1, 1, PHYSMAP_WRITE));
+    assert_null(physmap_get(map, first + 4 * MIB - 1, 2, PHYSMAP_READ));
+    assert_null(physmap_get(map, first + 4 * MIB, 1, PHYSMAP_READ));
+    assert_null(physmap_get(map, first - 1, 1, PHYSMAP_READ));
+    assert_null(physmap_get(map, second + 4 * MIB, 1, PHYSMAP_READ));
+
+    for (uint64_t at = 0; at < physmap_space_bytes(map); at += 4096) { /* every page has one place */
+        assert_true(physmap_offset(map, physmap_gpa(map, at), 4096, &offset));
+        assert_int_equal(offset, at);
+    }
+    physmap_mark_dirty(map, first + 4096, 1);
+    assert_true(physmap_take_dirty(map, first + 4096) && !physmap_take_dirty(map, first));
+    /* A file keeps its bytes whatever a balloon says; what fills it up is RAM. */
+    assert_int_equal(physmap_discard(map, first, 8192), -EFAULT);
+    assert_int_equal(physmap_discard(map, second, 8192), -EFAULT);
+    assert_int_equal(physmap_discard(map, first + 4 * MIB - 4096, 4096), 0);
+    assert_int_equal(pread(fd, data, sizeof data, 5000), sizeof data);
+    assert_string_equal(data, text);
+    physmap_destroy(map);
+
+    file[0].bytes = 1ull << 60;
+    assert_int_equal(physmap_create_with(&map, &config, &err), -E2BIG);
+    close(fd);
+    close(other);
+}
+
+static void test_plug(void **state)
+{
+    struct physmap_config config = {.ram_bytes = 4 * MIB, .plug_bytes = 16 * MIB, .block_bytes = 2 * MIB};
+    struct physmap *map;
+    struct error err = {0};
+    gpa_t base;
+
+    assert_int_equal(physmap_create_with(&map, &config, &err), 0);
+    base = physmap_plug_base(map);
+    assert_int_equal(physmap_ram_bytes(map), 20 * MIB);
+    assert_int_equal(physmap_end(map), base + 16 * MIB);
+    assert_null(physmap_get(map, base, 1, PHYSMAP_READ));
+    assert_int_equal(physmap_write(map, base, "x", 1), -EFAULT);
+    assert_int_equal(physmap_plug(map, base + 2 * MIB, 4 * MIB, true), 0);
+    assert_null(physmap_get(map, base + 2 * MIB - 1, 1, PHYSMAP_READ));
+    assert_null(physmap_get(map, base + 2 * MIB - 1, 2, PHYSMAP_READ));
+    assert_non_null(physmap_get(map, base + 2 * MIB, 4 * MIB, PHYSMAP_WRITE));
+    assert_null(physmap_get(map, base + 2 * MIB, 4 * MIB + 1, PHYSMAP_WRITE));
+    assert_int_equal(physmap_gpa(map, 6 * MIB), base + 2 * MIB);
+    memset(physmap_get(map, base + 2 * MIB, 4 * MIB, PHYSMAP_WRITE), 'x', 4 * MIB);
+    assert_int_equal(physmap_resident_bytes(map), 4 * MIB);
+    assert_int_equal(physmap_plug(map, base + 4 * MIB, 2 * MIB, false), 0);
+    assert_int_equal(physmap_resident_bytes(map), 2 * MIB);
+    assert_null(physmap_get(map, base + 4 * MIB, 1, PHYSMAP_READ));
+    assert_int_equal(physmap_discard(map, base + 4 * MIB, 4096), -EFAULT);
+    assert_int_equal(physmap_plug(map, base + 4 * MIB, 2 * MIB, true), 0);
+    assert_int_equal(*(char *)physmap_get(map, base + 4 * MIB, 1, PHYSMAP_READ), 0);
+    assert_int_equal(physmap_plug(map, base, 16 * MIB, false), 0);
+    assert_int_equal(physmap_resident_bytes(map), 0);
+    assert_int_equal(physmap_plug(map, base - 2 * MIB, 2 * MIB, true), -EINVAL);
+    assert_int_equal(physmap_plug(map, base + 16 * MIB, 2 * MIB, true), -EINVAL);
+    assert_int_equal(physmap_plug(map, base + 14 * MIB, 4 * MIB, true), -EINVAL);
+    assert_int_equal(physmap_plug(map, base + MIB, 2 * MIB, true), -EINVAL);
+    assert_int_equal(physmap_plug(map, base, MIB, true), -EINVAL);
+    assert_int_equal(physmap_plug(map, base, 0, true), -EINVAL);
+    physmap_destroy(map);
+    config.block_bytes = 3 * MIB;
+    assert_int_equal(physmap_create_with(&map, &config, &err), -EINVAL);
+    config = (struct physmap_config){.ram_bytes = 4 * MIB, .plug_bytes = 3 * MIB, .block_bytes = 2 * MIB};
+    assert_int_equal(physmap_create_with(&map, &config, &err), -EINVAL);
+}
+
 static void test_refusals(void **state)
 {
     struct physmap *map;
@@ -264,7 +366,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_low_only), cmocka_unit_test(test_split),    cmocka_unit_test(test_rom),
         cmocka_unit_test(test_dirty),    cmocka_unit_test(test_map),      cmocka_unit_test(test_watch),
-        cmocka_unit_test(test_discard),  cmocka_unit_test(test_refusals),
+        cmocka_unit_test(test_discard),  cmocka_unit_test(test_files),    cmocka_unit_test(test_plug),
+        cmocka_unit_test(test_refusals),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);

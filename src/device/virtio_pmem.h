@@ -1,0 +1,19 @@
+/*
+ * virtio-pmem: a file of the host as the guest's persistent memory (virtio 1.2, section 5.19).
+ *
+ * PhysMap has the file's bytes where the guest sees them; this device says where, and flushes.
+ */
+#ifndef DOPPEL_DEVICE_VIRTIO_PMEM_H
+#define DOPPEL_DEVICE_VIRTIO_PMEM_H
+
+#include "block/block.h"
+#include "device/device.h"
+
+struct virtio_pmem_config {
+    struct block *block; /* the file, for flushing; borrowed */
+    gpa_t start;
+    uint64_t size_bytes;
+    int slot; /* PCI slot, -1: the next free one */
+};
+
+#endif

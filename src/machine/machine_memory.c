@@ -1,0 +1,94 @@
+/*
+ * The machine's memory, and the devices that bring or take some of it. Files of persistent memory are opened twice: by the block layer, which locks and flushes them,
+ * and for mapping.
+ * Threading: making them has none.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "device/virtio_balloon.h"
+#include "device/virtio_pmem.h"
+#include "machine/machine_priv.h"
+#include "util/log.h"
+
+static int open_pmem(struct machine *machine, unsigned index, struct physmap_file *file, struct error *err)
+{
+    const struct pmem_config *pmem = &machine->config->pmem[index];
+    const struct block_config block = {.path = pmem->path, .readonly = pmem->readonly};
+    int r = block_open(&machine->pmem[index], &block, machine->loop, err);
+    if (r)
+        return r;
+    *file = (struct physmap_file){.fd = open(pmem->path, (pmem->readonly ? O_RDONLY : O_RDWR) | O_CLOEXEC),
+                                  .bytes = block_size_bytes(machine->pmem[index]),
+                                  .readonly = pmem->readonly};
+    if (file->fd < 0)
+        return error_set(err, -errno, "persistent memory %s: %s", pmem->path, strerror(errno));
+    if (!file->bytes)
+        return error_set(err, -EINVAL, "persistent memory %s: it is empty; give it a size: truncate -s 64M %s", pmem->path, pmem->path);
+    if (file->bytes % PHYSMAP_FILE_ALIGNMENT)
+        log_warning("persistent memory %s: its size is not a multiple of 2 MiB; what the guest has behind its end is lost when it ends", pmem->path);
+    /* Stores cannot fail for want of room: it is taken now, where the file system can. */
+    if (!pmem->readonly && fallocate(file->fd, 0, 0, (off_t)file->bytes) < 0 && (errno == ENOSPC || errno == EDQUOT))
+        return error_set(err, -errno, "persistent memory %s: the host has no room for all of its %llu MiB (%s)", pmem->path, (unsigned long long)file->bytes >> 20,
+                         strerror(errno));
+    return 0;
+}
+
+int machine_create_memory(struct machine *machine, struct error *err)
+{
+    const struct machine_config *config = machine->config;
+    struct physmap_file file[PHYSMAP_FILES_MAX];
+    struct physmap_config memory = {.ram_bytes = config->memory_bytes, .file = file};
+    int r = 0;
+    for (unsigned i = 0; r == 0 && i < config->pmem_count; i++) {
+        file[i].fd = -1;
+        memory.file_count++;
+        r = open_pmem(machine, i, &file[i], err);
+    }
+    if (r == 0)
+        r = physmap_create_with(&machine->memory, &memory, err);
+    for (unsigned i = 0; i < memory.file_count; i++)
+        if (file[i].fd >= 0)
+            close(file[i].fd);
+    return r;
+}
+
+void machine_close_pmems(struct machine *machine)
+{
+    for (unsigned i = 0; i < CONFIG_PMEMS_MAX; i++)
+        if (machine->pmem[i])
+            block_close(machine->pmem[i]);
+}
+
+static int create_balloon(struct machine *machine, struct error *err)
+{
+    const struct balloon_config *balloon = &machine->config->balloon;
+    struct virtio_balloon_config config = {.target_pages = balloon->amount_mib << 8,
+                                           .deflate_on_oom = balloon->deflate_on_oom,
+                                           .hinting = balloon->hinting,
+                                           .reporting = balloon->reporting,
+                                           .statistics = balloon->statistics_interval_s != 0,
+                                           .statistics_interval_s = balloon->statistics_interval_s,
+                                           .slot = -1};
+    return machine_add_device(machine, "virtio-balloon", &config, &machine->balloon, err);
+}
+
+static int create_pmem(struct machine *machine, unsigned index, struct error *err)
+{
+    struct virtio_pmem_config config = {.block = machine->pmem[index], .slot = -1};
+    config.start = physmap_file_base(machine->memory, index, &config.size_bytes);
+    return machine_add_device(machine, "virtio-pmem", &config, NULL, err);
+}
+
+int machine_create_memory_devices(struct machine *machine, struct error *err)
+{
+    int r = machine->config->balloon.present ? create_balloon(machine, err) : 0;
+    for (unsigned i = 0; r == 0 && i < machine->config->pmem_count; i++) {
+        r = create_pmem(machine, i, err);
+        if (r == 0)
+            machine_name_device(machine, "pmem", machine->config->pmem[i].id);
+    }
+    return r;
+}
