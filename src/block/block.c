@@ -100,10 +100,41 @@ unsigned block_in_flight(const struct block *block)
     return block->in_flight;
 }
 
+void block_get_counters(const struct block *block, struct block_counters *counters)
+{
+    *counters = block->counters;
+}
+
+static void count(struct block_counters *counters, const struct block_request *request, int result)
+{
+    if (result < 0) {
+        counters->errors++;
+        return;
+    }
+    switch (request->op) {
+    case BLOCK_READ:
+        counters->reads++;
+        counters->read_bytes += request->length_bytes;
+        break;
+    case BLOCK_WRITE:
+        counters->writes++;
+        counters->write_bytes += request->length_bytes;
+        break;
+    case BLOCK_FLUSH:
+        counters->flushes++;
+        break;
+    case BLOCK_DISCARD:
+    case BLOCK_WRITE_ZEROES:
+        counters->discards++;
+        break;
+    }
+}
+
 void block_complete(struct block *block, struct block_request *request, int result)
 {
     assert(block->in_flight > 0);
     block->in_flight--;
+    count(&block->counters, request, result);
     request->done(request, result);
 }
 

@@ -47,4 +47,10 @@ bool block_can_discard(const struct block *block);
 void block_submit(struct block *block, struct block_request *request);
 unsigned block_in_flight(const struct block *block);
 
+/* Of requests that succeeded, since the image was opened. */
+struct block_counters {
+    uint64_t reads, read_bytes, writes, write_bytes, flushes, discards, errors;
+};
+void block_get_counters(const struct block *block, struct block_counters *counters);
+
 #endif

@@ -29,6 +29,7 @@ struct block {
     uint64_t size_bytes;
     bool readonly, can_discard;
     unsigned in_flight;
+    struct block_counters counters;
     struct loop_event *completion; /* for block_complete_later */
     struct block_request *later;   /* linked by backend_private[0] */
 };

@@ -459,6 +459,19 @@ void virtio_blk_set_limit(struct device *disk, const struct bucket_config *bandw
     rate_gate_set(&disk->gate, bandwidth, ops);
 }
 
+static void blk_counters(struct device *device, device_counter_fn *emit, void *ctx)
+{
+    struct block_counters c;
+    block_get_counters(device->block, &c);
+    emit(ctx, "read_count", c.reads);
+    emit(ctx, "read_bytes", c.read_bytes);
+    emit(ctx, "write_count", c.writes);
+    emit(ctx, "write_bytes", c.write_bytes);
+    emit(ctx, "flush_count", c.flushes);
+    emit(ctx, "discard_count", c.discards);
+    emit(ctx, "execute_fails", c.errors);
+}
+
 const struct device_class virtio_blk_class = {
     .name = "virtio-blk",
     .help = "disk",
@@ -467,4 +480,5 @@ const struct device_class virtio_blk_class = {
     .state = blk_state,
     .quiesce = blk_quiesce,
     .destroy = blk_destroy,
+    .counters = blk_counters,
 };

@@ -288,6 +288,7 @@ static bool receive_frame(struct virtio_net *nic, struct net_header *header, con
     header->num_buffers = (uint16_t)count; /* 1 also without MRG_RXBUF: 5.1.6.4.1 */
     fill_buffers(nic, (unsigned)count, frame, frame_count);
     nic->counters.rx_frames++;
+    nic->counters.rx_bytes += frame_bytes - sizeof *header;
     return true;
 }
 
@@ -360,6 +361,7 @@ static bool transmit_chain(struct virtio_net *nic, const struct virtqueue_chain 
     if (nic->status & STATUS_LINK_UP && !net_transmit(nic->net, chain->in, chain->in_count))
         return false;
     nic->counters.tx_frames++;
+    nic->counters.tx_bytes += chain->in_bytes - NET_HEADER_BYTES;
     return true;
 }
 
@@ -670,6 +672,17 @@ void virtio_net_set_limit(struct device *device, bool receive, const struct buck
     rate_gate_set(receive ? &nic->rx_gate : &nic->tx_gate, bandwidth, ops);
 }
 
+static void nic_counters(struct device *device, device_counter_fn *emit, void *ctx)
+{
+    const struct virtio_net_counters *c = &((const struct virtio_net *)device)->counters;
+    emit(ctx, "rx_packets_count", c->rx_frames);
+    emit(ctx, "rx_bytes_count", c->rx_bytes);
+    emit(ctx, "rx_fails", c->rx_no_driver + c->rx_no_room + c->rx_unsuitable);
+    emit(ctx, "tx_packets_count", c->tx_frames);
+    emit(ctx, "tx_bytes_count", c->tx_bytes);
+    emit(ctx, "tx_malformed_frames", c->tx_malformed);
+}
+
 const struct device_class virtio_net_class = {
     .name = "virtio-net",
     .help = "network interface (user networking or a tap)",
@@ -677,4 +690,5 @@ const struct device_class virtio_net_class = {
     .reset = nic_machine_reset,
     .state = nic_state,
     .destroy = nic_destroy,
+    .counters = nic_counters,
 };

@@ -20,7 +20,7 @@ struct virtio_net_config {
 };
 
 struct virtio_net_counters {
-    uint64_t rx_frames, tx_frames;
+    uint64_t rx_frames, rx_bytes, tx_frames, tx_bytes; /* without virtio headers */
     uint64_t rx_no_driver;  /* arrived while no driver was running */
     uint64_t rx_filtered;   /* for other stations */
     uint64_t rx_no_room;    /* larger than the driver's receive buffers can ever be */

@@ -18,6 +18,7 @@
 #include "arch/cpu.h"
 #include "arch/cpuid.h"
 #include "memory/memory.h"
+#include "util/counter.h"
 #include "util/error.h"
 
 enum engine_exit {
@@ -142,6 +143,8 @@ struct engine_ops {
     void (*invalidate)(struct engine *engine, gpa_t gpa, uint64_t length_bytes);
     /* For people, beyond the counters: a few lines on what it does with its memory and time. From any thread, while vCPUs run. May be NULL. */
     void (*report)(struct engine *engine, FILE *out);
+    /* What it has beyond the vCPUs' counters. From any thread, while vCPUs run. May be NULL. */
+    void (*counters)(struct engine *engine, counter_fn *counter, void *ctx);
 };
 
 /* All engines built in, best first, NULL-terminated. */

@@ -37,6 +37,7 @@ SANDBOX_ALLOW_IF(IN_MAIN, ioctl, ARG_IS(1, TCGETS));
 struct console {
     struct loop *loop;
     struct console_ops ops;
+    struct console_tap tap; /* all NULL: none */
     int input_fd, output_fd, listen_fd; /* -1: none */
     int slave_fd;                       /* of a pseudo-terminal */
     bool owns_input, owns_output, escapes, raw;
@@ -170,8 +171,26 @@ static void input_ready(void *ctx, unsigned events)
 /* Reads nothing itself: a read of a terminal would wait for the next key. */
 void console_resume(struct console *console)
 {
-    if (console && deliver(console))
-        watch_input(console);
+    if (!console || !deliver(console))
+        return;
+    watch_input(console);
+    if (console->tap.room)
+        console->tap.room(console->tap.ctx);
+}
+
+void console_set_tap(struct console *console, const struct console_tap *tap)
+{
+    console->tap = tap ? *tap : (struct console_tap){0};
+}
+
+size_t console_type(struct console *console, const uint8_t *data, size_t size_bytes)
+{
+    size_t room = make_room(console) ? INPUT_BYTES - console->input_count : 0;
+    size_t taken = size_bytes < room ? size_bytes : room;
+    memcpy(console->input + console->input_count, data, taken);
+    console->input_count += taken;
+    deliver(console);
+    return taken;
 }
 
 /* Writes without blocking; returns bytes written, or -errno. */
@@ -244,6 +263,8 @@ static void keep(struct console *console, const uint8_t *data, size_t size_bytes
 
 void console_write(struct console *console, const uint8_t *data, size_t size_bytes)
 {
+    if (console && console->tap.output)
+        console->tap.output(console->tap.ctx, data, size_bytes);
     if (!console || console->output_fd < 0)
         return;
     while (size_bytes && !console->backlog_count) {

@@ -99,6 +99,7 @@ static void panicked(void *ctx, bool crash_loaded)
     struct machine *machine = ctx;
     if (crash_loaded)
         return;
+    machine_tell(machine, MACHINE_EVENT_PANIC, NULL);
     log_info("the guest reports a kernel panic");
     switch (machine->config->on_panic) {
     case ON_PANIC_EXIT:
@@ -159,6 +160,7 @@ static void key_quit(struct machine *machine)
 static void key_power_button(struct machine *machine)
 {
     pm_power_button(machine->pm);
+    machine_tell(machine, MACHINE_EVENT_POWER_BUTTON, NULL);
 }
 
 static void key_reset(struct machine *machine)
@@ -568,6 +570,7 @@ int machine_create_with(struct machine **out, const struct machine_config *confi
     pthread_mutex_init(&machine->device_lock, NULL);
     pthread_mutex_init(&machine->run_lock, NULL);
     pthread_mutex_init(&machine->join_lock, NULL);
+    pthread_mutex_init(&machine->watch_lock, NULL);
     pthread_cond_init(&machine->run_changed, NULL);
     r = loop_create(&machine->loop, &machine->device_lock);
     if (r)
@@ -634,6 +637,7 @@ int machine_start(struct machine *machine, struct error *err)
     if (engine_is_automatic(machine))
         log_info("engine %s (auto): %s", machine->engine_ops->name, machine->engine_reason);
     loop_post(machine->loop, first_input, machine);
+    machine_tell(machine, MACHINE_EVENT_STARTED, machine->engine_ops->name);
     return vcpu_threads_start(machine, err);
 }
 
@@ -691,6 +695,7 @@ void machine_destroy(struct machine *machine)
     if (machine->trace && machine->trace != stderr)
         fclose(machine->trace);
     pthread_cond_destroy(&machine->run_changed);
+    pthread_mutex_destroy(&machine->watch_lock);
     pthread_mutex_destroy(&machine->join_lock);
     pthread_mutex_destroy(&machine->run_lock);
     pthread_mutex_destroy(&machine->device_lock);
@@ -701,6 +706,7 @@ void machine_power_button(struct machine *machine)
 {
     pthread_mutex_lock(&machine->device_lock);
     pm_power_button(machine->pm);
+    machine_tell(machine, MACHINE_EVENT_POWER_BUTTON, NULL);
     pthread_mutex_unlock(&machine->device_lock);
 }
 

@@ -13,7 +13,9 @@
 #include <stdio.h>
 
 #include "machine/config.h"
+#include "machine/console.h"
 #include "state/state.h"
+#include "util/counter.h"
 #include "util/error.h"
 
 struct machine;
@@ -45,6 +47,41 @@ int machine_resume(struct machine *machine, struct error *err) __attribute__((wa
 bool machine_is_paused(struct machine *machine);
 void machine_dump(struct machine *machine, FILE *out);
 void machine_stats(struct machine *machine, FILE *out);
+/* Everything that is counted, one after the other, of one moment only as far as each for itself. `counter` must not call the machine. */
+void machine_count(struct machine *machine, counter_fn *counter, void *ctx);
+/* Which engine it is, and why. */
+const char *machine_engine(const struct machine *machine, const char **reason);
+/* Its devices; `each` must not call the machine. Names are unique: the id, or as "net0". */
+void machine_devices(struct machine *machine, void (*each)(void *ctx, const char *name, const char *class, const char *help), void *ctx);
+/* "shutdown" ...; NULL for one that runs. */
+const char *machine_end_name(enum machine_end end);
+
+/* ---- watching (machine_watch.c) ---- */
+
+enum machine_event {
+#define EVENT(id, name, help) MACHINE_EVENT_##id,
+#include "machine/events.def"
+#undef EVENT
+    MACHINE_EVENT_COUNT
+};
+
+struct machine_event_info {
+    const char *name, *help;
+};
+extern const struct machine_event_info machine_event_table[MACHINE_EVENT_COUNT];
+
+struct machine_observer {
+    /* From any thread, with any of the machine's locks held: takes note and returns. `detail` (may be NULL) is valid during the call. */
+    void (*event)(void *ctx, enum machine_event event, const char *detail);
+    void *ctx;
+};
+
+/* Both are copied, before the start; NULL ends it at any time: none is under way any more when this returns, nor comes later. */
+void machine_observe(struct machine *machine, const struct machine_observer *observer);
+/* The console that is stdio; if none is, the serial port's. The tap is called with the device lock held. */
+void machine_console_tap(struct machine *machine, const struct console_tap *tap);
+/* Types on that console; from any thread without the device lock. How many bytes were taken. */
+size_t machine_console_type(struct machine *machine, const uint8_t *data, size_t size_bytes);
 
 /* Whether a processor can be made so here. */
 int machine_check_processor(const struct processor_config *config, struct error *err) __attribute__((warn_unused_result));

@@ -130,8 +130,13 @@ struct machine {
     bool still_due;            /* still_timer was armed for a reset or a call */
     struct loop_timer *still_timer;
     unsigned parked_count;
+    pthread_mutex_t watch_lock; /* innermost; guards `observer` */
+    struct machine_observer observer;
     pthread_mutex_t join_lock; /* outermost; guards vcpu_thread.started from start to end */
 };
+
+/* Tells the observer. Any thread, any lock. */
+void machine_tell(struct machine *machine, enum machine_event event, const char *detail);
 
 /* Parts register themselves in order of creation. */
 void machine_add_part(struct machine *machine, const struct machine_part *part);
@@ -160,7 +165,10 @@ int machine_create_with(struct machine **machine, const struct machine_config *c
 /* processor.c: what CPUID and MSRs show. NULL with a message. */
 struct cpuid_table *processor_table(struct cpuid_config *cpuid, const struct processor_config *config, struct error *err);
 
-/* machine_report.c: machine_dump with the device lock already held. */
+#define MACHINE_DEVICE_NAME_BYTES 72
+/* machine_report.c: its id, or kind and number as in "net0". Device lock. */
+void machine_device_name(const struct machine *machine, unsigned index, char name[MACHINE_DEVICE_NAME_BYTES]);
+/* machine_dump with the device lock already held. */
 void machine_dump_locked(struct machine *machine, FILE *out);
 
 /* Ctrl-A commands of a terminal; ctx is the machine. Device lock held. */

@@ -26,6 +26,8 @@ static void reset_all(struct machine *machine)
     if (machine_power_on(machine, NULL, &err)) {
         log_error("cannot restart the guest: %s", err.text);
         machine_stop(machine, MACHINE_ERROR);
+    } else {
+        machine_tell(machine, MACHINE_EVENT_RESET, NULL);
     }
     for (unsigned i = 0; i < machine->cpu_count; i++)
         atomic_fetch_and(&machine->vcpu[i].requests, ~(REQUEST_INIT | REQUEST_STARTUP));
@@ -123,17 +125,21 @@ void machine_reset(struct machine *machine)
 void machine_stop(struct machine *machine, enum machine_end end)
 {
     pthread_mutex_lock(&machine->run_lock);
-    if (machine->end == MACHINE_RUNNING)
+    bool first = machine->end == MACHINE_RUNNING;
+    if (first)
         machine->end = end;
     pthread_cond_broadcast(&machine->run_changed);
     /* With the lock: a parked vCPU that sees the end must see the request too, and not run what a reset is writing. */
     vcpu_threads_request(machine, REQUEST_STOP);
     pthread_mutex_unlock(&machine->run_lock);
+    if (first)
+        machine_tell(machine, MACHINE_EVENT_ENDED, machine_end_name(end));
 }
 
 int machine_pause(struct machine *machine, struct error *err)
 {
     pthread_mutex_lock(&machine->run_lock);
+    bool already = machine->paused;
     machine->paused = true;
     vcpu_threads_request(machine, REQUEST_PARK);
     while (machine->started && machine->paused && machine->end == MACHINE_RUNNING &&
@@ -143,6 +149,8 @@ int machine_pause(struct machine *machine, struct error *err)
     pthread_mutex_unlock(&machine->run_lock);
     if (ended)
         return error_set(err, -ESRCH, "the virtual machine has ended");
+    if (paused && !already)
+        machine_tell(machine, MACHINE_EVENT_PAUSED, NULL);
     return paused ? 0 : error_set(err, -ECANCELED, "the virtual machine was resumed meanwhile");
 }
 
@@ -162,6 +170,8 @@ int machine_resume(struct machine *machine, struct error *err)
     machine->paused = false;
     pthread_cond_broadcast(&machine->run_changed);
     pthread_mutex_unlock(&machine->run_lock);
+    if (was_paused)
+        machine_tell(machine, MACHINE_EVENT_RESUMED, NULL);
     return was_paused ? 0 : error_set(err, -EALREADY, "the virtual machine is not paused");
 }
 

@@ -766,6 +766,7 @@ const struct engine_ops bt_engine_ops = {
     .create = bt_create,
     .destroy = bt_destroy,
     .set_options = report_options_set,
+    .counters = report_counters,
     .vcpu_create = bt_vcpu_create,
     .vcpu_destroy = bt_vcpu_destroy,
     .run = bt_run,

@@ -569,6 +569,7 @@ void fault_vcpu_destroy(struct bt_vcpu *b); /* frees its signal stack */
 int report_vcpu_create(struct bt_vcpu *b); /* 0 or -ENOMEM */
 void report_vcpu_destroy(struct bt_vcpu *b);
 void report_print(struct engine *engine, FILE *out); /* engine_ops.report */
+void report_counters(struct engine *engine, counter_fn *counter, void *ctx); /* engine_ops.counters */
 int report_options_set(struct engine *engine, const struct engine_options *options, struct error *err) __attribute__((warn_unused_result));
 void report_options_clear(struct bt_engine *e);
 void report_published(struct bt_engine *e, uint32_t first); /* blocks from this one on are new. e->lock held */

@@ -823,6 +823,16 @@ enum direct_result direct_run(struct bt_vcpu *b)
 
 /* ---- for people ---- */
 
+void direct_count(const struct bt_vcpu *b, uint64_t sums[3])
+{
+    const struct direct *d = b->direct;
+    if (!d)
+        return;
+    sums[0] += d->runs[DIRECT_STARTED];
+    sums[1] += d->runs[DIRECT_STOPS];
+    sums[2] += d->runs[DIRECT_FILLS];
+}
+
 void direct_report(const struct bt_vcpu *b, FILE *out)
 {
     const struct direct *d = b->direct;

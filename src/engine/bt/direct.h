@@ -49,6 +49,8 @@ void direct_flush_page(struct bt_vcpu *b, gva_t gva);
 /* e->lock held: may the page be translated? False: not now, a process that is being stopped can write to it. */
 bool direct_release(struct bt_engine *e, uint64_t ram_offset);
 void direct_kick(struct bt_vcpu *b);
+/* Adds shadows made, stops, stops to map pages. */
+void direct_count(const struct bt_vcpu *b, uint64_t sums[3]);
 void direct_report(const struct bt_vcpu *b, FILE *out);
 
 #endif

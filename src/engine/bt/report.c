@@ -138,3 +138,32 @@ void report_print(struct engine *engine, FILE *out)
         dump_code_print(e, out);
     pthread_mutex_unlock(&e->lock);
 }
+
+void report_counters(struct engine *engine, counter_fn *counter, void *ctx)
+{
+    struct bt_engine *e = (struct bt_engine *)engine;
+    uint64_t tables = 0, direct[3] = {0};
+    pthread_mutex_lock(&e->lock);
+    pthread_mutex_lock(&engine->lock);
+    for (unsigned n = 0; n < INTERP_VCPUS_MAX; n++) {
+        if (!engine->vcpus[n])
+            continue;
+        tables += tables_bytes((const struct bt_vcpu *)engine->vcpus[n]);
+        direct_count((const struct bt_vcpu *)engine->vcpus[n], direct);
+    }
+    pthread_mutex_unlock(&engine->lock);
+    const struct counter list[] = {
+        {.name = "cache_bytes", .help = "host code in the translation cache", .value = e->tc_used + e->cold_used - cache_cold_base(e), .gauge = true},
+        {.name = "cache_blocks", .help = "blocks in the translation cache", .value = e->block_count, .gauge = true},
+        {.name = "cache_code_pages", .help = "pages of guest code with translations", .value = e->page_count, .gauge = true},
+        {.name = "cache_protected_pages", .help = "pages of those that the guest cannot write to without a signal", .value = e->protected_pages, .gauge = true},
+        {.name = "cache_pages_dropped", .help = "pages whose translations were dropped", .value = e->invalidations},
+        {.name = "tables_bytes", .help = "tables of guest pages for translated code", .value = tables, .gauge = true},
+        {.name = "direct_shadows", .help = "address spaces made for direct execution", .value = direct[0]},
+        {.name = "direct_stops", .help = "stops of direct execution", .value = direct[1]},
+        {.name = "direct_fills", .help = "stops of those to map pages", .value = direct[2]},
+    };
+    pthread_mutex_unlock(&e->lock);
+    for (size_t i = 0; i < sizeof list / sizeof *list; i++)
+        counter(ctx, &list[i]);
+}

@@ -101,6 +101,62 @@ static void resume_does_not_block(void **state)
     close(in[0]);
 }
 
+/* A tap hears what a console without any back end says, and types with the back pressure of a guest that is slow. */
+static struct {
+    char text[64];
+    size_t count;
+    unsigned rooms;
+} heard;
+
+static void hear(void *ctx, const uint8_t *data, size_t size_bytes)
+{
+    memcpy(heard.text + heard.count, data, size_bytes);
+    heard.count += size_bytes;
+}
+
+static void hear_room(void *ctx)
+{
+    heard.rooms++;
+}
+
+static void tapped(void **state)
+{
+    static uint8_t much[100000];
+    struct guest guest = {.room = 3};
+    struct loop *loop;
+    const struct console_tap tap = {.output = hear, .room = hear_room};
+    assert_int_equal(loop_create(&loop, NULL), 0);
+    struct console *console = open_console(loop, "stdio", &guest, -1, -1);
+    console_write(console, (const uint8_t *)"before", 6);
+    console_set_tap(console, &tap);
+    console_write(console, (const uint8_t *)"said", 4);
+    assert_int_equal(heard.count, 4);
+    assert_memory_equal(heard.text, "said", 4);
+    assert_int_equal(console_type(console, (const uint8_t *)"typed", 5), 5);
+    assert_int_equal(guest.count, 3);
+    assert_int_equal(heard.rooms, 0);
+    memset(much, 'm', sizeof much);
+    size_t taken = console_type(console, much, sizeof much);
+    assert_true(taken > 0 && taken < sizeof much);
+    assert_int_equal(console_type(console, much, sizeof much), 0);
+    guest.room = 2;
+    console_resume(console);
+    assert_memory_equal(guest.text, "typed", 5);
+    assert_int_equal(heard.rooms, 0);
+    guest.count = 0;
+    while (!heard.rooms) {
+        guest.count = 0;
+        guest.room = 4096;
+        console_resume(console);
+    }
+    assert_true(console_type(console, much, 5) == 5);
+    console_set_tap(console, NULL);
+    console_write(console, (const uint8_t *)"after", 5);
+    assert_int_equal(heard.count, 4);
+    console_close(console);
+    loop_destroy(loop);
+}
+
 static void note_command(void *ctx, int character)
 {
     *(int *)ctx = character;
@@ -351,6 +407,6 @@ int main(void)
     const struct CMUnitTest tests[] = {cmocka_unit_test(pipes), cmocka_unit_test(resume_does_not_block), cmocka_unit_test(commands_to_a_stuck_guest),
                                        cmocka_unit_test(backlog), cmocka_unit_test(backlog_of_a_socket), cmocka_unit_test(client_of_a_stuck_guest_goes),
                                        cmocka_unit_test(close_writes_the_rest), cmocka_unit_test(terminal_that_stands_still), cmocka_unit_test(sockets),
-                                       cmocka_unit_test(refusals)};
+                                       cmocka_unit_test(refusals), cmocka_unit_test(tapped)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

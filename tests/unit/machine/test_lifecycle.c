@@ -142,6 +142,7 @@ static void *call_at_random(void *ctx)
             break;
         case 6:
             doppel_vm_dump(caller->vm, out);
+            doppel_vm_stats(caller->vm, out);
             rewind(out);
             break;
         case 7:
