@@ -2,6 +2,7 @@
 #ifndef DOPPEL_CLI_CLI_H
 #define DOPPEL_CLI_CLI_H
 
+#include <stdbool.h>
 #include <stdio.h>
 
 /* Exit statuses. */
@@ -14,10 +15,34 @@ enum exit_status {
     STATUS_STOPPED = 5,  /* stopped from outside: Ctrl-A x or a second SIGTERM */
 };
 
+struct cli_option {
+    const char *name;
+    char letter; /* 0: none */
+    const char *argument, *help; /* argument NULL: a flag */
+};
+
+#define CLI_OPTIONS_MAX 8
+
+/* Places in the commands' tables of options. */
+enum { RUN_DETACH, RUN_NAME, RUN_RESTART, RUN_REMOVE, RUN_JSON };
+enum { PS_ALL, PS_QUIET, PS_JSON };
+enum { LOGS_FOLLOW, LOGS_LINES, LOGS_MESSAGES };
+enum { EVENTS_FOLLOW, EVENTS_JSON };
+enum { CONSOLE_RECENT };
+enum { STOP_TIMEOUT };
+enum { RM_FORCE };
+enum { STATS_JSON };
+enum { TOP_DELAY, TOP_BATCH, TOP_COUNT };
+
+/* How many names of virtual machines a command takes. */
+enum command_names { NAMES_OWN, NAMES_NONE, NAMES_ANY, NAMES_ONE, NAMES_SOME };
+
 struct subcommand {
     const char *name;
     int (*main)(int argc, char **argv); /* argv[0] is the subcommand's name */
     const char *argument, *help;
+    enum command_names names;         /* NAMES_OWN: the command reads its arguments itself */
+    const struct cli_option *options; /* ended by a NULL name; NULL: none, or its own */
 };
 
 extern const struct subcommand subcommands[];
@@ -28,8 +53,26 @@ int help_main(int argc, char **argv);
 int version_main(int argc, char **argv);
 int completion_main(int argc, char **argv);
 int manual_main(int argc, char **argv);
+int ps_main(int argc, char **argv);
+int inspect_main(int argc, char **argv);
+int logs_main(int argc, char **argv);
+int events_main(int argc, char **argv);
+int console_main(int argc, char **argv);
+int start_main(int argc, char **argv);
+int restart_main(int argc, char **argv);
+int stop_main(int argc, char **argv);
+int kill_main(int argc, char **argv);
+int pause_main(int argc, char **argv);
+int resume_main(int argc, char **argv);
+int reset_main(int argc, char **argv);
+int rm_main(int argc, char **argv);
+int stats_main(int argc, char **argv);
+int top_main(int argc, char **argv);
+
+const struct subcommand *command_find(const char *name); /* NULL: there is none */
 
 void print_usage(FILE *out);
 void print_run_help(FILE *out);
+void print_command_help(FILE *out, const struct subcommand *command);
 
 #endif

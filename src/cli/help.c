@@ -1,4 +1,7 @@
-/* What doppel says about itself: usage, help, version, completion scripts and the manual page, all from the tables of options and subcommands. */
+/*
+ * What doppel says about itself: usage, help, version, completion scripts and the manual page, all from the tables of options and subcommands. Names of virtual machines
+ * are completed by asking doppel ps.
+ */
 #include <stdio.h>
 #include <string.h>
 
@@ -49,11 +52,37 @@ void print_usage(FILE *out)
     fprintf(out, "\nStart a guest:\n  %s\n\n\"doppel run --help\" lists all options.\n", example);
 }
 
+static void print_options(FILE *out, const struct cli_option *options)
+{
+    for (; options->name; options++) {
+        fprintf(out, "  %c%c%s--%s%s%s\n", options->letter ? '-' : ' ', options->letter ? options->letter : ' ', options->letter ? ", " : "  ", options->name,
+                options->argument ? " " : "", options->argument ? options->argument : "");
+        fprintf(out, "        %s\n", options->help);
+    }
+}
+
+void print_command_help(FILE *out, const struct subcommand *command)
+{
+    fprintf(out, "usage: doppel %s%s%s\n\n%c%s.\n", command->name, command->argument[0] ? " " : "", command->argument, command->help[0] - 'a' + 'A', command->help + 1);
+    if (command->names == NAMES_ANY)
+        fprintf(out, "Without names: of all virtual machines.\n");
+    if (command->names >= NAMES_ANY)
+        fprintf(out, "Names may be shortened as long as only one virtual machine is meant.\n");
+    if (command->options && command->options->name) {
+        fprintf(out, "\noptions:\n");
+        print_options(out, command->options);
+    }
+    if (command->names != NAMES_OWN)
+        fprintf(out, "\nexit status: 0 done, 1 failed, 2 bad arguments\n");
+}
+
 void print_run_help(FILE *out)
 {
-    fprintf(out, "usage: doppel run --kernel FILE [OPTIONS]\n\nRuns a virtual machine in the foreground.\n\noptions:\n");
+    const struct subcommand *run = command_find("run");
+    fprintf(out, "usage: doppel run --kernel FILE [OPTIONS]\n\nRuns a virtual machine, in the foreground unless told otherwise.\n\noptions:\n");
+    print_options(out, run->options);
     for (const struct option_info *option = option_table; option->key; option++) {
-        fprintf(out, "  --%s%s%s%s\n", option->key, option->argument ? " " : "", option->argument ? option->argument : "",
+        fprintf(out, "      --%s%s%s%s\n", option->key, option->argument ? " " : "", option->argument ? option->argument : "",
                 option->flags & OPT_MANY ? "   (repeatable)" : "");
         fprintf(out, "        %s\n", option->help);
     }
@@ -79,11 +108,10 @@ int help_main(int argc, char **argv)
         print_run_help(stdout);
         return 0;
     }
-    for (const struct subcommand *command = subcommands; command->name; command++) {
-        if (strcmp(command->name, argv[1]) == 0) {
-            printf("usage: doppel %s %s\n\n%s\n", command->name, command->argument, command->help);
-            return 0;
-        }
+    const struct subcommand *command = command_find(argv[1]);
+    if (command) {
+        print_command_help(stdout, command);
+        return 0;
     }
     fprintf(stderr, "doppel: unknown command \"%s\"; doppel help lists them\n", argv[1]);
     return STATUS_USAGE;
@@ -97,14 +125,10 @@ int version_main(int argc, char **argv)
 
 /* ---- completion ---- */
 
-static void complete_bash(void)
+/* Words after the command "run", or "$1" there. */
+static void complete_bash_values(void)
 {
-    printf("_doppel()\n{\n    local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]}\n    if [ \"$COMP_CWORD\" -eq 1 ]; then\n"
-           "        COMPREPLY=($(compgen -W '");
-    for (const struct subcommand *command = subcommands; command->name; command++)
-        printf("%s ", command->name);
-    printf("' -- \"$cur\"))\n        return\n    fi\n    case $prev in\n");
-    for (const struct option_info *option = option_table; option->key; option++)
+    for (const struct option_info *option = option_table; option->key; option++) {
         if (option->argument && strchr(option->argument, '|') && !strchr(option->argument, '[')) {
             printf("    --%s) COMPREPLY=($(compgen -W '", option->key);
             for (const char *c = option->argument; *c; c++)
@@ -113,7 +137,29 @@ static void complete_bash(void)
         } else if (option->argument && strncmp(option->argument, "FILE", 4) == 0) {
             printf("    --%s) COMPREPLY=($(compgen -f -- \"$cur\")); return ;;\n", option->key);
         }
+    }
+}
+
+static void complete_bash(void)
+{
+    printf("_doppel()\n{\n    local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]}\n    if [ \"$COMP_CWORD\" -eq 1 ]; then\n"
+           "        COMPREPLY=($(compgen -W '");
+    for (const struct subcommand *command = subcommands; command->name; command++)
+        printf("%s ", command->name);
+    printf("' -- \"$cur\"))\n        return\n    fi\n    case ${COMP_WORDS[1]} in\n");
+    for (const struct subcommand *command = subcommands; command->name; command++) {
+        if (command->names == NAMES_OWN)
+            continue;
+        printf("    %s) COMPREPLY=($(compgen -W \"", command->name);
+        for (const struct cli_option *option = command->options; option->name; option++)
+            printf("--%s ", option->name);
+        printf("--help%s\" -- \"$cur\")); return ;;\n", command->names >= NAMES_ANY ? " $(doppel ps --all --quiet 2>/dev/null)" : "");
+    }
+    printf("    esac\n    case $prev in\n");
+    complete_bash_values();
     printf("    esac\n    COMPREPLY=($(compgen -W '");
+    for (const struct cli_option *option = command_find("run")->options; option->name; option++)
+        printf("--%s ", option->name);
     for (const struct option_info *option = option_table; option->key; option++)
         printf("--%s ", option->key);
     printf("--help' -- \"$cur\"))\n}\ncomplete -o filenames -F _doppel doppel\n");
@@ -132,30 +178,59 @@ static void print_quoted(const char *text, const char *also_escape)
     }
 }
 
+static void complete_zsh_options(const struct cli_option *options)
+{
+    for (; options->name; options++) {
+        printf(" \\\n        '--%s[", options->name);
+        print_quoted(options->help, "[]:");
+        printf("]%s'", options->argument ? ":value:" : "");
+    }
+}
+
 static void complete_zsh(void)
 {
-    printf("#compdef doppel\nif (( CURRENT == 2 )); then\n    _values command");
+    printf("#compdef doppel\n_doppel_vms() { compadd -- ${(f)\"$(doppel ps --all --quiet 2>/dev/null)\"} }\nif (( CURRENT == 2 )); then\n    _values command");
     for (const struct subcommand *command = subcommands; command->name; command++) {
         printf(" '%s[", command->name);
         print_quoted(command->help, "[]");
         printf("]'");
     }
-    printf("\nelse\n    _arguments");
+    printf("\n    return\nfi\ncase $words[2] in\n");
+    for (const struct subcommand *command = subcommands; command->name; command++) {
+        if (command->names == NAMES_OWN)
+            continue;
+        printf("%s)\n    _arguments", command->name);
+        complete_zsh_options(command->options);
+        printf("%s ;;\n", command->names >= NAMES_ANY ? " \\\n        '*:virtual machine:_doppel_vms'" : "");
+    }
+    printf("*)\n    _arguments");
+    complete_zsh_options(command_find("run")->options);
     for (const struct option_info *option = option_table; option->key; option++) {
         printf(" \\\n        '%s--%s[", option->flags & OPT_MANY ? "*" : "", option->key);
         print_quoted(option->help, "[]:");
         printf("]%s'", !option->argument ? "" : strncmp(option->argument, "FILE", 4) == 0 ? ":file:_files" : ":value:");
     }
-    printf("\nfi\n");
+    printf(" ;;\nesac\n");
+}
+
+static void complete_fish_command(const struct subcommand *command)
+{
+    printf("complete -c doppel -n __fish_use_subcommand -f -a %s -d '", command->name);
+    print_quoted(command->help, "");
+    printf("'\n");
+    if (command->names >= NAMES_ANY)
+        printf("complete -c doppel -n '__fish_seen_subcommand_from %s' -f -a '(doppel ps --all --quiet 2>/dev/null)'\n", command->name);
+    for (const struct cli_option *option = command->options; option && option->name; option++) {
+        printf("complete -c doppel -n '__fish_seen_subcommand_from %s' -l %s %s -d '", command->name, option->name, option->argument ? "-r" : "");
+        print_quoted(option->help, "");
+        printf("'\n");
+    }
 }
 
 static void complete_fish(void)
 {
-    for (const struct subcommand *command = subcommands; command->name; command++) {
-        printf("complete -c doppel -n __fish_use_subcommand -f -a %s -d '", command->name);
-        print_quoted(command->help, "");
-        printf("'\n");
-    }
+    for (const struct subcommand *command = subcommands; command->name; command++)
+        complete_fish_command(command);
     for (const struct option_info *option = option_table; option->key; option++) {
         printf("complete -c doppel -n '__fish_seen_subcommand_from run' -l %s %s -d '", option->key, option->argument ? "-r" : "");
         print_quoted(option->help, "");
@@ -193,13 +268,49 @@ static void print_roff(const char *text)
     }
 }
 
+static void print_roff_option(const struct cli_option *option)
+{
+    printf(".TP\n.B ");
+    if (option->letter)
+        printf("\\-%c, ", option->letter);
+    printf("\\-\\-");
+    print_roff(option->name);
+    printf("%s", option->argument ? " \\fI" : "");
+    print_roff(option->argument ? option->argument : "");
+    printf("%s\n", option->argument ? "\\fR" : "");
+    print_roff(option->help);
+    printf(".\n");
+}
+
+static void print_roff_commands(void)
+{
+    printf(".SH COMMANDS\nNames of virtual machines may be shortened as long as only one is meant.\n");
+    for (const struct subcommand *command = subcommands; command->name; command++) {
+        printf(".TP\n.B doppel %s \\fI", command->name);
+        print_roff(command->argument);
+        printf("\\fR\n");
+        print_roff(command->help);
+        printf(".\n");
+        if (command->names == NAMES_OWN || !command->options->name)
+            continue;
+        printf(".RS\n");
+        for (const struct cli_option *option = command->options; option->name; option++)
+            print_roff_option(option);
+        printf(".RE\n");
+    }
+}
+
 int manual_main(int argc, char **argv)
 {
     printf(".TH DOPPEL 1 \"\" \"doppel %s\" \"User Commands\"\n.SH NAME\ndoppel \\- virtual machines with and without hardware virtualization\n"
            ".SH SYNOPSIS\n.B doppel run\n.B \\-\\-kernel\n.I FILE\n[\\fIOPTIONS\\fR]\n.SH DESCRIPTION\n"
            "Doppel runs unmodified x86\\-64 operating systems in one ordinary process.\n"
-           ".B doppel run\nstarts a machine in the foreground and stays until the guest ends.\n.SH OPTIONS\n",
+           ".B doppel run\nstarts a machine in the foreground and stays until the guest ends,\nor with\n.B \\-\\-detach\nin the background.\n",
            doppel_version());
+    print_roff_commands();
+    printf(".SH OPTIONS OF RUN\n");
+    for (const struct cli_option *option = command_find("run")->options; option->name; option++)
+        print_roff_option(option);
     for (const struct option_info *option = option_table; option->key; option++) {
         printf(".TP\n.B \\-\\-");
         print_roff(option->key);

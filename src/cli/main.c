@@ -5,8 +5,72 @@
 
 #include "cli/cli.h"
 
+static const struct cli_option run_options[] = {
+    [RUN_DETACH] = {"detach", 'd', NULL, "run in the background: returns when the guest runs, prints its name"},
+    [RUN_NAME] = {"name", 0, "NAME", "name of the virtual machine (default: one is made up)"},
+    [RUN_RESTART] = {"restart", 0, "no|on-failure[:N]|always", "with --detach: bring it back when it ends by itself (default no)"},
+    [RUN_REMOVE] = {"rm", 0, NULL, "with --detach: leave nothing behind when it ends"},
+    [RUN_JSON] = {"json", 0, NULL, "with --detach: print the name as JSON"},
+    {0},
+};
+static const struct cli_option ps_options[] = {
+    [PS_ALL] = {"all", 'a', NULL, "those that have ended, too"},
+    [PS_QUIET] = {"quiet", 'q', NULL, "names only"},
+    [PS_JSON] = {"json", 0, NULL, "as JSON"},
+    {0},
+};
+static const struct cli_option logs_options[] = {
+    [LOGS_FOLLOW] = {"follow", 'f', NULL, "go on until it ends"},
+    [LOGS_LINES] = {"lines", 'n', "N", "the last N lines only"},
+    [LOGS_MESSAGES] = {"messages", 'm', NULL, "what Doppel said, not the console"},
+    {0},
+};
+static const struct cli_option events_options[] = {
+    [EVENTS_FOLLOW] = {"follow", 'f', NULL, "go on, with virtual machines that are yet to come"},
+    [EVENTS_JSON] = {"json", 0, NULL, "one JSON object a line"},
+    {0},
+};
+static const struct cli_option console_options[] = {
+    [CONSOLE_RECENT] = {"recent", 'r', NULL, "first show what the console said last"},
+    {0},
+};
+static const struct cli_option stop_options[] = {
+    [STOP_TIMEOUT] = {"timeout", 't', "SECONDS", "how long the guest has to shut down before the plug is pulled (default 30)"},
+    {0},
+};
+static const struct cli_option rm_options[] = {
+    [RM_FORCE] = {"force", 'f', NULL, "kill it first if it runs"},
+    {0},
+};
+static const struct cli_option stats_options[] = {
+    [STATS_JSON] = {"json", 0, NULL, "all counters, as JSON"},
+    {0},
+};
+static const struct cli_option top_options[] = {
+    [TOP_DELAY] = {"delay", 'd', "SECONDS", "time between two looks (default 2)"},
+    [TOP_BATCH] = {"batch", 'b', NULL, "print instead of drawing"},
+    [TOP_COUNT] = {"count", 'n', "N", "end after N looks"},
+    {0},
+};
+static const struct cli_option no_options[] = {{0}};
+
 const struct subcommand subcommands[] = {
-    {"run", run_main, "OPTIONS", "run a virtual machine in the foreground"},
+    {"run", run_main, "OPTIONS", "run a virtual machine", NAMES_OWN, run_options},
+    {"ps", ps_main, "[OPTIONS]", "list virtual machines", NAMES_NONE, ps_options},
+    {"inspect", inspect_main, "NAME...", "print all that is known about virtual machines, as JSON", NAMES_SOME, no_options},
+    {"logs", logs_main, "[OPTIONS] NAME", "print what the console said", NAMES_ONE, logs_options},
+    {"console", console_main, "[OPTIONS] NAME", "attach this terminal to the console; Ctrl-] detaches", NAMES_ONE, console_options},
+    {"start", start_main, "NAME...", "start ended virtual machines again, in the background", NAMES_SOME, no_options},
+    {"stop", stop_main, "[OPTIONS] NAME...", "ask guests to shut down, and pull the plug if they do not", NAMES_SOME, stop_options},
+    {"restart", restart_main, "[OPTIONS] NAME...", "stop virtual machines and start them again", NAMES_SOME, stop_options},
+    {"kill", kill_main, "NAME...", "pull the plug", NAMES_SOME, no_options},
+    {"pause", pause_main, "NAME...", "make virtual machines stand still", NAMES_SOME, no_options},
+    {"resume", resume_main, "NAME...", "let paused ones go on", NAMES_SOME, no_options},
+    {"reset", reset_main, "NAME...", "press the reset button", NAMES_SOME, no_options},
+    {"rm", rm_main, "[OPTIONS] NAME...", "remove what ended virtual machines left behind", NAMES_SOME, rm_options},
+    {"stats", stats_main, "[OPTIONS] [NAME...]", "print what virtual machines use", NAMES_ANY, stats_options},
+    {"top", top_main, "[OPTIONS] [NAME...]", "watch what virtual machines use", NAMES_ANY, top_options},
+    {"events", events_main, "[OPTIONS] [NAME...]", "print what happened to virtual machines", NAMES_ANY, events_options},
     {"serve", serve_main, "--api-sock PATH [OPTIONS]", "run a virtual machine behind an HTTP API on a Unix socket"},
     {"completion", completion_main, "bash|zsh|fish", "print a completion script for a shell"},
     {"manual", manual_main, "", "print the manual page's source (man -l -)"},

@@ -1,64 +1,94 @@
 /*
  * doppel run: options, signals, exit status. Signals are blocked in every thread and taken by one that waits for them, so that nothing happens in
- * signal context.
+ * signal context. Every machine has a place in the directory of virtual machines (control/instance.h) unless that cannot be made.
  */
+#include "cli/run.h"
+
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
-#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <termios.h>
 #include <unistd.h>
 
-#include "cli/cli.h"
+#include "cli/arguments.h"
 #include "doppel/doppel.h"
-#include "machine/config.h"
 #include "util/log.h"
 #include "util/sandbox_rules.h"
 
 SANDBOX_ALLOW(IN_MAIN, rt_sigtimedwait);
 SANDBOX_ALLOW(IN_MAIN, unlink);
 
-struct run {
-    struct doppel_config *config;
-    struct doppel_vm *vm;
-    atomic_bool over; /* the signals' thread is to end */
-};
-
-static void complain(const char *text)
+/* Options of the machine come as --key value, --key=value or, for flags, --key. How many arguments were used, 0 after a message. */
+static int take_machine_option(struct run *run, char **argv)
 {
-    fprintf(stderr, "doppel: %s\n", text);
+    struct error err = {0};
+    char key[64];
+    const char *value = strchr(argv[0], '=');
+    if (strncmp(argv[0], "--", 2) != 0 || !argv[0][2])
+        return complain(0, "unexpected argument \"%s\"; options start with --, see doppel run --help", argv[0]);
+    size_t length = value ? (size_t)(value - argv[0] - 2) : strlen(argv[0] + 2);
+    snprintf(key, sizeof key, "%.*s", (int)length, argv[0] + 2);
+    const struct option_info *option = length < sizeof key ? option_find(key) : NULL;
+    if (!option)
+        return complain(0, "unknown option \"--%.*s\"; see doppel run --help", (int)length, argv[0] + 2);
+    int used = 1;
+    if (value) {
+        value++;
+    } else if (!(option->flags & OPT_FLAG) && argv[1]) {
+        value = argv[1];
+        used = 2;
+    }
+    return machine_config_set(&run->config, key, value, &err) ? complain(0, "%s", err.text) : used;
 }
 
-/* Options come as --key value, --key=value or, for flags, --key. */
-static int parse_options(struct run *run, int argc, char **argv)
+/* no, on-failure, on-failure:5, always. */
+static int set_restart(struct run *run, const char *text)
 {
-    char error[DOPPEL_ERROR_BYTES];
-    for (int i = 1; i < argc; i++) {
-        char key[64];
-        const char *value = strchr(argv[i], '=');
-        if (strncmp(argv[i], "--", 2) != 0 || !argv[i][2]) {
-            fprintf(stderr, "doppel: unexpected argument \"%s\"; options start with --, see doppel run --help\n", argv[i]);
-            return -EINVAL;
-        }
-        size_t length = value ? (size_t)(value - argv[i] - 2) : strlen(argv[i] + 2);
-        snprintf(key, sizeof key, "%.*s", (int)length, argv[i] + 2);
-        const struct option_info *option = length < sizeof key ? option_find(key) : NULL;
-        if (!option) {
-            fprintf(stderr, "doppel: unknown option \"--%.*s\"; see doppel run --help\n", (int)length, argv[i] + 2);
-            return -EINVAL;
-        }
-        if (value)
-            value++;
-        else if (!(option->flags & OPT_FLAG) && i + 1 < argc)
-            value = argv[++i];
-        if (doppel_config_set(run->config, key, value, error)) {
-            complain(error);
-            return -EINVAL;
-        }
+    static const char failure[] = "on-failure";
+    if (!text || strcmp(text, "no") == 0)
+        return 0;
+    run->restart = strcmp(text, "always") == 0 ? RESTART_ALWAYS : RESTART_ON_FAILURE;
+    if (run->restart == RESTART_ALWAYS || strcmp(text, failure) == 0)
+        return 0;
+    if (strncmp(text, failure, sizeof failure - 1) == 0 && text[sizeof failure - 1] == ':')
+        return parse_number("run", "--restart", text + sizeof failure, 1000000, &run->restarts_max);
+    return complain(STATUS_USAGE, "--restart: \"%s\" is not one of no, on-failure, on-failure:N, always", text);
+}
+
+static int check_options(struct run *run, const struct arguments *own)
+{
+    run->name = own->value[RUN_NAME];
+    run->detach = own->value[RUN_DETACH];
+    run->remove = own->value[RUN_REMOVE];
+    run->json = own->value[RUN_JSON];
+    if (!run->detach && (own->value[RUN_RESTART] || run->remove || run->json))
+        return complain(STATUS_USAGE, "--restart, --rm and --json need --detach");
+    if (run->name && !instance_name_valid(run->name))
+        return complain(STATUS_USAGE, "--name: \"%s\" is no name for a virtual machine: use up to %d letters, digits, \"-\", \"_\" and \".\", beginning with a letter or digit",
+                        run->name, INSTANCE_NAME_BYTES - 1);
+    return set_restart(run, own->value[RUN_RESTART]);
+}
+
+/* `stored` gets what starts the same machine again: all but --detach, --name and --json. An exit status. */
+static int parse_options(struct run *run, int argc, char **argv, json_t *stored)
+{
+    const struct subcommand *command = command_find("run");
+    struct arguments own = {0};
+    for (int i = 1; i < argc;) {
+        bool is_own = knows_option(command, argv[i]);
+        const char *name = own.value[RUN_NAME], *detach = own.value[RUN_DETACH], *json = own.value[RUN_JSON];
+        int used = is_own ? take_option(command, argv + i, &own) : take_machine_option(run, argv + i);
+        if (!used)
+            return STATUS_USAGE;
+        bool of_this_start = is_own && (own.value[RUN_NAME] != name || own.value[RUN_DETACH] != detach || own.value[RUN_JSON] != json);
+        for (int n = 0; n < used && !of_this_start; n++)
+            json_array_append_new(stored, json_string(argv[i + n]));
+        i += used;
     }
-    return 0;
+    return check_options(run, &own);
 }
 
 /* Through log_text, because the terminal may be raw. */
@@ -69,7 +99,7 @@ static void print_dump(struct run *run)
     FILE *out = open_memstream(&text, &size);
     if (!out)
         return;
-    doppel_vm_dump(run->vm, out);
+    machine_dump(run->machine, out);
     fclose(out);
     log_text(text);
     free(text);
@@ -82,13 +112,13 @@ static void take_signal(struct run *run, int signal_number, bool *asked)
         print_dump(run);
         break;
     case SIGHUP:
-        doppel_vm_stop(run->vm);
+        machine_stop(run->machine, MACHINE_STOPPED);
         break;
     default:
         if (*asked)
-            doppel_vm_stop(run->vm);
+            machine_stop(run->machine, MACHINE_STOPPED);
         else
-            doppel_vm_power_button(run->vm);
+            machine_power_button(run->machine);
         *asked = true;
     }
 }
@@ -109,10 +139,10 @@ static sigset_t signals_taken(void)
 /* A thread of this program gives up what it does not need; when it cannot, the guest does not run. */
 static void shut_in(struct run *run)
 {
-    char error[DOPPEL_ERROR_BYTES];
-    if (doppel_vm_shut_in(run->vm, error)) {
-        complain(error);
-        doppel_vm_stop(run->vm);
+    struct error err = {0};
+    if (machine_shut_in(run->machine, &err)) {
+        complain(0, "%s", err.text);
+        machine_stop(run->machine, MACHINE_STOPPED);
     }
 }
 
@@ -160,7 +190,7 @@ static void guard_terminal(void)
         sigaction(fatal[i], &action, NULL);
 }
 
-static void block_signals(void)
+void block_signals(void)
 {
     sigset_t set = signals_taken();
     pthread_sigmask(SIG_BLOCK, &set, NULL);
@@ -177,78 +207,165 @@ static int write_pid_file(const char *path)
     if (file && fclose(file) != 0)
         written = false;
     if (!written)
-        fprintf(stderr, "doppel: --pid-file: cannot write %s: %s\n", path, strerror(errno));
+        complain(0, "--pid-file: cannot write %s: %s", path, strerror(errno));
     return written ? 0 : -EIO;
 }
 
-static int status_of(enum doppel_end end)
+static int status_of(enum machine_end end)
 {
     switch (end) {
-    case DOPPEL_END_SHUTDOWN:
+    case MACHINE_SHUTDOWN:
         return STATUS_SHUTDOWN;
-    case DOPPEL_END_RESET:
+    case MACHINE_RESET:
         return STATUS_RESET;
-    case DOPPEL_END_CRASH:
+    case MACHINE_CRASH:
         return STATUS_CRASH;
-    case DOPPEL_END_STOPPED:
+    case MACHINE_STOPPED:
         return STATUS_STOPPED;
     default:
         return STATUS_ERROR;
     }
 }
 
-static int run_vm(struct run *run)
+/* ---- one machine ---- */
+
+/* What looks after the machine: without it the machine runs all the same, only nobody sees it from outside. */
+static void open_control(struct run *run)
 {
-    char error[DOPPEL_ERROR_BYTES];
+    struct error err = {0};
+    int listen_fd = -1, r = 0;
+    if (!run->instance)
+        return;
+    listen_fd = instance_listen(run->instance, "api.sock", &err);
+    if (listen_fd < 0)
+        r = listen_fd;
+    struct vm_control_options options = {.instance = run->instance, .supervisor = run->supervisor, .restarts = run->restarts};
+    if (r == 0)
+        r = vm_control_create(&run->control, &options, &err);
+    if (r) {
+        complain(0, "this virtual machine cannot be reached by doppel's commands: %s", err.text);
+        instance_close(run->instance, false);
+        if (listen_fd >= 0)
+            close(listen_fd);
+    } else if (http_server_create(&run->server, &(struct http_options){.listen_fd = listen_fd}, &err) || vm_control_add_routes(run->control, run->server)) {
+        complain(0, "this virtual machine cannot be reached by doppel's commands: %s", err.text);
+    }
+    run->instance = NULL; /* taken over, or closed */
+}
+
+static int start_machine(struct run *run, struct error *err)
+{
+    if (run->control)
+        vm_control_attach(run->control, run->machine, &run->config);
+    if (run->server) {
+        int r = http_server_start(run->server, err);
+        if (r)
+            return r;
+    }
+    return machine_start(run->machine, err);
+}
+
+/* Waits for the machine's end with a thread that takes signals. */
+static int wait_for_end(struct run *run, enum machine_end *end)
+{
     pthread_t signals;
-    const char *pid_file = doppel_config_get(run->config, "pid-file");
-    if (doppel_vm_create(run->config, &run->vm, error)) {
-        complain(error);
-        return STATUS_USAGE;
-    }
-    int status = STATUS_ERROR;
-    if (write_pid_file(pid_file)) {
-        status = STATUS_USAGE;
+    if (pthread_create(&signals, NULL, signal_main, run))
+        return complain(STATUS_ERROR, "cannot start a thread: too little memory, or too many of them (ulimit -u)");
+    vm_control_sync(run->control);
+    tell_ready(run);
+    shut_in(run);
+    *end = machine_wait(run->machine);
+    end_signals(run, signals);
+    return status_of(*end);
+}
+
+int run_vm(struct run *run)
+{
+    struct error err = {0};
+    enum machine_end end = MACHINE_ERROR;
+    const char *pid_file = run->config.pid_file;
+    bool ran = false;
+    int status = STATUS_USAGE;
+    if (run->config.sandbox)
+        doppel_sandbox_begin();
+    open_control(run);
+    if (machine_create(&run->machine, &run->config, &err)) {
+        complain(0, "%s", err.text);
+        pid_file = NULL;
+    } else if (write_pid_file(pid_file)) {
         pid_file = NULL; /* it is not ours to remove */
-    } else if (doppel_vm_start(run->vm, error)) {
-        complain(error);
-    } else if (pthread_create(&signals, NULL, signal_main, run)) {
-        complain("cannot start a thread: too little memory, or too many of them (ulimit -u)");
+    } else if (start_machine(run, &err)) {
+        status = complain(STATUS_ERROR, "%s", err.text);
     } else {
-        shut_in(run);
-        status = status_of(doppel_vm_wait(run->vm));
-        end_signals(run, signals);
-        if (strcmp(doppel_config_get(run->config, "stats"), "true") == 0)
-            doppel_vm_stats(run->vm, stderr);
+        ran = true;
+        status = wait_for_end(run, &end);
+        if (run->config.stats)
+            machine_stats(run->machine, stderr);
     }
-    doppel_vm_destroy(run->vm);
+    if (run->control)
+        vm_control_detach(run->control);
+    http_server_destroy(run->server);
+    machine_destroy(run->machine);
+    vm_control_destroy(run->control, end, status, run->supervisor.pid || (run->keep && (ran || run->name)));
     if (pid_file)
         unlink(pid_file);
     return status;
 }
 
+/* ---- the command ---- */
+
+/* Its place in the directory of virtual machines. A name that is taken is the user's to change; what else is wrong keeps no machine from running. */
+static int register_vm(struct run *run, json_t *arguments)
+{
+    static const char *const policies[] = {"no", "on-failure", "always"};
+    struct error err = {0};
+    char *directory = get_current_dir_name();
+    json_t *vm = json_pack("{s:O, s:s?, s:b, s:b, s:s, s:s, s:o}", "arguments", arguments, "directory", directory, "detached", run->detach, "passing",
+                           !run->name && (!run->detach || run->remove), "restart", policies[run->restart],
+                           "version", doppel_version(), "config", vm_config_json(&run->config));
+    free(directory);
+    int r = vm ? instance_create(&run->instance, run->name, vm, &err) : error_set(&err, -EINVAL, "its arguments are not UTF-8");
+    json_decref(vm);
+    if (r == 0)
+        return 0;
+    if (r == -EEXIST || run->detach)
+        return complain(STATUS_USAGE, "%s", err.text);
+    complain(0, "this virtual machine is not listed by doppel ps: %s", err.text);
+    return 0;
+}
+
+/* A console in the background has no terminal: its log and clients are behind a tap. */
+static void detach_console(struct run *run)
+{
+    run->config.input_fd = run->config.output_fd = -1;
+}
+
 int run_main(int argc, char **argv)
 {
-    struct run run = {.config = doppel_config_create()};
+    struct run run = {.ready_fd = -1, .log_fd = -1};
     for (int i = 1; i < argc; i++) {
         if (strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0) {
             print_run_help(stdout);
-            doppel_config_destroy(run.config);
             return 0;
         }
     }
-    if (!run.config) {
-        complain("out of memory");
-        return STATUS_ERROR;
-    }
+    machine_config_init(&run.config);
+    json_t *arguments = json_array();
     block_signals();
-    guard_terminal();
-    int status = STATUS_USAGE;
-    if (parse_options(&run, argc, argv) == 0) {
-        if (strcmp(doppel_config_get(run.config, "sandbox"), "on") == 0)
-            doppel_sandbox_begin();
+    int status = parse_options(&run, argc, argv, arguments);
+    struct error err = {0};
+    if (status == 0 && machine_config_check(&run.config, &err)) /* before a name is taken for nothing */
+        status = complain(STATUS_USAGE, "%s", err.text);
+    if (status == 0)
+        status = register_vm(&run, arguments);
+    json_decref(arguments);
+    if (status == 0 && run.detach) {
+        detach_console(&run);
+        status = run_in_background(&run);
+    } else if (status == 0) {
+        guard_terminal();
         status = run_vm(&run);
     }
-    doppel_config_destroy(run.config);
+    machine_config_clear(&run.config);
     return status;
 }

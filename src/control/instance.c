@@ -157,15 +157,25 @@ int instance_dir_remove(int root, const char *name)
     return unlinkat(root, name, AT_REMOVEDIR) ? -errno : 0;
 }
 
-/* ".new-*" of a process that was killed while it made one: with the root's lock held there is nobody who makes one now. */
-static void remove_half_made(int root)
+/* Of a machine that wanted nothing kept, and could not see to that itself. */
+static bool is_leftover(int root, const char *name)
+{
+    int dir = instance_name_valid(name) ? instance_dir_open(root, name) : -1;
+    bool leftover = dir >= 0 && faccessat(dir, "passing", F_OK, AT_SYMLINK_NOFOLLOW) == 0 && !instance_dir_alive(dir);
+    if (dir >= 0)
+        close(dir);
+    return leftover;
+}
+
+/* And ".new-*" of a process that was killed while it made one: with the root's lock held there is nobody who makes one now. */
+static void sweep(int root)
 {
     int copy = openat(root, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     DIR *entries = copy >= 0 ? fdopendir(copy) : NULL;
     if (!entries && copy >= 0)
         close(copy);
     for (struct dirent *entry; entries && (entry = readdir(entries));)
-        if (strncmp(entry->d_name, NEW_PREFIX, strlen(NEW_PREFIX)) == 0)
+        if (strncmp(entry->d_name, NEW_PREFIX, strlen(NEW_PREFIX)) == 0 || is_leftover(root, entry->d_name))
             instance_dir_remove(root, entry->d_name);
     if (entries)
         closedir(entries);
@@ -227,6 +237,8 @@ static int fill(struct instance *instance, const char *draft, json_t *vm, struct
         return error_set(err, -errno, "cannot lock the directory of %s: %s", instance->name, strerror(errno));
     json_object_set_new(vm, "name", json_string(instance->name));
     int r = instance_write(instance, "vm.json", vm);
+    if (r == 0 && json_is_true(json_object_get(vm, "passing")))
+        r = instance_write(instance, "passing", vm);
     if (r == 0 && renameat(instance->root, draft, instance->root, instance->name))
         r = -errno;
     return r ? error_set(err, r, "cannot write in the directory of %s: %s", instance->name, strerror(-r)) : 0;
@@ -235,7 +247,7 @@ static int fill(struct instance *instance, const char *draft, json_t *vm, struct
 static int create_locked(struct instance *instance, const char *name, json_t *vm, struct error *err)
 {
     char draft[sizeof NEW_PREFIX + INSTANCE_NAME_BYTES];
-    remove_half_made(instance->root);
+    sweep(instance->root);
     int r = take_name(instance, name, err);
     if (r)
         return r;

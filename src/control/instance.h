@@ -10,6 +10,7 @@
  *     console.log     what the console said (console.log.1: before that)
  *     messages.log    what Doppel said, of a VM in the background
  *     events.log      events, one JSON object a line
+ *     passing         nothing of it is to stay: what is left after a crash goes with the next VM that is made
  *     unwanted        somebody stopped it: it is not to be restarted
  *
  * A directory appears under its name complete and locked, and names are given out under the root's lock, so of two processes that race for a name one wins.
@@ -40,7 +41,7 @@ bool instance_name_valid(const char *name);
 
 struct instance;
 
-/* name NULL: one is made up. `vm` (borrowed) becomes vm.json. -EEXIST: a VM of this name lives. What one that has ended left behind is replaced. */
+/* name NULL: one is made up. `vm` (borrowed) becomes vm.json; its member "passing" says that nothing is to stay. -EEXIST: a VM of this name lives. What one that has ended left behind is replaced. */
 int instance_create(struct instance **instance, const char *name, json_t *vm, struct error *err) __attribute__((warn_unused_result));
 const char *instance_name(const struct instance *instance);
 const char *instance_path(const struct instance *instance);

@@ -19,12 +19,17 @@ struct stat_line {
     char state;
 };
 
+static const char *prefix(int proc)
+{
+    return proc == AT_FDCWD ? "/proc/" : "";
+}
+
 /* proc(5): the second field is a name in parentheses that may contain anything, so counting starts behind the last of them. */
-static int read_stat(pid_t pid, struct stat_line *line)
+static int read_stat(int proc, pid_t pid, struct stat_line *line)
 {
     char path[64], text[1024];
-    snprintf(path, sizeof path, "/proc/%d/stat", (int)pid);
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    snprintf(path, sizeof path, "%s%d/stat", prefix(proc), (int)pid);
+    int fd = openat(proc, path, O_RDONLY | O_CLOEXEC);
     if (fd < 0)
         return -errno;
     ssize_t n = read(fd, text, sizeof text - 1);
@@ -46,7 +51,7 @@ struct process process_self(void)
 {
     struct stat_line line = {0};
     struct process self = {.pid = getpid()};
-    if (read_stat(self.pid, &line) == 0)
+    if (read_stat(AT_FDCWD, self.pid, &line) == 0)
         self.start_time = line.start_time;
     return self;
 }
@@ -54,7 +59,7 @@ struct process process_self(void)
 bool process_is(const struct process *process)
 {
     struct stat_line line;
-    return process->pid > 0 && process->start_time && read_stat(process->pid, &line) == 0 && line.start_time == process->start_time && line.state != 'Z' &&
+    return process->pid > 0 && process->start_time && read_stat(AT_FDCWD, process->pid, &line) == 0 && line.start_time == process->start_time && line.state != 'Z' &&
            line.state != 'X';
 }
 
@@ -81,42 +86,47 @@ int process_signal(const struct process *process, int signal_number)
     return r;
 }
 
-static void add_usage(pid_t pid, struct process_usage *usage, unsigned depth);
+static void add_usage(int proc, pid_t pid, struct process_usage *usage, unsigned depth);
 
 /* /proc/PID/task/TID/children; where the kernel has it. */
-static void add_children(const char *path, struct process_usage *usage, unsigned depth)
+static void add_children(int proc, const char *path, struct process_usage *usage, unsigned depth)
 {
-    FILE *file = fopen(path, "re");
-    int child;
+    int fd = openat(proc, path, O_RDONLY | O_CLOEXEC), child;
+    FILE *file = fd >= 0 ? fdopen(fd, "r") : NULL;
+    if (!file && fd >= 0)
+        close(fd);
     while (file && fscanf(file, "%d", &child) == 1)
-        add_usage(child, usage, depth + 1);
+        add_usage(proc, child, usage, depth + 1);
     if (file)
         fclose(file);
 }
 
-static void add_usage(pid_t pid, struct process_usage *usage, unsigned depth)
+static void add_usage(int proc, pid_t pid, struct process_usage *usage, unsigned depth)
 {
     struct stat_line line;
     char path[320];
-    if (depth > DEPTH_MAX || read_stat(pid, &line))
+    if (depth > DEPTH_MAX || read_stat(proc, pid, &line))
         return;
     usage->cpu_ns += line.cpu_ticks * (1000000000ull / (uint64_t)sysconf(_SC_CLK_TCK));
     usage->resident_bytes += line.resident_pages * (uint64_t)sysconf(_SC_PAGESIZE);
     usage->threads += line.threads;
-    snprintf(path, sizeof path, "/proc/%d/task", (int)pid);
-    DIR *tasks = opendir(path);
+    snprintf(path, sizeof path, "%s%d/task", prefix(proc), (int)pid);
+    int fd = openat(proc, path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    DIR *tasks = fd >= 0 ? fdopendir(fd) : NULL;
+    if (!tasks && fd >= 0)
+        close(fd);
     for (struct dirent *entry; tasks && (entry = readdir(tasks));) {
-        snprintf(path, sizeof path, "/proc/%d/task/%s/children", (int)pid, entry->d_name);
+        snprintf(path, sizeof path, "%s%d/task/%s/children", prefix(proc), (int)pid, entry->d_name);
         if (entry->d_name[0] != '.')
-            add_children(path, usage, depth);
+            add_children(proc, path, usage, depth);
     }
     if (tasks)
         closedir(tasks);
 }
 
-int process_usage(pid_t pid, struct process_usage *usage)
+int process_usage(int proc, pid_t pid, struct process_usage *usage)
 {
     *usage = (struct process_usage){0};
-    add_usage(pid, usage, 0);
+    add_usage(proc, pid, usage, 0);
     return usage->threads ? 0 : -ESRCH;
 }

@@ -25,6 +25,7 @@ struct process_usage {
     uint64_t resident_bytes; /* of its own and its children's */
     uint64_t threads;
 };
-int process_usage(pid_t pid, struct process_usage *usage);
+/* `proc`: a descriptor of /proc, for those who cannot open it any more; AT_FDCWD: it is opened. -ESRCH: there is no such process. */
+int process_usage(int proc, pid_t pid, struct process_usage *usage);
 
 #endif

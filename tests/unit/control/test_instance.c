@@ -249,6 +249,24 @@ static void race(void **state)
     assert_int_equal(instance_remove("prize", NULL), 0);
 }
 
+/* What a killed VM left goes with the next one, if it wanted nothing kept. */
+static void passing(void **state)
+{
+    json_t *vm = json_pack("{s:b}", "passing", 1);
+    struct instance *one;
+    assert_int_equal(instance_create(&one, "one", vm, NULL), 0);
+    json_decref(vm);
+    assert_int_equal(try("two"), 0);
+    assert_int_equal(count(), 2);
+    instance_close(one, true);
+    assert_int_equal(count(), 2);
+    assert_int_equal(try("three"), 0);
+    assert_int_equal(count(), 2);
+    assert_int_equal(instance_remove("one", NULL), -ENOENT);
+    assert_int_equal(instance_remove("two", NULL), 0);
+    assert_int_equal(instance_remove("three", NULL), 0);
+}
+
 /* The lock outlives the process that took it while a child has it: a supervisor and its VM. */
 static void two_processes(void **state)
 {
@@ -429,7 +447,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(names),          cmocka_unit_test(found_by_beginning), cmocka_unit_test(lives_and_ends), cmocka_unit_test(killed),
-        cmocka_unit_test(race),           cmocka_unit_test(two_processes),      cmocka_unit_test(unwanted),       cmocka_unit_test(sockets),
+        cmocka_unit_test(race),           cmocka_unit_test(two_processes),      cmocka_unit_test(unwanted), cmocka_unit_test(passing),       cmocka_unit_test(sockets),
         cmocka_unit_test(foreign_roots),  cmocka_unit_test(foreign_entries),    cmocka_unit_test(foreign_contents),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);

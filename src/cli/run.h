@@ -1,0 +1,41 @@
+/* doppel run, inside: options and one run of a machine (run.c), the same in the background and again and again (background.c). */
+#ifndef DOPPEL_CLI_RUN_H
+#define DOPPEL_CLI_RUN_H
+
+#include <stdatomic.h>
+
+#include "control/vm_control.h"
+#include "machine/machine.h"
+
+enum restart_policy { RESTART_NO, RESTART_ON_FAILURE, RESTART_ALWAYS };
+
+struct run {
+    struct machine_config config;
+    const char *name; /* NULL: made up */
+    bool detach, remove, json;
+    enum restart_policy restart;
+    unsigned long restarts_max; /* 0: no limit */
+
+    struct instance *instance; /* NULL: not registered. run_vm takes it over */
+    struct process supervisor;
+    unsigned restarts;
+    int ready_fd; /* gets a byte when the guest runs; -1: nobody waits */
+    int log_fd;   /* where messages go from then on; -1: where they go */
+    bool keep;    /* its directory stays */
+
+    struct machine *machine;
+    struct vm_control *control;
+    struct http_server *server;
+    atomic_bool over; /* the signals' thread is to end */
+};
+
+/* One machine from its creation to its end; an exit status. */
+int run_vm(struct run *run);
+/* Returns in the caller's process, when the guest runs or has failed to: an exit status. */
+int run_in_background(struct run *run);
+/* The guest runs: says so to whoever waits, and messages go to the log. */
+void tell_ready(struct run *run);
+/* Signals taken by a thread that waits for them are blocked. */
+void block_signals(void);
+
+#endif

@@ -1,0 +1,103 @@
+/* Looking after one machine, inside: vm_control.c (life, events, state), vm_console.c (console), vm_streams.c (clients that listen), doppel_v1*.c (requests). */
+#ifndef DOPPEL_CONTROL_VM_CONTROL_PRIV_H
+#define DOPPEL_CONTROL_VM_CONTROL_PRIV_H
+
+#include <pthread.h>
+
+#include "control/vm_control.h"
+#include "util/loop.h"
+
+#define EVENT_DETAIL_BYTES 48u
+#define EVENTS_KEPT 128u
+#define EVENT_LINE_BYTES 512u
+
+/* ---- streams: HTTP clients that listen ---- */
+
+enum stream_kind { STREAM_FREE, STREAM_EVENTS, STREAM_CONSOLE };
+
+struct vm_streams;
+struct vm_stream {
+    struct vm_streams *all;
+    enum stream_kind kind;
+    struct http_stream *http;
+    uint64_t lost; /* what this client was too slow for */
+};
+
+/* A client that falls behind loses what does not fit; it is told so when there is room again. */
+struct vm_streams {
+    pthread_mutex_t lock;
+    bool closed; /* no new ones */
+    struct vm_stream slot[HTTP_STREAMS_MAX];
+};
+
+void vm_streams_init(struct vm_streams *streams);
+void vm_streams_end(struct vm_streams *streams); /* all; there will be none after this */
+/* Replies to the call in every case. `first` is sent before all else. */
+void vm_streams_add(struct vm_streams *streams, struct http_call *call, enum stream_kind kind, const char *content_type, const void *first, size_t first_bytes);
+void vm_streams_write(struct vm_streams *streams, enum stream_kind kind, const void *data, size_t size_bytes);
+
+/* ---- the console ---- */
+
+struct vm_console;
+int vm_console_create(struct vm_console **console, struct vm_control *control, struct error *err);
+void vm_console_destroy(struct vm_console *console); /* with the loop's thread ended */
+void vm_console_drain(struct vm_console *console);   /* on the loop's thread: what the guest said goes to its listeners */
+const struct console_tap *vm_console_tap(struct vm_console *console);
+/* The last that was said; returns its length. Any thread. */
+size_t vm_console_recent(struct vm_console *console, char *data, size_t room);
+
+/* ---- one machine ---- */
+
+struct vm_event {
+    uint64_t id, time_ms; /* since 1970 */
+    enum machine_event event;
+    char detail[EVENT_DETAIL_BYTES];
+};
+
+struct vm_control {
+    char name[INSTANCE_NAME_BYTES];
+    struct instance *instance;
+    struct process supervisor, self;
+    unsigned restarts;
+    int proc; /* a descriptor of /proc; -1: none */
+    uint64_t created_ms;
+    struct loop *loop;
+    struct loop_event *noted;      /* events have come */
+    struct loop_timer *stop_timer; /* the guest's time to shut down is over */
+    pthread_t thread;
+    bool thread_started;
+    struct vm_console *console;
+    struct vm_streams streams;
+
+    pthread_rwlock_t machine_lock; /* read: the machine stays as long as one holds it. Before all of the machine's locks */
+    struct machine *machine;       /* NULL: not yet, or no more */
+    const struct machine_config *config;
+
+    pthread_mutex_t event_lock; /* innermost; guards the rest */
+    struct vm_event event[EVENTS_KEPT]; /* number n is at n % EVENTS_KEPT */
+    uint64_t next_event, written_event; /* ids begin with 1 */
+    const char *state;
+    uint64_t started_ms;
+    bool asked; /* somebody stopped it from outside */
+
+    /* The loop's thread. */
+    int event_log;
+    uint64_t event_log_bytes;
+};
+
+/* As a line of JSON, without its end; returns its length. */
+size_t vm_event_text(const struct vm_control *control, const struct vm_event *event, char text[EVENT_LINE_BYTES]);
+/* As server-sent events those after `since`; the caller frees. NULL: no memory. */
+char *vm_events_since(struct vm_control *control, uint64_t since, size_t *size_bytes);
+void vm_event_note(struct vm_control *control, enum machine_event event, const char *detail);
+/* The machine, which stays until vm_machine_put; NULL: there is none, nothing to put. */
+struct machine *vm_machine_get(struct vm_control *control);
+void vm_machine_put(struct vm_control *control);
+/* Appends to a file of the directory whose size is bounded: beyond it, the file becomes FILE.1 and a new one begins. Loop's thread. */
+void vm_log_append(const struct vm_control *control, const char *file, int *fd, uint64_t *size_bytes, const void *data, size_t data_bytes);
+
+/* doppel_v1_stats.c */
+json_t *vm_statistics(struct vm_control *control, struct machine *machine);
+char *vm_metrics(struct vm_control *control, struct machine *machine, size_t *size_bytes); /* the caller frees */
+
+#endif
