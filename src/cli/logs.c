@@ -43,27 +43,27 @@ static int print_rest(int fd)
     return r;
 }
 
-/* Puts the file's position where the last `lines` lines begin; how many are still wanted from the file before it. */
+/* Puts the file's position where its last `lines` lines begin; how many are still wanted from the file before it. */
 static unsigned long seek_lines(int fd, unsigned long lines)
 {
     char data[PIECE_BYTES];
     off_t at = lseek(fd, 0, SEEK_END);
-    bool last = true;
-    while (at > 0) {
+    bool last = true; /* what ends the last line separates nothing */
+    while (lines && at > 0) {
         size_t size = at < (off_t)sizeof data ? (size_t)at : sizeof data;
         ssize_t n = pread(fd, data, size, at - (off_t)size);
         if (n != (ssize_t)size)
             break;
-        for (; n; n--, at--) {
-            if (data[n - 1] == '\n' && !last && lines-- == 1) {
+        for (; n; n--, at--, last = false) {
+            if (data[n - 1] == '\n' && !last && --lines == 0) {
                 lseek(fd, at, SEEK_SET);
                 return 0;
             }
-            last = false;
         }
     }
-    lseek(fd, 0, SEEK_SET);
-    return lines > 1 || last ? lines : 0;
+    if (lines)
+        lseek(fd, 0, SEEK_SET);
+    return lines && !last ? lines - 1 : lines;
 }
 
 static int print_log(struct log *log, const char *lines_text, unsigned long lines)
@@ -73,10 +73,10 @@ static int print_log(struct log *log, const char *lines_text, unsigned long line
     int old = instance_open(log->name, before, O_RDONLY), r = 0;
     log->fd = instance_open(log->name, log->file, O_RDONLY);
     if (lines_text && log->fd >= 0)
-        lines = seek_lines(log->fd, lines + 1) ? lines : 0;
+        lines = seek_lines(log->fd, lines);
     if (old >= 0 && (!lines_text || lines)) {
         if (lines_text)
-            seek_lines(old, lines + 1);
+            seek_lines(old, lines);
         r = print_rest(old);
     }
     if (old >= 0)

@@ -9,7 +9,7 @@
 #include "control/client.h"
 
 #define ANSWER_MS 10000
-#define KILL_MS 5000
+#define KILL_MS 3000
 #define STOP_SECONDS 30ul
 #define STOP_SECONDS_MAX 86400ul
 

@@ -21,7 +21,7 @@
 #include "control/instance_priv.h"
 
 #define NEW_PREFIX ".new-"
-#define BACKLOG 64
+#define BACKLOG 128
 #define PASSES_MAX 8
 
 struct instance {
