@@ -1,0 +1,138 @@
+#!/usr/bin/env python3
+"""Debian's kernel booted through the HTTP API: disk, network and console on memory-mapped virtio, a processor template, pause, changes while it runs, metrics, a
+snapshot taken and loaded by another process, Ctrl-Alt-Del. `api.py SCENARIO` is one test."""
+import http.client
+import http.server
+import json
+import os
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+
+import guest
+from guest import BOOT_SECONDS, Guest, cached, need, wait_for_shell
+
+
+class Client(http.client.HTTPConnection):
+    def __init__(self, path):
+        super().__init__("localhost", timeout=60)
+        self.path = path
+
+    def connect(self):
+        end = time.monotonic() + 30
+        while True:
+            self.sock = socket.socket(socket.AF_UNIX)
+            self.sock.settimeout(60)
+            try:
+                self.sock.connect(self.path)
+                return
+            except OSError:  # not there yet
+                assert time.monotonic() < end, "the API's socket does not answer"
+                self.sock.close()
+                time.sleep(0.01)
+
+    def call(self, method, target, body=None, status=None):
+        self.request(method, target, None if body is None else json.dumps(body))
+        answer = self.getresponse()
+        text = answer.read().decode()
+        wanted = status or (200 if method == "GET" else 204)
+        assert answer.status == wanted, f"{method} {target} {body}: {answer.status} {text}"
+        return json.loads(text) if text else None
+
+
+class Page(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"from the host")
+
+    def log_message(self, *arguments):
+        pass
+
+
+def serve(socket_path, *options, name):
+    running = Guest(["--api-sock", socket_path, *options], name, command="serve")
+    return running, Client(socket_path)
+
+
+def configure(api, work, disk):
+    api.call("PUT", "/logger", {"log_path": f"{work}/log", "level": "Debug"})
+    api.call("PUT", "/metrics", {"metrics_path": f"{work}/metrics"})
+    api.call("PUT", "/machine-config", {"vcpu_count": 2, "mem_size_mib": 256})
+    api.call("PUT", "/boot-source", {"kernel_image_path": guest.kernel, "initrd_path": cached("demo-initrd.gz"),
+                                     "boot_args": "console=ttyS0 quiet reboot=k panic=1"})
+    api.call("PUT", "/drives/scratch", {"drive_id": "scratch", "path_on_host": disk, "is_root_device": False, "is_read_only": False,
+                                        "cache_type": "Writeback", "io_engine": "Async"})
+    api.call("PUT", "/network-interfaces/eth0", {"iface_id": "eth0", "host_dev_name": "user", "guest_mac": "06:00:ac:10:00:02"})
+    api.call("PUT", "/cpu-config", {"cpuid_modifiers": [{"leaf": "0x7", "subleaf": "0x0", "flags": 1, "modifiers": [{"register": "ebx", "bitmap": "0b" + "x" * 12 + "0" + "x" * 19}]}]})  # no ADX
+    api.call("PUT", "/actions", {"action_type": "InstanceStart"})
+
+
+def use_devices(machine, port):
+    """A disk and a network that work."""
+    machine.run("mkdir -p /d && mount -t ext4 /dev/vda /d && cp /bin/busybox /d/copy && sync && cmp /bin/busybox /d/copy")
+    assert "06:00:ac:10:00:02" in machine.run("ip link show eth0")
+    assert "from the host" in machine.run(f"wget -q -O - http://10.0.2.2:{port}/")
+    flags = machine.run("grep -m 1 flags /proc/cpuinfo").split()
+    assert "adx" not in flags and "smep" in flags, flags
+    assert "LNRO0005" in machine.run("readlink -f /sys/block/vda")  # the ACPI name of memory-mapped virtio
+
+
+def pause(machine, api):
+    """While it is paused, what is typed waits."""
+    api.call("PATCH", "/vm", {"state": "Paused"})
+    assert api.call("GET", "/")["state"] == "Paused"
+    machine.type("echo still-$((40+2))-here\n")
+    assert not machine.read_some(0.3), "a paused guest said something"
+    api.call("PATCH", "/vm", {"state": "Resumed"})
+    machine.expect("still-42-here", 30)
+
+
+def metrics(api, work):
+    api.call("PUT", "/actions", {"action_type": "FlushMetrics"})
+    line = json.loads(open(f"{work}/metrics").read().splitlines()[-1])
+    assert line["vcpu"]["exit_mmio_write"] > 100 and line["uart"]["write_count"] > 100, line
+    assert line["block_scratch"]["write_bytes"] > 1 << 20 and line["block_scratch"]["read_count"] > 0, line
+    assert line["net_eth0"]["tx_packets_count"] > 0 and line["net_eth0"]["rx_bytes_count"] > 0, line
+    assert line["latencies_us"]["pause_vm"] > 0 and line["put_api_requests"]["drive_count"] == 1, line
+
+
+def boot():
+    need(guest.doppel, guest.kernel, guest.cache)
+    with tempfile.TemporaryDirectory() as work, http.server.ThreadingHTTPServer(("127.0.0.1", 0), Page) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        disk = f"{work}/disk"
+        subprocess.run(["truncate", "-s", "32M", disk], check=True)
+        subprocess.run(["/sbin/mke2fs", "-q", "-F", "-t", "ext4", disk], check=True)
+        files = {"snapshot_path": f"{work}/state", "mem_file_path": f"{work}/memory"}
+        machine, api = serve(f"{work}/socket", "--id", "first", name="first")
+        with machine:
+            configure(api, work, disk)
+            wait_for_shell(machine, BOOT_SECONDS)
+            use_devices(machine, web.server_port)
+            pause(machine, api)
+            metrics(api, work)
+            machine.run("echo remembered >/tmp/before; umount /d")
+            api.call("PATCH", "/vm", {"state": "Paused"})
+            api.call("PUT", "/snapshot/create", files)
+            configuration = api.call("GET", "/vm/config")
+            machine.signal(guest.signal.SIGTERM)
+            machine.finish(0)
+        assert not os.path.exists(f"{work}/socket")
+        machine, api = serve(f"{work}/socket", "--id", "second", name="second")
+        with machine:
+            api.call("PUT", "/snapshot/load", {"snapshot_path": files["snapshot_path"], "mem_backend": {"backend_type": "File", "backend_path": files["mem_file_path"]}})
+            assert api.call("GET", "/")["state"] == "Paused"
+            loaded = api.call("GET", "/vm/config")
+            for section in ("network-interfaces", "machine-config"):
+                assert loaded[section] == configuration[section], f"{section}: {loaded[section]} instead of {configuration[section]}"
+            api.call("PATCH", "/vm", {"state": "Resumed"})
+            assert machine.run("cat /tmp/before") == "remembered"
+            machine.run("mount -t ext4 /dev/vda /d && cmp /bin/busybox /d/copy && umount /d")
+            api.call("PUT", "/actions", {"action_type": "SendCtrlAltDel"})
+            machine.finish(0, 60)
+
+
+guest.main({"api": boot})
