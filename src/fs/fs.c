@@ -196,6 +196,7 @@ void fs_state(struct fs *fs, struct state_io *io)
     fs_handles_state(fs, io);
     if (!state_loading(io))
         return;
+    fs_nodes_loaded(fs);
     if (state_failed(io))
         fs_reset(fs);
     else

@@ -59,7 +59,8 @@ struct fs_node {
     char *name;
     struct fs_node *hash_next;
     TAILQ_ENTRY(fs_node) recent; /* while fd may be closed */
-    bool in_recent, saved;
+    bool in_recent;
+    bool saved; /* while the state is saved: written; while it is loaded: kept for those who need it */
     /* The file's last known change, when it is certain that a later one shows; for keeping the guest's cached data. */
     bool stamped;
     int64_t stamp_ns;
@@ -144,6 +145,7 @@ uint64_t fs_shown_inode(const struct fs *fs, const struct fs_identity *identity)
 struct fs_identity fs_identity_of(const struct statx *stat);
 int fs_statx(int fd, const char *name, struct statx *stat);
 void fs_nodes_state(struct fs *fs, struct state_io *io);
+void fs_nodes_loaded(struct fs *fs); /* also the handles */
 
 /* ---- handles ---- */
 

@@ -739,6 +739,8 @@ static void load_node(struct fs *fs, struct state_io *io, unsigned *lost)
     node = fs_slots_find(&fs->nodes, saved.id) ? NULL : node_create(fs, &saved.identity, saved.type, saved.id);
     if (node) {
         node->lookups = saved.lookups;
+        node->uses++;
+        node->saved = true;
         if (parent)
             set_place(fs, node, parent, name);
     }
@@ -773,4 +775,19 @@ void fs_nodes_state(struct fs *fs, struct state_io *io)
         if (fs->nodes.item[i])
             ((struct fs_node *)fs->nodes.item[i])->saved = false;
     }
+}
+
+void fs_nodes_loaded(struct fs *fs)
+{
+    pthread_mutex_lock(&fs->lock);
+    for (uint32_t i = 0; i < fs->nodes.capacity; i++) {
+        struct fs_node *node = (struct fs_node *)fs->nodes.item[i];
+
+        if (!node || !node->saved)
+            continue;
+        node->saved = false;
+        node->uses--;
+        node_release(fs, node);
+    }
+    pthread_mutex_unlock(&fs->lock);
 }

@@ -230,7 +230,7 @@ static unsigned count_entries(uint64_t node, bool plus, uint32_t size, uint64_t 
         for (unsigned at = 0; at < c.reply_bytes;) {
             const struct fuse_entry_out *entry = (const void *)(c.reply.bytes + at);
             const struct fuse_dirent *dirent = plus ? (const void *)(entry + 1) : (const void *)entry;
-            bool dots = !memcmp(dirent->name, "..", dirent->namelen);
+            bool dots = dirent->namelen <= 2 && !memcmp(dirent->name, "..", dirent->namelen);
 
             if (plus && !dots) {
                 assert_true(entry->nodeid > 1);
