@@ -95,6 +95,16 @@ bool block_can_discard(const struct block *block)
     return block->can_discard;
 }
 
+bool block_holds(const struct block *block, const char *path)
+{
+    return block->ops->holds(block, path);
+}
+
+int block_refresh(struct block *block, struct error *err)
+{
+    return block->ops->refresh(block, err);
+}
+
 unsigned block_in_flight(const struct block *block)
 {
     return block->in_flight;

@@ -45,6 +45,10 @@ uint64_t block_size_bytes(const struct block *block);
 bool block_readonly(const struct block *block);
 bool block_can_discard(const struct block *block);
 void block_submit(struct block *block, struct block_request *request);
+/* Whether `path` names the same file now. */
+bool block_holds(const struct block *block, const char *path);
+/* The file may have another size than when it was opened. Nothing is in flight. */
+int block_refresh(struct block *block, struct error *err) __attribute__((warn_unused_result));
 unsigned block_in_flight(const struct block *block);
 
 /* Of requests that succeeded, since the image was opened. */

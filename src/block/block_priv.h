@@ -15,6 +15,8 @@ struct block_ops {
     /* Opens config->path: sets block->private, size_bytes, readonly and can_discard. */
     int (*open)(struct block *block, const struct block_config *config, struct error *err);
     void (*close)(struct block *block);
+    bool (*holds)(const struct block *block, const char *path);
+    int (*refresh)(struct block *block, struct error *err); /* sets size_bytes anew */
     /* `request` is inside the image and allowed; ends by block_complete or block_complete_later. */
     void (*submit)(struct block *block, struct block_request *request);
 };

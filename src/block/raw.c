@@ -351,9 +351,30 @@ static int raw_open(struct block *block, const struct block_config *config, stru
     return 0;
 }
 
+static bool raw_holds(const struct block *block, const char *path)
+{
+    const struct raw *raw = block->private;
+    struct stat ours, theirs;
+
+    return fstat(raw->fd, &ours) == 0 && stat(path, &theirs) == 0 && ours.st_dev == theirs.st_dev && ours.st_ino == theirs.st_ino;
+}
+
+static int raw_refresh(struct block *block, struct error *err)
+{
+    const struct raw *raw = block->private;
+    uint64_t size_bytes;
+    int ret = find_size(raw->fd, block->path, &size_bytes, err);
+
+    if (ret == 0)
+        block->size_bytes = size_bytes;
+    return ret;
+}
+
 const struct block_ops block_raw_ops = {
     .name = "raw",
     .open = raw_open,
     .close = raw_close,
+    .holds = raw_holds,
+    .refresh = raw_refresh,
     .submit = raw_submit,
 };

@@ -211,6 +211,8 @@ static void write_fadt(struct builder *builder)
         .pm1a_event = CHIPSET_PM_EVENT_PORT,
         .pm1a_control = CHIPSET_PM_CONTROL_PORT,
         .pm_timer = CHIPSET_PM_TIMER_PORT,
+        .gpe0 = CHIPSET_GPE_PORT,
+        .gpe0_length = CHIPSET_GPE_BYTES,
         .pm1_event_length = 4,
         .pm1_control_length = 2,
         .pm_timer_length = 4,
@@ -225,11 +227,13 @@ static void write_fadt(struct builder *builder)
         .x_pm1a_event = port_address(CHIPSET_PM_EVENT_PORT, 4),
         .x_pm1a_control = port_address(CHIPSET_PM_CONTROL_PORT, 2),
         .x_pm_timer = port_address(CHIPSET_PM_TIMER_PORT, 4),
+        .x_gpe0 = port_address(CHIPSET_GPE_PORT, CHIPSET_GPE_BYTES),
         .hypervisor_vendor = {'D', 'O', 'P', 'P', 'E', 'L'},
     };
 
     /* The event block is two registers of a word each. */
     fadt.x_pm1a_event.access_size = 2;
+    fadt.x_gpe0.access_size = 1;
     list_in_xsdt(builder, table_begin(builder, "FACP", 6));
     aml_raw(&builder->out, &fadt, sizeof(fadt));
     table_end(builder);

@@ -26,6 +26,7 @@ struct acpi_config {
     bool com1, com2;
     bool pvpanic;
     bool no_i8042;      /* no keyboard controller: clears the 8042 flag and leaves the keyboard out of the DSDT */
+    uint32_t hotplug;   /* slots of the PCI bus that functions may be plugged into and taken out of, see pci_hotplug.h */
     bool no_pci;        /* no host bridge and no ECAM */
     struct acpi_virtio virtio[CHIPSET_VIRTIO_MMIO_PLACES];
     unsigned virtio_count;

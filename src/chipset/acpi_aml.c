@@ -21,6 +21,17 @@
 #define AML_EXTENDED 0x5B
 #define AML_EXTENDED_DEVICE 0x82
 #define AML_DUAL_NAME 0x2E
+#define AML_MULTI_NAME 0x2F
+#define AML_METHOD 0x14
+#define AML_STORE 0x70
+#define AML_AND 0x7B
+#define AML_NOTIFY 0x86
+#define AML_IF 0xA0
+#define AML_EXTENDED_REGION 0x80
+#define AML_EXTENDED_FIELD 0x81
+
+#define REGION_IO 1
+#define FIELD_DWORD_ZEROES 0x43 /* doubleword accesses, bits that are not written become zero */
 
 void aml_raw(struct aml *aml, const void *data, size_t size_bytes)
 {
@@ -64,14 +75,19 @@ static void segment(struct aml *aml, const char *name, size_t length)
 static void path(struct aml *aml, const char *text)
 {
     const char *dot;
+    unsigned segments = 1;
 
     if (*text == '\\') {
         aml_byte(aml, '\\');
         text++;
     }
-    dot = strchr(text, '.');
-    if (dot) {
-        aml_byte(aml, AML_DUAL_NAME);
+    for (dot = text; (dot = strchr(dot, '.')); dot++)
+        segments++;
+    if (segments > 1)
+        aml_byte(aml, segments == 2 ? AML_DUAL_NAME : AML_MULTI_NAME);
+    if (segments > 2)
+        aml_byte(aml, (uint8_t)segments);
+    while ((dot = strchr(text, '.'))) {
         segment(aml, text, (size_t)(dot - text));
         text = dot + 1;
     }
@@ -120,6 +136,69 @@ void aml_device(struct aml *aml, const char *name)
     aml_byte(aml, AML_EXTENDED_DEVICE);
     open_object(aml);
     path(aml, name);
+}
+
+void aml_method(struct aml *aml, const char *name, unsigned arguments)
+{
+    aml_byte(aml, AML_METHOD);
+    open_object(aml);
+    path(aml, name);
+    aml_byte(aml, (uint8_t)(arguments | 8)); /* serialized */
+}
+
+void aml_reference(struct aml *aml, const char *name)
+{
+    path(aml, name);
+}
+
+void aml_port_region(struct aml *aml, const char *name, uint16_t port, uint8_t length_bytes)
+{
+    aml_byte(aml, AML_EXTENDED);
+    aml_byte(aml, AML_EXTENDED_REGION);
+    path(aml, name);
+    aml_byte(aml, REGION_IO);
+    aml_integer(aml, port);
+    aml_integer(aml, length_bytes);
+}
+
+void aml_fields(struct aml *aml, const char *region, const char *const *names, unsigned count)
+{
+    aml_byte(aml, AML_EXTENDED);
+    aml_byte(aml, AML_EXTENDED_FIELD);
+    open_object(aml);
+    path(aml, region);
+    aml_byte(aml, FIELD_DWORD_ZEROES);
+    for (unsigned i = 0; i < count; i++) {
+        segment(aml, names[i], strlen(names[i]));
+        aml_byte(aml, 32); /* bits, as a PkgLength */
+    }
+    aml_close(aml);
+}
+
+void aml_store(struct aml *aml)
+{
+    aml_byte(aml, AML_STORE);
+}
+
+void aml_if(struct aml *aml)
+{
+    aml_byte(aml, AML_IF);
+    open_object(aml);
+}
+
+void aml_and(struct aml *aml, uint8_t operand, uint64_t mask)
+{
+    aml_byte(aml, AML_AND);
+    aml_byte(aml, operand);
+    aml_integer(aml, mask);
+    aml_byte(aml, AML_ZERO); /* no target */
+}
+
+void aml_notify(struct aml *aml, const char *device, uint8_t value)
+{
+    aml_byte(aml, AML_NOTIFY);
+    path(aml, device);
+    aml_integer(aml, value);
 }
 
 void aml_package(struct aml *aml, uint8_t elements)

@@ -92,7 +92,69 @@ static void write_routing(struct aml *aml)
     aml_close(aml);
 }
 
-static void write_pci(struct aml *aml)
+static const char *slot_name(char name[16], const char *prefix, unsigned slot)
+{
+    snprintf(name, 16, "%sS%02u", prefix, slot);
+    return name;
+}
+
+/* One device for each slot that can be plugged: _EJ0 tells the controller that the OS has let go (6.3.3). Registers: pci_hotplug.h. */
+static void write_hotplug_slots(struct aml *aml, uint32_t slots)
+{
+    static const char *const registers[] = {"PCIU", "PCID", "PCIE"};
+    char name[16];
+
+    aml_port_region(aml, "PCHP", CHIPSET_HOTPLUG_PORT, CHIPSET_HOTPLUG_BYTES);
+    aml_fields(aml, "PCHP", registers, 3);
+    for (unsigned slot = 0; slot < PCI_SLOTS; slot++) {
+        if (!(slots >> slot & 1))
+            continue;
+        aml_device(aml, slot_name(name, "", slot));
+        aml_name(aml, "_ADR");
+        aml_integer(aml, (uint64_t)slot << 16);
+        aml_name(aml, "_SUN");
+        aml_integer(aml, slot);
+        aml_method(aml, "_EJ0", 1);
+        aml_store(aml);
+        aml_integer(aml, 1ull << slot);
+        aml_reference(aml, "PCIE");
+        aml_close(aml);
+        aml_close(aml);
+    }
+}
+
+/* Takes the bits of one register and notifies the slots they stand for (5.6.6): 1, look at the bus again; 3, the device shall go. */
+static void write_notifications(struct aml *aml, uint32_t slots, const char *field, uint8_t value)
+{
+    char name[16];
+
+    aml_store(aml);
+    aml_reference(aml, field);
+    aml_byte(aml, AML_LOCAL0);
+    aml_store(aml);
+    aml_byte(aml, AML_LOCAL0);
+    aml_reference(aml, field);
+    for (unsigned slot = 0; slot < PCI_SLOTS; slot++) {
+        if (!(slots >> slot & 1))
+            continue;
+        aml_if(aml);
+        aml_and(aml, AML_LOCAL0, 1ull << slot);
+        aml_notify(aml, slot_name(name, "\\_SB.PCI0.", slot), value);
+        aml_close(aml);
+    }
+}
+
+static void write_hotplug_event(struct aml *aml, uint32_t slots)
+{
+    aml_scope(aml, "\\_GPE");
+    aml_method(aml, "_E01", 0); /* CHIPSET_GPE_HOTPLUG */
+    write_notifications(aml, slots, "\\_SB.PCI0.PCIU", 1);
+    write_notifications(aml, slots, "\\_SB.PCI0.PCID", 3);
+    aml_close(aml);
+    aml_close(aml);
+}
+
+static void write_pci(struct aml *aml, uint32_t hotplug)
 {
     aml_device(aml, "PCI0");
     aml_name(aml, "_HID");
@@ -113,6 +175,8 @@ static void write_pci(struct aml *aml)
     aml_memory_window(aml, CHIPSET_PCI_MEM64_BASE, CHIPSET_PCI_MEM64_BYTES);
     aml_resources_end(aml);
     write_routing(aml);
+    if (hotplug)
+        write_hotplug_slots(aml, hotplug);
     aml_close(aml);
 }
 
@@ -146,6 +210,8 @@ static void write_motherboard(struct aml *aml, const struct acpi_config *config)
     aml_integer(aml, 0);
     aml_resources(aml);
     aml_io(aml, CHIPSET_PM_EVENT_PORT, CHIPSET_PM_TIMER_PORT + 4 - CHIPSET_PM_EVENT_PORT);
+    aml_io(aml, CHIPSET_GPE_PORT, CHIPSET_GPE_BYTES);
+    aml_io(aml, CHIPSET_HOTPLUG_PORT, CHIPSET_HOTPLUG_BYTES);
     if (!config->no_pci)
         aml_memory32_fixed(aml, CHIPSET_ECAM_BASE, CHIPSET_ECAM_BYTES);
     aml_resources_end(aml);
@@ -184,7 +250,7 @@ void acpi_write_dsdt(struct aml *aml, const struct acpi_config *config)
 {
     aml_scope(aml, "\\_SB");
     if (!config->no_pci)
-        write_pci(aml);
+        write_pci(aml, config->hotplug);
     write_motherboard(aml, config);
     write_virtio(aml, config);
     for (unsigned i = 0; i < sizeof(isa_devices) / sizeof(isa_devices[0]); i++) {
@@ -195,6 +261,9 @@ void acpi_write_dsdt(struct aml *aml, const struct acpi_config *config)
         write_hpet(aml);
     write_processors(aml, config->cpu_count);
     aml_close(aml);
+
+    if (config->hotplug && !config->no_pci)
+        write_hotplug_event(aml, config->hotplug);
 
     aml_name(aml, "\\_S5");
     aml_package(aml, 4);

@@ -24,7 +24,11 @@
 #define CHIPSET_PM_EVENT_PORT 0x600   /* PM1a event block, 4 bytes */
 #define CHIPSET_PM_CONTROL_PORT 0x604 /* PM1a control block, 2 bytes */
 #define CHIPSET_PM_TIMER_PORT 0x608   /* 4 bytes */
-#define CHIPSET_GPE_PORT 0x620
+#define CHIPSET_GPE_PORT 0x620        /* GPE0 block: a byte of status, a byte of enable */
+#define CHIPSET_GPE_BYTES 2
+#define CHIPSET_GPE_HOTPLUG 1         /* its bit for the PCI hot-plug controller */
+#define CHIPSET_HOTPLUG_PORT 0x640    /* pci_hotplug.h */
+#define CHIPSET_HOTPLUG_BYTES 12
 #define CHIPSET_RESET_PORT 0xCF9
 #define CHIPSET_SCI_IRQ 9
 #define CHIPSET_SLEEP_TYPE_S5 5

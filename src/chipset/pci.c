@@ -23,6 +23,11 @@ static int pick_slot(struct pci_host *host, int slot)
     return -ENOSPC;
 }
 
+bool pci_slot_is_free(const struct pci_host *host, unsigned slot)
+{
+    return slot < PCI_SLOTS && !host->slots[slot];
+}
+
 static void fill_header(struct pci_function *function, const struct pci_identity *identity)
 {
     uint8_t *config = function->config, *mask = function->write_mask;

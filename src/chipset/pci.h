@@ -94,6 +94,8 @@ void pci_function_reset(struct pci_function *function);
 /* Fields of this function inside the caller's section. Remaps BARs when loading. */
 void pci_function_state(struct pci_function *function, struct state_io *io);
 
+bool pci_slot_is_free(const struct pci_host *host, unsigned slot);
+
 /* The host bridge. `intx[4]` are the lines that INTA..INTD of the slots swizzle to ((slot + pin) % 4): GSI 16..19 of the IOAPIC. */
 struct pci_host_config {
     struct bus *bus;

@@ -43,6 +43,7 @@ struct pm {
     struct loop_timer *timer;
 
     uint16_t status, enable, control;
+    uint8_t gpe_status, gpe_enable;
     uint8_t reset_control;
     uint64_t base_ns;     /* when the PM timer was zero */
     uint64_t half_period; /* how often bit 31 had changed when the status was last brought up to date */
@@ -66,7 +67,7 @@ static void update_timer_status(struct pm *pm)
 static void update_sci(struct pm *pm)
 {
     update_timer_status(pm);
-    irq_line_set(&pm->config.sci, pm->status & pm->enable & PM1_ENABLE_BITS);
+    irq_line_set(&pm->config.sci, (pm->status & pm->enable & PM1_ENABLE_BITS) || (pm->gpe_status & pm->gpe_enable));
     if (!pm->timer)
         return;
     if ((pm->enable & PM1_TIMER) && !(pm->status & PM1_TIMER)) {
@@ -86,6 +87,30 @@ static void timer_expired(void *ctx)
 void pm_power_button(struct pm *pm)
 {
     pm->status |= PM1_POWER_BUTTON;
+    update_sci(pm);
+}
+
+void pm_gpe_raise(struct pm *pm, unsigned bit)
+{
+    pm->gpe_status |= 1u << bit;
+    update_sci(pm);
+}
+
+static uint64_t gpe_read(void *ctx, uint64_t offset, unsigned size_bytes)
+{
+    const struct pm *pm = ctx;
+
+    return offset ? pm->gpe_enable : pm->gpe_status;
+}
+
+static void gpe_write(void *ctx, uint64_t offset, unsigned size_bytes, uint64_t value)
+{
+    struct pm *pm = ctx;
+
+    if (offset)
+        pm->gpe_enable = (uint8_t)value;
+    else
+        pm->gpe_status &= ~(uint8_t)value;
     update_sci(pm);
 }
 
@@ -164,6 +189,7 @@ static const struct {
 } blocks[] = {
     {CHIPSET_PM_EVENT_PORT, 4, {"pm1-event", event_read, event_write, 1, 2}},
     {CHIPSET_PM_CONTROL_PORT, 2, {"pm1-control", control_read, control_write, 1, 2}},
+    {CHIPSET_GPE_PORT, CHIPSET_GPE_BYTES, {"gpe0", gpe_read, gpe_write, 1, 1}},
     {CHIPSET_PM_TIMER_PORT, 4, {"pm-timer", timer_read, NULL, 1, 4}},
 };
 
@@ -206,6 +232,7 @@ void pm_destroy(struct pm *pm)
 void pm_reset(struct pm *pm)
 {
     pm->status = pm->enable = pm->control = 0;
+    pm->gpe_status = pm->gpe_enable = 0;
     pm->reset_control = 0;
     pm->base_ns = inputs_now_ns();
     pm->half_period = 0;
@@ -221,6 +248,8 @@ int pm_state(struct pm *pm, struct state_io *io)
     state_u16(io, &pm->enable);
     state_u16(io, &pm->control);
     state_u8(io, &pm->reset_control);
+    state_u8(io, &pm->gpe_status);
+    state_u8(io, &pm->gpe_enable);
     state_u64(io, &elapsed_ns);
     state_u64(io, &pm->half_period);
     if (state_loading(io)) {

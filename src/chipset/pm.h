@@ -34,6 +34,9 @@ int pm_state(struct pm *pm, struct state_io *io) __attribute__((warn_unused_resu
 /* The user pressed the power button: PWRBTN_STS, and the SCI when enabled. */
 void pm_power_button(struct pm *pm);
 
+/* A general purpose event happened (4.8.4): its status bit, and the SCI when enabled. */
+void pm_gpe_raise(struct pm *pm, unsigned bit);
+
 /* Port 0xCF9 (ctx: struct pm *). It lies inside the PCI bridge's 0xCF8..0xCFB, so the bridge passes bytes on: pci_host_config.cf9. */
 extern const struct region_ops pm_reset_port_ops;
 

@@ -205,7 +205,7 @@ static uint8_t start_segments(struct device *disk, struct virtqueue_chain *chain
     struct blk_request *request;
     uint8_t status = S_OK;
 
-    if (!virtio_has_feature(&disk->virtio, feature))
+    if (!virtio_has_feature(&disk->virtio, feature) || (op == BLOCK_DISCARD && !block_can_discard(disk->block)))
         return S_UNSUPP;
     if (block_readonly(disk->block) || length_bytes == 0 || length_bytes % sizeof(request->segments[0]) ||
         length_bytes > sizeof(request->segments))
@@ -452,6 +452,12 @@ static void blk_destroy(struct device *disk)
     rate_gate_fini(&disk->gate);
     virtio_fini(&disk->virtio);
     free(disk);
+}
+
+void virtio_blk_set_block(struct device *disk, struct block *block)
+{
+    disk->block = block;
+    virtio_config_changed(&disk->virtio);
 }
 
 void virtio_blk_set_limit(struct device *disk, const struct bucket_config *bandwidth, const struct bucket_config *ops)

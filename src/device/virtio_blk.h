@@ -20,6 +20,8 @@ struct virtio_blk_config {
     int slot;            /* PCI slot, -1: the next free one */
 };
 
+/* Another medium, or the same one with another size: the driver is told. Nothing is in flight; the old back end is the caller's again. */
+void virtio_blk_set_block(struct device *device, struct block *block);
 /* Changes the limit; NULL leaves one as it is. Device lock held. */
 void virtio_blk_set_limit(struct device *device, const struct bucket_config *bandwidth, const struct bucket_config *ops);
 

@@ -39,34 +39,64 @@ void machine_config_init(struct machine_config *config)
     config->output_fd = STDOUT_FILENO;
 }
 
-void machine_config_clear(struct machine_config *config)
+/* Every text that the configuration owns. */
+static void each_text(struct machine_config *config, void (*visit)(char **text, void *ctx), void *ctx)
 {
-    char *strings[] = {config->kernel, config->initrd, config->append, config->engine, config->console,
-                       config->virtio_console, config->debug_console, config->trace, config->pid_file, config->sandbox_omit};
-    for (size_t i = 0; i < sizeof strings / sizeof *strings; i++)
-        free(strings[i]);
+    char **const texts[] = {&config->kernel, &config->initrd, &config->append, &config->engine, &config->console,
+                       &config->virtio_console, &config->debug_console, &config->trace, &config->pid_file, &config->sandbox_omit};
+    for (size_t i = 0; i < sizeof texts / sizeof *texts; i++)
+        visit(texts[i], ctx);
     for (unsigned i = 0; i < config->disk_count; i++) {
-        free(config->disk[i].path);
-        free(config->disk[i].format);
-        free(config->disk[i].serial);
-        free(config->disk[i].id);
-        free(config->disk[i].partuuid);
+        visit(&config->disk[i].path, ctx);
+        visit(&config->disk[i].format, ctx);
+        visit(&config->disk[i].serial, ctx);
+        visit(&config->disk[i].id, ctx);
+        visit(&config->disk[i].partuuid, ctx);
     }
     for (unsigned i = 0; i < config->net_count; i++) {
-        free(config->net[i]);
-        free(config->net_card[i].id);
+        visit(&config->net[i], ctx);
+        visit(&config->net_card[i].id, ctx);
     }
     for (unsigned i = 0; i < config->pmem_count; i++) {
-        free(config->pmem[i].id);
-        free(config->pmem[i].path);
+        visit(&config->pmem[i].id, ctx);
+        visit(&config->pmem[i].path, ctx);
     }
     for (unsigned i = 0; i < config->share_count; i++) {
-        free(config->share[i].path);
-        free(config->share[i].tag);
+        visit(&config->share[i].path, ctx);
+        visit(&config->share[i].tag, ctx);
     }
-    free(config->vsock.path);
-    free(config->metadata.address);
+    visit(&config->vsock.path, ctx);
+    visit(&config->metadata.address, ctx);
+}
+
+static void free_text(char **text, void *ctx)
+{
+    free(*text);
+}
+
+void machine_config_clear(struct machine_config *config)
+{
+    each_text(config, free_text, NULL);
     machine_config_init(config);
+}
+
+static void copy_text(char **text, void *ctx)
+{
+    bool *failed = ctx;
+    if (!*text)
+        return;
+    *text = *failed ? NULL : strdup(*text);
+    *failed |= !*text;
+}
+
+int machine_config_copy(struct machine_config *to, const struct machine_config *from)
+{
+    bool failed = false;
+    *to = *from;
+    each_text(to, copy_text, &failed);
+    if (failed)
+        machine_config_clear(to);
+    return failed ? -ENOMEM : 0;
 }
 
 int parse_size(const char *text, uint64_t *bytes)

@@ -29,6 +29,7 @@ struct disk_config {
     char *id;       /* the API's drive_id; NULL: none */
     bool root;      /* the kernel's root: its command line says so */
     char *partuuid; /* the root partition, with `root` */
+    unsigned slot;  /* its PCI slot; 0: the machine chooses */
     bool writeback; /* offers the guest flushes; off: they cost nothing and keep nothing ("Unsafe") */
     struct rate_limit_config limit;
 };
@@ -38,6 +39,7 @@ struct net_card_config {
     char *id; /* the API's iface_id; NULL: none */
     struct rate_limit_config receive, transmit;
     unsigned mtu; /* told to the guest; 0: not */
+    unsigned slot; /* its PCI slot; 0: the machine chooses */
     bool metadata; /* requests to the metadata address are answered here */
 };
 
@@ -144,6 +146,8 @@ const struct option_info *option_find(const char *key);
 
 void machine_config_init(struct machine_config *config);
 void machine_config_clear(struct machine_config *config);
+/* `to` is not initialised before. -ENOMEM: it is empty then. */
+int machine_config_copy(struct machine_config *to, const struct machine_config *from) __attribute__((warn_unused_result));
 
 /* Sets one option from its text; value may be NULL for flags ("true" and "false" also count). */
 int machine_config_set(struct machine_config *config, const char *key, const char *value, struct error *err) __attribute__((warn_unused_result));

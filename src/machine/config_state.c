@@ -38,6 +38,15 @@ static void limit_state(struct state_io *io, struct rate_limit_config *limit)
     bucket_state(io, &limit->ops);
 }
 
+static void slot_state(struct state_io *io, unsigned *slot)
+{
+    uint32_t number = *slot;
+    state_u32(io, &number);
+    if (state_loading(io) && number >= 32)
+        state_fail(io, "a PCI slot that there is not");
+    *slot = number;
+}
+
 static void disks_state(struct machine_config *config, struct state_io *io)
 {
     count_state(io, &config->disk_count, CONFIG_DISKS_MAX);
@@ -49,6 +58,7 @@ static void disks_state(struct machine_config *config, struct state_io *io)
             state_string(io, texts[n]);
         for (unsigned n = 0; n < sizeof flags / sizeof *flags; n++)
             state_bool(io, flags[n]);
+        slot_state(io, &disk->slot);
         limit_state(io, &disk->limit);
         if (state_loading(io) && !disk->path)
             state_fail(io, "a disk without a file");
@@ -65,6 +75,7 @@ static void nets_state(struct machine_config *config, struct state_io *io)
         state_string(io, &card->id);
         limit_state(io, &card->receive);
         limit_state(io, &card->transmit);
+        slot_state(io, &card->slot);
         state_u32(io, &mtu);
         state_bool(io, &card->metadata);
         card->mtu = mtu;

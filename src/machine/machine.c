@@ -22,7 +22,20 @@ void machine_add_part(struct machine *machine, const struct machine_part *part)
 {
     if (machine->part_count == MACHINE_PARTS_MAX)
         abort(); /* a machine is made of fewer by construction: CONFIG_*_MAX */
-    machine->part[machine->part_count++] = *part;
+    unsigned at = machine->part_count++;
+    for (; at && machine->part[at - 1].rank > part->rank; at--)
+        machine->part[at] = machine->part[at - 1];
+    machine->part[at] = *part;
+}
+
+void machine_remove_part(struct machine *machine, const void *object)
+{
+    for (unsigned i = 0; i < machine->part_count; i++)
+        if (machine->part[i].object == object) {
+            machine->part_count--;
+            memmove(&machine->part[i], &machine->part[i + 1], (machine->part_count - i) * sizeof machine->part[0]);
+            return;
+        }
 }
 
 /* The list holds void pointers: one set of adapters per kind of part. */
@@ -364,9 +377,10 @@ static int create_pci(struct machine *machine)
     for (unsigned i = 0; i < 4; i++)
         pci.intx[i] = (struct irq_line){.set = ioapic_line_set, .ctx = machine, .pin = CHIPSET_GSI_PCI + i};
     int r = pci_host_create(&machine->pci, &pci);
-    if (r == 0)
-        ADD_PART(machine, pci_host, "pci-host", machine->pci);
-    return r;
+    if (r)
+        return r;
+    ADD_PART(machine, pci_host, "pci-host", machine->pci);
+    return machine_create_hotplug(machine);
 }
 
 /* Lines that belong to nobody else, those below 16 first: they are all that kernels without ACPI have. More devices share the lines that PCI would have. */
@@ -405,7 +419,8 @@ static int create_chipset(struct machine *machine, struct error *err)
 static int build_tables(struct machine *machine, gpa_t *rsdp, struct error *err)
 {
     const struct virtio_mmio_host *mmio = &machine->mmio;
-    struct acpi_config acpi = {.cpu_count = machine->cpu_count, .hpet = true, .com1 = true, .pvpanic = true, .no_pci = !machine->pci};
+    struct acpi_config acpi = {.cpu_count = machine->cpu_count, .hpet = true, .com1 = true, .pvpanic = true, .no_pci = !machine->pci,
+                               .hotplug = machine_hotplug_slots()};
     for (unsigned i = 0; i < mmio->device_count; i++)
         acpi.virtio[acpi.virtio_count++] = (struct acpi_virtio){.address = (uint32_t)virtio_mmio_address(mmio, i),
                                                                 .gsi = mmio->line[virtio_mmio_line(mmio, i)].pin};
@@ -564,7 +579,11 @@ int machine_create_with(struct machine **out, const struct machine_config *confi
     struct machine *machine = calloc(1, sizeof *machine);
     if (!machine)
         return error_set(err, -ENOMEM, "out of memory");
-    machine->config = config;
+    if (machine_config_copy(&machine->own_config, config)) {
+        free(machine);
+        return error_set(err, -ENOMEM, "out of memory");
+    }
+    machine->config = &machine->own_config;
     machine->cpu_count = config->cpus;
     machine->kernel_fd = machine->initrd_fd = -1;
     pthread_mutex_init(&machine->device_lock, NULL);
@@ -668,9 +687,6 @@ void machine_destroy(struct machine *machine)
         if (part->destroy)
             part->destroy(part->object);
     }
-    for (unsigned i = 0; i < CONFIG_DISKS_MAX; i++)
-        if (machine->block[i])
-            block_close(machine->block[i]);
     machine_close_pmems(machine);
     console_close(machine->serial_console);
     console_close(machine->virtio_console_backend);
@@ -683,6 +699,13 @@ void machine_destroy(struct machine *machine)
         bus_destroy(machine->bus);
     if (machine->memory)
         physmap_destroy(machine->memory);
+    for (unsigned i = 0; i < CONFIG_DISKS_MAX; i++)
+        if (machine->disk[i].block)
+            block_close(machine->disk[i].block);
+    for (unsigned i = 0; i < machine->device_count; i++)
+        free(machine->device[i]);
+    if (machine->eject_timer)
+        loop_timer_destroy(machine->eject_timer);
     if (machine->still_timer)
         loop_timer_destroy(machine->still_timer);
     if (machine->loop)
@@ -699,6 +722,7 @@ void machine_destroy(struct machine *machine)
     pthread_mutex_destroy(&machine->join_lock);
     pthread_mutex_destroy(&machine->run_lock);
     pthread_mutex_destroy(&machine->device_lock);
+    machine_config_clear(&machine->own_config);
     free(machine);
 }
 

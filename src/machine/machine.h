@@ -29,7 +29,7 @@ enum machine_end {
     MACHINE_ERROR,
 };
 
-/* `config` is borrowed for the machine's lifetime. Loads the kernel; nothing runs yet. */
+/* `config` is copied; what is changed while the machine runs is in its own copy, and in snapshots. Loads the kernel; nothing runs yet. */
 int machine_create(struct machine **machine, const struct machine_config *config, struct error *err) __attribute__((warn_unused_result));
 int machine_start(struct machine *machine, struct error *err) __attribute__((warn_unused_result));
 enum machine_end machine_wait(struct machine *machine);
@@ -92,6 +92,24 @@ void machine_counters(struct machine *machine, machine_counter_fn *emit, void *c
 
 /* Presses and releases Ctrl, Alt and Delete. -EBUSY: the keys before have not been read yet. */
 int machine_ctrl_alt_del(struct machine *machine, struct error *err) __attribute__((warn_unused_result));
+
+/*
+ * Disks and network cards of a running machine (machine_plug.c). From any thread but the loop's and vCPUs'. `id` is the one that the option gave, or else the
+ * name that machine_devices tells ("block0", "net1"). -ENODEV: there is none.
+ */
+/* Another limit, from now on, full; NULL leaves one as it is. */
+int machine_disk_limit(struct machine *machine, const char *id, const struct bucket_config *bandwidth, const struct bucket_config *ops, struct error *err)
+    __attribute__((warn_unused_result));
+int machine_net_limit(struct machine *machine, const char *id, bool receive, const struct bucket_config *bandwidth, const struct bucket_config *ops,
+                      struct error *err) __attribute__((warn_unused_result));
+/* Another file, or the same one with another size. What was in flight is finished in the old one; the guest is told of the new size. */
+int machine_disk_replace(struct machine *machine, const char *id, const char *path, struct error *err) __attribute__((warn_unused_result));
+/* Plugs a device in; `text` is as for --disk or --net. -ENOTSUP: the machine has no PCI. */
+int machine_disk_add(struct machine *machine, const char *text, struct error *err) __attribute__((warn_unused_result));
+int machine_net_add(struct machine *machine, const char *text, struct error *err) __attribute__((warn_unused_result));
+/* Asks the guest to let a device go. It is there until the guest has done that, which can take a while or for ever. */
+int machine_device_remove(struct machine *machine, const char *id, struct error *err) __attribute__((warn_unused_result));
+bool machine_has_device(struct machine *machine, const char *id);
 
 /* Every part's section, in a fixed order, without RAM. With the device lock and everything standing still (machine_call_still), or before the start. */
 int machine_state(struct machine *machine, struct state_io *io) __attribute__((warn_unused_result));

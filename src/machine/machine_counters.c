@@ -48,7 +48,7 @@ void machine_counters(struct machine *machine, machine_counter_fn *emit, void *c
     emit(ctx, "uart", "read_count", machine->serial_read);
     emit(ctx, "uart", "rate_limiter_dropped_bytes", machine->serial_dropped);
     for (unsigned i = 0; i < machine->device_count; i++) {
-        const struct machine_device *device = &machine->device[i];
+        const struct machine_device *device = machine->device[i];
         char name[96];
         snprintf(name, sizeof name, "%s%s%s", device->kind, device->id ? "_" : "", device->id ? device->id : "");
         struct group group = {.emit = emit, .ctx = ctx, .name = name};

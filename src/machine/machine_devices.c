@@ -3,18 +3,14 @@
  * order, so that the same configuration gives the same machine.
  */
 #include <errno.h>
+#include <stdlib.h>
 #include <string.h>
 
-#include "device/virtio_blk.h"
 #include "device/virtio_console.h"
 #include "device/virtio_fs.h"
-#include "device/virtio_net.h"
 #include "device/virtio_rng.h"
 #include "device/virtio_vsock.h"
 #include "machine/machine_priv.h"
-
-enum { SLOT_RNG = 1, SLOT_CONSOLE = 2, SLOT_NET = 3, SLOT_DISK = SLOT_NET + CONFIG_NETS_MAX, SLOT_VSOCK = SLOT_DISK + CONFIG_DISKS_MAX };
-_Static_assert(SLOT_VSOCK < PCI_SLOTS, "one PCI slot a device");
 
 static void device_reset(void *object)
 {
@@ -40,94 +36,68 @@ static void device_destroy(void *object)
     device->class->destroy(device->device);
 }
 
-int machine_add_device(struct machine *machine, const char *class_name, const void *config, struct device **out, struct error *err)
+int machine_make_device(struct machine *machine, const char *class_name, unsigned rank, const void *config, struct machine_device **out, struct error *err)
 {
     struct device_host host = {.bus = machine->bus, .pci = machine->pci, .mmio = machine->pci ? NULL : &machine->mmio, .memory = machine->memory, .loop = machine->loop};
-    struct machine_device *slot = &machine->device[machine->device_count];
-    slot->class = device_class_find(class_name);
-    if (!slot->class)
-        return error_set(err, -ENODEV, "there is no device \"%s\"", class_name);
+    struct machine_device *made = calloc(1, sizeof *made);
+    if (!made)
+        return error_set(err, -ENOMEM, "out of memory");
+    made->class = device_class_find(class_name);
     machine->device_host = host;
-    int r = slot->class->create(&slot->device, &machine->device_host, config, err);
-    if (r)
+    int r = made->class ? made->class->create(&made->device, &machine->device_host, config, err) : error_set(err, -ENODEV, "there is no device \"%s\"", class_name);
+    if (r) {
+        free(made);
         return r;
-    slot->kind = strncmp(class_name, "virtio-", 7) == 0 ? class_name + 7 : class_name;
-    machine->device_count++;
+    }
+    made->kind = strncmp(class_name, "virtio-", 7) == 0 ? class_name + 7 : class_name;
+    machine->device[machine->device_count++] = made;
     if (out)
-        *out = slot->device;
+        *out = made;
     machine_add_part(machine, &(struct machine_part){.name = class_name,
-                                                     .object = slot,
+                                                     .object = made,
                                                      .reset = device_reset,
                                                      .state = device_state,
                                                      .quiesce = device_quiesce,
-                                                     .destroy = device_destroy});
+                                                     .destroy = device_destroy,
+                                                     .rank = rank});
     return 0;
+}
+
+void machine_drop_device(struct machine *machine, struct machine_device *device)
+{
+    machine_remove_part(machine, device);
+    device->class->destroy(device->device);
+    for (unsigned i = 0; i < machine->device_count; i++)
+        if (machine->device[i] == device) {
+            machine->device_count--;
+            memmove(&machine->device[i], &machine->device[i + 1], (machine->device_count - i) * sizeof machine->device[0]);
+            break;
+        }
+    free(device);
+}
+
+int machine_add_device(struct machine *machine, const char *class_name, const void *config, struct device **out, struct error *err)
+{
+    struct machine_device *made;
+    int r = machine_make_device(machine, class_name, 0, config, &made, err);
+    if (r == 0 && out)
+        *out = made->device;
+    return r;
 }
 
 void machine_name_device(struct machine *machine, const char *kind, const char *id)
 {
-    struct machine_device *device = &machine->device[machine->device_count - 1];
+    struct machine_device *device = machine->device[machine->device_count - 1];
     device->kind = kind;
     device->id = id;
 }
 
-/* `place`: how many disks come before it. */
-static int create_disk(struct machine *machine, unsigned index, unsigned place, struct error *err)
+int machine_spare_slot(const struct machine *machine)
 {
-    const struct disk_config *disk = &machine->config->disk[index];
-    struct block_config file = {.path = disk->path, .format = disk->format, .readonly = disk->readonly};
-    int r = block_open(&machine->block[index], &file, machine->loop, err);
-    if (r)
-        return r;
-    struct virtio_blk_config config = {.block = machine->block[index],
-                                       .serial = disk->serial,
-                                       .unsafe = !disk->writeback,
-                                       .queues = machine->cpu_count,
-                                       .limit = &disk->limit,
-                                       .slot = SLOT_DISK + (int)place};
-    r = machine_add_device(machine, "virtio-blk", &config, NULL, err);
-    if (r == 0)
-        machine_name_device(machine, "block", disk->id);
-    return r;
-}
-
-/* The root disk first: its name in the guest is known then. */
-static int create_disks(struct machine *machine, struct error *err)
-{
-    unsigned place = 0;
-    for (int root = 1; root >= 0; root--)
-        for (unsigned i = 0; i < machine->config->disk_count; i++) {
-            if (machine->config->disk[i].root != root)
-                continue;
-            int r = create_disk(machine, i, place++, err);
-            if (r)
-                return r;
-        }
-    return 0;
-}
-
-static int create_nets(struct machine *machine, struct error *err)
-{
-    const struct machine_config *config = machine->config;
-    unsigned count = config->net_count ? config->net_count : 1;
-    for (unsigned i = 0; i < count; i++) {
-        const char *spec = config->net_count ? config->net[i] : "user";
-        if (strcmp(spec, "none") == 0)
-            continue;
-        const struct net_card_config *card = &config->net_card[i];
-        struct virtio_net_config net = {.net = spec,
-                                        .machine = config->kernel,
-                                        .mtu = card->mtu,
-                                        .index = i,
-                                        .receive = &card->receive,
-                                        .transmit = &card->transmit,
-                                        .slot = SLOT_NET + (int)i};
-        int r = machine_add_device(machine, "virtio-net", &net, NULL, err);
-        if (r)
-            return r;
-        machine_name_device(machine, "net", config->net_card[i].id);
-    }
-    return 0;
+    int slot = PCI_SLOTS - 1;
+    while (machine->pci && slot > 0 && !pci_slot_is_free(machine->pci, (unsigned)slot))
+        slot--;
+    return slot;
 }
 
 static int create_share(struct machine *machine, unsigned index, struct error *err)
@@ -144,7 +114,7 @@ static int create_share(struct machine *machine, unsigned index, struct error *e
         .tag = share->tag,
         .at_once = !machine->config->sandbox,
         .queues = machine->cpu_count,
-        .slot = -1,
+        .slot = machine_spare_slot(machine),
     };
     return machine_add_device(machine, "virtio-fs", &config, NULL, err);
 }
@@ -198,9 +168,9 @@ int machine_create_devices(struct machine *machine, struct error *err)
     if (r == 0 && machine->config->virtio_console)
         r = create_virtio_console(machine, err);
     if (r == 0)
-        r = create_nets(machine, err);
+        r = machine_create_nets(machine, err);
     if (r == 0)
-        r = create_disks(machine, err);
+        r = machine_create_disks(machine, err);
     if (r == 0 && machine->config->vsock.present)
         r = create_vsock(machine, err);
     for (unsigned i = 0; r == 0 && i < machine->config->share_count; i++)

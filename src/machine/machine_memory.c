@@ -71,13 +71,13 @@ static int create_balloon(struct machine *machine, struct error *err)
                                            .reporting = balloon->reporting,
                                            .statistics = balloon->statistics_interval_s != 0,
                                            .statistics_interval_s = balloon->statistics_interval_s,
-                                           .slot = -1};
+                                           .slot = machine_spare_slot(machine)};
     return machine_add_device(machine, "virtio-balloon", &config, &machine->balloon, err);
 }
 
 static int create_pmem(struct machine *machine, unsigned index, struct error *err)
 {
-    struct virtio_pmem_config config = {.block = machine->pmem[index], .slot = -1};
+    struct virtio_pmem_config config = {.block = machine->pmem[index], .slot = machine_spare_slot(machine)};
     config.start = physmap_file_base(machine->memory, index, &config.size_bytes);
     return machine_add_device(machine, "virtio-pmem", &config, NULL, err);
 }

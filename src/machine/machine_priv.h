@@ -17,6 +17,7 @@
 #include "chipset/ioapic.h"
 #include "chipset/lapic.h"
 #include "chipset/pci.h"
+#include "chipset/pci_hotplug.h"
 #include "chipset/pic.h"
 #include "chipset/pit.h"
 #include "chipset/pm.h"
@@ -62,6 +63,7 @@ struct machine_part {
     int (*state)(void *object, struct state_io *io);
     bool (*quiesce)(void *object);
     void (*destroy)(void *object);
+    unsigned rank; /* those of a higher one come behind; 0 but for what comes and goes */
 };
 
 /* A device of the table in device/devices.def. */
@@ -71,11 +73,21 @@ struct machine_device {
     const char *kind, *id; /* for counters: "block", "rootfs"; id NULL: none */
 };
 
+struct machine_disk {
+    struct block *block;
+    struct machine_device *device;
+};
+
+/* PCI slots. Others take what is free, from the top. */
+enum { SLOT_RNG = 1, SLOT_CONSOLE = 2, SLOT_NET = 3, SLOT_DISK = SLOT_NET + CONFIG_NETS_MAX, SLOT_VSOCK = SLOT_DISK + CONFIG_DISKS_MAX };
+_Static_assert(SLOT_VSOCK < PCI_SLOTS, "one PCI slot a device");
+
 #define MACHINE_DEVICES_MAX (CONFIG_DISKS_MAX + CONFIG_NETS_MAX + CONFIG_SHARES_MAX + CONFIG_PMEMS_MAX + 5)
 #define MACHINE_PARTS_MAX (MACHINE_DEVICES_MAX + 16)
 
 struct machine {
-    const struct machine_config *config;
+    const struct machine_config *config; /* own_config */
+    struct machine_config own_config;    /* changed with the device lock, on the loop's thread but for limits */
     pthread_mutex_t device_lock;
     struct loop *loop;
     pthread_t loop_thread;
@@ -102,10 +114,15 @@ struct machine {
     struct console *serial_console, *virtio_console_backend, *debug_console;
     struct token_bucket serial_bucket;
     struct device *virtio_console, *balloon; /* NULL: none */
-    struct block *block[CONFIG_DISKS_MAX], *pmem[CONFIG_PMEMS_MAX];
+    struct block *pmem[CONFIG_PMEMS_MAX];
+    struct machine_disk disk[CONFIG_DISKS_MAX];   /* as own_config.disk */
+    struct machine_device *net[CONFIG_NETS_MAX];  /* as own_config.net; NULL: none */
+    struct pci_hotplug *hotplug;                  /* NULL: no PCI */
+    uint32_t ejecting;                            /* slots that the guest has let go */
+    struct loop_timer *eject_timer;
 
     struct device_host device_host;
-    struct machine_device device[MACHINE_DEVICES_MAX];
+    struct machine_device *device[MACHINE_DEVICES_MAX];
     unsigned device_count;
     struct machine_part part[MACHINE_PARTS_MAX];
     unsigned part_count;
@@ -140,17 +157,28 @@ void machine_tell(struct machine *machine, enum machine_event event, const char 
 
 /* Parts register themselves in order of creation. */
 void machine_add_part(struct machine *machine, const struct machine_part *part);
+void machine_remove_part(struct machine *machine, const void *object);
 
 /* machine_devices.c: disks, network cards, consoles, random device. */
 int machine_create_devices(struct machine *machine, struct error *err);
 int machine_add_device(struct machine *machine, const char *class_name, const void *config, struct device **out, struct error *err);
 void machine_name_device(struct machine *machine, const char *kind, const char *id); /* the one made last, for counters */
+/* A PCI slot for what is not plugged: from the top, so that what is plugged and unplugged does not change it. */
+int machine_spare_slot(const struct machine *machine);
 
 /* machine_memory.c: RAM and files of persistent memory, and the devices about memory. */
 int machine_create_memory(struct machine *machine, struct error *err);
 int machine_create_memory_devices(struct machine *machine, struct error *err);
 void machine_close_pmems(struct machine *machine);
 
+/* *out stays until machine_drop_device. `rank`: see machine_part. */
+int machine_make_device(struct machine *machine, const char *class_name, unsigned rank, const void *config, struct machine_device **out, struct error *err);
+void machine_drop_device(struct machine *machine, struct machine_device *device);
+/* machine_plug.c */
+int machine_create_hotplug(struct machine *machine);
+int machine_create_nets(struct machine *machine, struct error *err);
+int machine_create_disks(struct machine *machine, struct error *err);
+uint32_t machine_hotplug_slots(void);
 int machine_open_virtio_console(struct machine *machine, struct error *err);
 
 /* command_line.c: the kernel's, to be freed; NULL: no memory. */

@@ -128,7 +128,7 @@ static void count_devices(struct machine *machine, counter_fn *counter, void *ct
     char name[MACHINE_DEVICE_NAME_BYTES];
     pthread_mutex_lock(&machine->device_lock);
     for (unsigned i = 0; i < machine->device_count; i++) {
-        const struct machine_device *device = &machine->device[i];
+        const struct machine_device *device = machine->device[i];
         machine_device_name(machine, i, name);
         struct device_walk walk = {.counter = counter, .ctx = ctx, .kind = device->kind, .name = name};
         if (device->kind && device->class->counters)
@@ -198,10 +198,10 @@ const char *machine_engine(const struct machine *machine, const char **reason)
 
 void machine_device_name(const struct machine *machine, unsigned index, char name[MACHINE_DEVICE_NAME_BYTES])
 {
-    const struct machine_device *device = &machine->device[index];
+    const struct machine_device *device = machine->device[index];
     unsigned before = 0;
     for (unsigned i = 0; i < index; i++)
-        before += machine->device[i].class == device->class;
+        before += machine->device[i]->class == device->class;
     if (device->id)
         snprintf(name, MACHINE_DEVICE_NAME_BYTES, "%s", device->id);
     else
@@ -214,7 +214,7 @@ void machine_devices(struct machine *machine, void (*each)(void *ctx, const char
     pthread_mutex_lock(&machine->device_lock);
     for (unsigned i = 0; i < machine->device_count; i++) {
         machine_device_name(machine, i, name);
-        each(ctx, name, machine->device[i].class->name, machine->device[i].class->help);
+        each(ctx, name, machine->device[i]->class->name, machine->device[i]->class->help);
     }
     pthread_mutex_unlock(&machine->device_lock);
 }
