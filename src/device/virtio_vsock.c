@@ -127,7 +127,6 @@ static const struct {
     {VSOCK_PENDING_REQUEST, VSOCK_OP_REQUEST},
     {VSOCK_PENDING_RESPONSE, VSOCK_OP_RESPONSE},
     {VSOCK_PENDING_CREDIT, VSOCK_OP_CREDIT_UPDATE},
-    {VSOCK_PENDING_CREDIT_REQUEST, VSOCK_OP_CREDIT_REQUEST},
     {VSOCK_PENDING_SHUTDOWN, VSOCK_OP_SHUTDOWN},
 };
 
@@ -261,13 +260,6 @@ static void end_of_data(struct vsock_connection *connection)
     vsock_pend(connection, VSOCK_PENDING_SHUTDOWN);
 }
 
-/* The socket is left alone until what is missing has come. */
-static void stall(struct vsock_connection *connection, unsigned pending)
-{
-    vsock_connection_watch(connection, connection->events & ~LOOP_READ);
-    vsock_pend(connection, pending);
-}
-
 int64_t vsock_pump(struct vsock_connection *connection)
 {
     struct virtio_vsock *vsock = connection->vsock;
@@ -275,12 +267,14 @@ int64_t vsock_pump(struct vsock_connection *connection)
         return 0;
     uint32_t credit = guest_credit(connection);
     if (credit == 0) {
-        stall(connection, VSOCK_PENDING_CREDIT_REQUEST); /* take_credit goes on */
+        /* take_credit goes on. Drivers tell of room by themselves; asking would cost them as much as a packet of data. */
+        vsock_connection_watch(connection, connection->events & ~LOOP_READ);
         return 0;
     }
     struct burst burst = take_burst(connection, credit);
     if (burst.count == 0) {
-        stall(connection, VSOCK_PENDING_DATA);
+        vsock_connection_watch(connection, connection->events & ~LOOP_READ);
+        vsock_pend(connection, VSOCK_PENDING_DATA);
         return -ENOBUFS;
     }
     ssize_t got = readv(connection->fd, vsock->iov, (int)burst.iov_count);

@@ -74,8 +74,7 @@ enum vsock_state { VSOCK_HELLO, VSOCK_REQUESTED, VSOCK_OPEN, VSOCK_FLUSHING };
 #define VSOCK_PENDING_RESPONSE 2u
 #define VSOCK_PENDING_CREDIT 4u
 #define VSOCK_PENDING_DATA 8u
-#define VSOCK_PENDING_CREDIT_REQUEST 16u
-#define VSOCK_PENDING_SHUTDOWN 32u
+#define VSOCK_PENDING_SHUTDOWN 16u
 
 struct vsock_connection {
     struct virtio_vsock *vsock;

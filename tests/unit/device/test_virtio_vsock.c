@@ -373,13 +373,11 @@ static void test_credit_of_the_host(void **state)
     send_raw(&h, sizeof h, NULL, 0);
     assert_int_equal(write(fd, data, sizeof data), sizeof data);
     assert_int_equal(expect(VSOCK_OP_RW).header.len, 100);
-    expect(VSOCK_OP_CREDIT_REQUEST);
     expect_nothing();
     h.op = VSOCK_OP_CREDIT_UPDATE;
     h.fwd_cnt = 60;
     send_raw(&h, sizeof h, NULL, 0);
     assert_int_equal(expect(VSOCK_OP_RW).header.len, 60);
-    expect(VSOCK_OP_CREDIT_REQUEST);
     h.fwd_cnt = 10000; /* a lie */
     send_raw(&h, sizeof h, NULL, 0);
     expect_nothing();
