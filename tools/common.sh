@@ -4,6 +4,7 @@ root=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)
 while [ ! -f "$root/meson.build" ] && [ "$root" != / ]; do root=$(dirname -- "$root"); done
 cache=${DOPPEL_CACHE:-$root/.cache}
 build=$root/build
+agent=${DOPPEL_AGENT:-$build/src/agent/doppel-agent}
 
 BUILD_PACKAGES="gcc libc6-dev meson ninja-build pkg-config libzydis-dev libjansson-dev libslirp-dev libglib2.0-dev liburing-dev
     liblzma-dev libzstd-dev liblz4-dev zlib1g-dev libmicrohttpd-dev libseccomp-dev libncurses-dev"
@@ -88,7 +89,7 @@ get_kernel() {
 get_initrd() {
     get_kernel
     initrd=$cache/demo-initrd.gz
-    [ -f "$initrd" ] && [ -z "$(find "$root/tools" "$cache/kernel/complete" -newer "$initrd" -type f)" ] && return 0
+    [ -f "$initrd" ] && [ -z "$(find "$root/tools" "$cache/kernel/complete" "$agent" -newer "$initrd" -type f 2>/dev/null)" ] && return 0
     say "making the initial RAM disk"
     "$root/tools/make-initramfs" "$initrd"
 }

@@ -32,10 +32,12 @@ enum { CONSOLE_RECENT };
 enum { STOP_TIMEOUT };
 enum { RM_FORCE };
 enum { STATS_JSON };
+enum { AGENT_VSOCK, AGENT_PORT_NUMBER, AGENT_WAIT };
+enum { EXEC_INTERACTIVE = AGENT_WAIT + 1, EXEC_TERMINAL, EXEC_VARIABLE, EXEC_DIRECTORY, EXEC_USER };
 enum { TOP_DELAY, TOP_BATCH, TOP_COUNT };
 
 /* How many names of virtual machines a command takes. */
-enum command_names { NAMES_OWN, NAMES_NONE, NAMES_ANY, NAMES_ONE, NAMES_SOME };
+enum command_names { NAMES_OWN, NAMES_NONE, NAMES_ANY, NAMES_ONE, NAMES_SOME, NAMES_FIRST /* a name, then what the command reads itself */ };
 
 struct subcommand {
     const char *name;
@@ -49,6 +51,9 @@ extern const struct subcommand subcommands[];
 
 int serve_main(int argc, char **argv);
 int run_main(int argc, char **argv);
+int exec_main(int argc, char **argv);
+int cp_main(int argc, char **argv);
+int guest_main(int argc, char **argv);
 int help_main(int argc, char **argv);
 int version_main(int argc, char **argv);
 int completion_main(int argc, char **argv);

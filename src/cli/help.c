@@ -72,7 +72,9 @@ void print_command_help(FILE *out, const struct subcommand *command)
         fprintf(out, "\noptions:\n");
         print_options(out, command->options);
     }
-    if (command->names != NAMES_OWN)
+    if (command->names == NAMES_FIRST)
+        fprintf(out, "\nexit status: exec: the command's, 128 + N when signal N ended it, 126 or 127 when it could not be run; 125 no answer from the guest; 2 bad arguments\n");
+    else if (command->names != NAMES_OWN)
         fprintf(out, "\nexit status: 0 done, 1 failed, 2 bad arguments\n");
 }
 

@@ -52,6 +52,20 @@ static const struct cli_option top_options[] = {
     [TOP_COUNT] = {"count", 'n', "N", "end after N looks"},
     {0},
 };
+#define AGENT_OPTIONS                                                                                                  \
+    [AGENT_VSOCK] = {"vsock", 0, "SOCKET", "the machine with this vsock socket (run --vsock) instead of one by name"}, \
+    [AGENT_PORT_NUMBER] = {"port", 0, "N", "the agent's port in the guest (default 6789)"},                            \
+    [AGENT_WAIT] = {"wait", 0, "SECONDS", "try for so long until the agent answers (default 0)"}
+static const struct cli_option agent_options[] = {AGENT_OPTIONS, {0}};
+static const struct cli_option exec_options[] = {
+    AGENT_OPTIONS,
+    [EXEC_INTERACTIVE] = {"interactive", 'i', NULL, "standard input goes to the command"},
+    [EXEC_TERMINAL] = {"tty", 't', NULL, "the command gets a terminal"},
+    [EXEC_VARIABLE] = {"env", 'e', "NAME[=VALUE]", "set a variable; may be repeated"},
+    [EXEC_DIRECTORY] = {"workdir", 'w', "DIRECTORY", "where the command runs (default: the user's home)"},
+    [EXEC_USER] = {"user", 'u', "USER", "as whom: name, number or UID:GID of the guest (default: root)"},
+    {0},
+};
 static const struct cli_option no_options[] = {{0}};
 
 const struct subcommand subcommands[] = {
@@ -72,6 +86,9 @@ const struct subcommand subcommands[] = {
     {"top", top_main, "[OPTIONS] [NAME...]", "watch what virtual machines use", NAMES_ANY, top_options},
     {"events", events_main, "[OPTIONS] [NAME...]", "print what happened to virtual machines", NAMES_ANY, events_options},
     {"serve", serve_main, "--api-sock PATH [OPTIONS]", "run a virtual machine behind an HTTP API on a Unix socket"},
+    {"exec", exec_main, "[OPTIONS] NAME [--] COMMAND...", "run a command in a guest", NAMES_FIRST, exec_options},
+    {"cp", cp_main, "[OPTIONS] FILE NAME:PATH | NAME:PATH FILE", "copy a file into a guest or out of it; - is standard input or output", NAMES_FIRST, agent_options},
+    {"guest", guest_main, "[OPTIONS] NAME info|ping|set-clock|poweroff|reboot", "ask a guest's agent", NAMES_FIRST, agent_options},
     {"completion", completion_main, "bash|zsh|fish", "print a completion script for a shell"},
     {"manual", manual_main, "", "print the manual page's source (man -l -)"},
     {"version", version_main, "", "print the version"},

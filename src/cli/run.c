@@ -229,6 +229,18 @@ static int status_of(enum machine_end end)
 
 /* ---- one machine ---- */
 
+/* So that doppel exec reaches machines that are there to be found. Nothing is said when it cannot be: the path is too long, then. */
+static void add_vsock(struct run *run)
+{
+    struct error err = {0};
+    char *option = NULL;
+    if (run->config.vsock.present || (!run->detach && !run->name) || strchr(instance_path(run->instance), ','))
+        return;
+    if (asprintf(&option, "path=%s/vsock.sock", instance_path(run->instance)) >= 0 && machine_config_set(&run->config, "vsock", option, &err))
+        log_info("doppel exec will not reach this machine: %s", err.text);
+    free(option);
+}
+
 /* What looks after the machine: without it the machine runs all the same, only nobody sees it from outside. */
 static void open_control(struct run *run)
 {
@@ -236,6 +248,7 @@ static void open_control(struct run *run)
     int listen_fd = -1, r = 0;
     if (!run->instance)
         return;
+    add_vsock(run);
     listen_fd = instance_listen(run->instance, "api.sock", &err);
     if (listen_fd < 0)
         r = listen_fd;

@@ -16,7 +16,8 @@ ALLOWED = {
     "device": {"chipset", "block", "net", "fs", "memory", "state", "util"},
     "machine": {"device", "chipset", "block", "net", "fs", "engine", "sandbox", "arch", "memory", "state", "util", "doppel"},
     "control": {"machine", "util", "doppel"},
-    "cli": {"control", "machine", "util", "doppel"},
+    "agent": set(),
+    "cli": {"agent", "control", "machine", "util", "doppel"},
 }
 source = pathlib.Path(sys.argv[1]) / "src"
 wrong = 0
