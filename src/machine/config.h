@@ -117,6 +117,7 @@ struct machine_config {
     struct rate_limit_config entropy_limit;
     struct bucket_config serial_limit;
     enum virtio_transport transport;
+    bool boot_timer; /* log when a guest's init says that it is there (boot_timer.c) */
     struct processor_config processor; /* a snapshot has the table made of it instead */
     char *engine, *console, *virtio_console, *debug_console;
     bool boot_in_guest;

@@ -604,6 +604,8 @@ int machine_create_with(struct machine **out, const struct machine_config *confi
         r = create_chipset(machine, err);
     if (r == 0)
         r = machine_create_devices(machine, err);
+    if (r == 0 && machine_add_boot_timer(machine))
+        r = error_set(err, -ENOMEM, "out of memory");
     if (r == 0)
         r = create_engine(machine, err);
     if (r == 0)

@@ -110,6 +110,7 @@ struct machine {
     struct pvpanic *pvpanic;
     struct debugcon *debugcon;
     struct msi_target msi;
+    uint64_t started_us, started_cpu_us; /* boot_timer.c */
     uint64_t serial_written, serial_read, serial_dropped; /* bytes; device lock */
     struct console *serial_console, *virtio_console_backend, *debug_console;
     struct token_bucket serial_bucket;
@@ -189,6 +190,9 @@ int machine_power_on(struct machine *machine, void *unused, struct error *err);
 /* machine_create with another beginning than power-on: `begin` brings memory and all parts into their first state. */
 int machine_create_with(struct machine **machine, const struct machine_config *config, int (*begin)(struct machine *machine, void *ctx, struct error *err),
                         void *ctx, struct error *err) __attribute__((warn_unused_result));
+
+/* boot_timer.c: -ENOMEM. */
+int machine_add_boot_timer(struct machine *machine);
 
 /* processor.c: what CPUID and MSRs show. NULL with a message. */
 struct cpuid_table *processor_table(struct cpuid_config *cpuid, const struct processor_config *config, struct error *err);

@@ -5,6 +5,7 @@ import http.client
 import http.server
 import json
 import os
+import re
 import socket
 import subprocess
 import tempfile
@@ -107,10 +108,12 @@ def boot():
         subprocess.run(["truncate", "-s", "32M", disk], check=True)
         subprocess.run(["/sbin/mke2fs", "-q", "-F", "-t", "ext4", disk], check=True)
         files = {"snapshot_path": f"{work}/state", "mem_file_path": f"{work}/memory"}
-        machine, api = serve(f"{work}/socket", "--id", "first", name="first")
+        machine, api = serve(f"{work}/socket", "--id", "first", "--boot-timer", name="first")
         with machine:
             configure(api, work, disk)
             wait_for_shell(machine, BOOT_SECONDS)
+            machine.run("devmem 0xC0000000 8 123")  # as an init would that knows of the boot timer
+            assert re.search(r"Guest-boot-time = +\d+ us", open(f"{work}/log").read())
             use_devices(machine, web.server_port)
             pause(machine, api)
             metrics(api, work)
