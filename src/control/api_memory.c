@@ -1,0 +1,71 @@
+/* Handlers of the API for the balloon of a machine that runs. On the HTTP server's thread. */
+#include <errno.h>
+
+#include "control/api_priv.h"
+
+#define PAGES_PER_MIB 256
+
+/* What GET /vm/config and GET /balloon show follows. */
+static int remember(struct api_request *request, const char *section, const char *name)
+{
+    json_t *configured = api_section(request->api, section);
+    return !configured || json_object_set_new(configured, name, json_integer(api_integer(request->body, name))) == 0 ? 0 : -ENOMEM;
+}
+
+int api_patch_balloon(struct api_request *request, struct error *err)
+{
+    int r = machine_balloon_resize(request->machine, (uint64_t)api_integer(request->body, "amount_mib"), err);
+    return r ? r : remember(request, "balloon", "amount_mib");
+}
+
+static int get_status(struct api_request *request, struct machine_balloon *balloon, struct error *err)
+{
+    int r = machine_balloon_get(request->machine, balloon, err);
+    if (r == 0 && !balloon->statistics)
+        r = error_set(err, -ENODEV, "Statistics for the balloon device are not enabled.");
+    return r;
+}
+
+int api_get_balloon_statistics(struct api_request *request, struct error *err)
+{
+    struct machine_balloon balloon;
+    int r = get_status(request, &balloon, err);
+    if (r)
+        return r;
+    json_t *answer = json_pack("{s:I, s:I, s:I, s:I}", "target_pages", (json_int_t)balloon.target_pages, "actual_pages", (json_int_t)balloon.actual_pages, "target_mib",
+                               (json_int_t)(balloon.target_pages / PAGES_PER_MIB), "actual_mib", (json_int_t)(balloon.actual_pages / PAGES_PER_MIB));
+    for (unsigned tag = 0; tag < MACHINE_BALLOON_STATISTICS; tag++)
+        if (balloon.known[tag])
+            json_object_set_new(answer, machine_balloon_statistic_names[tag], json_integer((json_int_t)(balloon.statistic[tag] & INT64_MAX)));
+    request->answer = answer;
+    return answer ? 0 : -ENOMEM;
+}
+
+int api_patch_balloon_statistics(struct api_request *request, struct error *err)
+{
+    int r = machine_balloon_set_interval(request->machine, (uint32_t)api_integer(request->body, "stats_polling_interval_s"), err);
+    return r ? r : remember(request, "balloon", "stats_polling_interval_s");
+}
+
+int api_start_hinting(struct api_request *request, struct error *err)
+{
+    bool acknowledge = !request->body || !api_has(request->body, "acknowledge_on_stop") || api_flag(request->body, "acknowledge_on_stop");
+    return machine_balloon_hint_start(request->machine, acknowledge, err);
+}
+
+int api_stop_hinting(struct api_request *request, struct error *err)
+{
+    return machine_balloon_hint_stop(request->machine, err);
+}
+
+int api_get_hinting(struct api_request *request, struct error *err)
+{
+    struct machine_balloon balloon;
+    int r = machine_balloon_get(request->machine, &balloon, err);
+    if (r == 0 && !balloon.hinting)
+        r = error_set(err, -ENODEV, "the balloon was made without free page hinting");
+    if (r)
+        return r;
+    request->answer = json_pack("{s:I, s:I}", "host_cmd", (json_int_t)balloon.host_command, "guest_cmd", (json_int_t)balloon.guest_command);
+    return request->answer ? 0 : -ENOMEM;
+}
