@@ -1,4 +1,4 @@
-/* Handlers of the API for the balloon of a machine that runs. On the HTTP server's thread. */
+/* Handlers of the API for the balloon and pluggable memory of a machine that runs. On the HTTP server's thread. */
 #include <errno.h>
 
 #include "control/api_priv.h"
@@ -68,4 +68,26 @@ int api_get_hinting(struct api_request *request, struct error *err)
         return r;
     request->answer = json_pack("{s:I, s:I}", "host_cmd", (json_int_t)balloon.host_command, "guest_cmd", (json_int_t)balloon.guest_command);
     return request->answer ? 0 : -ENOMEM;
+}
+
+/* ---- pluggable memory ---- */
+
+int api_get_memory_hotplug(struct api_request *request, struct error *err)
+{
+    json_t *configured = api_section(request->api, "memory-hotplug");
+    struct machine_memory memory = {0};
+    if (!configured)
+        return error_set(err, -ENODEV, "No such device: memory-hotplug was not configured.");
+    int r = request->machine ? machine_memory_get(request->machine, &memory, err) : 0;
+    if (r)
+        return r;
+    request->answer = json_deep_copy(configured);
+    json_object_set_new(request->answer, "plugged_size_mib", json_integer((json_int_t)memory.plugged_mib));
+    json_object_set_new(request->answer, "requested_size_mib", json_integer((json_int_t)memory.requested_mib));
+    return request->answer ? 0 : -ENOMEM;
+}
+
+int api_patch_memory_hotplug(struct api_request *request, struct error *err)
+{
+    return machine_memory_request(request->machine, (uint64_t)api_integer(request->body, "requested_size_mib"), err);
 }

@@ -68,11 +68,11 @@ int api_check_cpu_config(struct api *api, const json_t *body, struct error *err)
 int api_build_config(struct api *api, struct machine_config *config, struct error *err);
 
 /* api_run.c */
-api_handler api_get_instance, api_get_version, api_put_action, api_patch_vm, api_put_mmds, api_patch_mmds, api_get_mmds, api_get_balloon,
-    api_get_memory_hotplug_configured;
+api_handler api_get_instance, api_get_version, api_put_action, api_patch_vm, api_put_mmds, api_patch_mmds, api_get_mmds, api_get_balloon;
 
 /* api_memory.c */
-api_handler api_patch_balloon, api_get_balloon_statistics, api_patch_balloon_statistics, api_start_hinting, api_stop_hinting, api_get_hinting;
+api_handler api_patch_balloon, api_get_balloon_statistics, api_patch_balloon_statistics, api_start_hinting, api_stop_hinting, api_get_hinting,
+    api_get_memory_hotplug, api_patch_memory_hotplug;
 
 /* api_snapshot.c */
 api_handler api_put_snapshot_create, api_put_snapshot_load;

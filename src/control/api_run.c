@@ -102,13 +102,3 @@ int api_get_balloon(struct api_request *request, struct error *err)
 {
     return get_device(request, "balloon", err);
 }
-
-int api_get_memory_hotplug_configured(struct api_request *request, struct error *err)
-{
-    int r = get_device(request, "memory-hotplug", err);
-    if (r == 0) {
-        json_object_set_new(request->answer, "plugged_size_mib", json_integer(0));
-        json_object_set_new(request->answer, "requested_size_mib", json_integer(0));
-    }
-    return r;
-}

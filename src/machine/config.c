@@ -320,6 +320,7 @@ static const struct {
     {"transport", set_transport},
     {"balloon", config_set_balloon},
     {"pmem", config_set_pmem},
+    {"memory-hotplug", config_set_memory_hotplug},
     {"engine", set_engine},
     {"direct", set_direct},
     {"console", set_console},
@@ -451,6 +452,11 @@ int machine_config_check(const struct machine_config *config, struct error *err)
     if (config->balloon.present && config->balloon.amount_mib > config->memory_bytes >> 20)
         return error_set(err, -EINVAL, "--balloon: %u MiB is more than the guest's memory (%llu MiB)", config->balloon.amount_mib,
                          (unsigned long long)(config->memory_bytes >> 20));
+    const struct memory_hotplug_config *hotplug = &config->memory_hotplug;
+    bool blocks_ok = hotplug->block_mib >= 2 && !(hotplug->block_mib & (hotplug->block_mib - 1));
+    if (hotplug->present && (!blocks_ok || hotplug->slot_mib < 128 || hotplug->slot_mib % hotplug->block_mib || !hotplug->total_mib ||
+                             hotplug->total_mib % hotplug->slot_mib || hotplug->total_mib > CONFIG_MEMORY_MAX_BYTES >> 20))
+        return error_set(err, -EINVAL, "--memory-hotplug: total must be whole slots (128M or more), a slot whole blocks, and a block a power of two from 2M");
     unsigned roots = 0;
     for (unsigned i = 0; i < config->disk_count; i++)
         roots += config->disk[i].root;

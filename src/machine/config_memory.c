@@ -84,3 +84,31 @@ int config_set_balloon(struct machine_config *config, const char *key, const cha
         config->balloon = balloon;
     return r;
 }
+
+/* total=SIZE[,slot=SIZE][,block=SIZE] */
+int config_set_memory_hotplug(struct machine_config *config, const char *key, const char *value, struct error *err)
+{
+    struct memory_hotplug_config memory = {.present = true, .slot_mib = 128, .block_mib = 2};
+    const struct {
+        const char *name;
+        uint64_t *mebibytes;
+    } sizes[] = {{"total=", &memory.total_mib}, {"slot=", &memory.slot_mib}, {"block=", &memory.block_mib}};
+    char *text = strdup(value), *rest = text;
+    int r = text ? 0 : error_set(err, -ENOMEM, "out of memory");
+    for (char *word; r == 0 && (word = strsep(&rest, ","));) {
+        uint64_t bytes, *field = NULL;
+        for (size_t n = 0; n < sizeof sizes / sizeof *sizes; n++) {
+            size_t length = strlen(sizes[n].name);
+            if (strncmp(word, sizes[n].name, length) == 0 && !parse_size(word + length, &bytes) && bytes % (1u << 20) == 0)
+                field = sizes[n].mebibytes;
+        }
+        if (field)
+            *field = bytes >> 20;
+        else
+            r = error_set(err, -EINVAL, "--%s: \"%s\" is not one of total=SIZE, slot=SIZE, block=SIZE, in whole MiB", key, word);
+    }
+    free(text);
+    if (r == 0)
+        config->memory_hotplug = memory;
+    return r;
+}

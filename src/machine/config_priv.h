@@ -16,6 +16,7 @@ int config_set_share(struct machine_config *config, const char *key, const char 
 int config_set_vsock(struct machine_config *config, const char *key, const char *value, struct error *err);
 int config_set_net(struct machine_config *config, const char *key, const char *value, struct error *err);
 /* config_memory.c */
+int config_set_memory_hotplug(struct machine_config *config, const char *key, const char *value, struct error *err);
 int config_set_pmem(struct machine_config *config, const char *key, const char *value, struct error *err);
 int config_set_balloon(struct machine_config *config, const char *key, const char *value, struct error *err);
 

@@ -609,6 +609,8 @@ int machine_create_with(struct machine **out, const struct machine_config *confi
     if (r == 0)
         r = create_engine(machine, err);
     if (r == 0)
+        r = machine_check_memory(machine, err);
+    if (r == 0)
         r = begin(machine, ctx, err);
     if (r == 0)
         r = create_consoles(machine, err); /* last: the terminal goes raw only when all else is well */

@@ -137,6 +137,13 @@ int machine_balloon_set_interval(struct machine *machine, uint32_t seconds, stru
 int machine_balloon_hint_start(struct machine *machine, bool acknowledge, struct error *err) __attribute__((warn_unused_result));
 int machine_balloon_hint_stop(struct machine *machine, struct error *err) __attribute__((warn_unused_result));
 
+/* Memory that is plugged while the machine runs (machine_memory.c). From any thread. -ENODEV: there is none; -EINVAL: too much, or no whole blocks. */
+struct machine_memory {
+    uint64_t plugged_mib, requested_mib;
+};
+int machine_memory_get(struct machine *machine, struct machine_memory *memory, struct error *err) __attribute__((warn_unused_result));
+int machine_memory_request(struct machine *machine, uint64_t mebibytes, struct error *err) __attribute__((warn_unused_result));
+
 /*
  * Snapshots: a state file (configuration, every part, processors) and a memory file (RAM as it is, sparse: pages of zeroes are holes).
  * Both replace what was there at once, when they are complete. A running guest stands still while they are written, a paused one stays paused.

@@ -1,7 +1,7 @@
 /*
  * The machine's memory, and the devices that bring or take some of it. Files of persistent memory are opened twice: by the block layer, which locks and flushes them,
  * and for mapping.
- * Threading: making them has none.
+ * Threading: making them has none; machine_memory_* from any thread, and they take the device lock.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "device/virtio_balloon.h"
+#include "device/virtio_mem.h"
 #include "device/virtio_pmem.h"
 #include "machine/machine_priv.h"
 #include "util/log.h"
@@ -42,6 +43,10 @@ int machine_create_memory(struct machine *machine, struct error *err)
     struct physmap_file file[PHYSMAP_FILES_MAX];
     struct physmap_config memory = {.ram_bytes = config->memory_bytes, .file = file};
     int r = 0;
+    if (config->memory_hotplug.present) {
+        memory.plug_bytes = config->memory_hotplug.total_mib << 20;
+        memory.block_bytes = config->memory_hotplug.block_mib << 20;
+    }
     for (unsigned i = 0; r == 0 && i < config->pmem_count; i++) {
         file[i].fd = -1;
         memory.file_count++;
@@ -53,6 +58,16 @@ int machine_create_memory(struct machine *machine, struct error *err)
         if (file[i].fd >= 0)
             close(file[i].fd);
     return r;
+}
+
+int machine_check_memory(const struct machine *machine, struct error *err)
+{
+    unsigned bits = cpuid_physical_address_bits(machine->cpuid);
+    gpa_t end = physmap_end(machine->memory);
+    if ((end - 1) >> bits)
+        return error_set(err, -E2BIG, "memory, pluggable and persistent memory included, would end at %llu GiB, and the processor has %u address bits",
+                         (unsigned long long)(end >> 30), bits);
+    return 0;
 }
 
 void machine_close_pmems(struct machine *machine)
@@ -82,13 +97,65 @@ static int create_pmem(struct machine *machine, unsigned index, struct error *er
     return machine_add_device(machine, "virtio-pmem", &config, NULL, err);
 }
 
+static int create_pluggable(struct machine *machine, struct error *err)
+{
+    const struct memory_hotplug_config *memory = &machine->config->memory_hotplug;
+    struct virtio_mem_config config = {.start = physmap_plug_base(machine->memory),
+                                       .region_bytes = memory->total_mib << 20,
+                                       .block_bytes = memory->block_mib << 20,
+                                       .unplug = machine_want_unplug,
+                                       .ctx = machine,
+                                       .slot = machine_spare_slot(machine)};
+    return machine_add_device(machine, "virtio-mem", &config, &machine->pluggable, err);
+}
+
 int machine_create_memory_devices(struct machine *machine, struct error *err)
 {
     int r = machine->config->balloon.present ? create_balloon(machine, err) : 0;
+    if (r == 0 && machine->config->memory_hotplug.present)
+        r = create_pluggable(machine, err);
     for (unsigned i = 0; r == 0 && i < machine->config->pmem_count; i++) {
         r = create_pmem(machine, i, err);
         if (r == 0)
             machine_name_device(machine, "pmem", machine->config->pmem[i].id);
     }
     return r;
+}
+
+/* ---- pluggable memory at run time ---- */
+
+void machine_unplug(struct machine *machine)
+{
+    bool changed = machine->pluggable && virtio_mem_unplug(machine->pluggable);
+    for (unsigned i = 0; changed && i < machine->cpu_count; i++)
+        machine->engine_ops->state_changed(machine->vcpu[i].vcpu);
+}
+
+int machine_memory_get(struct machine *machine, struct machine_memory *memory, struct error *err)
+{
+    struct virtio_mem_status status;
+    if (!machine->pluggable)
+        return error_set(err, -ENODEV, "the virtual machine has no memory that can be plugged");
+    pthread_mutex_lock(&machine->device_lock);
+    virtio_mem_status(machine->pluggable, &status);
+    pthread_mutex_unlock(&machine->device_lock);
+    *memory = (struct machine_memory){.plugged_mib = status.plugged_bytes >> 20, .requested_mib = status.requested_bytes >> 20};
+    return 0;
+}
+
+int machine_memory_request(struct machine *machine, uint64_t mebibytes, struct error *err)
+{
+    const struct memory_hotplug_config *memory = &machine->config->memory_hotplug;
+    if (!machine->pluggable)
+        return error_set(err, -ENODEV, "the virtual machine has no memory that can be plugged");
+    if (mebibytes > memory->total_mib)
+        return error_set(err, -EINVAL, "%llu MiB of plugged memory are more than can be had (%llu MiB)", (unsigned long long)mebibytes,
+                         (unsigned long long)memory->total_mib);
+    if (mebibytes % memory->block_mib)
+        return error_set(err, -EINVAL, "%llu MiB of plugged memory are no whole blocks of %llu MiB", (unsigned long long)mebibytes,
+                         (unsigned long long)memory->block_mib);
+    pthread_mutex_lock(&machine->device_lock);
+    virtio_mem_request(machine->pluggable, mebibytes << 20);
+    pthread_mutex_unlock(&machine->device_lock);
+    return 0;
 }

@@ -114,7 +114,7 @@ struct machine {
     uint64_t serial_written, serial_read, serial_dropped; /* bytes; device lock */
     struct console *serial_console, *virtio_console_backend, *debug_console;
     struct token_bucket serial_bucket;
-    struct device *virtio_console, *balloon; /* NULL: none */
+    struct device *virtio_console, *balloon, *pluggable; /* NULL: none */
     struct block *pmem[CONFIG_PMEMS_MAX];
     struct machine_disk disk[CONFIG_DISKS_MAX];   /* as own_config.disk */
     struct machine_device *net[CONFIG_NETS_MAX];  /* as own_config.net; NULL: none */
@@ -143,7 +143,7 @@ struct machine {
     pthread_mutex_t run_lock;
     pthread_cond_t run_changed;
     enum machine_end end;
-    bool started, paused, reset_wanted;
+    bool started, paused, reset_wanted, unplug_wanted;
     struct machine_call *call; /* to be made while everything stands still */
     bool still_due;            /* still_timer was armed for a reset or a call */
     struct loop_timer *still_timer;
@@ -169,8 +169,10 @@ int machine_spare_slot(const struct machine *machine);
 
 /* machine_memory.c: RAM and files of persistent memory, and the devices about memory. */
 int machine_create_memory(struct machine *machine, struct error *err);
+int machine_check_memory(const struct machine *machine, struct error *err); /* with the processors known */
 int machine_create_memory_devices(struct machine *machine, struct error *err);
 void machine_close_pmems(struct machine *machine);
+void machine_unplug(struct machine *machine); /* what the driver of pluggable memory waits for. Everything stands still, device lock held */
 
 /* *out stays until machine_drop_device. `rank`: see machine_part. */
 int machine_make_device(struct machine *machine, const char *class_name, unsigned rank, const void *config, struct machine_device **out, struct error *err);
@@ -215,6 +217,7 @@ bool machine_enter_sandbox(struct machine *machine, unsigned kind);
 
 /* still.c */
 void machine_still(void *machine); /* still_timer's */
+void machine_want_unplug(void *machine); /* machine_unplug, soon. Any thread, also with the device lock */
 void machine_park(struct vcpu_thread *cpu); /* on the vCPU's thread, after REQUEST_PARK */
 /*
  * Runs `run` on the loop's thread, with the device lock, every vCPU parked and nothing in flight; the machine goes on afterwards as it was, running or paused.

@@ -1,7 +1,7 @@
 /*
  * A machine that stands still: pausing, resetting, and whatever else needs every vCPU parked and nothing in flight.
  *
- * Who wants it says so under the run lock (paused, reset_wanted, call) and asks all vCPUs to park. While one of the three holds, they wait in machine_park. With the
+ * Who wants it says so under the run lock (paused, reset_wanted, unplug_wanted, call) and asks all vCPUs to park. While one of them holds, they wait in machine_park. With the
  * last one in, a wanted reset or call runs on the loop's thread, with the device lock, once no device has a request in flight; so neither a vCPU nor a
  * back end touches guest memory meanwhile. The end of the machine lets everybody go: vCPUs then see REQUEST_STOP and run nothing more.
  */
@@ -38,7 +38,7 @@ void machine_still(void *ctx)
     struct machine *machine = ctx;
     bool quiet = machine_quiesce(machine);
     pthread_mutex_lock(&machine->run_lock);
-    bool ended = machine->end != MACHINE_RUNNING, reset = machine->reset_wanted;
+    bool ended = machine->end != MACHINE_RUNNING, reset = machine->reset_wanted, unplug = machine->unplug_wanted;
     struct machine_call *call = machine->call;
     if (!ended && !quiet) {
         loop_timer_arm(machine->still_timer, loop_now_ns() + STILL_RETRY_NS);
@@ -52,6 +52,8 @@ void machine_still(void *ctx)
         return;
     if (reset)
         reset_all(machine);
+    if (unplug)
+        machine_unplug(machine);
     if (call)
         call->result = call->run(machine, call->ctx, call->err);
 
@@ -59,6 +61,8 @@ void machine_still(void *ctx)
     machine->still_due = false;
     if (reset)
         machine->reset_wanted = false;
+    if (unplug)
+        machine->unplug_wanted = false;
     if (call) {
         call->running = false;
         call->done = true;
@@ -68,14 +72,19 @@ void machine_still(void *ctx)
     pthread_mutex_unlock(&machine->run_lock);
 }
 
+static bool machine_has_work(const struct machine *machine)
+{
+    return machine->reset_wanted || machine->unplug_wanted || machine->call;
+}
+
 void machine_park(struct vcpu_thread *cpu)
 {
     struct machine *machine = cpu->machine;
     pthread_mutex_lock(&machine->run_lock);
     machine->parked_count++;
     pthread_cond_broadcast(&machine->run_changed);
-    while ((machine->reset_wanted || machine->call || machine->paused) && machine->end == MACHINE_RUNNING) {
-        if ((machine->reset_wanted || machine->call) && !machine->still_due && machine->parked_count == machine->cpu_count) {
+    while ((machine_has_work(machine) || machine->paused) && machine->end == MACHINE_RUNNING) {
+        if (machine_has_work(machine) && !machine->still_due && machine->parked_count == machine->cpu_count) {
             machine->still_due = true;
             loop_timer_arm(machine->still_timer, loop_now_ns());
         }
@@ -117,6 +126,16 @@ void machine_reset(struct machine *machine)
     }
     pthread_mutex_lock(&machine->run_lock);
     machine->reset_wanted = true;
+    pthread_cond_broadcast(&machine->run_changed);
+    vcpu_threads_request(machine, REQUEST_PARK);
+    pthread_mutex_unlock(&machine->run_lock);
+}
+
+void machine_want_unplug(void *ctx)
+{
+    struct machine *machine = ctx;
+    pthread_mutex_lock(&machine->run_lock);
+    machine->unplug_wanted = true;
     pthread_cond_broadcast(&machine->run_changed);
     vcpu_threads_request(machine, REQUEST_PARK);
     pthread_mutex_unlock(&machine->run_lock);

@@ -27,6 +27,15 @@ static int answer_balloon(struct machine *machine, FILE *out, struct error *err)
     return 0;
 }
 
+static int answer_memory(struct machine *machine, FILE *out, struct error *err)
+{
+    struct machine_memory memory;
+    int r = machine_memory_get(machine, &memory, err);
+    if (r == 0)
+        fprintf(out, "ok plugged=%" PRIu64 " requested=%" PRIu64 "\n", memory.plugged_mib, memory.requested_mib);
+    return r;
+}
+
 static void obey(struct machine *machine, const char *line, FILE *out)
 {
     struct error err = {0};
@@ -38,6 +47,10 @@ static void obey(struct machine *machine, const char *line, FILE *out)
         fprintf(out, "ok bytes=%" PRIu64 "\n", physmap_resident_bytes(machine->memory));
     else if (strcmp(word, "balloon") == 0)
         r = answer_balloon(machine, out, &err);
+    else if (strcmp(word, "memory") == 0)
+        r = answer_memory(machine, out, &err);
+    else if (strcmp(word, "request") == 0 && !(r = machine_memory_request(machine, number, &err)))
+        fprintf(out, "ok\n");
     else if (strcmp(word, "inflate") == 0 && !(r = machine_balloon_resize(machine, number, &err)))
         fprintf(out, "ok\n");
     else if (strcmp(word, "interval") == 0 && !(r = machine_balloon_set_interval(machine, (uint32_t)number, &err)))

@@ -196,5 +196,42 @@ def pmem():
             assert file.read(16) == b"0123456789abcdef"
 
 
+def total(vm):
+    """The guest's memory in MiB."""
+    return int(re.search(r"MemTotal: +(\d+)", vm.run("cat /proc/meminfo")).group(1)) / 1024
+
+
+def hotplug():
+    with MemoryGuest(["virtio_mem"], "--memory", "256M", "--cpus", "2", "--memory-hotplug", "total=1G", append="memhp_default_state=online_movable") as vm:
+        vm.boot()
+        before = total(vm)
+        assert vm.command("memory") == {"plugged": 0, "requested": 0}
+        vm.command("request 512")
+        vm.until("it is plugged", lambda: vm.command("memory")["plugged"] == 512)
+        vm.until("it is the guest's", lambda: abs(total(vm) - before - 512) < 40)
+        vm.run("/extra/churn 2 500 2", 90)
+        full = vm.resident()
+        vm.command("request 128")
+        vm.until("it is unplugged", lambda: vm.command("memory")["plugged"] == 128, 90)
+        print(f"resident: {full:.0f} MiB with 512 MiB plugged, {vm.resident():.0f} MiB with 128 MiB")
+        assert full > 470 and vm.resident() < full - 200, "memory did not come back"
+        assert abs(total(vm) - before - 128) < 40
+        # Memory is plugged and unplugged while programs use it and their code moves.
+        vm.type("/extra/churn 8 150 3; echo done''.\n")
+        for size in (600, 192, 1024, 256, 400, 64, 512, 256):
+            vm.command(f"request {size}")
+            vm.until("it follows", lambda: abs(vm.command("memory")["plugged"] - size) <= 128, 60)
+        vm.expect(r"churn: ok\r*\n", 90)
+        vm.expect(r"done\.", 10)
+        for command in ("request 1025", "request 1026", "request 3"):
+            vm.control.sendall(command.encode() + b"\n")
+            assert vm.replies.readline().startswith("error"), command
+        vm.type("echo b > /proc/sysrq-trigger\n")  # after a reset nothing is plugged, whatever was asked for before stays asked for
+        vm.expect(r"poweroff +\(or Ctrl-A x", guest.BOOT_SECONDS)
+        assert vm.command("memory") == {"plugged": 0, "requested": 256}
+        vm.expect(r"# ", 30)
+        vm.power_off()
+
+
 if __name__ == "__main__":
-    guest.main({"balloon": balloon, "reporting": reporting, "hinting": hinting, "pmem": pmem})
+    guest.main({"balloon": balloon, "reporting": reporting, "hinting": hinting, "pmem": pmem, "hotplug": hotplug})

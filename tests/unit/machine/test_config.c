@@ -69,7 +69,8 @@ static void memory_options(void **state)
     } wrong[] = {
         {"balloon", ""}, {"balloon", "1K"}, {"balloon", "999999G"}, {"balloon", "64,report"}, {"balloon", "64,stats"}, {"balloon", "64,stats=x"},
         {"balloon", "64,stats=99999999999999999999"}, {"balloon", "64,"}, {"balloon", "64,reporting=maybe"},
-        {"pmem", ""}, {"pmem", ",readonly"}, {"pmem", "a,writable"}, {"pmem", "a,id="},
+        {"pmem", ""}, {"pmem", ",readonly"}, {"pmem", "a,writable"}, {"pmem", "a,id="}, {"memory-hotplug", ""}, {"memory-hotplug", "1G"},
+        {"memory-hotplug", "total=1K"}, {"memory-hotplug", "total=1G,size=1G"},
     };
     struct machine_config config;
     struct error err = {0};
@@ -88,6 +89,15 @@ static void memory_options(void **state)
     assert_non_null(strstr(err.text, "more than the guest's memory"));
     assert_int_equal(machine_config_set(&config, "balloon", "0,reporting=off", &err), 0);
     assert_false(config.balloon.reporting || config.balloon.hinting);
+    static const char *const unfit[] = {"total=0", "total=64M", "total=1G,block=3M", "total=1G,block=1M", "total=1G,slot=64M", "total=512G", "total=1G,slot=130M,block=4M"};
+    for (size_t n = 0; n < sizeof unfit / sizeof *unfit; n++) {
+        assert_int_equal(machine_config_set(&config, "memory-hotplug", unfit[n], &err), 0);
+        assert_int_equal(machine_config_check(&config, &err), -EINVAL);
+        assert_non_null(strstr(err.text, "memory-hotplug"));
+    }
+    assert_int_equal(machine_config_set(&config, "memory-hotplug", "total=1G,block=4M", &err), 0);
+    assert_int_equal(config.memory_hotplug.total_mib, 1024);
+    assert_int_equal(config.memory_hotplug.block_mib, 4);
     assert_int_equal(machine_config_set(&config, "pmem", "a,,b,readonly,root,id=x", &err), 0);
     assert_int_equal(machine_config_set(&config, "pmem", "c", &err), 0);
     assert_string_equal(config.pmem[0].path, "a,b");
