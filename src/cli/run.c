@@ -268,8 +268,7 @@ static void open_control(struct run *run)
 
 static int start_machine(struct run *run, struct error *err)
 {
-    if (run->control)
-        vm_control_attach(run->control, run->machine, &run->config);
+    vm_control_attach(run->control, run->machine, &run->config);
     if (run->server) {
         int r = http_server_start(run->server, err);
         if (r)
@@ -315,8 +314,7 @@ int run_vm(struct run *run)
         if (run->config.stats)
             machine_stats(run->machine, stderr);
     }
-    if (run->control)
-        vm_control_detach(run->control);
+    vm_control_detach(run->control, true);
     http_server_destroy(run->server);
     machine_destroy(run->machine);
     vm_control_destroy(run->control, end, status, run->supervisor.pid || (run->keep && (ran || run->name)));

@@ -13,6 +13,7 @@
 
 #include "cli/cli.h"
 #include "control/api.h"
+#include "control/vm_control.h"
 #include "doppel/doppel.h"
 #include "util/log.h"
 
@@ -22,6 +23,7 @@ enum { SERVE_OK = 0, SERVE_ERROR = 1, SERVE_BAD_CONFIGURATION = 152, SERVE_BAD_A
 #define COMPATIBLE_NAME "firecracker"
 #define COMPATIBLE_SOCKET "/run/firecracker.socket"
 #define ID_BYTES_MAX 64
+#define DEFAULT_ID "anonymous-instance"
 
 struct serve {
     /* What the options say. */
@@ -30,7 +32,9 @@ struct serve {
     bool no_api, show_level, show_origin, boot_timer, pci, no_seccomp, version, snapshot_version, help;
 
     struct api *api;
-    struct http_server *server;
+    struct vm_control *control; /* NULL: not listed by doppel ps */
+    struct http_server *server, *own_server; /* for tools; in the directory of virtual machines */
+    enum machine_end end;
     atomic_bool over; /* the signals' thread is to end */
 };
 
@@ -189,7 +193,36 @@ static int open_server(struct serve *serve, size_t body_bytes_max, struct error 
 {
     struct http_options http = {.path = serve->api_sock, .body_bytes_max = body_bytes_max, .answered = api_answered, .answered_ctx = serve->api};
     int r = http_server_create(&serve->server, &http, err);
-    return r ? r : http_server_add_routes(serve->server, api_routes, serve->api);
+    if (r == 0)
+        r = http_server_add_routes(serve->server, api_routes, serve->api);
+    return r || !serve->control ? r : vm_control_add_routes(serve->control, serve->server);
+}
+
+/* A place in the directory of virtual machines, under the id. Without it the API works all the same. */
+static void open_control(struct serve *serve)
+{
+    struct error err = {0};
+    struct instance *instance;
+    int listen_fd = -1;
+    bool named = strcmp(serve->id, DEFAULT_ID) != 0 && instance_name_valid(serve->id);
+    json_t *vm = json_pack("{s:b, s:b, s:s, s:s?}", "detached", 0, "passing", 1, "version", doppel_version(), "api_sock", serve->api_sock);
+    int r = vm ? instance_create(&instance, named ? serve->id : NULL, vm, &err) : error_set(&err, -EINVAL, "--api-sock is not UTF-8");
+    json_decref(vm);
+    if (r == 0) {
+        r = listen_fd = instance_listen(instance, "api.sock", &err);
+        if (r >= 0)
+            r = vm_control_create(&serve->control, &(struct vm_control_options){.instance = instance}, &err);
+        if (r)
+            instance_close(instance, false);
+    }
+    if (r == 0)
+        r = http_server_create(&serve->own_server, &(struct http_options){.listen_fd = listen_fd}, &err);
+    if (r == 0)
+        r = vm_control_add_routes(serve->control, serve->own_server);
+    if (r == 0)
+        r = http_server_start(serve->own_server, &err);
+    if (r)
+        log_warning("doppel's commands do not reach this virtual machine: %s", err.text);
 }
 
 /* Everything up to waiting; an exit status when something is wrong. */
@@ -202,6 +235,8 @@ static int start(struct serve *serve, struct error *err)
         number(serve->parent_us, "parent-cpu-time-us", &api.parent_cpu_time_us))
         return SERVE_BAD_ARGUMENTS;
     api.mmds_bytes_max = mmds_max ? mmds_max : body_max;
+    open_control(serve);
+    api.control = serve->control;
     if (api_create(&serve->api, &api, err))
         return SERVE_ERROR;
     if (configure_log(serve, err))
@@ -222,7 +257,7 @@ static int wait_for_end(struct serve *serve)
     pthread_t signals;
     if (pthread_create(&signals, NULL, signal_main, serve))
         return complain(SERVE_ERROR, "cannot start a thread: too little memory, or too many of them (ulimit -u)");
-    enum machine_end end = api_wait(serve->api);
+    enum machine_end end = serve->end = api_wait(serve->api);
     atomic_store(&serve->over, true);
     pthread_kill(signals, SIGUSR2);
     pthread_join(signals, NULL);
@@ -233,7 +268,7 @@ int serve_main(int argc, char **argv)
 {
     const char *name = strrchr(argv[0], '/');
     bool compatible = strcmp(name ? name + 1 : argv[0], COMPATIBLE_NAME) == 0;
-    struct serve serve = {.id = (char[]){"anonymous-instance"}};
+    struct serve serve = {.id = (char[]){DEFAULT_ID}};
     struct error err = {0};
     int status = parse(&serve, argc, argv);
     if (status)
@@ -263,7 +298,10 @@ int serve_main(int argc, char **argv)
         status = wait_for_end(&serve);
     else if (err.text[0])
         complain(status, err.text);
+    vm_control_detach(serve.control, true);
     http_server_destroy(serve.server);
+    http_server_destroy(serve.own_server);
     api_destroy(serve.api);
+    vm_control_destroy(serve.control, serve.end ? serve.end : MACHINE_STOPPED, status, false);
     return status;
 }

@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "control/api_priv.h"
+#include "control/vm_control.h"
 #include "util/log.h"
 
 /* ---- one call ---- */
@@ -201,9 +202,12 @@ int api_start(struct api *api, struct error *err)
     if (r == 0)
         r = machine_create(&machine, &api->config, err);
     if (r == 0) {
+        vm_control_attach(api->options.control, machine, &api->config);
         r = machine_start(machine, err);
-        if (r)
+        if (r) {
+            vm_control_detach(api->options.control, false);
             machine_destroy(machine);
+        }
     }
     if (r) {
         machine_config_clear(&api->config); /* as if nothing had been asked */

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "control/api_priv.h"
+#include "control/vm_control.h"
 #include "util/loop.h"
 
 int api_put_snapshot_create(struct api_request *request, struct error *err)
@@ -242,9 +243,12 @@ int api_put_snapshot_load(struct api_request *request, struct error *err)
         r = machine_snapshot_load(&machine, &api->config, &files, err);
     if (r == 0 && !api_flag(request->body, "resume_vm"))
         r = machine_pause(machine, err); /* not started yet: it will start so */
-    if (r == 0)
+    if (r == 0) {
+        vm_control_attach(api->options.control, machine, &api->config);
         r = machine_start(machine, err);
+    }
     if (r) {
+        vm_control_detach(api->options.control, false);
         machine_destroy(machine);
         machine_config_clear(&api->config);
         json_decref(configuration);

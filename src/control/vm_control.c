@@ -220,6 +220,8 @@ static void plug(void *ctx)
 
 void vm_control_attach(struct vm_control *control, struct machine *machine, const struct machine_config *config)
 {
+    if (!control)
+        return;
     machine_observe(machine, &(struct machine_observer){.event = on_event, .ctx = control});
     machine_console_tap(machine, vm_console_tap(control->console));
     pthread_rwlock_wrlock(&control->machine_lock);
@@ -270,8 +272,10 @@ static void say_farewell(struct vm_control *control)
     vm_streams_end(&control->streams);
 }
 
-void vm_control_detach(struct vm_control *control)
+void vm_control_detach(struct vm_control *control, bool over)
 {
+    if (!control)
+        return;
     pthread_rwlock_wrlock(&control->machine_lock);
     struct machine *machine = control->machine;
     control->machine = NULL;
@@ -280,7 +284,8 @@ void vm_control_detach(struct vm_control *control)
         machine_observe(machine, NULL);
         machine_console_tap(machine, NULL);
     }
-    run_on_loop(control, say_farewell);
+    if (over)
+        run_on_loop(control, say_farewell);
 }
 
 /* ---- life ---- */

@@ -6,7 +6,7 @@
  *     vm_control_add_routes(control, server, err);        server: control/http.h
  *     vm_control_attach(control, machine, &config);       before machine_start
  *     ... machine_wait ...
- *     vm_control_detach(control);                         before machine_destroy
+ *     vm_control_detach(control, true);                   before machine_destroy
  *     http_server_destroy(server);
  *     vm_control_destroy(control, ...);
  *
@@ -30,11 +30,12 @@ struct vm_control_options {
 
 int vm_control_create(struct vm_control **control, const struct vm_control_options *options, struct error *err) __attribute__((warn_unused_result));
 int vm_control_add_routes(struct vm_control *control, struct http_server *server) __attribute__((warn_unused_result));
-/* `config` is what the machine was made from. */
+/* `config` is what the machine was made from. `control` NULL: nothing. */
 void vm_control_attach(struct vm_control *control, struct machine *machine, const struct machine_config *config);
-/* Returns when everything that has happened so far is written where others see it. NULL: at once. */
+/* Returns when everything that has happened so far is written where others see it. */
 void vm_control_sync(struct vm_control *control);
-void vm_control_detach(struct vm_control *control);
+/* `over`: there will be no other machine; streams end when they have told the end. NULL: at once. */
+void vm_control_detach(struct vm_control *control, bool over);
 /* After the server's end. Writes how it ended, with the exit status; `keep`: its directory stays. */
 void vm_control_destroy(struct vm_control *control, enum machine_end end, int status, bool keep);
 

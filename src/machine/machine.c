@@ -661,6 +661,8 @@ int machine_start(struct machine *machine, struct error *err)
         log_info("engine %s (auto): %s", machine->engine_ops->name, machine->engine_reason);
     loop_post(machine->loop, first_input, machine);
     machine_tell(machine, MACHINE_EVENT_STARTED, machine->engine_ops->name);
+    if (machine_is_paused(machine))
+        machine_tell(machine, MACHINE_EVENT_PAUSED, NULL);
     return vcpu_threads_start(machine, err);
 }
 

@@ -158,7 +158,7 @@ void machine_stop(struct machine *machine, enum machine_end end)
 int machine_pause(struct machine *machine, struct error *err)
 {
     pthread_mutex_lock(&machine->run_lock);
-    bool already = machine->paused;
+    bool already = machine->paused || !machine->started;
     machine->paused = true;
     vcpu_threads_request(machine, REQUEST_PARK);
     while (machine->started && machine->paused && machine->end == MACHINE_RUNNING &&

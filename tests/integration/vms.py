@@ -446,6 +446,38 @@ def watching():
         assert len(run("events").splitlines()) == 4 and len(run("events", "idle").splitlines()) == 2
 
 
+def serve():
+    """A machine behind the API of other tools is one of the directory's, before its start and after."""
+    with runtime() as folder:
+        server = subprocess.Popen([doppel, "serve", "--api-sock", "tool.sock", "--id", "tool", "--engine", "interp"], stdin=subprocess.DEVNULL,
+                                  stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        wait_for("start", lambda: state("tool") == "starting" and os.path.exists("tool.sock"))
+        run("pause", "tool", status=1)
+        assert "not been started" in run.errors
+        connection = Connection("tool")
+        connection.path = f"{folder}/tool.sock"
+
+        def request(method, path, body=None):
+            connection.request(method, path, json.dumps(body) if body else None)
+            answer = connection.getresponse()
+            text = answer.read().decode()
+            assert answer.status in (200, 204), f"{method} {path}: {answer.status} {text}"
+            return json.loads(text) if text else None
+        request("PUT", "/boot-source", {"kernel_image_path": kernel(small_guests.say("tool") + small_guests.HALT)})
+        request("PUT", "/actions", {"action_type": "InstanceStart"})
+        wait_for("console", lambda: run("logs", "tool") == "tool")
+        assert state("tool") == "running" and request("GET", "/doppel/v1/vm")["state"] == "running"
+        run("pause", "tool")
+        assert request("GET", "/")["state"] == "Paused" and state("tool") == "paused"
+        run("restart", "tool", status=1)
+        request("PATCH", "/vm", {"state": "Resumed"})
+        wait_for("resume", lambda: state("tool") == "running")
+        assert [json.loads(line)["event"] for line in run("events", "--json", "tool").splitlines()] == ["started", "paused", "resumed"]
+        run("kill", "tool")
+        assert server.wait(LIMIT) == 0 and not vms(), server.stderr.read()
+        server.stderr.close()
+
+
 def many():
     """Several started at once: each runs, each under its own name."""
     count = 12
@@ -469,7 +501,7 @@ def many():
         assert sorted(racer.wait(2 * LIMIT) for racer in racers) == [0, 2, 2, 2, 2, 2]
 
 
-scenarios = {scenario.__name__: scenario for scenario in (names, life, crash, restart, console, api, watching, many)}
+scenarios = {scenario.__name__: scenario for scenario in (names, life, crash, restart, console, api, watching, serve, many)}
 
 
 def main():
