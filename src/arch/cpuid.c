@@ -21,7 +21,7 @@
 
 #define TABLE_ENTRIES 160
 #define BIT(n) (1u << (n))
-#define ANY_SUBLEAF (~0u)
+#define ANY_SUBLEAF CPUID_ANY_SUBLEAF
 
 struct entry {
     uint32_t leaf, subleaf;
@@ -387,6 +387,8 @@ static const struct {
     {0xD, 0, .eax = true, .edx = true},
     {0xD, 1, .eax = true},
     {0x80000001, ANY_SUBLEAF, .ecx = true, .edx = true},
+    {0x80000008, ANY_SUBLEAF, .ebx = true},
+    {0x80000021, ANY_SUBLEAF, .eax = true},
 };
 
 static bool is_feature_register(const struct entry *entry, unsigned reg)
@@ -452,6 +454,46 @@ int cpuid_table_seal(struct cpuid_table *t, struct error *err)
     if (!(find(t, 0x80000001, 0)->edx & BIT(20)))
         t->efer &= ~(uint64_t)EFER_NXE;
     return 0;
+}
+
+static struct cpuid_regs *feature_entry(struct cpuid_table *t, unsigned n)
+{
+    for (unsigned i = 0; i < t->count; i++)
+        if (t->entries[i].leaf == feature_leaves[n].leaf && t->entries[i].subleaf == feature_leaves[n].subleaf)
+            return &t->entries[i].regs;
+    return NULL;
+}
+
+/* The XSAVE leaves follow XCR0, and XCR0 the feature. */
+static void limit_xsave(struct cpuid_table *t)
+{
+    const struct cpuid_regs *sizes = find(t, 0xD, 0);
+    bool offered = find(t, 1, 0)->ecx & L1_ECX_XSAVE;
+    unsigned kept = 0;
+    t->xcr0 &= offered && sizes ? sizes->eax | (uint64_t)sizes->edx << 32 : 0;
+    for (unsigned n = 0; n < t->count; n++) {
+        const struct entry *e = &t->entries[n];
+        bool gone = e->leaf == 0xD && (!t->xcr0 || (e->subleaf >= 2 && !(t->xcr0 >> e->subleaf & 1)));
+        if (!gone)
+            t->entries[kept++] = *e;
+    }
+    t->count = kept;
+}
+
+int cpuid_limit(struct cpuid_table *t, struct cpuid_regs (*allowed)(void *ctx, uint32_t leaf, uint32_t subleaf), void *ctx, struct error *err)
+{
+    for (unsigned n = 0; n < sizeof(feature_leaves) / sizeof(feature_leaves[0]); n++) {
+        struct cpuid_regs *r = feature_entry(t, n);
+        if (!r)
+            continue;
+        struct cpuid_regs most = allowed(ctx, feature_leaves[n].leaf, feature_leaves[n].subleaf == ANY_SUBLEAF ? 0 : feature_leaves[n].subleaf);
+        r->eax &= feature_leaves[n].eax ? most.eax : ~0u;
+        r->ebx &= feature_leaves[n].ebx ? most.ebx : ~0u;
+        r->ecx &= feature_leaves[n].ecx ? most.ecx : ~0u;
+        r->edx &= feature_leaves[n].edx ? most.edx : ~0u;
+    }
+    limit_xsave(t);
+    return cpuid_table_seal(t, err);
 }
 
 void cpuid_table_destroy(struct cpuid_table *table)
@@ -522,6 +564,15 @@ struct cpuid_regs cpuid_query(const struct cpuid_table *table, const struct cpu_
     return r;
 }
 
+bool cpuid_entry(const struct cpuid_table *table, unsigned n, uint32_t *leaf, uint32_t *subleaf)
+{
+    if (n >= table->count)
+        return false;
+    *leaf = table->entries[n].leaf;
+    *subleaf = table->entries[n].subleaf;
+    return true;
+}
+
 uint64_t cpuid_cr4_allowed(const struct cpuid_table *table)
 {
     return table->cr4;
@@ -546,10 +597,7 @@ unsigned cpuid_physical_address_bits(const struct cpuid_table *table)
 
 static struct cpuid_regs features_of(const struct cpuid_table *t, unsigned n)
 {
-    const struct cpuid_regs *r = NULL;
-    for (unsigned i = 0; i < t->count && !r; i++)
-        if (t->entries[i].leaf == feature_leaves[n].leaf && t->entries[i].subleaf == feature_leaves[n].subleaf)
-            r = &t->entries[i].regs;
+    const struct cpuid_regs *r = feature_entry((struct cpuid_table *)t, n);
     if (!r)
         return (struct cpuid_regs){0};
     return (struct cpuid_regs){feature_leaves[n].eax ? r->eax : 0, feature_leaves[n].ebx ? r->ebx : 0, feature_leaves[n].ecx ? r->ecx : 0,

@@ -58,6 +58,16 @@ uint64_t cpuid_msr_value(const struct cpuid_table *table, uint32_t index, uint64
 
 struct cpuid_regs cpuid_query(const struct cpuid_table *table, const struct cpu_state *cpu, unsigned apic_id, uint32_t leaf, uint32_t subleaf);
 
+/* The table's entries, for engines that hand them to somebody else. False: there are no more. *subleaf is CPUID_ANY_SUBLEAF where it does not matter. */
+#define CPUID_ANY_SUBLEAF (~0u)
+bool cpuid_entry(const struct cpuid_table *table, unsigned n, uint32_t *leaf, uint32_t *subleaf);
+
+/*
+ * Takes away what an engine cannot give: every register that is a set of features is cut down to what `allowed` answers for its leaf. Before the first
+ * processor runs.
+ */
+int cpuid_limit(struct cpuid_table *table, struct cpuid_regs (*allowed)(void *ctx, uint32_t leaf, uint32_t subleaf), void *ctx, struct error *err);
+
 struct state_io;
 /*
  * Section "cpuid". Loading replaces the table, so that a guest goes on seeing what it saw; refused, with the leaf's name, when the saved one

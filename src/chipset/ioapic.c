@@ -42,17 +42,27 @@
 struct ioapic {
     struct bus *bus;
     struct msi_target msi;
+    void (*level_pin)(void *ctx, unsigned pin, uint64_t address, uint32_t data);
+    void *level_ctx;
     uint8_t select;
     uint32_t id;    /* bits 27:24 */
     uint32_t level; /* one bit a pin: asserted now */
     uint64_t rte[PINS];
 };
 
+static uint64_t entry_address(uint64_t rte)
+{
+    return 0xFEE00000ull | (rte >> RTE_DESTINATION_SHIFT) << 12 | ((rte & RTE_LOGICAL) ? 1u << 2 : 0);
+}
+
+static uint32_t entry_data(uint64_t rte)
+{
+    return (uint32_t)(rte & 0x7ff) | 1u << 14 | (uint32_t)(rte & RTE_LEVEL);
+}
+
 static void entry_send(const struct ioapic *ioapic, uint64_t rte)
 {
-    uint64_t address = 0xFEE00000ull | (rte >> RTE_DESTINATION_SHIFT) << 12 | ((rte & RTE_LOGICAL) ? 1u << 2 : 0);
-    uint32_t data = (uint32_t)(rte & 0x7ff) | 1u << 14 | (uint32_t)(rte & RTE_LEVEL);
-    msi_send(&ioapic->msi, address, data);
+    msi_send(&ioapic->msi, entry_address(rte), entry_data(rte));
 }
 
 /* Level mode means something for vectored interrupts only; NMI, INIT and ExtINT are edges whatever the entry says (3.2.4). */
@@ -60,6 +70,14 @@ static bool entry_is_level(uint64_t rte)
 {
     unsigned mode = rte >> RTE_DELIVERY_SHIFT & 7;
     return (rte & RTE_LEVEL) && (mode == DELIVERY_FIXED || mode == DELIVERY_LOWEST);
+}
+
+/* A masked pin's interrupt may still be in service. */
+static void entry_tell(const struct ioapic *ioapic, unsigned pin)
+{
+    uint64_t rte = ioapic->rte[pin];
+    if (ioapic->level_pin)
+        ioapic->level_pin(ioapic->level_ctx, pin, entry_is_level(rte) ? entry_address(rte) : 0, entry_is_level(rte) ? entry_data(rte) : 0);
 }
 
 /* A level entry whose pin is high and which waits for no EOI speaks. */
@@ -110,6 +128,7 @@ static void entry_write(struct ioapic *ioapic, unsigned pin, bool high, uint32_t
     if (!entry_is_level(rte))
         rte &= ~RTE_REMOTE_IRR;
     ioapic->rte[pin] = rte;
+    entry_tell(ioapic, pin);
     pin_service_level(ioapic, pin);
 }
 
@@ -181,6 +200,8 @@ void ioapic_reset(struct ioapic *ioapic)
     ioapic->id = 0;
     for (unsigned pin = 0; pin < PINS; pin++)
         ioapic->rte[pin] = RTE_MASKED;
+    for (unsigned pin = 0; pin < PINS; pin++)
+        entry_tell(ioapic, pin);
 }
 
 int ioapic_create(struct ioapic **out, const struct ioapic_config *config)
@@ -191,6 +212,8 @@ int ioapic_create(struct ioapic **out, const struct ioapic_config *config)
         return -ENOMEM;
     ioapic->bus = config->bus;
     ioapic->msi = config->msi;
+    ioapic->level_pin = config->level_pin;
+    ioapic->level_ctx = config->level_ctx;
     ioapic_reset(ioapic);
     int rc = bus_add(ioapic->bus, BUS_MMIO, CHIPSET_IOAPIC_BASE, WINDOW_BYTES, &window_ops, ioapic);
     if (rc < 0) {
@@ -228,6 +251,8 @@ int ioapic_state(struct ioapic *ioapic, struct state_io *io)
         ioapic->level = 0;
         ioapic_reset(ioapic);
     }
+    for (unsigned pin = 0; state_loading(io) && pin < PINS; pin++)
+        entry_tell(ioapic, pin);
     return rc;
 }
 

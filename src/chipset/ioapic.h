@@ -19,6 +19,9 @@ struct ioapic;
 struct ioapic_config {
     struct bus *bus;
     struct msi_target msi; /* lapic_msi_target */
+    /* What a level-triggered pin sends now; data 0: the pin is not level-triggered. For those who watch for the ends of such interrupts; may be NULL. */
+    void (*level_pin)(void *ctx, unsigned pin, uint64_t address, uint32_t data);
+    void *level_ctx;
 };
 
 int ioapic_create(struct ioapic **ioapic, const struct ioapic_config *config) __attribute__((warn_unused_result));

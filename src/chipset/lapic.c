@@ -19,9 +19,6 @@
 #define MSR_X2APIC_FIRST 0x800
 #define MSR_X2APIC_LAST 0x8FF
 
-/* Integrated APIC, LVT entries up to number 5, no suppression of EOI broadcasts (bit 24). */
-#define VERSION_VALUE (0x14u | (LVT_COUNT - 1) << 16)
-
 #define XR 1u  /* xAPIC: readable */
 #define XW 2u  /* xAPIC: writable */
 #define X2R 4u /* x2APIC: readable */
@@ -62,6 +59,11 @@ static const struct {
 };
 
 #define LVT_READ_ONLY (1u << 12 | LVT_REMOTE_IRR) /* delivery status, which is always idle, and remote IRR */
+
+uint32_t lapic_register_bits(unsigned reg)
+{
+    return registers[reg].writable;
+}
 
 /* ---- 256-bit vector registers ---- */
 
@@ -304,7 +306,7 @@ static uint32_t register_read(struct lapic *apic, unsigned reg)
     case REG_ID:
         return lapic_is_x2apic(apic) ? apic->cpu : apic->cpu << 24;
     case REG_VERSION:
-        return VERSION_VALUE;
+        return LAPIC_VERSION_VALUE;
     case REG_TPR:
         return apic->tpr;
     case REG_APR:

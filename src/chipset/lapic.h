@@ -12,6 +12,7 @@
 #include <stdint.h>
 #include <stdio.h>
 
+#include "arch/apic.h"
 #include "chipset/irq.h"
 #include "state/state.h"
 #include "util/loop.h"
@@ -68,6 +69,14 @@ void lapic_set_virtual_wire(struct lapic_set *set, unsigned cpu);
 
 /* Delivers a message; ctx of the returned target is the set. */
 struct msi_target lapic_msi_target(struct lapic_set *set);
+
+/*
+ * An engine may keep the APICs itself. Giving hands a state over, and what is here rests afterwards; taking brings it back, to be saved; resting forgets it again.
+ * While the processors stand still.
+ */
+void lapic_give(struct lapic_set *set, unsigned cpu, struct apic_state *state);
+void lapic_take(struct lapic_set *set, unsigned cpu, const struct apic_state *state);
+void lapic_rest(struct lapic_set *set, unsigned cpu);
 
 int lapic_state(struct lapic_set *set, struct state_io *io) __attribute__((warn_unused_result));
 void lapic_dump(struct lapic_set *set, FILE *out);

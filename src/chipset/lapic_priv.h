@@ -95,7 +95,11 @@ static inline bool lapic_is_x2apic(const struct lapic *apic)
     return (atomic_load_explicit(&apic->base, memory_order_relaxed) & APIC_BASE_MODE) == APIC_BASE_MODE;
 }
 
+/* Integrated APIC, LVT entries up to number 5, no suppression of EOI broadcasts (bit 24). */
+#define LAPIC_VERSION_VALUE (0x14u | (LVT_COUNT - 1) << 16)
+
 /* lapic.c */
+uint32_t lapic_register_bits(unsigned reg); /* those that can be written */
 void lapic_lock(struct lapic *apic);
 void lapic_unlock(struct lapic *apic); /* wakes the processor when there is news */
 uint32_t lapic_ppr(const struct lapic *apic);

@@ -9,13 +9,11 @@
 #include <string.h>
 
 const struct engine_ops *const engine_table[] = {
+    &kvm_engine_ops,
     &bt_engine_ops,
     &interp_engine,
     NULL,
 };
-
-/* Engines of the design that this version does not contain: asked for by name they deserve a better answer than "unknown". */
-static const char *const engines_absent[] = {"kvm"};
 
 const char *const engine_counter_names[COUNTER_COUNT] = {
 #define COUNTER(name, help) [COUNTER_##name] = #name,
@@ -35,13 +33,13 @@ static const struct engine_ops *engine_first(unsigned n, struct error first, cha
     struct error probe;
     for (; engine_table[n]; n++) {
         const struct engine_ops *ops = engine_table[n];
-        if (ops->probe(&probe)) {
+        if ((ops->worthwhile && ops->worthwhile(&probe)) || ops->probe(&probe)) {
             if (!first.code)
                 first = probe;
             continue;
         }
         if (reason)
-            snprintf(reason, 160, "%.159s", first.code ? first.text : "no hardware virtualization is used");
+            snprintf(reason, 160, "%.159s", first.code ? first.text : "the best there is");
         return ops;
     }
     error_set(err, -ENODEV, "no engine can run on this host");
@@ -71,12 +69,6 @@ const struct engine_ops *engine_find(const char *name, char reason[160], struct 
             snprintf(reason, 160, "asked for");
         return ops;
     }
-    for (unsigned n = 0; n < sizeof(engines_absent) / sizeof(engines_absent[0]); n++) {
-        if (!strcmp(name, engines_absent[n])) {
-            error_set(err, -ENOTSUP, "engine \"%s\" is not part of this version; use \"auto\", \"bt\" or \"interp\"", name);
-            return NULL;
-        }
-    }
-    error_set(err, -EINVAL, "no engine is called \"%s\"; there are \"auto\", \"bt\" and \"interp\"", name);
+    error_set(err, -EINVAL, "no engine is called \"%s\"; there are \"auto\", \"kvm\", \"bt\" and \"interp\"", name);
     return NULL;
 }

@@ -15,6 +15,7 @@
 #include <stdint.h>
 #include <stdio.h>
 
+#include "arch/apic.h"
 #include "arch/cpu.h"
 #include "arch/cpuid.h"
 #include "memory/memory.h"
@@ -45,9 +46,13 @@ struct vcpu_host_ops {
     int (*interrupt_ack)(void *host);
     /* True once for each NMI that is to be delivered now. */
     bool (*nmi_take)(void *host);
+    /* One that nmi_take gave and that could not be delivered yet. */
+    void (*nmi_return)(void *host);
     /* CR8: task priority bits 7:4 of the local APIC. */
     uint8_t (*cr8_read)(void *host);
     void (*cr8_write)(void *host, uint8_t value);
+    /* Engines with the local APICs in their keeping: a level-triggered vector ended. */
+    void (*eoi)(void *host, uint8_t vector);
     /* True when run must return ENGINE_EXIT_ATTENTION: pause, stop, INIT, SIPI and other requests. Called when attention was raised. */
     bool (*must_exit)(void *host);
 };
@@ -112,12 +117,30 @@ struct code_address {
 /* User code on the processor itself, in a process of its own, by an engine that otherwise translates: of programs that compute; none; all that fit. */
 enum engine_direct { DIRECT_AUTO, DIRECT_OFF, DIRECT_ALWAYS };
 
+/* Who has the local APICs: the host's kernel where it can; the machine; the host's kernel or nobody. */
+enum engine_irqchip { IRQCHIP_AUTO, IRQCHIP_USER, IRQCHIP_SPLIT };
+
 /* How an engine works, and aids for whoever works on it. All zero: the usual. */
 struct engine_options {
     enum engine_direct direct;
     bool perf_map;                        /* tell Linux perf the names of translated code */
     const struct code_address *dump_code; /* report shows the blocks that contain these */
     unsigned dump_code_count;
+    enum engine_irqchip irqchip;
+};
+
+/*
+ * An engine that has the local APICs in its keeping (in the host's kernel, say). It then deals with all between processors (interrupts, INIT, startup) and waits in run while
+ * a processor is halted or waits for its startup message; of struct vcpu_host_ops, interrupt_peek and interrupt_ack stand for the 8259 pair alone, and nmi_take for NMIs that are nobody's message.
+ */
+struct engine_irqchip_ops {
+    /* A message (MSI). Any thread, while vCPUs run. */
+    void (*message)(struct engine *engine, uint64_t address, uint32_t data);
+    /* What input `pin` of the I/O APIC sends while it is level-triggered and not masked, so that the end of its interrupts is told; data 0: nothing. As `message`. */
+    void (*level_pin)(struct engine *engine, unsigned pin, uint64_t address, uint32_t data);
+    /* One local APIC, while vCPUs stand still and no message is under way. 0 or -errno. */
+    int (*get)(struct vcpu *vcpu, struct apic_state *state);
+    int (*set)(struct vcpu *vcpu, const struct apic_state *state);
 };
 
 struct engine_ops {
@@ -125,10 +148,16 @@ struct engine_ops {
     const char *help;
     /* 0 when this host can run it; otherwise -errno and the reason. */
     int (*probe)(struct error *err);
+    /* 0 when "auto" may choose it, too. NULL: whenever it can run. */
+    int (*worthwhile)(struct error *err);
     int (*create)(struct engine **engine, struct physmap *memory, struct error *err);
     void (*destroy)(struct engine *engine); /* after its vCPUs */
     /* Once, before the first vCPU. *options may go afterwards. NULL: an engine without. */
     int (*set_options)(struct engine *engine, const struct engine_options *options, struct error *err);
+    /* After set_options and before the first vCPU: takes features out of the guest's CPUID that the engine lacks. NULL: it lacks none. */
+    int (*limit_cpuid)(struct engine *engine, struct cpuid_table *cpuid, struct error *err);
+    /* NULL, or returning NULL: the machine has the local APICs. After set_options. */
+    const struct engine_irqchip_ops *(*irqchip)(struct engine *engine);
     int (*vcpu_create)(struct engine *engine, const struct vcpu_config *config, struct vcpu **vcpu, struct error *err);
     void (*vcpu_destroy)(struct vcpu *vcpu);
     /* Runs until an exit. cpu.activity must be CPU_RUNNING or CPU_HALTED (then it wakes only if an interrupt is deliverable). */
@@ -141,6 +170,13 @@ struct engine_ops {
     void (*state_changed)(struct vcpu *vcpu);
     /* Bytes [gpa, +length) changed underneath: drop cached translations. From any thread with vCPUs paused. */
     void (*invalidate)(struct engine *engine, gpa_t gpa, uint64_t length_bytes);
+    /* PhysMap's ranges changed. Called before a range goes and after one has come; from any thread, while vCPUs run. NULL: the engine asks PhysMap itself. 0 or -errno. */
+    int (*memory_changed)(struct engine *engine);
+    /*
+     * Marks in PhysMap (physmap_mark_written) what the guest wrote since the last call, and goes on noting; the first call marks all. From any thread, with vCPUs standing still
+     * or running: what they write meanwhile is told by this call or the next. `on` false: note no more. NULL: stores are marked as they happen. 0 or -errno.
+     */
+    int (*collect_dirty)(struct engine *engine, bool on);
     /* For people, beyond the counters: a few lines on what it does with its memory and time. From any thread, while vCPUs run. May be NULL. */
     void (*report)(struct engine *engine, FILE *out);
     /* What it has beyond the vCPUs' counters. From any thread, while vCPUs run. May be NULL. */
@@ -156,6 +192,7 @@ const struct engine_ops *engine_next(const struct engine_ops *failed, const stru
 
 extern const struct engine_ops interp_engine;
 extern const struct engine_ops bt_engine_ops;
+extern const struct engine_ops kvm_engine_ops;
 
 static inline void vcpu_raise_attention(struct vcpu *vcpu)
 {

@@ -189,6 +189,15 @@ static int set_transport(struct machine_config *config, const char *key, const c
     return r;
 }
 
+static int set_irqchip(struct machine_config *config, const char *key, const char *value, struct error *err)
+{
+    static const char *const words[] = {"auto", "user", "split", NULL}; /* enum engine_irqchip */
+    unsigned choice = 0;
+    int r = choose(key, value, words, &choice, err);
+    config->irqchip = (enum engine_irqchip)choice;
+    return r;
+}
+
 static int set_direct(struct machine_config *config, const char *key, const char *value, struct error *err)
 {
     static const char *const words[] = {"auto", "off", "always", NULL}; /* enum engine_direct */
@@ -323,6 +332,7 @@ static const struct {
     {"memory-hotplug", config_set_memory_hotplug},
     {"engine", set_engine},
     {"direct", set_direct},
+    {"kvm-irqchip", set_irqchip},
     {"console", set_console},
     {"virtio-console", set_virtio_console},
     {"debug-console", set_debug_console},

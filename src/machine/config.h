@@ -128,6 +128,7 @@ struct machine_config {
     bool sandbox;
     char *sandbox_omit; /* for tests: a rule to leave out, see sandbox_config.omit */
     enum engine_direct direct;
+    enum engine_irqchip irqchip;
     struct code_address dump_code[CONFIG_DUMPS_MAX];
     unsigned dump_code_count;
     int input_fd, output_fd; /* for "stdio" */

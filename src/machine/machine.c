@@ -91,12 +91,6 @@ static struct irq_line isa_line(struct machine *machine, unsigned irq)
     return (struct irq_line){.set = isa_set, .ctx = machine, .pin = irq};
 }
 
-static void extint_set(void *ctx, unsigned pin, bool level)
-{
-    struct machine *machine = ctx;
-    lapic_set_extint(machine->lapics, level);
-}
-
 static void power_off(void *ctx)
 {
     machine_stop(ctx, MACHINE_SHUTDOWN);
@@ -253,13 +247,13 @@ static int create_interrupt_controllers(struct machine *machine)
     int r = lapic_set_create(&machine->lapics, machine->cpu_count, machine->loop, &machine_lapic_ops, machine);
     if (r)
         return r;
-    machine->msi = lapic_msi_target(machine->lapics);
-    struct ioapic_config ioapic = {.bus = machine->bus, .msi = machine->msi};
+    machine->msi = machine_msi_target(machine);
+    struct ioapic_config ioapic = {.bus = machine->bus, .msi = machine->msi, .level_pin = machine_level_pin, .level_ctx = machine};
     r = ioapic_create(&machine->ioapic, &ioapic);
     if (r)
         return r;
     ADD_PART(machine, ioapic, "ioapic", machine->ioapic);
-    struct pic_config pic = {.bus = machine->bus, .intr = {.set = extint_set, .ctx = machine}};
+    struct pic_config pic = {.bus = machine->bus, .intr = {.set = machine_extint, .ctx = machine}};
     r = pic_create(&machine->pic, &pic);
     if (r)
         return r;
@@ -474,7 +468,8 @@ int machine_power_on(struct machine *machine, void *ctx, struct error *err)
         vcpu->trace = machine->trace;
         machine->engine_ops->state_changed(vcpu);
     }
-    return 0;
+    r = machine_apics_give(machine);
+    return r ? error_set(err, r, "the engine does not take the local APICs' state: %s", strerror(-r)) : 0;
 }
 
 /* ---- creation ---- */
@@ -483,7 +478,7 @@ static int set_engine_options(struct machine *machine, struct error *err)
 {
     const struct machine_config *config = machine->config;
     const struct engine_options options = {
-        .direct = config->direct, .perf_map = config->perf_map, .dump_code = config->dump_code, .dump_code_count = config->dump_code_count};
+        .direct = config->direct, .perf_map = config->perf_map, .dump_code = config->dump_code, .dump_code_count = config->dump_code_count, .irqchip = config->irqchip};
     if (machine->engine_ops->set_options)
         return machine->engine_ops->set_options(machine->engine, &options, err);
     if (config->perf_map || config->dump_code_count)
@@ -497,6 +492,7 @@ static void destroy_engine(struct machine *machine)
     if (machine->engine)
         machine->engine_ops->destroy(machine->engine);
     machine->engine = NULL;
+    machine->irqchip = NULL;
 }
 
 static bool engine_is_automatic(const struct machine *machine)
@@ -520,6 +516,16 @@ static bool memory_is_left(const struct machine *machine)
     return at != MAP_FAILED;
 }
 
+/* Anew for each engine that is tried: one may take features away. */
+static int create_cpuid(struct machine *machine, struct error *err)
+{
+    struct cpuid_config cpuid = {.cpu_count = machine->cpu_count, .tsc_khz = machine->tsc_khz, .apic_bus_hz = LAPIC_TIMER_HZ,
+                                 .no_random = !inputs_random_is_host()};
+    cpuid_table_destroy(machine->cpuid);
+    machine->cpuid = processor_table(&cpuid, &machine->config->processor, err);
+    return machine->cpuid ? 0 : err->code;
+}
+
 static int create_engine(struct machine *machine, struct error *err)
 {
     const char *name = engine_is_automatic(machine) ? "auto" : machine->config->engine;
@@ -527,17 +533,18 @@ static int create_engine(struct machine *machine, struct error *err)
     if (!machine->engine_ops)
         return err->code ? err->code : -EINVAL;
     machine->tsc_khz = inputs_tsc_khz();
-    struct cpuid_config cpuid = {.cpu_count = machine->cpu_count, .tsc_khz = machine->tsc_khz, .apic_bus_hz = LAPIC_TIMER_HZ,
-                                 .no_random = !inputs_random_is_host()};
-    machine->cpuid = processor_table(&cpuid, &machine->config->processor, err);
-    if (!machine->cpuid)
-        return err->code;
     for (;;) {
-        int r = machine->engine_ops->create(&machine->engine, machine->memory, err);
+        int r = create_cpuid(machine, err);
+        if (r)
+            return r;
+        r = machine->engine_ops->create(&machine->engine, machine->memory, err);
         if (r == 0) {
             r = set_engine_options(machine, err);
+            if (r == 0 && machine->engine_ops->limit_cpuid)
+                r = machine->engine_ops->limit_cpuid(machine->engine, machine->cpuid, err);
             if (r)
                 return r;
+            machine->irqchip = machine->engine_ops->irqchip ? machine->engine_ops->irqchip(machine->engine) : NULL;
             r = vcpu_threads_create(machine, err);
         }
         bool crowded = r == 0 && engine_is_automatic(machine) && !memory_is_left(machine);
@@ -783,6 +790,20 @@ static int vcpu_state(struct vcpu_thread *cpu, struct state_io *io)
     return r;
 }
 
+static int apics_state(struct machine *machine, struct state_io *io)
+{
+    int r = state_loading(io) ? 0 : machine_apics_take(machine);
+    if (r)
+        state_fail(io, "the engine does not tell the local APICs' state");
+    int done = lapic_state(machine->lapics, io);
+    if (state_loading(io) && done == 0 && machine_apics_give(machine)) {
+        done = -EINVAL;
+        state_fail(io, "the engine does not take the local APICs' state");
+    }
+    machine_apics_rest(machine);
+    return r ? r : done;
+}
+
 int machine_state(struct machine *machine, struct state_io *io)
 {
     state_begin(io, "machine", 1);
@@ -794,7 +815,7 @@ int machine_state(struct machine *machine, struct state_io *io)
         r = vcpu_state(&machine->vcpu[i], io);
     clocks_state(machine, io);
     if (r == 0)
-        r = lapic_state(machine->lapics, io); /* after the counters: its deadlines are theirs */
+        r = apics_state(machine, io); /* after the counters: deadlines are theirs */
     int end = state_end(io);
     return r ? r : end;
 }

@@ -131,6 +131,8 @@ struct machine {
     const struct engine_ops *engine_ops;
     char engine_reason[160]; /* why it was chosen */
     struct engine *engine;
+    const struct engine_irqchip_ops *irqchip; /* NULL: the local APICs are ours (lapics) */
+    atomic_bool extint;                       /* the 8259 pair's output, for that engine */
     struct vcpu_thread *vcpu;
     unsigned cpu_count;
     struct boot_entry boot;
@@ -236,5 +238,14 @@ void vcpu_thread_request(struct vcpu_thread *cpu, uint32_t request);
 void vcpu_thread_wake(struct vcpu_thread *cpu);
 
 extern const struct lapic_ops machine_lapic_ops;
+
+/* irqchip.c: interrupts' way to the local APICs, wherever these are. */
+struct msi_target machine_msi_target(struct machine *machine);
+void machine_level_pin(void *machine, unsigned pin, uint64_t address, uint32_t data);
+void machine_extint(void *machine, unsigned pin, bool level);
+/* Local APICs' states to the engine, if it has them, and back for as long as they are saved. vCPUs stand still. 0 or -errno. */
+int machine_apics_give(struct machine *machine);
+int machine_apics_take(struct machine *machine);
+void machine_apics_rest(struct machine *machine);
 
 #endif

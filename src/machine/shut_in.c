@@ -60,6 +60,8 @@ int machine_make_sandbox(struct machine *machine, struct error *err)
         sandbox.needs |= SANDBOX_VSOCK;
     if (config->direct != DIRECT_OFF && strcmp(machine->engine_ops->name, "bt") == 0)
         sandbox.needs |= SANDBOX_DIRECT;
+    if (strcmp(machine->engine_ops->name, "kvm") == 0)
+        sandbox.needs |= SANDBOX_KVM;
     int r = sandbox_create(&machine->sandbox, &sandbox, err);
     if (r == 0)
         loop_set_thread_enter(machine->loop, enter, machine);

@@ -132,6 +132,8 @@ static int save(struct machine *machine, void *ctx, struct error *err)
     int r = write_state(machine, &files->state, err);
     if (r)
         return r;
+    if (machine->engine_ops->collect_dirty && (r = machine->engine_ops->collect_dirty(machine->engine, true)))
+        return error_set(err, r, "engine %s does not tell what the guest wrote: %s", machine->engine_ops->name, strerror(-r));
     r = ram_file_write(machine->memory, files->memory.fd, files->differential, err);
     if (r)
         return error_prefix(err, "%s", files->memory.path);

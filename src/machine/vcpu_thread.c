@@ -87,15 +87,36 @@ static int host_msr_write(void *host, uint32_t index, uint64_t value)
     return pvclock_msr_write(&cpu->pvclock, machine->memory, index, value, &now);
 }
 
+static void apic_eoi(void *ctx, uint8_t vector)
+{
+    struct machine *machine = ctx;
+    pthread_mutex_lock(&machine->device_lock);
+    ioapic_eoi(machine->ioapic, vector);
+    pthread_mutex_unlock(&machine->device_lock);
+}
+
+static int apic_pic_ack(void *ctx)
+{
+    struct machine *machine = ctx;
+    pthread_mutex_lock(&machine->device_lock);
+    int vector = pic_ack(machine->pic);
+    pthread_mutex_unlock(&machine->device_lock);
+    return vector;
+}
+
 static int host_interrupt_peek(void *host)
 {
     struct vcpu_thread *cpu = host;
+    if (cpu->machine->irqchip)
+        return atomic_load_explicit(&cpu->machine->extint, memory_order_acquire) ? 0 : -1;
     return lapic_interrupt_peek(cpu->machine->lapics, cpu->index);
 }
 
 static int host_interrupt_ack(void *host)
 {
     struct vcpu_thread *cpu = host;
+    if (cpu->machine->irqchip)
+        return atomic_load(&cpu->machine->extint) ? apic_pic_ack(cpu->machine) : -1;
     return lapic_interrupt_ack(cpu->machine->lapics, cpu->index);
 }
 
@@ -103,6 +124,12 @@ static bool host_nmi_take(void *host)
 {
     struct vcpu_thread *cpu = host;
     return lapic_nmi_take(cpu->machine->lapics, cpu->index);
+}
+
+static void host_nmi_return(void *host)
+{
+    struct vcpu_thread *cpu = host;
+    lapic_inject_nmi(cpu->machine->lapics, cpu->index);
 }
 
 static uint8_t host_cr8_read(void *host)
@@ -115,6 +142,12 @@ static void host_cr8_write(void *host, uint8_t value)
 {
     struct vcpu_thread *cpu = host;
     lapic_cr8_write(cpu->machine->lapics, cpu->index, value);
+}
+
+static void host_eoi(void *host, uint8_t vector)
+{
+    struct vcpu_thread *cpu = host;
+    apic_eoi(cpu->machine, vector);
 }
 
 static bool host_must_exit(void *host)
@@ -133,8 +166,10 @@ static const struct vcpu_host_ops host_ops = {
     .interrupt_peek = host_interrupt_peek,
     .interrupt_ack = host_interrupt_ack,
     .nmi_take = host_nmi_take,
+    .nmi_return = host_nmi_return,
     .cr8_read = host_cr8_read,
     .cr8_write = host_cr8_write,
+    .eoi = host_eoi,
     .must_exit = host_must_exit,
 };
 
@@ -160,23 +195,6 @@ static void apic_startup(void *ctx, unsigned cpu, uint8_t vector)
     struct machine *machine = ctx;
     atomic_store(&machine->vcpu[cpu].startup_vector, vector);
     vcpu_thread_request(&machine->vcpu[cpu], REQUEST_STARTUP);
-}
-
-static void apic_eoi(void *ctx, uint8_t vector)
-{
-    struct machine *machine = ctx;
-    pthread_mutex_lock(&machine->device_lock);
-    ioapic_eoi(machine->ioapic, vector);
-    pthread_mutex_unlock(&machine->device_lock);
-}
-
-static int apic_pic_ack(void *ctx)
-{
-    struct machine *machine = ctx;
-    pthread_mutex_lock(&machine->device_lock);
-    int vector = pic_ack(machine->pic);
-    pthread_mutex_unlock(&machine->device_lock);
-    return vector;
 }
 
 static uint64_t apic_tsc_now(void *ctx, unsigned cpu)
@@ -281,7 +299,8 @@ static void guest_died(struct vcpu_thread *cpu)
 static void run_once(struct vcpu_thread *cpu)
 {
     struct vcpu *vcpu = cpu->vcpu;
-    if (vcpu->cpu.activity == CPU_WAIT_FOR_SIPI || vcpu->cpu.activity == CPU_SHUTDOWN) {
+    bool elsewhere = vcpu->cpu.activity == CPU_WAIT_FOR_SIPI && cpu->machine->irqchip; /* the engine waits for the startup message */
+    if (!elsewhere && (vcpu->cpu.activity == CPU_WAIT_FOR_SIPI || vcpu->cpu.activity == CPU_SHUTDOWN)) {
         wait_for_wake(cpu);
         return;
     }

@@ -106,6 +106,17 @@ int physmap_write(struct physmap *map, gpa_t gpa, const void *data, uint64_t len
 
 /* Makes [gpa, +length) inside RAM behave as ROM towards the guest (page aligned). */
 int physmap_set_rom(struct physmap *map, gpa_t gpa, uint64_t length_bytes) __attribute__((warn_unused_result));
+/*
+ * What is where, for engines that hand the map to somebody else: fills up to `capacity` ranges, ascending and disjoint, and returns how many there are. Each
+ * plugged block is one of its own, so that the others stay when it comes or goes.
+ */
+struct physmap_range {
+    gpa_t gpa;
+    uint64_t length_bytes;
+    void *host;
+    bool rom;
+};
+unsigned physmap_ranges(const struct physmap *map, struct physmap_range *ranges, unsigned capacity);
 /* True when a guest write to gpa is silently dropped (ROM) rather than sent to the bus. */
 bool physmap_is_rom(const struct physmap *map, gpa_t gpa);
 

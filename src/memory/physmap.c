@@ -524,6 +524,46 @@ int physmap_set_rom(struct physmap *map, gpa_t gpa, uint64_t length_bytes)
     return 0;
 }
 
+/* Cuts [gpa, end), which is in one range of RAM, at the borders of ROM. */
+static unsigned ranges_cut(const struct physmap *map, gpa_t gpa, gpa_t end, struct physmap_range *ranges, unsigned count, unsigned capacity)
+{
+    unsigned n = 0;
+
+    while (gpa < end) {
+        while (n < map->rom_count && map->rom[n].end <= gpa)
+            n++;
+        bool rom = n < map->rom_count && map->rom[n].start <= gpa;
+        gpa_t border = n == map->rom_count ? end : rom ? map->rom[n].end : map->rom[n].start;
+        uint64_t offset;
+
+        if (border > end)
+            border = end;
+        if (count < capacity && ram_offset(map, gpa, border - gpa, &offset))
+            ranges[count] = (struct physmap_range){gpa, border - gpa, map->base + offset, rom};
+        count++;
+        gpa = border;
+    }
+    return count;
+}
+
+unsigned physmap_ranges(const struct physmap *map, struct physmap_range *ranges, unsigned capacity)
+{
+    unsigned count = ranges_cut(map, 0, map->low_bytes, ranges, 0, capacity);
+
+    count = ranges_cut(map, PHYSMAP_HIGH_BASE, PHYSMAP_HIGH_BASE + map->high_bytes, ranges, count, capacity);
+    for (unsigned i = 0; i < map->extra_count; i++) {
+        const struct extra *extra = &map->extra[i];
+        if (i || !map->plugged) {
+            count = ranges_cut(map, extra->gpa, extra->gpa + extra->length, ranges, count, capacity);
+            continue;
+        }
+        for (uint64_t at = 0; at < extra->length; at += map->block_bytes)
+            if (is_plugged(map, at, map->block_bytes))
+                count = ranges_cut(map, extra->gpa + at, extra->gpa + at + map->block_bytes, ranges, count, capacity);
+    }
+    return count;
+}
+
 bool physmap_is_rom(const struct physmap *map, gpa_t gpa)
 {
     uint64_t offset;

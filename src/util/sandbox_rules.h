@@ -29,6 +29,7 @@
 #define SANDBOX_NET_USER 1u /* user networking: the loop makes connections for the guest */
 #define SANDBOX_VSOCK 2u    /* the loop connects to Unix sockets for the guest */
 #define SANDBOX_DIRECT 4u   /* vCPUs run user code in processes of their own */
+#define SANDBOX_KVM 8u      /* the host's kernel runs the guest */
 
 struct sandbox_rule {
     const char *name; /* of the call */

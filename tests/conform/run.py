@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Runs one conformance program: run.py PROGRAM [--doppel D] [--cpus N] [--engine E] [--direct MODE] [--seconds S] [--append LINE] [--qemu].
+"""Runs one conformance program: run.py PROGRAM [--doppel D] [--cpus N] [--engine E] [--irqchip WHERE] [--direct MODE] [--seconds S] [--append LINE] [--qemu].
 
 Exit status 0 when the program reported at least one check, no failure, and DONE; 77 (skipped) when the host cannot run the engine. With --direct always, user code must have been
 executed directly, too (doppel's statistics tell). --qemu runs it under QEMU's TCG instead, for cross-checking by hand.
@@ -18,7 +18,7 @@ def command(args, console):
                 '-no-reboot', '-serial', 'file:' + console, '-monitor', 'none', '-kernel', args.program, '-append', args.append]
     line = [args.doppel, 'run', '--kernel', args.program, '--memory', '256M', '--cpus', str(args.cpus), '--console', 'file:' + console,
             '--on-reset', 'exit', '--append', args.append + (' direct' if args.direct else '')]
-    return line + (['--engine', args.engine] if args.engine else []) + (['--direct', args.direct, '--stats'] if args.direct else [])
+    return line + (['--engine', args.engine] if args.engine else []) + (['--kvm-irqchip', args.irqchip] if args.irqchip else []) + (['--direct', args.direct, '--stats'] if args.direct else [])
 
 
 def direct_stops(said):
@@ -49,6 +49,7 @@ def main():
     parser.add_argument('--doppel', default=os.environ.get('DOPPEL', 'doppel'))
     parser.add_argument('--cpus', type=int, default=1)
     parser.add_argument('--engine')
+    parser.add_argument('--irqchip', help='for engine kvm: where local APICs are')
     parser.add_argument('--direct', help='for doppel; and ring 3 is then such that its code can be executed directly')
     parser.add_argument('--seconds', type=float, default=60)
     parser.add_argument('--append', default='', help='for programs with random cases: seed=N')

@@ -114,9 +114,19 @@ static void run_for_ms(long ms)
     nanosleep(&time, NULL);
 }
 
-static void hops(void **state)
+struct place {
+    const char *engine, *irqchip;
+};
+
+static void set_place(struct machine_config *config, const struct place *place)
 {
-    static const char *const engines[] = {"bt", "interp", "interp", "bt", "bt"};
+    set(config, "engine", place->engine);
+    set(config, "kvm-irqchip", place->irqchip ? place->irqchip : "auto");
+}
+
+/* Begins at the first of `places` and goes round; the last one waits for the end. */
+static void hops_through(const struct place *places, unsigned place_count, unsigned hops_max)
+{
     struct files f;
     struct machine_config config[HOPS + 1];
     struct machine *machine = NULL;
@@ -124,10 +134,11 @@ static void hops(void **state)
     files_make(&f);
     struct snapshot_files files = {.state = f.state, .memory = f.memory};
     make_config(&config[0], &f, "bt");
+    set_place(&config[0], &places[0]);
     must(machine_create(&machine, &config[0], &err), &err);
     must(machine_start(machine, &err), &err);
     unsigned hop = 0;
-    for (; hop < HOPS; hop++) {
+    for (; hop < hops_max; hop++) {
         run_for_ms(10);
         files.differential = hop % 3 != 0; /* onto the whole one before */
         if (hop % 2)
@@ -139,14 +150,14 @@ static void hops(void **state)
         machine_destroy(machine);
         machine_config_init(&config[hop + 1]);
         must(machine_snapshot_config(f.state, &config[hop + 1], &err), &err);
-        set(&config[hop + 1], "engine", engines[hop % 5]);
+        set_place(&config[hop + 1], &places[(hop + 1) % place_count]);
         must(machine_snapshot_load(&machine, &config[hop + 1], &files, &err), &err);
         must(machine_start(machine, &err), &err);
     }
     assert_true(hop >= 4);
     assert_int_equal(machine_wait(machine), MACHINE_SHUTDOWN);
     machine_destroy(machine);
-    for (unsigned i = 0; i <= (hop < HOPS ? hop : HOPS); i++)
+    for (unsigned i = 0; i <= (hop < hops_max ? hop : hops_max); i++)
         machine_config_clear(&config[i]);
 
     uint8_t sum[4];
@@ -156,6 +167,24 @@ static void hops(void **state)
     fclose(output);
     assert_int_equal(sum[0] | sum[1] << 8 | sum[2] << 16 | (uint32_t)sum[3] << 24, expected());
     files_remove(&f);
+}
+
+static void hops(void **state)
+{
+    static const struct place places[] = {{"bt"}, {"bt"}, {"interp"}, {"interp"}, {"bt"}};
+    hops_through(places, 5, HOPS);
+}
+
+/* Hardware virtualization offers what the host's kernel supports, so the guest begins there; local APICs are now the kernel's, now ours. */
+static void hops_kvm(void **state)
+{
+    static const struct place places[] = {{"kvm", "user"}, {"bt"}, {"kvm", "split"}, {"interp"}, {"kvm", "user"}, {"kvm", "split"}, {"bt"}};
+    struct error err;
+    if (kvm_engine_ops.probe(&err)) {
+        print_message("%s\n", err.text);
+        skip();
+    }
+    hops_through(places, 7, 6);
 }
 
 /* A machine that went on is not disturbed by a differential snapshot of it; that one holds what was written since, and no more. */
@@ -320,6 +349,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(hops),
+        cmocka_unit_test(hops_kvm),
         cmocka_unit_test(differential),
         cmocka_unit_test(damaged),
         cmocka_unit_test(disk_full),

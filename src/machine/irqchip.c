@@ -1,0 +1,71 @@
+/*
+ * Where the local APICs are: the machine's own (chipset/lapic.h), or the engine's, in the host's kernel. Messages, the 8259 pair's output and state go to whoever has them. While
+ * the engine has them ours are at rest, and serve as the form in which they are saved.
+ * Threading: messages from any thread; the rest with the device lock, states while vCPUs stand still.
+ */
+#include <string.h>
+
+#include "machine/machine_priv.h"
+#include "util/log.h"
+
+static void message_send(void *ctx, uint64_t address, uint32_t data)
+{
+    struct machine *machine = ctx;
+    struct msi_target own = lapic_msi_target(machine->lapics);
+    if (machine->irqchip)
+        machine->irqchip->message(machine->engine, address, data);
+    else
+        msi_send(&own, address, data);
+}
+
+struct msi_target machine_msi_target(struct machine *machine)
+{
+    return (struct msi_target){.send = message_send, .ctx = machine};
+}
+
+void machine_level_pin(void *ctx, unsigned pin, uint64_t address, uint32_t data)
+{
+    struct machine *machine = ctx;
+    if (machine->irqchip)
+        machine->irqchip->level_pin(machine->engine, pin, address, data);
+}
+
+void machine_extint(void *ctx, unsigned pin, bool level)
+{
+    struct machine *machine = ctx;
+    lapic_set_extint(machine->lapics, level);
+    atomic_store(&machine->extint, level);
+    for (unsigned i = 0; machine->irqchip && machine->vcpu && level && i < machine->cpu_count; i++)
+        vcpu_thread_wake(&machine->vcpu[i]);
+}
+
+int machine_apics_give(struct machine *machine)
+{
+    int r = 0;
+    for (unsigned i = 0; machine->irqchip && i < machine->cpu_count && r == 0; i++) {
+        struct apic_state state;
+        lapic_give(machine->lapics, i, &state);
+        r = machine->irqchip->set(machine->vcpu[i].vcpu, &state);
+        if (r)
+            log_error("engine %s refuses the state of local APIC %u: %s", machine->engine_ops->name, i, strerror(-r));
+    }
+    return r;
+}
+
+int machine_apics_take(struct machine *machine)
+{
+    int r = 0;
+    for (unsigned i = 0; machine->irqchip && i < machine->cpu_count && r == 0; i++) {
+        struct apic_state state;
+        r = machine->irqchip->get(machine->vcpu[i].vcpu, &state);
+        if (r == 0)
+            lapic_take(machine->lapics, i, &state);
+    }
+    return r;
+}
+
+void machine_apics_rest(struct machine *machine)
+{
+    for (unsigned i = 0; machine->irqchip && i < machine->cpu_count; i++)
+        lapic_rest(machine->lapics, i);
+}
