@@ -19,7 +19,7 @@ import time
 
 import small_guests
 
-doppel = sys.argv[1]
+doppel = os.path.abspath(sys.argv[1])  # some run it from elsewhere
 LIMIT = 60  # seconds for anything on a busy host
 DESCRIPTION = pathlib.Path(__file__).parents[2] / "docs/openapi-doppel-v1.json"
 
