@@ -53,16 +53,17 @@ enum doppel_end {
     DOPPEL_END_ERROR,        /* trouble on the host */
 };
 
+/* Makes a VM, loads its kernel and opens its files; nothing runs yet. */
 int doppel_vm_create(const struct doppel_config *config, struct doppel_vm **vm, char *error);
-int doppel_vm_start(struct doppel_vm *vm, char *error);
+int doppel_vm_start(struct doppel_vm *vm, char *error); /* its processors run when this returns */
 enum doppel_end doppel_vm_wait(struct doppel_vm *vm); /* blocks */
 void doppel_vm_destroy(struct doppel_vm *vm);         /* stops first when needed */
 
 void doppel_vm_power_button(struct doppel_vm *vm); /* asks the guest to power off (ACPI) */
-void doppel_vm_reset(struct doppel_vm *vm);
+void doppel_vm_reset(struct doppel_vm *vm);        /* as by a reset button; on-reset decides what happens */
 void doppel_vm_stop(struct doppel_vm *vm); /* pulls the plug; acknowledged flushes are safe */
 int doppel_vm_pause(struct doppel_vm *vm, char *error); /* returns with every processor at rest; before doppel_vm_start: it starts paused */
-int doppel_vm_resume(struct doppel_vm *vm, char *error);
+int doppel_vm_resume(struct doppel_vm *vm, char *error); /* -ECANCELED from doppel_vm_pause of another thread that still waits */
 
 /*
  * The sandbox (option "sandbox"). A VM's own threads enter it by themselves. doppel_sandbox_begin gives the whole process namespaces of its own: first thing in
@@ -76,7 +77,7 @@ void doppel_vm_dump(struct doppel_vm *vm, FILE *out);
 /* Counters, one a line: "name value help". */
 void doppel_vm_stats(struct doppel_vm *vm, FILE *out);
 
-const char *doppel_version(void);
+const char *doppel_version(void); /* "0.1.0" */
 
 #ifdef __cplusplus
 }
