@@ -17,7 +17,7 @@
 #include <sys/resource.h>
 
 #include "device/virtio.h"
-#include "util/log.h"
+#include "util/sandbox_rules.h"
 
 #define QUEUE_SIZE 1024u /* the guest's kernel makes requests no longer than a ring */
 #define WORKERS 4u
@@ -114,6 +114,7 @@ static void *worker_main(void *ctx)
 {
     struct device *share = ctx;
     struct virtqueue_chain *chain;
+    bool entered = false;
 
     fs_thread_prepare(share->fs);
     pthread_mutex_lock(&share->lock);
@@ -127,6 +128,7 @@ static void *worker_main(void *ctx)
             break;
         pthread_mutex_unlock(&share->lock);
         message = message_of(chain);
+        entered = entered || loop_thread_enter(share->virtio.host->loop, IN_SHARE);
         used_bytes = fs_serve(share->fs, &message);
         pthread_mutex_lock(share->guard);
         virtqueue_push(chain, used_bytes, true);

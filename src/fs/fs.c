@@ -115,7 +115,7 @@ int fs_create(struct fs **out, const struct fs_config *config, struct error *err
     fs->config = *config;
     fs->own_uid = geteuid();
     fs->own_gid = getegid();
-    fs->privileged = fs->own_uid == 0 && config->uid == FS_ID_AS_ON_HOST && config->gid == FS_ID_AS_ON_HOST;
+    fs->privileged = fs->own_uid == 0 && !config->no_capabilities && config->uid == FS_ID_AS_ON_HOST && config->gid == FS_ID_AS_ON_HOST;
     clock_getres(CLOCK_REALTIME_COARSE, &tick);
     fs->clock_tick_ns = (uint64_t)tick.tv_sec * 1000000000u + (uint64_t)tick.tv_nsec;
     fs_limit(fs, descriptors_granted() / 2, descriptors_granted() / 2);

@@ -31,6 +31,7 @@ struct fs_config {
     enum fs_cache cache;
     bool writeback;    /* the guest may keep written data for a while */
     bool xattr;        /* users' extended attributes; the guest's kernel then asks for one before it writes to a file */
+    bool no_capabilities; /* the threads that serve have none, also when they are root's */
     int64_t uid, gid;  /* what the VMM's own user and group look like to the guest, or FS_ID_AS_ON_HOST */
 };
 

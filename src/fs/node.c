@@ -21,6 +21,13 @@
 
 #include "fs/fs_priv.h"
 #include "util/log.h"
+#include "util/sandbox_rules.h"
+
+SANDBOX_ALLOW(IN_SHARE, openat2);
+SANDBOX_ALLOW(IN_SHARE, openat);
+SANDBOX_ALLOW(IN_SHARE, statx);
+SANDBOX_ALLOW(IN_SHARE, fstatfs);
+SANDBOX_ALLOW(IN_SHARE | IN_LOOP | IN_VCPU, close); /* a driver's reset gives everything up on the thread that asks for it */
 
 #define STATX_WANTED (STATX_BASIC_STATS | STATX_BTIME)
 #define HASH_FIRST 1024u

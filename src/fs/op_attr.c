@@ -18,6 +18,17 @@
 #include <unistd.h>
 
 #include "fs/fs_priv.h"
+#include "util/sandbox_rules.h"
+
+SANDBOX_ALLOW(IN_SHARE, fchmodat);
+SANDBOX_ALLOW(IN_SHARE, fchownat);
+SANDBOX_ALLOW(IN_SHARE, utimensat);
+SANDBOX_ALLOW(IN_SHARE, ftruncate);
+SANDBOX_ALLOW(IN_SHARE, faccessat);
+SANDBOX_ALLOW(IN_SHARE, fgetxattr);
+SANDBOX_ALLOW(IN_SHARE, flistxattr);
+SANDBOX_ALLOW(IN_SHARE, fsetxattr);
+SANDBOX_ALLOW(IN_SHARE, fremovexattr);
 
 #define ALWAYS_SECONDS (24u * 3600u)
 #define XATTR_PREFIX "user."
@@ -298,27 +309,27 @@ int fs_op_statfs(struct fs_call *call)
 
 /* ---- extended attributes: those of users, of files and directories ---- */
 
-/* On success the attribute's file is `path` until the reference is given back. */
-static int xattr_begin(struct fs_call *call, const char *name, struct fs_ref *ref, char path[32])
+/* A descriptor of the file, opened for reading; attributes ask for no more. */
+static int xattr_open(struct fs_call *call, const char *name)
 {
-    int ret;
+    struct fs_ref ref;
+    int fd;
 
-    *ref = (struct fs_ref){NULL, -1};
     if (!call->fs->config.xattr)
         return -ENOSYS; /* and it never asks again */
     if (name && strncmp(name, XATTR_PREFIX, strlen(XATTR_PREFIX)))
         return -EOPNOTSUPP;
     if (name && strlen(name) > XATTR_NAME_MAX)
         return -ERANGE;
-    ret = fs_ref_get(call->fs, call->header.nodeid, ref);
-    if (ret < 0)
-        return ret;
-    if (ref->node->type == S_IFREG || ref->node->type == S_IFDIR) {
-        snprintf(path, 32, "/proc/self/fd/%d", ref->fd);
-        return 0;
-    }
-    fs_ref_put(call->fs, ref);
-    return -EOPNOTSUPP;
+    fd = fs_ref_get(call->fs, call->header.nodeid, &ref);
+    if (fd < 0)
+        return fd;
+    if (ref.node->type == S_IFREG)
+        fd = fs_open_file(call->fs, ref.node, ref.fd, O_RDONLY);
+    else
+        fd = ref.node->type == S_IFDIR ? fs_open_directory(ref.fd) : -EOPNOTSUPP;
+    fs_ref_put(call->fs, &ref);
+    return fd;
 }
 
 static int reply_xattr(struct fs_call *call, const void *data, size_t size_bytes, uint32_t wanted_bytes)
@@ -340,37 +351,35 @@ static int reply_xattr(struct fs_call *call, const void *data, size_t size_bytes
 int fs_op_getxattr(struct fs_call *call)
 {
     const struct fuse_getxattr_in *in = call->arg;
-    struct fs_ref ref;
-    char path[32], *value;
+    int fd = xattr_open(call, call->name), ret;
     ssize_t got;
-    int ret = xattr_begin(call, call->name, &ref, path);
+    char *value;
 
-    if (ret < 0)
-        return ret == -EOPNOTSUPP && strncmp(call->name, XATTR_PREFIX, strlen(XATTR_PREFIX)) == 0 ? -ENODATA : ret;
+    if (fd < 0)
+        return fd;
     value = malloc(XATTR_SIZE_MAX);
-    got = value ? getxattr(path, call->name, value, XATTR_SIZE_MAX) : -1;
+    got = value ? fgetxattr(fd, call->name, value, XATTR_SIZE_MAX) : -1;
     if (!value)
         ret = -ENOMEM;
     else
         ret = got < 0 ? -errno : reply_xattr(call, value, (size_t)got, in->size);
     free(value);
-    fs_ref_put(call->fs, &ref);
+    close(fd);
     return ret;
 }
 
 int fs_op_listxattr(struct fs_call *call)
 {
     const struct fuse_getxattr_in *in = call->arg;
-    struct fs_ref ref;
-    char path[32], *list;
-    ssize_t got;
+    int fd = xattr_open(call, NULL), ret = 0;
     size_t kept = 0;
-    int ret = xattr_begin(call, NULL, &ref, path);
+    ssize_t got;
+    char *list;
 
-    if (ret < 0)
-        return ret == -EOPNOTSUPP ? reply_xattr(call, NULL, 0, in->size) : ret;
+    if (fd < 0)
+        return fd == -EOPNOTSUPP ? reply_xattr(call, NULL, 0, in->size) : fd;
     list = malloc(XATTR_LIST_MAX);
-    got = list ? listxattr(path, list, XATTR_LIST_MAX) : -1;
+    got = list ? flistxattr(fd, list, XATTR_LIST_MAX) : -1;
     if (!list || got < 0) {
         ret = list ? -errno : -ENOMEM;
         got = 0;
@@ -385,7 +394,7 @@ int fs_op_listxattr(struct fs_call *call)
     if (ret == 0)
         ret = reply_xattr(call, list, kept, in->size);
     free(list);
-    fs_ref_put(call->fs, &ref);
+    close(fd);
     return ret;
 }
 
@@ -393,33 +402,27 @@ int fs_op_setxattr(struct fs_call *call)
 {
     const struct fuse_setxattr_in *in = call->arg; /* the first two fields only */
     uint64_t used = FUSE_COMPAT_SETXATTR_IN_SIZE + strlen(call->name) + 1;
-    struct fs_ref ref;
-    char path[32];
-    int ret;
+    int fd, ret;
 
     if (in->size > XATTR_SIZE_MAX)
         return -E2BIG;
     if (in->size > call->arg_bytes - used)
         return -EINVAL;
-    ret = xattr_begin(call, call->name, &ref, path);
-    if (ret < 0)
-        return ret;
-    if (setxattr(path, call->name, (const uint8_t *)call->arg + used, in->size, (int)(in->flags & (XATTR_CREATE | XATTR_REPLACE))) < 0)
-        ret = -errno;
-    fs_ref_put(call->fs, &ref);
+    fd = xattr_open(call, call->name);
+    if (fd < 0)
+        return fd;
+    ret = fsetxattr(fd, call->name, (const uint8_t *)call->arg + used, in->size, (int)(in->flags & (XATTR_CREATE | XATTR_REPLACE))) < 0 ? -errno : 0;
+    close(fd);
     return ret;
 }
 
 int fs_op_removexattr(struct fs_call *call)
 {
-    struct fs_ref ref;
-    char path[32];
-    int ret = xattr_begin(call, call->name, &ref, path);
+    int fd = xattr_open(call, call->name), ret;
 
-    if (ret < 0)
-        return ret;
-    if (removexattr(path, call->name) < 0)
-        ret = -errno;
-    fs_ref_put(call->fs, &ref);
+    if (fd < 0)
+        return fd;
+    ret = fremovexattr(fd, call->name) < 0 ? -errno : 0;
+    close(fd);
     return ret;
 }

@@ -14,6 +14,9 @@
 #include <unistd.h>
 
 #include "fs/fs_priv.h"
+#include "util/sandbox_rules.h"
+
+SANDBOX_ALLOW(IN_SHARE, getdents64);
 
 #define BUFFER_BYTES 4096u
 

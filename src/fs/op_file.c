@@ -14,6 +14,17 @@
 #include <unistd.h>
 
 #include "fs/fs_priv.h"
+#include "util/sandbox_rules.h"
+
+SANDBOX_ALLOW_IF(IN_SHARE, fcntl, ARG_IS(1, F_DUPFD_CLOEXEC));
+SANDBOX_ALLOW(IN_SHARE, preadv);
+SANDBOX_ALLOW(IN_SHARE, pwritev2);
+SANDBOX_ALLOW(IN_SHARE, fsync);
+SANDBOX_ALLOW(IN_SHARE, fdatasync);
+SANDBOX_ALLOW(IN_SHARE, syncfs);
+SANDBOX_ALLOW(IN_SHARE, fallocate);
+SANDBOX_ALLOW(IN_SHARE, lseek);
+SANDBOX_ALLOW(IN_SHARE, copy_file_range);
 
 #define COPY_BYTES_MAX (64u << 20) /* in one copy_file_range; the guest asks again */
 

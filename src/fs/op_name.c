@@ -15,6 +15,16 @@
 #include <unistd.h>
 
 #include "fs/fs_priv.h"
+#include "util/sandbox_rules.h"
+
+SANDBOX_ALLOW(IN_SHARE, readlinkat);
+SANDBOX_ALLOW(IN_SHARE, mknodat);
+SANDBOX_ALLOW(IN_SHARE, mkdirat);
+SANDBOX_ALLOW(IN_SHARE, symlinkat);
+SANDBOX_ALLOW(IN_SHARE, linkat);
+SANDBOX_ALLOW(IN_SHARE, unlinkat);
+SANDBOX_ALLOW(IN_SHARE, renameat); /* the C library's renameat2() without flags */
+SANDBOX_ALLOW(IN_SHARE, renameat2);
 
 /* ---- as the guest's user ---- */
 

@@ -109,6 +109,7 @@ static int create_share(struct machine *machine, unsigned index, struct error *e
                .cache = share->cache,
                .writeback = share->writeback,
                .xattr = share->xattr,
+               .no_capabilities = machine->config->sandbox,
                .uid = share->uid,
                .gid = share->gid},
         .tag = share->tag,

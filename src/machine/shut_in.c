@@ -42,7 +42,7 @@ int machine_make_sandbox(struct machine *machine, struct error *err)
     const struct machine_config *config = machine->config;
     const char *const removed[] = {config->pid_file, socket_path(config->console), socket_path(config->virtio_console), socket_path(config->debug_console)};
     char directory[sizeof removed / sizeof *removed][PATH_MAX];
-    struct sandbox_path paths[sizeof removed / sizeof *removed + 1];
+    struct sandbox_path paths[sizeof removed / sizeof *removed + 1 + CONFIG_SHARES_MAX];
     struct sandbox_config sandbox = {.paths = paths, .omit = config->sandbox_omit};
     if (!config->sandbox)
         return 0;
@@ -56,6 +56,8 @@ int machine_make_sandbox(struct machine *machine, struct error *err)
         sandbox.host_network = true;
         paths[sandbox.path_count++] = (struct sandbox_path){"/etc/resolv.conf", false, IN_LOOP};
     }
+    for (unsigned i = 0; i < config->share_count; i++)
+        paths[sandbox.path_count++] = (struct sandbox_path){config->share[i].path, !config->share[i].readonly, IN_SHARE};
     if (config->vsock.present)
         sandbox.needs |= SANDBOX_VSOCK;
     if (config->direct != DIRECT_OFF && strcmp(machine->engine_ops->name, "bt") == 0)

@@ -25,6 +25,7 @@
 #include "util/log.h"
 
 #define NOBODY 65534u
+#define LANDLOCK_REFER (1ull << 13) /* LANDLOCK_ACCESS_FS_REFER, newer than our headers */
 #define COPY_BYTES_MAX 65536
 
 struct sandbox {
@@ -62,15 +63,22 @@ static bool enter_user_namespace(uid_t uid, gid_t gid)
     return mapped && write_file("/proc/self/gid_map", line);
 }
 
-/* Signals go to this process and those it makes, no others. One domain for all threads: they kick each other's processes. */
+/*
+ * Signals go to this process and those it makes, no others. One domain for all threads: they kick each other's processes.
+ * Every rule set refuses to move files between directories (REFER) unless it says otherwise; this one is not about files.
+ */
 static void scope_signals(void)
 {
     struct {
         uint64_t fs, net, scoped;
-    } attr = {.scoped = 2 /* LANDLOCK_SCOPE_SIGNAL */};
+    } attr = {.fs = LANDLOCK_REFER, .scoped = 2 /* LANDLOCK_SCOPE_SIGNAL */};
     int rules = landlock_version() >= 6 ? (int)syscall(SYS_landlock_create_ruleset, &attr, sizeof attr, 0) : -1;
     if (rules < 0)
         return;
+    struct landlock_path_beneath_attr everywhere = {.allowed_access = LANDLOCK_REFER, .parent_fd = open("/", O_PATH | O_CLOEXEC)};
+    (void)!syscall(SYS_landlock_add_rule, rules, LANDLOCK_RULE_PATH_BENEATH, &everywhere, 0);
+    if (everywhere.parent_fd >= 0)
+        close(everywhere.parent_fd);
     if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0)
         (void)!syscall(SYS_landlock_restrict_self, rules, 0);
     close(rules);
@@ -149,7 +157,7 @@ static uint64_t landlock_rights(long version)
 {
     uint64_t rights = (LANDLOCK_ACCESS_FS_MAKE_SYM << 1) - 1;
     if (version >= 2)
-        rights |= 1ull << 13; /* REFER */
+        rights |= LANDLOCK_REFER;
     if (version >= 3)
         rights |= 1ull << 14; /* TRUNCATE */
     if (version >= 5)

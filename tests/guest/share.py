@@ -182,7 +182,7 @@ def compared():
     """Random operations in a share and in a tmpfs of the guest: the same results, in every mode, with few descriptors, on both transports."""
     guest.need(load)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    for number, (options, more) in enumerate([("", []), (",cache=none", ["--transport", "mmio"]), (",cache=always,writeback,xattr", ["--cpus", 2])]):
+    for number, (options, more) in enumerate([("", []), (",cache=none", ["--transport", "mmio"]), (",cache=always,writeback,xattr", ["--cpus", 2, "--sandbox", "on"])]):
         resource.setrlimit(resource.RLIMIT_NOFILE, (330 if number else 1024, hard if os.geteuid() == 0 or number == 0 else 330))
         with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
             shutil.copy(load, folder)
