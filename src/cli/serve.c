@@ -27,7 +27,7 @@ enum { SERVE_OK = 0, SERVE_ERROR = 1, SERVE_BAD_CONFIGURATION = 152, SERVE_BAD_A
 
 struct serve {
     /* What the options say. */
-    char *api_sock, *id, *config_file, *metadata, *log_path, *level, *module, *metrics_path, *engine, *seccomp_filter, *describe;
+    char *api_sock, *id, *config_file, *metadata, *log_path, *level, *module, *metrics_path, *engine, *seccomp_filter, *describe, *sandbox;
     char *body_max, *mmds_max, *start_us, *start_cpu_us, *parent_us, *seccomp_level;
     bool no_api, show_level, show_origin, boot_timer, pci, no_seccomp, version, snapshot_version, help;
 
@@ -58,6 +58,7 @@ static const struct serve_option {
     FLAG("boot-timer", boot_timer, "log how long the guest took until its init said so"),
     FLAG("enable-pci", pci, "devices on PCI instead of memory-mapped virtio"),
     VALUE("engine", "auto|bt|kvm|interp", engine, "how guest code runs (default auto)"),
+    VALUE("sandbox", "on|off", sandbox, "shut the machine's threads in before the guest runs (default off)"),
     VALUE("http-api-max-payload-size", "BYTES", body_max, "largest body of a request (default 51200)"),
     VALUE("mmds-size-limit", "BYTES", mmds_max, "largest metadata (default: as the body)"),
     VALUE("start-time-us", "US", start_us, "when the process was started, by the monotonic clock; for metrics"),
@@ -140,6 +141,8 @@ static int check_options(const struct serve *serve)
         return complain(SERVE_BAD_ARGUMENTS, "--seccomp-filter: Doppel's filters are its own; leave the option out");
     if (serve->describe)
         return complain(SERVE_BAD_ARGUMENTS, "--describe-snapshot: snapshots of other programs cannot be read");
+    if (serve->sandbox && strcmp(serve->sandbox, "on") != 0 && strcmp(serve->sandbox, "off") != 0)
+        return complain(SERVE_BAD_ARGUMENTS, "--sandbox: on or off");
     size_t length = strlen(serve->id);
     if (length < 1 || length > ID_BYTES_MAX || strspn(serve->id, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-") != length)
         return complain(SERVE_BAD_ARGUMENTS, "--id: letters, digits and - only, 1 to 64 of them");
@@ -229,12 +232,15 @@ static void open_control(struct serve *serve)
 static int start(struct serve *serve, struct error *err)
 {
     uint64_t body_max = HTTP_BODY_BYTES_DEFAULT, mmds_max = 0;
-    struct api_options api = {.id = serve->id, .app_name = "Doppel", .engine = serve->engine, .pci = serve->pci, .boot_timer = serve->boot_timer};
+    struct api_options api = {.id = serve->id, .app_name = "Doppel", .engine = serve->engine, .pci = serve->pci, .boot_timer = serve->boot_timer,
+                              .sandbox = serve->sandbox && strcmp(serve->sandbox, "on") == 0};
     if (number(serve->body_max, "http-api-max-payload-size", &body_max) || number(serve->mmds_max, "mmds-size-limit", &mmds_max) ||
         number(serve->start_us, "start-time-us", &api.start_time_us) || number(serve->start_cpu_us, "start-time-cpu-us", &api.start_time_cpu_us) ||
         number(serve->parent_us, "parent-cpu-time-us", &api.parent_cpu_time_us))
         return SERVE_BAD_ARGUMENTS;
     api.mmds_bytes_max = mmds_max ? mmds_max : body_max;
+    if (api.sandbox)
+        doppel_sandbox_begin(); /* while there is one thread */
     open_control(serve);
     api.control = serve->control;
     if (api_create(&serve->api, &api, err))

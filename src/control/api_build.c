@@ -166,6 +166,7 @@ int api_build_config(struct api *api, struct machine_config *config, struct erro
     config->memory_bytes = (uint64_t)api_integer(machine, "mem_size_mib") << 20;
     config->cpus = (unsigned)api_integer(machine, "vcpu_count");
     config->transport = api->options.pci ? TRANSPORT_PCI : TRANSPORT_MMIO;
+    config->sandbox = api->options.sandbox;
     config->boot_timer = api->options.boot_timer;
     config->on_reset = ON_RESET_EXIT;
     config->on_panic = ON_PANIC_IGNORE; /* it resets by itself, or stays for a look, as its command line says */

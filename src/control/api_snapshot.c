@@ -237,6 +237,7 @@ int api_put_snapshot_load(struct api_request *request, struct error *err)
         r = override(request->body, &api->config, err);
     if (r == 0 && api->options.engine)
         r = machine_config_set(&api->config, "engine", api->options.engine, err);
+    api->config.sandbox = api->options.sandbox;
     if (r == 0 && !(configuration = describe(api, &api->config)))
         r = error_set(err, -ENOMEM, "out of memory");
     if (r == 0)
