@@ -12,8 +12,25 @@ static int remember(struct api_request *request, const char *section, const char
     return !configured || json_object_set_new(configured, name, json_integer(api_integer(request->body, name))) == 0 ? 0 : -ENOMEM;
 }
 
+/* A balloon in the making. */
+static int change_configured(struct api_request *request, const char *name, struct error *err)
+{
+    struct api *api = request->api;
+    json_t *changed = json_deep_copy(api_section(api, "balloon"));
+    if (!changed)
+        return error_set(err, -ENODEV, "No such device: balloon was not configured.");
+    json_object_set(changed, name, json_object_get(request->body, name));
+    int r = api_check_balloon(api, changed, err);
+    if (r == 0)
+        json_object_set(api->configuration, "balloon", changed);
+    json_decref(changed);
+    return r;
+}
+
 int api_patch_balloon(struct api_request *request, struct error *err)
 {
+    if (!request->machine)
+        return change_configured(request, "amount_mib", err);
     int r = machine_balloon_resize(request->machine, (uint64_t)api_integer(request->body, "amount_mib"), err);
     return r ? r : remember(request, "balloon", "amount_mib");
 }
@@ -43,6 +60,8 @@ int api_get_balloon_statistics(struct api_request *request, struct error *err)
 
 int api_patch_balloon_statistics(struct api_request *request, struct error *err)
 {
+    if (!request->machine)
+        return change_configured(request, "stats_polling_interval_s", err);
     int r = machine_balloon_set_interval(request->machine, (uint32_t)api_integer(request->body, "stats_polling_interval_s"), err);
     return r ? r : remember(request, "balloon", "stats_polling_interval_s");
 }

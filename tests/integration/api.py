@@ -189,6 +189,7 @@ CASES = [
     ("PATCH", "/network-interfaces/n", {"iface_id": "n"}, 400, before),
     # balloon, vsock, entropy, serial, pmem, memory
     ("GET", "/balloon", None, 400, "No such device"),
+    ("PATCH", "/balloon", {"amount_mib": 1}, 400, "No such device"),
     ("PUT", "/balloon", {**balloon, "amount_mib": -1}, 400, "amount_mib"),
     ("PUT", "/balloon", {**balloon, "amount_mib": 4294967296}, 400, "amount_mib"),
     ("PUT", "/balloon", {**balloon, "amount_mib": 257}, 400, "larger than the memory"),
@@ -196,6 +197,10 @@ CASES = [
     ("PUT", "/balloon", {**balloon, "stats_polling_interval_s": 65536}, 400, "stats_polling_interval_s"),
     ("PUT", "/balloon", {**balloon, "stats_polling_interval_s": 1, "free_page_hinting": True, "free_page_reporting": True}, 204, ""),
     ("GET", "/balloon", None, 200, '"amount_mib": 10, "deflate_on_oom": true, "stats_polling_interval_s": 1, "free_page_hinting": true'),
+    ("PATCH", "/balloon", {"amount_mib": 257}, 400, "larger than the memory"),
+    ("PATCH", "/balloon", {"amount_mib": 11}, 204, ""),
+    ("PATCH", "/balloon/statistics", {"stats_polling_interval_s": 2}, 204, ""),
+    ("GET", "/balloon", None, 200, '"amount_mib": 11, "deflate_on_oom": true, "stats_polling_interval_s": 2'),
     ("GET", "/balloon/hinting/status", None, 400, before),
     ("PATCH", "/balloon/hinting/start", None, 400, before),
     ("PATCH", "/balloon/hinting/start", {"acknowledge_on_stop": 1}, 400, "invalid type"),
