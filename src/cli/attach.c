@@ -125,10 +125,10 @@ static int attach(const struct instance_info *vm, bool recent)
     if (recent)
         print_recent(vm->name);
     if (terminal) {
-        fprintf(stderr, "doppel: the console of %s; Ctrl-] detaches\r\n", vm->name);
         raw = before;
         cfmakeraw(&raw);
         tcsetattr(STDIN_FILENO, TCSANOW, &raw);
+        fprintf(stderr, "doppel: the console of %s; Ctrl-] detaches\r\n", vm->name);
     }
     int status = pass(console, terminal, signals, &why);
     if (terminal) {

@@ -49,7 +49,7 @@ void print_usage(FILE *out)
     fprintf(out, "usage: doppel COMMAND [OPTIONS]\n\ncommands:\n");
     for (const struct subcommand *command = subcommands; command->name; command++)
         fprintf(out, "  %-12s %s\n", command->name, command->help);
-    fprintf(out, "\nStart a guest:\n  %s\n\n\"doppel run --help\" lists all options.\n", example);
+    fprintf(out, "\nStart a guest:\n  %s\n\n\"doppel COMMAND --help\" explains a command, \"doppel run --help\" lists all options of a machine.\n", example);
 }
 
 static void print_options(FILE *out, const struct cli_option *options)

@@ -42,6 +42,11 @@ static const struct cli_option rm_options[] = {
     [RM_FORCE] = {"force", 'f', NULL, "kill it first if it runs"},
     {0},
 };
+static const struct cli_option plug_options[] = {
+    [PLUG_DISK] = {"disk", 0, "FILE[,...]", "a disk, as with run --disk"},
+    [PLUG_NET] = {"net", 0, "SPEC", "a network card, as with run --net"},
+    {0},
+};
 static const struct cli_option stats_options[] = {
     [STATS_JSON] = {"json", 0, NULL, "all counters, as JSON"},
     {0},
@@ -81,6 +86,8 @@ const struct subcommand subcommands[] = {
     {"pause", pause_main, "NAME...", "make virtual machines stand still", NAMES_SOME, no_options},
     {"resume", resume_main, "NAME...", "let paused ones go on", NAMES_SOME, no_options},
     {"reset", reset_main, "NAME...", "press the reset button", NAMES_SOME, no_options},
+    {"plug", plug_main, "OPTION NAME", "plug a disk or a network card into a running virtual machine", NAMES_ONE, plug_options},
+    {"unplug", unplug_main, "NAME DEVICE", "ask a guest to let a device go, named as doppel inspect shows it", NAMES_SOME, no_options},
     {"rm", rm_main, "[OPTIONS] NAME...", "remove what ended virtual machines left behind", NAMES_SOME, rm_options},
     {"stats", stats_main, "[OPTIONS] [NAME...]", "print what virtual machines use", NAMES_ANY, stats_options},
     {"top", top_main, "[OPTIONS] [NAME...]", "watch what virtual machines use", NAMES_ANY, top_options},

@@ -1,9 +1,10 @@
-/* Commands about virtual machines that are there: ps, inspect, stop, kill, pause, resume, reset, rm. What they do is a request to the machine's own process. */
+/* Commands about virtual machines that are there: ps, inspect, stop, kill, pause, resume, reset, plug, unplug, rm. What they do is a request to the machine's own process. */
 #include <errno.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "cli/arguments.h"
 #include "control/client.h"
@@ -206,6 +207,70 @@ int resume_main(int argc, char **argv)
 int reset_main(int argc, char **argv)
 {
     return request_each(argc, argv);
+}
+
+/* ---- devices ---- */
+
+/* The machine's process may be in another directory. A comma in a path is written twice. */
+static void make_absolute(const char *text, char *absolute, size_t size)
+{
+    char *directory = text[0] == '/' ? NULL : get_current_dir_name();
+    size_t length = 0;
+    for (const char *c = directory; c && *c && length + 3 < size; c++) {
+        absolute[length++] = *c;
+        if (*c == ',')
+            absolute[length++] = ',';
+    }
+    snprintf(absolute + length, size - length, "%s%s", directory ? "/" : "", text);
+    free(directory);
+}
+
+int plug_main(int argc, char **argv)
+{
+    struct arguments arguments;
+    struct instance_info vm;
+    struct error err = {0};
+    char path[8192] = "";
+    int r = parse_arguments(argc, argv, &arguments);
+    if (r)
+        return r < 0 ? 0 : r;
+    const char *disk = arguments.value[PLUG_DISK], *net = arguments.value[PLUG_NET];
+    if (!disk == !net)
+        return complain(STATUS_USAGE, "plug: give either --disk or --net");
+    if (instance_find(arguments.names[0], &vm, &err))
+        return complain(STATUS_ERROR, "%s", err.text);
+    if (disk)
+        make_absolute(disk, path, sizeof path);
+    json_t *body = json_pack("{s:s}", disk ? "disk" : "net", disk ? path : net);
+    r = client_request(vm.name, "POST", "/doppel/v1/devices", body, ANSWER_MS, NULL, &err) ? complain(STATUS_ERROR, "%s", err.text) : 0;
+    if (r == 0)
+        printf("%s\n", vm.name);
+    json_decref(body);
+    instance_info_clear(&vm);
+    return r;
+}
+
+int unplug_main(int argc, char **argv)
+{
+    struct arguments arguments;
+    struct instance_info vm;
+    struct error err = {0};
+    char path[256];
+    int r = parse_arguments(argc, argv, &arguments);
+    if (r)
+        return r < 0 ? 0 : r;
+    if (arguments.name_count != 2)
+        return complain(STATUS_USAGE, "unplug: which device of which virtual machine? usage: doppel unplug NAME DEVICE");
+    if (strspn(arguments.names[1], "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.") != strlen(arguments.names[1]) || strlen(arguments.names[1]) > 128)
+        return complain(STATUS_ERROR, "unplug: there is no device \"%s\"", arguments.names[1]);
+    if (instance_find(arguments.names[0], &vm, &err))
+        return complain(STATUS_ERROR, "%s", err.text);
+    snprintf(path, sizeof path, "/doppel/v1/devices/%s", arguments.names[1]);
+    r = client_request(vm.name, "DELETE", path, NULL, ANSWER_MS, NULL, &err) ? complain(STATUS_ERROR, "%s", err.text) : 0;
+    if (r == 0)
+        printf("%s\n", vm.name);
+    instance_info_clear(&vm);
+    return r;
 }
 
 /* ---- the end ---- */

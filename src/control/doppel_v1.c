@@ -270,6 +270,71 @@ static void stop_vm(struct http_call *call, void *ctx)
     http_reply_empty(call, 204);
 }
 
+/* ---- devices that come and go ---- */
+
+/* The body's only member, a text: its key is one of `keys` (ended by NULL), or a reply says what was wanted. The caller's to decref. */
+static json_t *only_member(struct http_call *call, const char *const *keys, const char **key, const char **text)
+{
+    json_t *body = http_body_json(call), *value;
+    const char *name;
+    if (!body)
+        return NULL;
+    *key = NULL;
+    json_object_foreach(body, name, value)
+        for (unsigned i = 0; keys[i]; i++)
+            if (strcmp(keys[i], name) == 0 && json_is_string(value) && strlen(json_string_value(value)) == json_string_length(value)) {
+                *key = keys[i];
+                *text = json_string_value(value);
+            }
+    if (*key && json_object_size(body) == 1)
+        return body;
+    json_decref(body);
+    http_reply_error(call, 400, "The body is an object with one text: %s%s%s.", keys[0], keys[1] ? " or " : "", keys[1] ? keys[1] : "");
+    return NULL;
+}
+
+static void add_device_now(struct http_call *call, void *ctx)
+{
+    static const char *const kinds[] = {"disk", "net", NULL};
+    struct error err = {0};
+    const char *kind, *text;
+    json_t *body = only_member(call, kinds, &kind, &text);
+    struct machine *machine = body ? machine_of(call, ctx) : NULL;
+    if (machine) {
+        int r = kind == kinds[0] ? machine_disk_add(machine, text, &err) : machine_net_add(machine, text, &err);
+        vm_machine_put(ctx);
+        vm_control_sync(ctx);
+        reply_result(call, r, &err);
+    }
+    json_decref(body);
+}
+
+static void change_device(struct http_call *call, void *ctx)
+{
+    static const char *const kinds[] = {"path", NULL};
+    struct error err = {0};
+    const char *kind, *text;
+    json_t *body = only_member(call, kinds, &kind, &text);
+    struct machine *machine = body ? machine_of(call, ctx) : NULL;
+    if (machine) {
+        int r = machine_disk_replace(machine, http_parameter(call, 0), text, &err);
+        vm_machine_put(ctx);
+        reply_result(call, r, &err);
+    }
+    json_decref(body);
+}
+
+static void remove_device(struct http_call *call, void *ctx)
+{
+    struct error err = {0};
+    struct machine *machine = machine_of(call, ctx);
+    if (!machine)
+        return;
+    int r = machine_device_remove(machine, http_parameter(call, 0), &err);
+    vm_machine_put(ctx);
+    reply_result(call, r, &err);
+}
+
 static void press_power_button(struct http_call *call, void *ctx)
 {
     struct machine *machine = machine_of(call, ctx);
@@ -284,6 +349,9 @@ const struct http_route doppel_v1_routes[] = {
     {"GET", "/doppel/v1/vm", get_vm},
     {"GET", "/doppel/v1/engine", get_engine},
     {"GET", "/doppel/v1/devices", get_devices},
+    {"POST", "/doppel/v1/devices", add_device_now},
+    {"PATCH", "/doppel/v1/devices/{name}", change_device},
+    {"DELETE", "/doppel/v1/devices/{name}", remove_device},
     {"GET", "/doppel/v1/statistics", get_statistics},
     {"GET", "/doppel/v1/metrics", get_metrics},
     {"GET", "/doppel/v1/registers", get_state},

@@ -32,7 +32,7 @@ int vm_control_create(struct vm_control **control, const struct vm_control_optio
 int vm_control_add_routes(struct vm_control *control, struct http_server *server) __attribute__((warn_unused_result));
 /* `config` is what the machine was made from. `control` NULL: nothing. */
 void vm_control_attach(struct vm_control *control, struct machine *machine, const struct machine_config *config);
-/* Returns when everything that has happened so far is written where others see it. */
+/* Returns when everything that has happened so far is written where others see it. NULL: at once. */
 void vm_control_sync(struct vm_control *control);
 /* `over`: there will be no other machine; streams end when they have told the end. NULL: at once. */
 void vm_control_detach(struct vm_control *control, bool over);

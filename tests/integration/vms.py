@@ -146,12 +146,21 @@ def life():
         before = vms()["vm"]["pid"]
         assert run("restart", "-t", "30", "vm") == "vm\n"
         assert vms()["vm"]["pid"] != before and state("vm") == "running"
+        with open("extra", "wb") as disk:
+            disk.truncate(1 << 20)
+        run("plug", "--disk", "extra,id=more", "vm")  # relative to here, and not to where it was started
+        assert "more" in {device["name"] for device in json.loads(run("inspect", "vm"))[0]["devices"]}
+        run("plug", "--disk", "nothing", "vm", status=1)
+        run("plug", "vm", status=2)
+        run("unplug", "vm", "more")
+        run("unplug", "vm", "less", status=1)
+        run("unplug", "vm", status=2)
         run("reset", "vm")
         wait_for("second hello", lambda: run("logs", "vm") == "hello\n" * 2)
         run("kill", "vm")
         assert vms()["vm"]["exit_status"] == 5
         events = [json.loads(line)["event"] for line in run("events", "--json").splitlines()]
-        assert events == ["started", "reset", "ended"], events
+        assert events == ["started", "device-added", "reset", "ended"], events
         run("rm", "vm")
         assert not vms() and os.listdir(f"{folder}/doppel") == [".lock"]
 
@@ -337,6 +346,7 @@ def api():
 
         def request(method, path, status, body=None):
             plain = path.split("?")[0]
+            plain = re.sub("(devices)/.+", r"\1/{name}", plain)
             asked.add((method.lower(), plain))
             got, kind, text = ask("vm", method, path, body)
             assert got == status, f"{method} {path} {body}: {got} {text}"
@@ -350,7 +360,7 @@ def api():
         vm = request("GET", "/doppel/v1/vm", 200)
         assert vm["state"] == "running" and vm["config"]["disks"] == [{"readonly": True, "path": "disk", "format": "raw", "serial": "S"}], vm
         assert request("GET", "/doppel/v1/engine", 200)["name"] == "interp"
-        assert {device["class"] for device in request("GET", "/doppel/v1/devices", 200)} == {"virtio-rng", "virtio-blk"}
+        assert {device["class"] for device in request("GET", "/doppel/v1/devices", 200)} >= {"virtio-rng", "virtio-blk"}
         statistics = request("GET", "/doppel/v1/statistics", 200)["counters"]
         assert statistics["memory_bytes"] == 4 << 20 and statistics["port_reads"] > 0 and "0" in statistics["vcpu_ns"]
         metrics = request("GET", "/doppel/v1/metrics", 200)
@@ -383,6 +393,23 @@ def api():
         request("POST", "/doppel/v1/reset", 204)
         request("POST", "/doppel/v1/power-button", 204)
         assert sorted(next_event() for _ in range(4)) == ["paused", "power-button", "reset", "resumed"]
+        for name in ("second", "third"):
+            with open(name, "wb") as disk:
+                disk.truncate(2 << 20)
+        request("POST", "/doppel/v1/devices", 204, b'{"disk": "second,id=two"}')
+        assert next_event() == "device-added"
+        assert "two" in {device["name"] for device in request("GET", "/doppel/v1/devices", 200)}
+        request("PATCH", "/doppel/v1/devices/two", 204, b'{"path": "third"}')
+        request("PATCH", "/doppel/v1/devices/two", 400, b'{"path": "missing"}')
+        request("PATCH", "/doppel/v1/devices/nothing", 400, b'{"path": "disk"}')
+        request("POST", "/doppel/v1/devices", 204, b'{"net": "user"}')
+        assert next_event() == "device-added"
+        request("DELETE", "/doppel/v1/devices/two", 204)  # this guest lets nothing go
+        request("DELETE", "/doppel/v1/devices/rng0", 400)
+        request("DELETE", "/doppel/v1/devices/%2e%2e%2fx", 400)
+        for body in (b"", b"[]", b"{}", b'{"disk": 5}', b'{"disk": "missing"}', b'{"net": "pigeon"}', b'{"disk": "second", "net": "user"}', b'{"floppy": "x"}',
+                     b'{"disk": "a\\u0000b"}'):
+            request("POST", "/doppel/v1/devices", 400, body)
         request("GET", "/doppel/v1/events?since=-1", 400)
         for body in (b"[]", b"5", b"{", b'{"timeout_s": "1"}', b'{"timeout_s": -1}', b'{"timeout_s": 1.5}', b'{"timeout_s": 1e30}', b'{"timeout_s": 1, "x": 1}',
                      b'{"timeout_s": 1, "timeout_s": 1}', b"[" * 40000):

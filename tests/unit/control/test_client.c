@@ -48,13 +48,19 @@ static const struct answer {
 static void *serve(void *arg)
 {
     const struct answer *answer = arg;
-    char request[4096];
+    char request[4096] = "";
+    size_t count = 0;
     int fd = accept(listen_fd, NULL, NULL);
-    assert_true(fd >= 0 && recv(fd, request, sizeof request, 0) > 0);
+    while (fd >= 0 && !strchr(request, '}')) { /* all of it: what is not read when a socket is closed is an error at the other end */
+        ssize_t n = recv(fd, request + count, sizeof request - 1 - count, 0);
+        if (n <= 0)
+            break;
+        count += (size_t)n;
+    }
     for (unsigned i = 0; i < answer->repeat && send(fd, answer->text, strlen(answer->text), MSG_NOSIGNAL) >= 0; i++)
         continue;
-    if (answer->hangs)
-        assert_int_equal(recv(fd, request, sizeof request, 0), 0); /* until the client has given up */
+    while (answer->hangs && recv(fd, request, sizeof request, 0) > 0)
+        continue; /* until the client has given up */
     close(fd);
     return NULL;
 }
