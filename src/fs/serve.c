@@ -17,7 +17,7 @@
 #define COPY_BYTES 1024u /* on the stack; longer ones are allocated */
 #define MINOR_MIN 31u
 #define PAGE_BYTES 4096u
-#define QUICK_BYTES (64u << 10) /* of data */
+#define QUICK_BYTES (256u << 10) /* of data */
 
 enum {
     WRITES = 1,    /* changes the directory or its files */
