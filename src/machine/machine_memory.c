@@ -114,10 +114,13 @@ int machine_create_memory_devices(struct machine *machine, struct error *err)
     int r = machine->config->balloon.present ? create_balloon(machine, err) : 0;
     if (r == 0 && machine->config->memory_hotplug.present)
         r = create_pluggable(machine, err);
-    for (unsigned i = 0; r == 0 && i < machine->config->pmem_count; i++) {
-        r = create_pmem(machine, i, err);
+    /* Linux numbers them as it finds them, and spare slots are given from the last one down. */
+    unsigned count = machine->config->pmem_count;
+    for (unsigned n = 0; r == 0 && n < count; n++) {
+        unsigned index = machine->pci ? count - 1 - n : n;
+        r = create_pmem(machine, index, err);
         if (r == 0)
-            machine_name_device(machine, "pmem", machine->config->pmem[i].id);
+            machine_name_device(machine, "pmem", machine->config->pmem[index].id);
     }
     return r;
 }

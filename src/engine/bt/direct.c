@@ -602,6 +602,7 @@ static bool fault_fill(struct bt_vcpu *b, struct direct_space *space, gva_t addr
     }
     for (int n = 0; n < count; n++) {
         filled = fill_range(b, space, access[n].gva, access[n].size ? access[n].size : 1, access[n].write ? PAGING_WRITE : PAGING_READ);
+        d->held = filled == DIRECT_FILL_FORBIDDEN;
         if (filled > DIRECT_FILL_SAME)
             return false;
         changed |= filled == DIRECT_FILL_CHANGED;

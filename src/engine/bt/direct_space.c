@@ -467,8 +467,10 @@ enum direct_fill direct_space_fill(struct direct_space *space, struct bt_vcpu *b
     uint64_t offset;
     uint32_t error;
     if (gva >= DIRECT_ADDRESS_LIMIT || paging_walk(b->c.v.memory, &b->c.v.cpu, b->c.max_phys_bits, gva, access | PAGING_USER, &page, &error) || !is_usable(space, gva) ||
-        !ram_offset(b->c.v.memory, page.gpa & ~PAGE_MASK_BITS, &offset))
+        !physmap_offset(b->c.v.memory, page.gpa & ~PAGE_MASK_BITS, PAGE_SIZE_BYTES, &offset))
         return DIRECT_FILL_NOT;
+    if (offset >= physmap_ram_bytes(b->c.v.memory))
+        return DIRECT_FILL_FORBIDDEN;
     struct leaf *leaf = leaf_get(space, gva);
     if (!leaf)
         return DIRECT_FILL_NOT;

@@ -15,7 +15,7 @@ enum direct_fill {
     DIRECT_FILL_CHANGED, /* mapped now, or with more rights than before */
     DIRECT_FILL_SAME,    /* was mapped so already */
     DIRECT_FILL_NOT,     /* the guest's tables forbid it, it is not RAM, or the host cannot */
-    DIRECT_FILL_FORBIDDEN, /* the page has more instructions that must not run here, RDPID and the like, than can be stopped before */
+    DIRECT_FILL_FORBIDDEN, /* the page has more instructions that must not run here, RDPID and the like, than can be stopped before; or it is a file's, of persistent memory */
 };
 
 struct direct_space;
