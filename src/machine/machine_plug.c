@@ -222,16 +222,23 @@ static int replace_medium(struct machine *machine, void *ctx, struct error *err)
     return 0;
 }
 
+/* Back ends are opened on the loop's thread, which by then could not and would be stopped for trying. */
+static int can_open(const struct machine *machine, struct error *err)
+{
+    return machine->sandbox ? error_set(err, -EPERM, "the sandbox lets this virtual machine open nothing more; start it with --sandbox off for that") : 0;
+}
+
 int machine_disk_replace(struct machine *machine, const char *id, const char *path, struct error *err)
 {
-    return machine_call_still(machine, replace_medium, &(struct plug_request){id, path}, err);
+    int r = can_open(machine, err);
+    return r ? r : machine_call_still(machine, replace_medium, &(struct plug_request){id, path}, err);
 }
 
 /* ---- plugging ---- */
 
 static int can_plug(const struct machine *machine, struct error *err)
 {
-    return machine->hotplug ? 0 : error_set(err, -ENOTSUP, "devices are plugged into a running machine by PCI, which this one does not have");
+    return machine->hotplug ? can_open(machine, err) : error_set(err, -ENOTSUP, "devices are plugged into a running machine by PCI, which this one does not have");
 }
 
 /* Frees a disk's texts and closes the gap that it leaves. */

@@ -68,10 +68,11 @@ def kernel(code, name="kernel"):
     return small_guests.write(os.path.join(os.environ["XDG_RUNTIME_DIR"], name), code)
 
 
-def start(code, *options, name=None, file="kernel", **more):
+def start(code, *options, name=None, file="kernel", sandbox=None, **more):
     """In the background; its name."""
     named = ["--name", name] if name else []
-    return run("run", "-d", *named, "--kernel", kernel(code, file), "--memory", "4M", "--net", "none", "--engine", "interp", *options, **more).strip()
+    return run("run", "-d", *named, "--kernel", kernel(code, file), "--memory", "4M", "--net", "none", "--engine", "interp",
+               *(["--sandbox", sandbox] if sandbox else []), *options, **more).strip()
 
 
 class Connection(http.client.HTTPConnection):
@@ -130,7 +131,7 @@ def names():
 def life():
     """Start, stop, start again, restart, kill, remove; what is refused when."""
     with runtime() as folder:
-        start(small_guests.say("hello\n") + small_guests.UNTIL_BUTTON, name="vm")
+        start(small_guests.say("hello\n") + small_guests.UNTIL_BUTTON, name="vm", sandbox="off")  # where devices can be plugged
         wait_for("console", lambda: run("logs", "vm") == "hello\n")
         information = json.loads(run("inspect", "vm"))[0]
         assert information["engine"]["name"] == "interp" and information["vm"]["config"]["memory_bytes"] == 4 << 20
@@ -226,7 +227,7 @@ def crash():
 def restart():
     """The supervisor: what is brought back, when not, and how it ends."""
     with runtime():
-        start(small_guests.say("x") + small_guests.HALT, "--restart", "always", name="vm")
+        start(small_guests.say("x") + small_guests.HALT, "--restart", "always", name="vm", sandbox="on")
         first = vms()["vm"]["pid"]
         os.kill(first, signal.SIGKILL)
         wait_for("restart", lambda: vms()["vm"].get("restarts") == 1 and state("vm") == "running" and vms()["vm"]["pid"] != first)
@@ -234,7 +235,7 @@ def restart():
         assert "started again" in run("logs", "-m", "vm")
         run("stop", "-t", "0", "vm")
         assert state("vm") == "ended"
-        start(small_guests.say("y") + small_guests.POWER_OFF, "--restart", "always", name="again")
+        start(small_guests.say("y") + small_guests.POWER_OFF, "--restart", "always", name="again", sandbox="on")
         wait_for("three runs", lambda: run("logs", "again").startswith("yyy"))
         run("stop", "again")  # also while it waits to be started again
         assert state("again") == "ended"
@@ -253,7 +254,9 @@ def restart():
 def console():
     """The console from several terminals and pipes; the log while it grows."""
     with runtime():
-        start(small_guests.ECHO, name="vm")
+        start(small_guests.ECHO, name="vm", sandbox="on")
+        run("plug", "--net", "user", "vm", status=1)  # opens nothing more, and is none the worse for having been asked
+        assert "sandbox" in run.errors and state("vm") == "running"
         follower = subprocess.Popen([doppel, "logs", "--follow", "vm"], stdout=subprocess.PIPE)
         piped = subprocess.Popen([doppel, "console", "vm"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         piped.stdin.write(b"from a pipe\n")
@@ -341,7 +344,7 @@ def api():
     with runtime() as folder:
         with open("disk", "wb") as disk:
             disk.truncate(1 << 20)
-        start(small_guests.ECHO, "--disk", "disk,readonly,serial=S", "--append", "x y", name="vm")
+        start(small_guests.ECHO, "--disk", "disk,readonly,serial=S", "--append", "x y", name="vm", sandbox="off")
         asked = set()
 
         def request(method, path, status, body=None):
