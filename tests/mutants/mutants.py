@@ -69,6 +69,15 @@ MUTANTS = [
     ("12 RSP of branches", "fault.c", "    gpr[GPR_RSP] -= (uint64_t)(int64_t)f->site->rsp_adjust;\n", "", ["fault", "hostile"]),
     ("12 rest of strings", "fault.c", "(greg_t)((end[STRING_RDI_END] - left) & mask);", "(greg_t)(end[STRING_RDI_END] & mask);", ["hostile", "sequences"]),
     ("8 epochs", "tables.c", "if (view->epoch != epoch || memcmp", "if (memcmp", ["tables"]),
+    ("shares 1 names", "../../fs/serve.c", "        if (!fs_name_valid(*place[used]))\n            return -EINVAL;\n", "", ["share_escape"]),
+    ("shares 2 links", "../../fs/node.c", "O_PATH | O_NOFOLLOW | O_CLOEXEC, .resolve = RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS | RESOLVE_NO_SYMLINKS}", "O_PATH | O_CLOEXEC}", ["share_escape"]),
+    ("shares 2 another file", "../../fs/node.c", "        if (!same_file(&found, identity))\n            ret = -ESTALE;", "        (void)found;", ["share_fs"]),
+    ("shares 3 device files", "../../fs/op_name.c", "    case S_IFSOCK: /*", "    case S_IFSOCK:\n    case S_IFCHR: /*", ["share_escape"]),
+    ("shares 4 the kernel's files", "../../fs/node.c", ".refused = listed(", ".refused = false && listed(", ["share_escape"]),
+    ("shares 5 set-ID bits", "../../fs/op_attr.c", "(type == S_IFDIR ? 07777u : 01777u)", "07777u", ["share_fs"]),
+    ("shares 5 read-only", "../../fs/serve.c", "    if (fs->config.readonly && (operation->flags & WRITES))", "    if (0)", ["share_fs"]),
+    ("shares 6 descriptors", "../../fs/node.c", "    while (fs->fd_count >= fs->fd_max) {", "    while (0) {", ["share_fs"]),
+    ("shares 6 open files", "../../fs/handle.c", "    if (fs->handle_count < fs->handles_max && (", "    if ((", ["share_fs"]),
 ]
 
 
@@ -78,6 +87,9 @@ def command(tree, build, test):
         return [SEQUENCES], [os.path.join(build, SEQUENCES), "--count", "20000", "--seed", "3", "--findings", "1"]
     if test in UNITS:
         target = "tests/unit/engine/test_bt_" + test
+        return [target], [os.path.join(build, target)]
+    if test.startswith("share_"):
+        target = "tests/unit/fs/test_" + test
         return [target], [os.path.join(build, target)]
     program = "tests/conform/" + test
     return ["doppel", program], [os.path.join(tree, "tests/conform/run.py"), os.path.join(build, program), "--doppel", os.path.join(build, "doppel"), "--engine", "bt",
