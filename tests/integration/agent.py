@@ -125,9 +125,9 @@ def signals():
         os.write(one.stdin.fileno(), bytes(65536))
     one.send_signal(signal.SIGTERM)
     assert one.wait(30) == 128 + signal.SIGTERM
-    # The client vanishes: the command gets SIGHUP.
+    # The client vanishes: the command gets SIGHUP. (Its standard error has gone, too, where the shell would tell of its sleep's end.)
     marker = folder.name + "/hup"
-    one = subprocess.Popen([doppel, "exec", "--vsock", path, "--", "sh", "-c", f"trap 'echo hup >{marker}; exit' HUP; echo ready; while :; do sleep 0.05; done"],
+    one = subprocess.Popen([doppel, "exec", "--vsock", path, "--", "sh", "-c", f"exec 2>/dev/null; trap 'echo hup >{marker}; exit' HUP; echo ready; while :; do sleep 0.05; done"],
                            stdout=subprocess.PIPE)
     assert one.stdout.readline() == b"ready\n"
     one.kill()
