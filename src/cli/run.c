@@ -139,11 +139,12 @@ static sigset_t signals_taken(void)
 /* A thread of this program gives up what it does not need; when it cannot, the guest does not run. */
 static void shut_in(struct run *run)
 {
-    struct error err = {0};
-    if (machine_shut_in(run->machine, &err)) {
-        complain(0, "%s", err.text);
-        machine_stop(run->machine, MACHINE_STOPPED);
-    }
+    machine_shut_in_or_stop(run->machine, IN_MAIN);
+}
+
+static void shut_in_server(void *ctx)
+{
+    machine_shut_in_or_stop(ctx, IN_API);
 }
 
 static void *signal_main(void *arg)
@@ -270,7 +271,8 @@ static int start_machine(struct run *run, struct error *err)
 {
     vm_control_attach(run->control, run->machine, &run->config);
     if (run->server) {
-        int r = http_server_start(run->server, err);
+        int r = http_server_post(run->server, shut_in_server, run->machine);
+        r = r ? r : http_server_start(run->server, err);
         if (r)
             return r;
     }
@@ -300,6 +302,11 @@ int run_vm(struct run *run)
     int status = STATUS_USAGE;
     if (run->config.sandbox)
         doppel_sandbox_begin();
+    char directory[INSTANCE_PATH_BYTES];
+    if (run->instance) {
+        snprintf(directory, sizeof directory, "%s", instance_path(run->instance));
+        run->config.own_directory = directory;
+    }
     open_control(run);
     if (machine_create(&run->machine, &run->config, &err)) {
         complain(0, "%s", err.text);

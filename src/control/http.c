@@ -18,6 +18,24 @@
 
 #include "control/http_priv.h"
 #include "util/log.h"
+#include "util/sandbox_rules.h"
+
+/* The library's sockets and this file's loop. */
+SANDBOX_ALLOW(IN_API, epoll_wait);
+SANDBOX_ALLOW(IN_API, epoll_ctl);
+SANDBOX_ALLOW(IN_API, timerfd_settime);
+SANDBOX_ALLOW(IN_API, accept4);
+SANDBOX_ALLOW(IN_API, recvfrom);
+SANDBOX_ALLOW(IN_API, sendto);
+SANDBOX_ALLOW(IN_API, sendmsg);
+SANDBOX_ALLOW(IN_API, shutdown);
+SANDBOX_ALLOW(IN_API, setsockopt);
+SANDBOX_ALLOW(IN_API, getsockopt);
+SANDBOX_ALLOW(IN_API, fcntl);
+SANDBOX_ALLOW(IN_API, poll);
+SANDBOX_ALLOW(IN_API, read);
+SANDBOX_ALLOW(IN_API, writev);
+SANDBOX_ALLOW(IN_API, close);
 
 #define SPARE_CONNECTIONS 4u
 #define DISCARD_FACTOR 16u /* bodies too large are read and thrown away up to this many times the bound, so that a client that only sends sees its reply */
@@ -452,6 +470,11 @@ int http_server_start(struct http_server *server, struct error *err)
         return error_set(err, r, "cannot start the API server: %s", strerror(-r));
     server->started = true;
     return 0;
+}
+
+int http_server_post(struct http_server *server, void (*fn)(void *ctx), void *ctx)
+{
+    return loop_post(server->loop, fn, ctx);
 }
 
 /* The thread has ended, so nobody else takes streams off the list. */

@@ -58,6 +58,8 @@ int http_server_create(struct http_server **server, const struct http_options *o
 /* Before the start. `routes` (ended by a NULL method) and `ctx` (the handlers') must outlive the server. The first match counts. */
 int http_server_add_routes(struct http_server *server, const struct http_route *routes, void *ctx) __attribute__((warn_unused_result));
 int http_server_start(struct http_server *server, struct error *err) __attribute__((warn_unused_result));
+/* Runs fn once on the server's thread, before requests that come later. Any thread, also before the start. */
+int http_server_post(struct http_server *server, void (*fn)(void *ctx), void *ctx) __attribute__((warn_unused_result));
 /* Ends streams and connections; waits for the handler that runs and for replies that were deferred. Not from a handler. Removes the socket's file. */
 void http_server_destroy(struct http_server *server);
 

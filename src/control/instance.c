@@ -19,6 +19,16 @@
 #include <unistd.h>
 
 #include "control/instance_priv.h"
+#include "util/sandbox_rules.h"
+
+/* Files of the machine's own directory (Landlock), and its removal at the end. */
+SANDBOX_ALLOW(IN_API | IN_MAIN, openat);
+SANDBOX_ALLOW(IN_API | IN_MAIN, newfstatat);
+SANDBOX_ALLOW(IN_API | IN_MAIN, renameat);
+SANDBOX_ALLOW(IN_API | IN_MAIN, unlinkat);
+SANDBOX_ALLOW(IN_API | IN_MAIN, fcntl);
+SANDBOX_ALLOW(IN_MAIN, getdents64);
+SANDBOX_ALLOW(IN_MAIN, flock);
 
 #define NEW_PREFIX ".new-"
 #define BACKLOG 128

@@ -218,10 +218,17 @@ static void plug(void *ctx)
     vm_machine_put(control);
 }
 
+static void shut_in(void *ctx)
+{
+    machine_shut_in_or_stop(ctx, IN_API);
+}
+
 void vm_control_attach(struct vm_control *control, struct machine *machine, const struct machine_config *config)
 {
     if (!control)
         return;
+    if (loop_post(control->loop, shut_in, machine))
+        machine_stop(machine, MACHINE_ERROR);
     machine_observe(machine, &(struct machine_observer){.event = on_event, .ctx = control});
     machine_console_tap(machine, vm_console_tap(control->console));
     pthread_rwlock_wrlock(&control->machine_lock);

@@ -141,7 +141,7 @@ void doppel_sandbox_begin(void)
 int doppel_vm_shut_in(struct doppel_vm *vm, char *error)
 {
     struct error err = {0};
-    return report(machine_shut_in(vm->machine, &err), &err, error);
+    return report(machine_shut_in(vm->machine, IN_MAIN, &err), &err, error);
 }
 
 void doppel_vm_dump(struct doppel_vm *vm, FILE *out)

@@ -620,7 +620,9 @@ int machine_create_with(struct machine **out, const struct machine_config *confi
     if (r == 0)
         r = begin(machine, ctx, err);
     if (r == 0)
-        r = create_consoles(machine, err); /* last: the terminal goes raw only when all else is well */
+        r = create_consoles(machine, err); /* the terminal goes raw only when all else is well */
+    if (r == 0)
+        r = machine_make_sandbox(machine, err);
     if (r) {
         machine_destroy(machine);
         return r;
@@ -657,10 +659,7 @@ int machine_start(struct machine *machine, struct error *err)
     pthread_mutex_unlock(&machine->run_lock);
     if (again)
         return error_set(err, -EALREADY, "the virtual machine was started already");
-    int r = machine_make_sandbox(machine, err);
-    if (r)
-        return r;
-    r = pthread_create(&machine->loop_thread, NULL, loop_main, machine);
+    int r = pthread_create(&machine->loop_thread, NULL, loop_main, machine);
     if (r)
         return error_set(err, -r, "cannot start a thread: %s", strerror(r));
     machine->loop_started = true;

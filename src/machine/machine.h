@@ -17,6 +17,7 @@
 #include "state/state.h"
 #include "util/counter.h"
 #include "util/error.h"
+#include "util/sandbox_rules.h"
 
 struct machine;
 
@@ -35,8 +36,13 @@ int machine_start(struct machine *machine, struct error *err) __attribute__((war
 enum machine_end machine_wait(struct machine *machine);
 void machine_destroy(struct machine *machine);
 
-/* The calling thread gives up all but what it takes to wait for the machine and to clean up after it (sandbox/sandbox.h); nothing without a sandbox. After the start. */
-int machine_shut_in(struct machine *machine, struct error *err) __attribute__((warn_unused_result));
+/*
+ * The calling thread gives up all but what a thread of this kind needs (IN_MAIN: it waits for the machine and cleans up after it; IN_API; sandbox/sandbox.h); nothing without a sandbox.
+ * Threads that it makes later inherit that, so machine_start comes first where it is the same thread's.
+ */
+int machine_shut_in(struct machine *machine, unsigned kind, struct error *err) __attribute__((warn_unused_result));
+/* The same; when it cannot, the machine ends. */
+void machine_shut_in_or_stop(struct machine *machine, unsigned kind);
 
 /* From any thread. Paused before its start, a machine starts paused. -ECANCELED: another thread resumed it before it had stopped. */
 void machine_power_button(struct machine *machine);

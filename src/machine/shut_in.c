@@ -40,9 +40,9 @@ static bool enter(void *ctx, unsigned kind)
 int machine_make_sandbox(struct machine *machine, struct error *err)
 {
     const struct machine_config *config = machine->config;
-    const char *const removed[] = {config->pid_file, socket_path(config->console), socket_path(config->virtio_console), socket_path(config->debug_console)};
+    const char *const removed[] = {config->own_directory, config->pid_file, socket_path(config->console), socket_path(config->virtio_console), socket_path(config->debug_console)};
     char directory[sizeof removed / sizeof *removed][PATH_MAX];
-    struct sandbox_path paths[sizeof removed / sizeof *removed + 1 + CONFIG_SHARES_MAX];
+    struct sandbox_path paths[sizeof removed / sizeof *removed + 2 + CONFIG_SHARES_MAX];
     struct sandbox_config sandbox = {.paths = paths, .omit = config->sandbox_omit};
     if (!config->sandbox)
         return 0;
@@ -51,6 +51,8 @@ int machine_make_sandbox(struct machine *machine, struct error *err)
         if (*directory[i])
             paths[sandbox.path_count++] = (struct sandbox_path){directory[i], true, IN_MAIN};
     }
+    if (config->own_directory)
+        paths[sandbox.path_count++] = (struct sandbox_path){config->own_directory, true, IN_API};
     if (uses_user_network(config)) {
         sandbox.needs |= SANDBOX_NET_USER;
         sandbox.host_network = true;
@@ -80,7 +82,12 @@ bool machine_enter_sandbox(struct machine *machine, unsigned kind)
     return false;
 }
 
-int machine_shut_in(struct machine *machine, struct error *err)
+int machine_shut_in(struct machine *machine, unsigned kind, struct error *err)
 {
-    return machine->sandbox ? sandbox_enter(machine->sandbox, IN_MAIN, err) : 0;
+    return machine->sandbox ? sandbox_enter(machine->sandbox, kind, err) : 0;
+}
+
+void machine_shut_in_or_stop(struct machine *machine, unsigned kind)
+{
+    (void)!machine_enter_sandbox(machine, kind);
 }
