@@ -25,7 +25,7 @@
 #include "util/log.h"
 
 #define NOBODY 65534u
-#define LANDLOCK_REFER (1ull << 13) /* LANDLOCK_ACCESS_FS_REFER, newer than our headers */
+#define REFER (1ull << 13) /* LANDLOCK_ACCESS_FS_REFER; not in all headers */
 #define COPY_BYTES_MAX 65536
 
 struct sandbox {
@@ -33,11 +33,34 @@ struct sandbox {
     int landlock[SANDBOX_KINDS]; /* rule sets; -1: the kernel has none */
     int empty_root, network;     /* descriptors; -1: not available or not wanted */
     bool drop_user;
+    unsigned outside; /* kinds that stay in the host's root directory, as who they are: they use the user's files or sockets */
 };
 
 static long landlock_version(void)
 {
     return syscall(SYS_landlock_create_ruleset, NULL, 0, LANDLOCK_CREATE_RULESET_VERSION);
+}
+
+/* root: the empty one, for a thread that goes there; -1: none. */
+static int landlock_add(int rules, const struct sandbox_path *path, int root, uint64_t rights)
+{
+    const uint64_t of_files = LANDLOCK_ACCESS_FS_READ_FILE | LANDLOCK_ACCESS_FS_WRITE_FILE | 1ull << 14;
+    struct stat st;
+    uint64_t wanted = path->writable ? rights & ~(uint64_t)LANDLOCK_ACCESS_FS_EXECUTE : LANDLOCK_ACCESS_FS_READ_FILE | LANDLOCK_ACCESS_FS_READ_DIR;
+    int fd = root >= 0 ? openat(root, path->path + strspn(path->path, "/"), O_PATH | O_CLOEXEC) : open(path->path, O_PATH | O_CLOEXEC);
+    if (fd < 0 || fstat(fd, &st) < 0) {
+        int r = -errno;
+        if (fd >= 0)
+            close(fd);
+        return r == -ENOENT ? 0 : r; /* what is not there needs no leave */
+    }
+    if (!S_ISDIR(st.st_mode))
+        wanted &= of_files & rights;
+    struct landlock_path_beneath_attr rule = {.allowed_access = wanted, .parent_fd = fd};
+    long r = syscall(SYS_landlock_add_rule, rules, LANDLOCK_RULE_PATH_BENEATH, &rule, 0);
+    r = r < 0 ? -errno : 0;
+    close(fd);
+    return (int)r;
 }
 
 /* ---- namespaces ---- */
@@ -71,14 +94,12 @@ static void scope_signals(void)
 {
     struct {
         uint64_t fs, net, scoped;
-    } attr = {.fs = LANDLOCK_REFER, .scoped = 2 /* LANDLOCK_SCOPE_SIGNAL */};
+    } attr = {.fs = REFER, .scoped = 2 /* LANDLOCK_SCOPE_SIGNAL */};
+    const struct sandbox_path everywhere = {.path = "/", .writable = true};
     int rules = landlock_version() >= 6 ? (int)syscall(SYS_landlock_create_ruleset, &attr, sizeof attr, 0) : -1;
     if (rules < 0)
         return;
-    struct landlock_path_beneath_attr everywhere = {.allowed_access = LANDLOCK_REFER, .parent_fd = open("/", O_PATH | O_CLOEXEC)};
-    (void)!syscall(SYS_landlock_add_rule, rules, LANDLOCK_RULE_PATH_BENEATH, &everywhere, 0);
-    if (everywhere.parent_fd >= 0)
-        close(everywhere.parent_fd);
+    (void)landlock_add(rules, &everywhere, -1, REFER); /* a layer that does not say so forbids links and moves between directories */
     if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0)
         (void)!syscall(SYS_landlock_restrict_self, rules, 0);
     close(rules);
@@ -157,34 +178,12 @@ static uint64_t landlock_rights(long version)
 {
     uint64_t rights = (LANDLOCK_ACCESS_FS_MAKE_SYM << 1) - 1;
     if (version >= 2)
-        rights |= LANDLOCK_REFER;
+        rights |= REFER;
     if (version >= 3)
         rights |= 1ull << 14; /* TRUNCATE */
     if (version >= 5)
         rights |= 1ull << 15; /* IOCTL_DEV */
     return rights;
-}
-
-/* root: the empty one, for a thread that goes there; -1: none. */
-static int landlock_add(int rules, const struct sandbox_path *path, int root, uint64_t rights)
-{
-    const uint64_t of_files = LANDLOCK_ACCESS_FS_READ_FILE | LANDLOCK_ACCESS_FS_WRITE_FILE | 1ull << 14;
-    struct stat st;
-    uint64_t wanted = path->writable ? rights & ~(uint64_t)LANDLOCK_ACCESS_FS_EXECUTE : LANDLOCK_ACCESS_FS_READ_FILE | LANDLOCK_ACCESS_FS_READ_DIR;
-    int fd = root >= 0 ? openat(root, path->path + strspn(path->path, "/"), O_PATH | O_CLOEXEC) : open(path->path, O_PATH | O_CLOEXEC);
-    if (fd < 0 || fstat(fd, &st) < 0) {
-        int r = -errno;
-        if (fd >= 0)
-            close(fd);
-        return r == -ENOENT ? 0 : r; /* what is not there needs no leave */
-    }
-    if (!S_ISDIR(st.st_mode))
-        wanted &= of_files & rights;
-    struct landlock_path_beneath_attr rule = {.allowed_access = wanted, .parent_fd = fd};
-    long r = syscall(SYS_landlock_add_rule, rules, LANDLOCK_RULE_PATH_BENEATH, &rule, 0);
-    r = r < 0 ? -errno : 0;
-    close(fd);
-    return (int)r;
 }
 
 /* A rule set for one kind of thread, -1 where the kernel has no Landlock. */
@@ -204,7 +203,7 @@ static int landlock_make(unsigned kind, const struct sandbox_config *config, int
     if (*rules < 0)
         return error_set(err, -errno, "sandbox: cannot restrict paths: %s", strerror(errno));
     for (unsigned n = 0; n < config->path_count; n++) {
-        int r = config->paths[n].threads & kind ? landlock_add(*rules, &config->paths[n], kind & IN_GUEST ? root : -1, attr.fs) : 0;
+        int r = config->paths[n].threads & kind ? landlock_add(*rules, &config->paths[n], config->needs & SANDBOX_VSOCK || !(kind & IN_GUEST) ? -1 : root, attr.fs) : 0;
         if (r)
             return error_set(err, r, "sandbox: cannot leave %s open: %s", config->paths[n].path, strerror(-r));
     }
@@ -244,6 +243,7 @@ int sandbox_create(struct sandbox **out, const struct sandbox_config *config, st
         return error_set(err, -ENOMEM, "out of memory");
     for (unsigned n = 0; n < SANDBOX_KINDS; n++)
         sandbox->landlock[n] = -1;
+    sandbox->outside = ~IN_GUEST | (config->needs & SANDBOX_VSOCK ? IN_LOOP : 0);
     sandbox->drop_user = geteuid() == 0 && has_capability(CAP_SETUID) && has_capability(CAP_SETGID);
     sandbox->empty_root = has_capability(CAP_SYS_ADMIN) && has_capability(CAP_SYS_CHROOT) ? make_empty_root(config) : -1;
     sandbox->network = !config->host_network && has_capability(CAP_SYS_ADMIN) ? make_empty_network() : -1;
@@ -313,14 +313,13 @@ static bool leave_capabilities(void)
 int sandbox_enter(const struct sandbox *sandbox, unsigned kind, struct error *err)
 {
     unsigned number = (unsigned)__builtin_ctz(kind);
-    bool serves_guest = kind & (IN_GUEST | IN_SHARE);
     const char *what = NULL;
     filter_note_kind(kind);
     if (!leave_network(sandbox))
         what = "its own network";
-    else if (serves_guest && !leave_root(sandbox))
+    else if (!(kind & sandbox->outside) && !leave_root(sandbox))
         what = "an empty root directory";
-    else if (kind & IN_GUEST && !leave_user(sandbox))
+    else if (!(kind & sandbox->outside) && !leave_user(sandbox))
         what = "another user";
     else if (!leave_capabilities())
         what = "no capabilities";

@@ -37,6 +37,7 @@ SANDBOX_ALLOW(IN_ALL, restart_syscall);
 SANDBOX_ALLOW(IN_ALL, getpid);
 SANDBOX_ALLOW(IN_ALL, gettid);
 SANDBOX_ALLOW(IN_ALL, getrandom); /* malloc wants some */
+SANDBOX_ALLOW(IN_ALL, sched_getaffinity); /* and the number of processors, for its arenas */
 SANDBOX_ALLOW(IN_ALL, tgkill); /* only this process can be meant: see add_rule */
 SANDBOX_ALLOW(IN_ALL, write);  /* to what is open; errors are printed */
 
