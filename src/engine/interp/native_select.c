@@ -397,17 +397,27 @@ static void describe_flags(const struct decode *d, const ZydisDecodedOperand *op
 }
 
 /*
- * Sets of one vendor that a guest may lack: #UD comes before any fault of the memory operand, so they must not get as far as reading it. Bits of CPUID 0x80000001 ECX.
+ * Sets that many processors with all else lack: #UD comes before any fault of the memory operand, so they must not get as far as reading it. Bits of CPUID 0x80000001 ECX and 7 EDX.
  */
 static bool is_offered(struct icpu *c, const struct decode *d)
 {
     static const struct {
         uint16_t isa_set;
+        uint32_t leaf;
         uint8_t bit;
-    } sets[] = {{ZYDIS_ISA_SET_SSE4A, 6}, {ZYDIS_ISA_SET_XOP, 11}, {ZYDIS_ISA_SET_FMA4, 16}, {ZYDIS_ISA_SET_TBM, 21}};
-    for (unsigned n = 0; n < sizeof(sets) / sizeof(sets[0]); n++)
-        if (d->zi.meta.isa_set == sets[n].isa_set)
-            return cpuid_query(c->v.cpuid, &c->v.cpu, c->v.index, 0x80000001, 0).ecx >> sets[n].bit & 1;
+    } sets[] = {{ZYDIS_ISA_SET_SSE4A, 0x80000001, 6},
+                {ZYDIS_ISA_SET_XOP, 0x80000001, 11},
+                {ZYDIS_ISA_SET_FMA4, 0x80000001, 16},
+                {ZYDIS_ISA_SET_TBM, 0x80000001, 21},
+                {ZYDIS_ISA_SET_AVX512_VP2INTERSECT_128, 7, 8},
+                {ZYDIS_ISA_SET_AVX512_VP2INTERSECT_256, 7, 8},
+                {ZYDIS_ISA_SET_AVX512_VP2INTERSECT_512, 7, 8}};
+    for (unsigned n = 0; n < sizeof(sets) / sizeof(sets[0]); n++) {
+        if (d->zi.meta.isa_set != sets[n].isa_set)
+            continue;
+        struct cpuid_regs r = cpuid_query(c->v.cpuid, &c->v.cpu, c->v.index, sets[n].leaf, 0);
+        return (sets[n].leaf == 7 ? r.edx : r.ecx) >> sets[n].bit & 1;
+    }
     return true;
 }
 
