@@ -18,52 +18,6 @@
 
 #include "fs/fs_priv.h"
 #include "util/log.h"
-#include "util/sandbox_rules.h"
-
-/* All that guests may do with the files of a share; Landlock keeps it to them. */
-SANDBOX_ALLOW(IN_SHARE, openat);
-SANDBOX_ALLOW(IN_SHARE, openat2);
-SANDBOX_ALLOW(IN_SHARE, open);
-SANDBOX_ALLOW(IN_SHARE, close);
-SANDBOX_ALLOW(IN_SHARE, copy_file_range);
-SANDBOX_ALLOW(IN_SHARE, faccessat);
-SANDBOX_ALLOW(IN_SHARE, fallocate);
-SANDBOX_ALLOW(IN_SHARE, fchmod);
-SANDBOX_ALLOW(IN_SHARE, fchmodat);
-SANDBOX_ALLOW(IN_SHARE, fchownat);
-SANDBOX_ALLOW(IN_SHARE, fcntl);
-SANDBOX_ALLOW(IN_SHARE, fdatasync);
-SANDBOX_ALLOW(IN_SHARE, fstatfs);
-SANDBOX_ALLOW(IN_SHARE, newfstatat);
-SANDBOX_ALLOW(IN_SHARE, fsync);
-SANDBOX_ALLOW(IN_SHARE, ftruncate);
-SANDBOX_ALLOW(IN_SHARE, getdents64);
-SANDBOX_ALLOW(IN_SHARE, getxattr);
-SANDBOX_ALLOW(IN_SHARE, linkat);
-SANDBOX_ALLOW(IN_SHARE, listxattr);
-SANDBOX_ALLOW(IN_SHARE, lseek);
-SANDBOX_ALLOW(IN_SHARE, mkdirat);
-SANDBOX_ALLOW(IN_SHARE, mknodat);
-SANDBOX_ALLOW(IN_SHARE, preadv);
-SANDBOX_ALLOW(IN_SHARE, pwritev2);
-SANDBOX_ALLOW(IN_SHARE, pwritev);
-SANDBOX_ALLOW(IN_SHARE, readlinkat);
-SANDBOX_ALLOW(IN_SHARE, removexattr);
-SANDBOX_ALLOW(IN_SHARE, renameat2);
-SANDBOX_ALLOW(IN_SHARE, renameat);
-SANDBOX_ALLOW(IN_SHARE, faccessat2);
-SANDBOX_ALLOW(IN_SHARE, preadv2);
-SANDBOX_ALLOW(IN_SHARE, pread64);
-SANDBOX_ALLOW(IN_SHARE, setfsgid);
-SANDBOX_ALLOW(IN_SHARE, setfsuid);
-SANDBOX_ALLOW(IN_SHARE, setxattr);
-SANDBOX_ALLOW(IN_SHARE, statx);
-SANDBOX_ALLOW(IN_SHARE, symlinkat);
-SANDBOX_ALLOW(IN_SHARE, syncfs);
-SANDBOX_ALLOW(IN_SHARE, umask);
-SANDBOX_ALLOW(IN_SHARE, unlinkat);
-SANDBOX_ALLOW(IN_SHARE, utimensat);
-SANDBOX_ALLOW(IN_SHARE, flock);
 
 /* Of the process's descriptors, those left to everything else; an eighth of the rest is one share's. */
 #define DESCRIPTORS_KEPT 256u
