@@ -39,6 +39,8 @@ struct device {
     bool told; /* the driver has filled a statistics buffer since it was last asked */
     bool hints_count, acknowledge; /* hinting: the round is the current one; it ends itself */
     struct virtio_balloon_status status;
+    uint64_t served[ROLE_COUNT], freed_bytes[ROLE_COUNT]; /* requests by role, and what they gave back */
+    uint64_t failures;                                    /* pages that could not be given back */
 };
 
 static uint32_t config_get(const struct device *balloon, unsigned offset)
@@ -64,6 +66,7 @@ static void config_tell(struct device *balloon, unsigned offset, uint32_t value)
 static void discard(struct device *balloon, gpa_t gpa, uint64_t length_bytes)
 {
     int ret = physmap_discard(balloon->memory, gpa, length_bytes);
+    balloon->failures += ret != 0;
     if (ret)
         LOG_GUEST(LOG_WARNING, "virtio-balloon: pages at %#llx not given back: %s", (unsigned long long)gpa, ret == -EFAULT ? "not RAM" : strerror(-ret));
     else
@@ -161,6 +164,7 @@ static void statistics_read(struct device *balloon, struct virtqueue *queue)
             balloon->status.known |= (uint16_t)(1u << tag);
         }
         balloon->told = true;
+        balloon->served[ROLE_STATISTICS]++;
         virtqueue_unpop(chain);
     }
     virtqueue_set_notification(queue, true); /* what is in the ring stays there, so whether it holds any does not matter */
@@ -186,12 +190,17 @@ static void poll_statistics(void *ctx)
 static unsigned serve(struct device *balloon, enum role role, struct virtqueue_chain *chain)
 {
     unsigned calls = 0;
+    uint64_t before = balloon->status.discarded_bytes;
     if (role == ROLE_INFLATE)
         calls = inflate(balloon, chain);
     else if (role == ROLE_HINTING)
         calls = take_hint(balloon, chain);
     else if (role == ROLE_REPORTING)
         calls = discard_buffers(balloon, chain);
+    if (role < ROLE_COUNT) {
+        balloon->served[role]++;
+        balloon->freed_bytes[role] += balloon->status.discarded_bytes - before;
+    }
     virtqueue_push(chain, 0, true);
     return calls + 1;
 }
@@ -385,6 +394,18 @@ static void balloon_destroy(struct device *balloon)
     free(balloon);
 }
 
+static void balloon_counters(struct device *balloon, device_counter_fn *emit, void *ctx)
+{
+    emit(ctx, "inflate_count", balloon->served[ROLE_INFLATE]);
+    emit(ctx, "deflate_count", balloon->served[ROLE_DEFLATE]);
+    emit(ctx, "stats_updates_count", balloon->served[ROLE_STATISTICS]);
+    emit(ctx, "free_page_hint_count", balloon->served[ROLE_HINTING]);
+    emit(ctx, "free_page_hint_freed", balloon->freed_bytes[ROLE_HINTING]);
+    emit(ctx, "free_page_report_count", balloon->served[ROLE_REPORTING]);
+    emit(ctx, "free_page_report_freed", balloon->freed_bytes[ROLE_REPORTING]);
+    emit(ctx, "event_fails", balloon->failures);
+}
+
 const struct device_class virtio_balloon_class = {
     .name = "virtio-balloon",
     .help = "memory given back to the host",
@@ -392,4 +413,5 @@ const struct device_class virtio_balloon_class = {
     .reset = balloon_reset,
     .state = balloon_state,
     .destroy = balloon_destroy,
+    .counters = balloon_counters,
 };

@@ -51,6 +51,7 @@ struct device {
     uint64_t blocks;
     struct virtqueue_chain *waiting; /* an unplug request; NULL: none */
     struct request request;          /* its */
+    uint64_t served[REQUEST_STATE + 1], failures, plugged_bytes, unplugged_bytes;
 };
 
 static uint64_t block_of(const struct device *mem, const struct request *request)
@@ -82,6 +83,7 @@ static int change(struct device *mem, uint64_t first, uint64_t count, bool plugg
     if (ret < 0)
         return ret;
     memset(mem->plugged + first, plugged, count);
+    *(plugged ? &mem->plugged_bytes : &mem->unplugged_bytes) += count * bytes;
     mem->registers.plugged_size += plugged ? count * bytes : -(count * bytes);
     return 0;
 }
@@ -133,6 +135,8 @@ static void serve(struct device *mem, struct virtqueue_chain *chain)
     uint64_t size = virtqueue_read(chain, 0, &request, sizeof request);
     if (size < sizeof request)
         request = (struct request){.type = size >= sizeof request.type && request.type == REQUEST_UNPLUG_ALL ? REQUEST_UNPLUG_ALL : UINT16_MAX};
+    if (request.type <= REQUEST_STATE)
+        mem->served[request.type]++;
     if (must_wait(mem, &request)) {
         mem->waiting = chain;
         mem->request = request;
@@ -147,6 +151,7 @@ static void serve(struct device *mem, struct virtqueue_chain *chain)
         answer = ANSWER_ACK;
         state = state_of(mem, &request);
     }
+    mem->failures += answer != ANSWER_ACK;
     if (answer == ANSWER_ERROR)
         LOG_GUEST(LOG_WARNING, "virtio-mem: a wrong request, type %u", request.type);
     reply(chain, answer, state);
@@ -287,6 +292,17 @@ static int mem_state(struct device *mem, struct state_io *io)
     return state_end(io);
 }
 
+static void mem_counters(struct device *mem, device_counter_fn *emit, void *ctx)
+{
+    emit(ctx, "plug_count", mem->served[REQUEST_PLUG]);
+    emit(ctx, "plug_bytes", mem->plugged_bytes);
+    emit(ctx, "unplug_count", mem->served[REQUEST_UNPLUG]);
+    emit(ctx, "unplug_all_count", mem->served[REQUEST_UNPLUG_ALL]);
+    emit(ctx, "unplug_bytes", mem->unplugged_bytes);
+    emit(ctx, "state_count", mem->served[REQUEST_STATE]);
+    emit(ctx, "queue_event_fails", mem->failures);
+}
+
 const struct device_class virtio_mem_class = {
     .name = "virtio-mem",
     .help = "memory that is plugged while the guest runs",
@@ -294,4 +310,5 @@ const struct device_class virtio_mem_class = {
     .reset = mem_reset,
     .state = mem_state,
     .destroy = mem_destroy,
+    .counters = mem_counters,
 };

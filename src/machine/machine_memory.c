@@ -106,7 +106,10 @@ static int create_pluggable(struct machine *machine, struct error *err)
                                        .unplug = machine_want_unplug,
                                        .ctx = machine,
                                        .slot = machine_spare_slot(machine)};
-    return machine_add_device(machine, "virtio-mem", &config, &machine->pluggable, err);
+    int r = machine_add_device(machine, "virtio-mem", &config, &machine->pluggable, err);
+    if (r == 0)
+        machine_name_device(machine, "memory_hotplug", NULL);
+    return r;
 }
 
 int machine_create_memory_devices(struct machine *machine, struct error *err)
