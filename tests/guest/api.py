@@ -134,6 +134,8 @@ def boot():
             api.call("PATCH", "/vm", {"state": "Resumed"})
             assert machine.run("cat /tmp/before") == "remembered"
             machine.run("mount -t ext4 /dev/vda /d && cmp /bin/busybox /d/copy && umount /d")
+            devices = machine.run("cat /proc/bus/input/devices")
+            assert "keyboard" in devices, f"the guest has not found its keyboard: {devices}"
             api.call("PUT", "/actions", {"action_type": "SendCtrlAltDel"})
             machine.finish(0, 60)
 
