@@ -108,7 +108,7 @@ def balloon():
         vm.until("it grows", lambda: vm.command("balloon")["actual"] == 300 * 256)
         after = vm.resident()
         print(f"resident: {before:.0f} MiB, with 300 MiB in the balloon {after:.0f} MiB")
-        assert before > 260 and after < 212, "inflation gave nothing back"
+        assert before > 240 and after < 212, "inflation gave nothing back"
         vm.until("statistics", lambda: "available_memory" in vm.command("balloon"))
         free = int(re.search(r"MemTotal: +(\d+)", vm.run("cat /proc/meminfo")).group(1))
         vm.command("interval 1")
@@ -138,7 +138,7 @@ def reporting():
 
         vm.type("/extra/churn 0 300 2; echo done''.\n")  # pages are reported as soon as it ends
         vm.until("the program's end", ended)
-        assert peak[0] > 300
+        assert peak[0] > 280
         vm.until("free pages are reported", lambda: vm.resident() < 150, 60)
         print(f"resident: {peak[0]:.0f} MiB in use, {vm.resident():.0f} MiB when reported")
         vm.run("/extra/churn 0 300 2", 60)
@@ -152,7 +152,7 @@ def hinting():
         vm.run("/extra/churn 0 300 2", 60)
         for acknowledge in (1, 0):
             high = vm.resident()
-            assert high > 310
+            assert high > 280
             vm.command(f"hint {acknowledge}")
             done = 1 if acknowledge else vm.command("balloon")["host"]
             vm.until("the guest has told all", lambda: vm.command("balloon")["guest"] == 0 and vm.command("balloon")["host"] == done)
@@ -220,7 +220,7 @@ def hotplug():
         vm.command("request 128")
         vm.until("it is unplugged", lambda: vm.command("memory")["plugged"] == 128, 90)
         print(f"resident: {full:.0f} MiB with 512 MiB plugged, {vm.resident():.0f} MiB with 128 MiB")
-        assert full > 430 and vm.resident() < full - 200, "memory did not come back"
+        assert full > 380 and vm.resident() < full - 120, "memory did not come back"
         assert abs(total(vm) - before - 128) < 40
         # Memory is plugged and unplugged while programs use it and their code moves.
         vm.type("/extra/churn 4 150 3; echo done''.\n")
