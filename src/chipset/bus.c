@@ -29,6 +29,8 @@ struct space {
 struct bus {
     struct space spaces[2];
     uint64_t unclaimed;
+    bus_doorbell_fn *doorbell;
+    void *doorbell_ctx;
 };
 
 struct bus *bus_create(void)
@@ -85,6 +87,24 @@ static const struct region *find(struct space *space, uint64_t address)
     return &space->regions[index];
 }
 
+static void tell_doorbells(const struct bus *bus, const struct region *region, bool on)
+{
+    struct bus_doorbell doorbell;
+
+    for (unsigned n = 0; bus->doorbell && region->ops->doorbell && region->ops->doorbell(region->ctx, n, &doorbell); n++)
+        bus->doorbell(bus->doorbell_ctx, region->base + doorbell.offset, &doorbell, on);
+}
+
+void bus_set_doorbells(struct bus *bus, bus_doorbell_fn *fn, void *ctx)
+{
+    const struct space *space = &bus->spaces[BUS_MMIO];
+
+    bus->doorbell = fn;
+    bus->doorbell_ctx = ctx;
+    for (unsigned i = 0; i < space->count; i++)
+        tell_doorbells(bus, &space->regions[i], true);
+}
+
 int bus_add(struct bus *bus, enum bus_space which, uint64_t base, uint64_t length_bytes, const struct region_ops *ops, void *ctx)
 {
     struct space *space = &bus->spaces[which];
@@ -108,6 +128,8 @@ int bus_add(struct bus *bus, enum bus_space which, uint64_t base, uint64_t lengt
     memmove(&space->regions[index + 1], &space->regions[index], (space->count - index) * sizeof(struct region));
     space->regions[index] = (struct region){base, base + (length_bytes - 1), ops, ctx};
     space->count++;
+    if (which == BUS_MMIO)
+        tell_doorbells(bus, &space->regions[index], true);
     return 0;
 }
 
@@ -118,6 +140,8 @@ void bus_remove(struct bus *bus, enum bus_space which, uint64_t base, void *ctx)
 
     if (index == space->count || space->regions[index].base != base || space->regions[index].ctx != ctx)
         return;
+    if (which == BUS_MMIO)
+        tell_doorbells(bus, &space->regions[index], false);
     space->count--;
     memmove(&space->regions[index], &space->regions[index + 1], (space->count - index) * sizeof(struct region));
 }

@@ -10,6 +10,8 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
 
 #include "device/virtio_priv.h"
 #include "util/log.h"
@@ -74,6 +76,58 @@ void virtio_notify(struct virtio *virtio, uint64_t index)
         virtio->ops->queue_kick(virtio->device, (unsigned)index);
     else
         virtio_wake_queue(virtio, (unsigned)index);
+}
+
+struct virtio_doorbell {
+    struct virtio *virtio;
+    unsigned index;
+    int fd;
+    struct loop_fd *source;
+};
+
+static void serve_queues(void *ctx);
+
+static void doorbell_rung(void *ctx, unsigned events)
+{
+    struct virtio_doorbell *doorbell = ctx;
+    uint64_t count;
+
+    if (read(doorbell->fd, &count, sizeof(count)) < 0)
+        return;
+    atomic_store_explicit(&doorbell->virtio->queue[doorbell->index].notified, true, memory_order_release);
+    serve_queues(doorbell->virtio);
+}
+
+/* Devices with threads of their own want the notification on the vCPU's. */
+int virtio_doorbell_fd(struct virtio *virtio, unsigned index)
+{
+    if (virtio->ops->queue_kick || index >= virtio->queue_count)
+        return -1;
+    if (!virtio->doorbell)
+        virtio->doorbell = calloc(virtio->queue_count, sizeof(*virtio->doorbell));
+    if (!virtio->doorbell)
+        return -1;
+    struct virtio_doorbell *doorbell = &virtio->doorbell[index];
+    if (doorbell->source)
+        return doorbell->fd;
+    *doorbell = (struct virtio_doorbell){.virtio = virtio, .index = index, .fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
+    if (doorbell->fd >= 0 && loop_fd_add(virtio->host->loop, doorbell->fd, LOOP_READ, doorbell_rung, doorbell, &doorbell->source)) {
+        close(doorbell->fd);
+        doorbell->source = NULL;
+        return -1;
+    }
+    return doorbell->fd;
+}
+
+static void doorbells_close(struct virtio *virtio)
+{
+    for (unsigned i = 0; virtio->doorbell && i < virtio->queue_count; i++) {
+        if (!virtio->doorbell[i].source)
+            continue;
+        loop_fd_remove(virtio->doorbell[i].source);
+        close(virtio->doorbell[i].fd);
+    }
+    free(virtio->doorbell);
 }
 
 void virtio_wake_all(struct virtio *virtio)
@@ -339,6 +393,7 @@ void virtio_fini(struct virtio *virtio)
         virtio->transport->destroy(virtio);
     if (virtio->wake)
         loop_event_destroy(virtio->wake);
+    doorbells_close(virtio);
     for (unsigned i = 0; i < virtio->queue_count; i++)
         virtqueue_destroy(virtio->queue[i].ring);
     free(virtio->queue);

@@ -66,6 +66,7 @@ struct virtio {
     unsigned queue_count, queue_size_max;
     struct virtio_queue_registers *queue;
     struct loop_event *wake;
+    struct virtio_doorbell *doorbell; /* by queue; NULL: nobody has asked for one */
 };
 
 struct virtio_config {

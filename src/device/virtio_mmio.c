@@ -216,12 +216,20 @@ static void window_write(void *ctx, uint64_t offset, unsigned size_bytes, uint64
         register_write(ctx, offset, (uint32_t)value);
 }
 
+/* One register for all queues, which are told apart by the value. */
+static bool doorbell(void *ctx, unsigned n, struct bus_doorbell *out)
+{
+    *out = (struct bus_doorbell){.offset = MMIO_QUEUE_NOTIFY, .size_bytes = 4, .match = true, .value = n, .fd = virtio_doorbell_fd(ctx, n)};
+    return out->fd >= 0;
+}
+
 static const struct region_ops window_ops = {
     .name = "virtio-mmio",
     .read = window_read,
     .write = window_write,
     .size_min = 1,
     .size_max = 8,
+    .doorbell = doorbell,
 };
 
 /* ---- the transport ---- */

@@ -311,6 +311,15 @@ static void notify_write(struct virtio *virtio, uint64_t offset, unsigned size_b
     virtio_notify(virtio, offset / NOTIFY_MULTIPLIER);
 }
 
+#define NOTIFY_OFFSET 0x3000u
+
+/* Each queue has a place of its own, so what is written does not matter. */
+static bool doorbell(void *ctx, unsigned n, struct bus_doorbell *out)
+{
+    *out = (struct bus_doorbell){.offset = NOTIFY_OFFSET + n * NOTIFY_MULTIPLIER, .fd = virtio_doorbell_fd(ctx, n)};
+    return out->fd >= 0;
+}
+
 static const struct structure {
     uint8_t cap_type;
     uint32_t offset, size;
@@ -320,7 +329,7 @@ static const struct structure {
     {CAP_COMMON, 0x0000, COMMON_BYTES, common_read, common_write},
     {CAP_ISR, 0x1000, 4, isr_read, NULL},
     {CAP_DEVICE, 0x2000, VIRTIO_CONFIG_BYTES_MAX, virtio_config_space_read, virtio_config_space_write},
-    {CAP_NOTIFY, 0x3000, NOTIFY_MULTIPLIER * VIRTIO_QUEUES_MAX, notify_read, notify_write},
+    {CAP_NOTIFY, NOTIFY_OFFSET, NOTIFY_MULTIPLIER * VIRTIO_QUEUES_MAX, notify_read, notify_write},
 };
 
 static const struct structure *structure_at(uint64_t offset)
@@ -353,6 +362,7 @@ static const struct region_ops registers_ops = {
     .write = registers_write,
     .size_min = 1,
     .size_max = 8,
+    .doorbell = doorbell,
 };
 
 /* ---- PCI ---- */

@@ -61,6 +61,8 @@ uint64_t virtio_config_space_read(struct virtio *virtio, uint64_t offset, unsign
 void virtio_config_space_write(struct virtio *virtio, uint64_t offset, unsigned size_bytes, uint64_t value);
 /* The driver's doorbell; queues that do not exist are ignored. */
 void virtio_notify(struct virtio *virtio, uint64_t index);
+/* An eventfd that does the same when it is counted up; -1: notifications of this device are to come by themselves. */
+int virtio_doorbell_fd(struct virtio *virtio, unsigned index);
 void virtio_wake_all(struct virtio *virtio);
 
 #endif

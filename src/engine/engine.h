@@ -120,6 +120,15 @@ enum engine_direct { DIRECT_AUTO, DIRECT_OFF, DIRECT_ALWAYS };
 /* Who has the local APICs: the host's kernel where it can; the machine; the host's kernel or nobody. */
 enum engine_irqchip { IRQCHIP_AUTO, IRQCHIP_USER, IRQCHIP_SPLIT };
 
+/* A write by the guest outside memory that becomes a count on an eventfd. */
+struct engine_doorbell {
+    gpa_t gpa;
+    unsigned size_bytes; /* 0: any */
+    bool match;          /* this value only */
+    uint64_t value;
+    int fd;
+};
+
 /* How an engine works, and aids for whoever works on it. All zero: the usual. */
 struct engine_options {
     enum engine_direct direct;
@@ -177,6 +186,8 @@ struct engine_ops {
      * or running: what they write meanwhile is told by this call or the next. `on` false: note no more. NULL: stores are marked as they happen. 0 or -errno.
      */
     int (*collect_dirty)(struct engine *engine, bool on);
+    /* From now on, or no longer. From any thread, while vCPUs run. NULL: all writes come through mmio_write; so does each of one that was refused. 0 or -errno. */
+    int (*doorbell)(struct engine *engine, const struct engine_doorbell *doorbell, bool on);
     /* For people, beyond the counters: a few lines on what it does with its memory and time. From any thread, while vCPUs run. May be NULL. */
     void (*report)(struct engine *engine, FILE *out);
     /* What it has beyond the vCPUs' counters. From any thread, while vCPUs run. May be NULL. */

@@ -1,5 +1,5 @@
 /*
- * Where the local APICs are: the machine's own (chipset/lapic.h), or the engine's, in the host's kernel. Messages, the 8259 pair's output and state go to whoever has them. While
+ * Where the local APICs are: the machine's own (chipset/lapic.h), or the engine's, in the host's kernel. Messages, the 8259 pair's output and state go to whoever has them; virtio's doorbells come from there, too. While
  * the engine has them ours are at rest, and serve as the form in which they are saved.
  * Threading: messages from any thread; the rest with the device lock, states while vCPUs stand still.
  */
@@ -38,6 +38,26 @@ void machine_extint(void *ctx, unsigned pin, bool level)
     for (unsigned i = 0; machine->irqchip && machine->vcpu && level && i < machine->cpu_count; i++)
         vcpu_thread_wake(&machine->vcpu[i]);
 }
+
+/* ---- doorbells: the other way ---- */
+
+/* One that the engine refuses goes on coming through the bus. */
+static void doorbell(void *ctx, uint64_t address, const struct bus_doorbell *bell, bool on)
+{
+    struct machine *machine = ctx;
+    struct engine_doorbell there = {.gpa = address, .size_bytes = bell->size_bytes, .match = bell->match, .value = bell->value, .fd = bell->fd};
+    int r = machine->engine_ops->doorbell(machine->engine, &there, on);
+    if (r && on)
+        log_debug("doorbell at 0x%llx: %s", (unsigned long long)address, strerror(-r));
+}
+
+void machine_connect_doorbells(struct machine *machine)
+{
+    bool can = machine->engine && machine->engine_ops->doorbell;
+    bus_set_doorbells(machine->bus, can ? doorbell : NULL, machine);
+}
+
+/* ---- state ---- */
 
 int machine_apics_give(struct machine *machine)
 {

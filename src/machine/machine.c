@@ -493,6 +493,8 @@ static void destroy_engine(struct machine *machine)
         machine->engine_ops->destroy(machine->engine);
     machine->engine = NULL;
     machine->irqchip = NULL;
+    if (machine->bus)
+        machine_connect_doorbells(machine);
 }
 
 static bool engine_is_automatic(const struct machine *machine)
@@ -617,6 +619,8 @@ int machine_create_with(struct machine **out, const struct machine_config *confi
         r = create_engine(machine, err);
     if (r == 0)
         r = machine_check_memory(machine, err);
+    if (r == 0)
+        machine_connect_doorbells(machine);
     if (r == 0)
         r = begin(machine, ctx, err);
     if (r == 0)

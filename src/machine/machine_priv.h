@@ -243,6 +243,8 @@ extern const struct lapic_ops machine_lapic_ops;
 struct msi_target machine_msi_target(struct machine *machine);
 void machine_level_pin(void *machine, unsigned pin, uint64_t address, uint32_t data);
 void machine_extint(void *machine, unsigned pin, bool level);
+/* Writes to virtio's notification registers become counts on descriptors, where the engine can; called when there is one, and without when it goes. */
+void machine_connect_doorbells(struct machine *machine);
 /* Local APICs' states to the engine, if it has them, and back for as long as they are saved. vCPUs stand still. 0 or -errno. */
 int machine_apics_give(struct machine *machine);
 int machine_apics_take(struct machine *machine);

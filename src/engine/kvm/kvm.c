@@ -327,6 +327,18 @@ static int kvm_set_options(struct engine *e, const struct engine_options *option
     return options->irqchip == IRQCHIP_AUTO ? 0 : error_set(err, r, "--kvm-irqchip split: " DEVICE " cannot: %s", strerror(-r));
 }
 
+static int kvm_doorbell(struct engine *e, const struct engine_doorbell *doorbell, bool on)
+{
+    struct kvm_ioeventfd event = {
+        .addr = doorbell->gpa,
+        .len = doorbell->size_bytes,
+        .datamatch = doorbell->match ? doorbell->value : 0,
+        .fd = doorbell->fd,
+        .flags = (doorbell->match ? KVM_IOEVENTFD_FLAG_DATAMATCH : 0) | (on ? 0 : KVM_IOEVENTFD_FLAG_DEASSIGN),
+    };
+    return kvm_call(e->vm, KVM_IOEVENTFD, &event);
+}
+
 /* KVM looks at memory itself. */
 static void kvm_invalidate(struct engine *e, gpa_t gpa, uint64_t length_bytes)
 {
@@ -350,4 +362,5 @@ const struct engine_ops kvm_engine_ops = {
     .invalidate = kvm_invalidate,
     .memory_changed = kvm_memory_changed,
     .collect_dirty = kvm_collect_dirty,
+    .doorbell = kvm_doorbell,
 };
