@@ -179,8 +179,6 @@ struct engine_ops {
     void (*state_changed)(struct vcpu *vcpu);
     /* Bytes [gpa, +length) changed underneath: drop cached translations. From any thread with vCPUs paused. */
     void (*invalidate)(struct engine *engine, gpa_t gpa, uint64_t length_bytes);
-    /* PhysMap's ranges changed. Called before a range goes and after one has come; from any thread, while vCPUs run. NULL: the engine asks PhysMap itself. 0 or -errno. */
-    int (*memory_changed)(struct engine *engine);
     /*
      * Marks in PhysMap (physmap_mark_written) what the guest wrote since the last call, and goes on noting; the first call marks all. From any thread, with vCPUs standing still
      * or running: what they write meanwhile is told by this call or the next. `on` false: note no more. NULL: stores are marked as they happen. 0 or -errno.

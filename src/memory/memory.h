@@ -117,6 +117,8 @@ struct physmap_range {
     bool rom;
 };
 unsigned physmap_ranges(const struct physmap *map, struct physmap_range *ranges, unsigned capacity);
+/* Calls `changed` after each change of the ranges, on the thread that makes it. One at a time; NULL: nobody any more. With no change under way. */
+void physmap_ranges_watch(struct physmap *map, void (*changed)(void *opaque), void *opaque);
 /* True when a guest write to gpa is silently dropped (ROM) rather than sent to the bus. */
 bool physmap_is_rom(const struct physmap *map, gpa_t gpa);
 
@@ -132,7 +134,6 @@ int physmap_discard(struct physmap *map, gpa_t gpa, uint64_t length_bytes) __att
 /*
  * Plugs or unplugs the blocks of [gpa, +length), of whole blocks inside pluggable memory (-EINVAL otherwise). What is not plugged is nothing, and takes no memory. Plugging: any time, one thread at
  * once. Unplugging: with no vCPU running and nothing in flight; engines forget what they know of addresses (engine_ops.state_changed) before they run again.
- * After either those with a map of their own are told (engine_ops.memory_changed).
  */
 int physmap_plug(struct physmap *map, gpa_t gpa, uint64_t length_bytes, bool plugged) __attribute__((warn_unused_result));
 /* What RAM takes of the host's memory, swap included. Any thread. */

@@ -57,6 +57,8 @@ struct physmap {
     uint64_t file_offset[PHYSMAP_FILES_MAX], file_gpa[PHYSMAP_FILES_MAX];
     uint64_t plug_bytes, block_bytes;
     _Atomic uint8_t *plugged; /* by block; NULL: nothing is pluggable */
+    void (*ranges_changed)(void *opaque);
+    void *ranges_opaque;
     struct rom_range rom[ROM_RANGES_MAX]; /* ascending, disjoint */
     unsigned rom_count;
     _Atomic uint64_t *dirty, *watched;
@@ -496,6 +498,18 @@ int physmap_write(struct physmap *map, gpa_t gpa, const void *data, uint64_t len
     return 0;
 }
 
+void physmap_ranges_watch(struct physmap *map, void (*changed)(void *opaque), void *opaque)
+{
+    map->ranges_changed = changed;
+    map->ranges_opaque = opaque;
+}
+
+static void ranges_have_changed(const struct physmap *map)
+{
+    if (map->ranges_changed)
+        map->ranges_changed(map->ranges_opaque);
+}
+
 int physmap_set_rom(struct physmap *map, gpa_t gpa, uint64_t length_bytes)
 {
     uint64_t offset;
@@ -521,6 +535,7 @@ int physmap_set_rom(struct physmap *map, gpa_t gpa, uint64_t length_bytes)
     memmove(&map->rom[first + 1], &map->rom[last], (map->rom_count - last) * sizeof(map->rom[0]));
     map->rom_count = map->rom_count - (last - first) + 1;
     map->rom[first] = merged;
+    ranges_have_changed(map);
     return 0;
 }
 
@@ -597,10 +612,13 @@ int physmap_plug(struct physmap *map, gpa_t gpa, uint64_t length_bytes, bool plu
     for (uint64_t at = from; at < from + length_bytes; at += map->block_bytes) {
         _Atomic uint8_t *block = &map->plugged[at / map->block_bytes];
         int ret = *block && !plugged ? physmap_discard(map, PHYSMAP_EXTRA_BASE + at, map->block_bytes) : 0;
-        if (ret < 0)
+        if (ret < 0) {
+            ranges_have_changed(map);
             return ret;
+        }
         atomic_store_explicit(block, plugged, memory_order_relaxed);
     }
+    ranges_have_changed(map);
     return 0;
 }
 

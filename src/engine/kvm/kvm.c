@@ -155,7 +155,7 @@ static int slots_reserve(struct engine *e, unsigned count)
     return 0;
 }
 
-static int kvm_memory_changed(struct engine *e)
+static int slots_follow(struct engine *e)
 {
     pthread_mutex_lock(&e->lock);
     unsigned count = physmap_ranges(e->memory, NULL, 0);
@@ -170,6 +170,14 @@ static int kvm_memory_changed(struct engine *e)
     free(ranges);
     free(kept);
     return r;
+}
+
+/* Without a slot memory is a hole to the guest; nobody else is harmed. */
+static void memory_changed(void *engine)
+{
+    int r = slots_follow(engine);
+    if (r)
+        log_error("kvm: the guest's memory changed, and its slots do not follow: %s", strerror(-r));
 }
 
 /* ---- the dirty log ---- */
@@ -241,6 +249,7 @@ static int kvm_collect_dirty(struct engine *e, bool on)
 
 static void kvm_destroy(struct engine *e)
 {
+    physmap_ranges_watch(e->memory, NULL, NULL);
     free(e->slots);
     if (e->vm >= 0)
         close(e->vm);
@@ -291,7 +300,8 @@ static int create_machine(struct engine *e, struct error *err)
     struct kvm_enable_cap protect = {.cap = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, .args = {KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE}};
     e->manual_protect = manual > 0 && kvm_call(e->vm, KVM_ENABLE_CAP, &protect) == 0;
     int r = kvm_kick_handler_install();
-    r = r ? r : kvm_memory_changed(e);
+    physmap_ranges_watch(e->memory, memory_changed, e);
+    r = r ? r : slots_follow(e);
     return r ? error_set(err, r, DEVICE " cannot take the guest's memory: %s", strerror(-r)) : 0;
 }
 
@@ -360,7 +370,6 @@ const struct engine_ops kvm_engine_ops = {
     .kick = kvm_vcpu_kick,
     .state_changed = kvm_vcpu_state_changed,
     .invalidate = kvm_invalidate,
-    .memory_changed = kvm_memory_changed,
     .collect_dirty = kvm_collect_dirty,
     .doorbell = kvm_doorbell,
 };

@@ -7,6 +7,7 @@
 #include <stdint.h>
 
 #include <cmocka.h>
+#include <unistd.h>
 
 #include <string.h>
 
@@ -116,6 +117,87 @@ static void test_io(void **state)
     assert_int_equal(g->messages[1], 201);
     assert_int_equal(g->messages[0], 0);
     assert_false(g->intx[5 % 4]);
+}
+
+struct bells {
+    unsigned count, matching;
+    uint64_t address;
+    int fd;
+};
+
+/* As somebody who turns doorbells into counts: knows where the first queue's is. */
+static void bell(void *ctx, uint64_t address, const struct bus_doorbell *doorbell, bool on)
+{
+    struct bells *bells = ctx;
+
+    bells->count += on ? 1 : -1u;
+    bells->matching += doorbell->match;
+    if (on && (!doorbell->match || doorbell->value == 0)) {
+        bells->address = address;
+        bells->fd = doorbell->fd;
+    }
+}
+
+static void command_write(struct guest *g, unsigned slot, uint16_t value)
+{
+    bus_write(g->bus, BUS_PORT, 0xCF8, 4, 0x80000004u | slot << 11);
+    bus_write(g->bus, BUS_PORT, 0xCFC, 2, value);
+}
+
+/* A count on the descriptor does what a write to the register does. */
+static void ring(struct guest *g, const struct bells *bells)
+{
+    struct guest_queue *q = &g->queue[0];
+    struct guest_buffer buffer = {guest_alloc(g, 64), 64, true};
+    uint64_t one = 1;
+
+    guest_run(g); /* what the driver's other doings have woken */
+    guest_add(q, &buffer, 1);
+    guest_run(g);
+    assert_false(guest_has_used(q));
+    assert_int_equal(write(bells->fd, &one, sizeof(one)), sizeof(one));
+    guest_wait_used(q);
+    assert_int_equal(guest_take_used(q, NULL), 64);
+}
+
+static void test_doorbells(void **state)
+{
+    struct guest *g = &fixture.g;
+    struct bells bells = {.fd = -1};
+
+    guest_start(g, 0, 1);
+    bus_set_doorbells(g->bus, bell, &bells);
+    assert_int_equal(bells.count, 1); /* the device has one queue */
+    assert_int_equal(bells.matching, 0);
+    assert_int_equal(bells.address, g->notify);
+    ring(g, &bells);
+    command_write(g, 5, 0); /* BARs are not decoded, then again */
+    assert_int_equal(bells.count, 0);
+    command_write(g, 5, 6);
+    assert_int_equal(bells.count, 1);
+    ring(g, &bells);
+    bus_set_doorbells(g->bus, NULL, NULL);
+}
+
+static void test_doorbells_mmio(void **state)
+{
+    const struct virtio_rng_config config = {.slot = -1};
+    struct bells bells = {.fd = -1};
+    struct device *device;
+    static struct guest g;
+
+    guest_init_mmio(&g);
+    bus_set_doorbells(g.bus, bell, &bells);
+    assert_int_equal(virtio_rng_class.create(&device, &g.host, &config, NULL), 0);
+    guest_attach(&g, 0);
+    guest_start(&g, 0, 1);
+    assert_int_equal(bells.count, 1);
+    assert_int_equal(bells.matching, 1);
+    assert_int_equal(bells.address, g.notify);
+    ring(&g, &bells);
+    virtio_rng_class.destroy(device);
+    assert_int_equal(bells.count, 0);
+    guest_fini(&g);
 }
 
 static void test_indirect_and_split(void **state)
@@ -462,7 +544,8 @@ int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
     const struct CMUnitTest tests[] = {
-        TEST(test_identity),    TEST(test_negotiation), TEST(test_io),          TEST(test_indirect_and_split),
+        TEST(test_identity),    TEST(test_negotiation), TEST(test_io), TEST(test_doorbells), cmocka_unit_test(test_doorbells_mmio),
+        TEST(test_indirect_and_split),
         TEST(test_intx),        TEST(test_no_interrupt), TEST(test_event_index), TEST(test_queue_reset),
         TEST(test_bad_rings),   TEST(test_bad_chains),  TEST(test_bus_master),  TEST(test_window),
         TEST(test_state),
