@@ -32,6 +32,7 @@ struct serve {
     bool no_api, show_level, show_origin, boot_timer, pci, no_seccomp, version, snapshot_version, help;
 
     struct api *api;
+    char directory[INSTANCE_PATH_BYTES]; /* in the directory of virtual machines; "": none */
     struct vm_control *control; /* NULL: not listed by doppel ps */
     struct http_server *server, *own_server; /* for tools; in the directory of virtual machines */
     enum machine_end end;
@@ -213,6 +214,7 @@ static void open_control(struct serve *serve)
     json_decref(vm);
     if (r == 0) {
         r = listen_fd = instance_listen(instance, "api.sock", &err);
+        snprintf(serve->directory, sizeof serve->directory, "%s", instance_path(instance));
         if (r >= 0)
             r = vm_control_create(&serve->control, &(struct vm_control_options){.instance = instance}, &err);
         if (r)
@@ -243,6 +245,7 @@ static int start(struct serve *serve, struct error *err)
         doppel_sandbox_begin(); /* while there is one thread */
     open_control(serve);
     api.control = serve->control;
+    api.own_directory = serve->control ? serve->directory : NULL;
     if (api_create(&serve->api, &api, err))
         return SERVE_ERROR;
     if (configure_log(serve, err))

@@ -41,6 +41,7 @@ struct api_options {
     bool pci;              /* virtio over PCI, else over memory-mapped registers */
     bool boot_timer;       /* log how long the guest took to its init */
     bool sandbox;          /* the machine's threads shut themselves in */
+    const char *own_directory; /* that stays writable then (machine_config.own_directory); NULL: none */
     struct vm_control *control; /* looks after the machine; detached by its owner before api_destroy. NULL: nobody does */
     size_t mmds_bytes_max; /* 0: MMDS_BYTES_DEFAULT */
     uint64_t start_time_us, start_time_cpu_us, parent_cpu_time_us; /* told by whoever started the process; for metrics */

@@ -238,6 +238,7 @@ int api_put_snapshot_load(struct api_request *request, struct error *err)
     if (r == 0 && api->options.engine)
         r = machine_config_set(&api->config, "engine", api->options.engine, err);
     api->config.sandbox = api->options.sandbox;
+    api->config.own_directory = api->options.own_directory;
     if (r == 0 && !(configuration = describe(api, &api->config)))
         r = error_set(err, -ENOMEM, "out of memory");
     if (r == 0)
