@@ -156,7 +156,8 @@ static void test_state(void **state)
     buffer = (struct guest_buffer){guest_alloc(&f.g, 64), 64, true};
     assert_int_equal(virtio_console_class.state(f.device, writer), 0);
     virtio_console_class.reset(f.device);
-    reader = state_reader_create(state_writer_data(writer, &size), size);
+    const void *saved = state_writer_data(writer, &size);
+    reader = state_reader_create(saved, size);
     assert_int_equal(virtio_console_class.state(f.device, reader), 0);
     assert_int_equal(f.ready, 1);
     guest_add(&f.g.queue[0], &buffer, 1);

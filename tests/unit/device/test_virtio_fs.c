@@ -298,7 +298,8 @@ static void test_state(void **state)
     unlock();
     unplug();
     plug("work");
-    reader = state_reader_create(state_writer_data(writer, &size), size);
+    const void *saved = state_writer_data(writer, &size);
+    reader = state_reader_create(saved, size);
     lock();
     assert_int_equal(virtio_fs_class.state(f.device, reader), 0);
     unlock();
@@ -308,7 +309,8 @@ static void test_state(void **state)
     assert_int_equal(ask(FUSE_GETATTR, node, (uint64_t[2]){0}, 16, NULL), 0);
     unplug();
     plug("other");
-    reader = state_reader_create(state_writer_data(writer, &size), size);
+    saved = state_writer_data(writer, &size);
+    reader = state_reader_create(saved, size);
     lock();
     assert_true(virtio_fs_class.state(f.device, reader) < 0);
     unlock();
