@@ -67,6 +67,9 @@ int api_check_cpu_config(struct api *api, const json_t *body, struct error *err)
 /* api_build.c */
 int api_build_config(struct api *api, struct machine_config *config, struct error *err);
 
+/* api_devices.c */
+api_handler api_patch_drive, api_patch_network, api_patch_pmem;
+
 /* api_run.c */
 api_handler api_get_instance, api_get_version, api_put_action, api_patch_vm, api_put_mmds, api_patch_mmds, api_get_mmds, api_get_balloon;
 

@@ -11,6 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "device/rate_gate.h"
 #include "device/virtio.h"
 #include "util/log.h"
 
@@ -24,7 +25,13 @@ struct device {
     struct block *block;
     uint64_t place[2]; /* 5.19.4: start and size, as the driver reads them */
     uint64_t flushes, failures;
+    struct rate_gate gate;
 };
+
+static void gate_opened(void *ctx)
+{
+    virtio_wake_queue(&((struct device *)ctx)->virtio, 0);
+}
 
 struct flush {
     struct block_request block;
@@ -68,6 +75,10 @@ static void pmem_notify(void *ctx, unsigned index)
     struct virtqueue *queue = virtio_queue(&pmem->virtio, index);
     for (unsigned n = 0; n < QUEUE_SIZE; n++) {
         struct virtqueue_chain *chain = virtqueue_pop(queue);
+        if (chain && !rate_gate_pass(&pmem->gate, pmem->place[1])) {
+            virtqueue_unpop(chain);
+            return; /* gate_opened goes on */
+        }
         if (chain)
             serve(pmem, chain);
         else if (!virtqueue_set_notification(queue, true))
@@ -102,8 +113,10 @@ static int pmem_create(struct device **out, const struct device_host *host, cons
     pmem->block = wanted->block;
     pmem->place[0] = wanted->start;
     pmem->place[1] = wanted->size_bytes;
-    int ret = virtio_init(&pmem->virtio, host, &pmem_ops, pmem, &transport, err);
+    int ret = rate_gate_init(&pmem->gate, host->loop, wanted->limit, gate_opened, pmem);
+    ret = ret < 0 ? error_set(err, ret, "virtio-pmem: no memory") : virtio_init(&pmem->virtio, host, &pmem_ops, pmem, &transport, err);
     if (ret < 0) {
+        rate_gate_fini(&pmem->gate);
         free(pmem);
         return ret;
     }
@@ -137,7 +150,13 @@ static bool pmem_quiesce(struct device *pmem)
 static void pmem_destroy(struct device *pmem)
 {
     virtio_fini(&pmem->virtio);
+    rate_gate_fini(&pmem->gate);
     free(pmem);
+}
+
+void virtio_pmem_set_limit(struct device *pmem, const struct bucket_config *bandwidth, const struct bucket_config *ops)
+{
+    rate_gate_set(&pmem->gate, bandwidth, ops);
 }
 
 static void pmem_counters(struct device *pmem, device_counter_fn *emit, void *ctx)

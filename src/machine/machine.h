@@ -108,6 +108,8 @@ int machine_disk_limit(struct machine *machine, const char *id, const struct buc
     __attribute__((warn_unused_result));
 int machine_net_limit(struct machine *machine, const char *id, bool receive, const struct bucket_config *bandwidth, const struct bucket_config *ops,
                       struct error *err) __attribute__((warn_unused_result));
+int machine_pmem_limit(struct machine *machine, const char *id, const struct bucket_config *bandwidth, const struct bucket_config *ops, struct error *err)
+    __attribute__((warn_unused_result));
 /* Another file, or the same one with another size. What was in flight is finished in the old one; the guest is told of the new size. */
 int machine_disk_replace(struct machine *machine, const char *id, const char *path, struct error *err) __attribute__((warn_unused_result));
 /* Plugs a device in; `text` is as for --disk or --net. -ENOTSUP: the machine has no PCI. */

@@ -92,7 +92,7 @@ static int create_balloon(struct machine *machine, struct error *err)
 
 static int create_pmem(struct machine *machine, unsigned index, struct error *err)
 {
-    struct virtio_pmem_config config = {.block = machine->pmem[index], .slot = machine_spare_slot(machine)};
+    struct virtio_pmem_config config = {.block = machine->pmem[index], .limit = &machine->config->pmem[index].limit, .slot = machine_spare_slot(machine)};
     config.start = physmap_file_base(machine->memory, index, &config.size_bytes);
     return machine_add_device(machine, "virtio-pmem", &config, NULL, err);
 }

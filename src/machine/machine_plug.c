@@ -11,6 +11,7 @@
 
 #include "device/virtio_blk.h"
 #include "device/virtio_net.h"
+#include "device/virtio_pmem.h"
 #include "machine/machine_priv.h"
 
 enum { RANK_NET = 1, RANK_DISK = 2 };
@@ -188,6 +189,24 @@ int machine_net_limit(struct machine *machine, const char *id, bool receive, con
     }
     pthread_mutex_unlock(&machine->device_lock);
     return r;
+}
+
+int machine_pmem_limit(struct machine *machine, const char *id, const struct bucket_config *bandwidth, const struct bucket_config *ops, struct error *err)
+{
+    pthread_mutex_lock(&machine->device_lock);
+    struct machine_device *device = find_device(machine, id);
+    int r = -ENODEV;
+    for (unsigned i = 0; device && i < machine->own_config.pmem_count; i++) {
+        struct pmem_config *pmem = &machine->own_config.pmem[i];
+        if (device->id != pmem->id || strcmp(device->kind, "pmem") != 0)
+            continue;
+        pmem->limit.bandwidth = bandwidth ? *bandwidth : pmem->limit.bandwidth;
+        pmem->limit.ops = ops ? *ops : pmem->limit.ops;
+        virtio_pmem_set_limit(device->device, bandwidth, ops);
+        r = 0;
+    }
+    pthread_mutex_unlock(&machine->device_lock);
+    return r ? error_set(err, r, "there is no persistent memory \"%s\"", id) : 0;
 }
 
 struct plug_request {

@@ -91,6 +91,36 @@ def pause(machine, api):
     machine.expect("still-42-here", 30)
 
 
+def change_devices(machine, api, work, disk):
+    """Another medium and back, limits, and refusals that change nothing."""
+    machine.run("umount /d")
+    other = f"{work}/other"
+    subprocess.run(["truncate", "-s", "48M", other], check=True)
+    api.call("PATCH", "/drives/scratch", {"drive_id": "scratch", "path_on_host": other})
+    assert machine.run("cat /sys/block/vda/size") == str(48 << 11)
+    machine.run("test $(dd if=/dev/vda bs=1M 2>/dev/null | tr -d '\\0' | wc -c) = 0")
+    subprocess.run(["truncate", "-s", "64M", other], check=True)
+    api.call("PATCH", "/drives/scratch", {"drive_id": "scratch", "path_on_host": other})  # the same one, grown
+    assert machine.run("cat /sys/block/vda/size") == str(64 << 11)
+    api.call("PATCH", "/drives/scratch", {"drive_id": "scratch", "path_on_host": f"{work}/missing"}, 400)
+    api.call("PATCH", "/drives/nothing", {"drive_id": "nothing", "path_on_host": other}, 400)
+    assert api.call("GET", "/vm/config")["drives"][0]["path_on_host"] == other
+    api.call("PATCH", "/drives/scratch", {"drive_id": "scratch", "path_on_host": disk})
+    machine.run("mount -t ext4 /dev/vda /d && cmp /bin/busybox /d/copy")
+
+    api.call("PATCH", "/drives/scratch", {"drive_id": "scratch", "rate_limiter": {"bandwidth": {"size": 1 << 20, "refill_time": 500}}})
+    before = time.monotonic()
+    machine.run("dd if=/dev/vda of=/dev/null bs=256k count=16 iflag=direct 2>/dev/null", 60)
+    seconds = time.monotonic() - before
+    assert 1.4 < seconds < 3, f"4 MiB at 2 MiB/s, the first one at once, took {seconds:.2f} s"
+    api.call("PATCH", "/drives/scratch", {"drive_id": "scratch", "rate_limiter": {"bandwidth": {"size": 0, "refill_time": 0}}})
+    api.call("PATCH", "/network-interfaces/eth0", {"iface_id": "eth0", "tx_rate_limiter": {"ops": {"size": 1, "refill_time": 400}}})
+    _, answers = machine.attempt("ping -c 3 -i 0.01 -W 5 10.0.2.2")
+    assert float(answers.split("/")[-1].split()[0]) > 300, f"frames, one each 0.4 s, were faster: {answers}"
+    api.call("PATCH", "/network-interfaces/eth0", {"iface_id": "eth0", "tx_rate_limiter": {"ops": {"size": 0, "refill_time": 0}}})
+    api.call("PATCH", "/network-interfaces/nothing", {"iface_id": "nothing"}, 400)
+
+
 def metrics(api, work):
     api.call("PUT", "/actions", {"action_type": "FlushMetrics"})
     line = json.loads(open(f"{work}/metrics").read().splitlines()[-1])
@@ -116,6 +146,7 @@ def boot():
             assert re.search(r"Guest-boot-time = +\d+ us", open(f"{work}/log").read())
             use_devices(machine, web.server_port)
             pause(machine, api)
+            change_devices(machine, api, work, disk)
             metrics(api, work)
             machine.run("echo remembered >/tmp/before; umount /d")
             api.call("PATCH", "/vm", {"state": "Paused"})
