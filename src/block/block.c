@@ -115,6 +115,11 @@ void block_get_counters(const struct block *block, struct block_counters *counte
     *counters = block->counters;
 }
 
+void block_set_counters(struct block *block, const struct block_counters *counters)
+{
+    block->counters = *counters;
+}
+
 static void count(struct block_counters *counters, const struct block_request *request, int result)
 {
     if (result < 0) {

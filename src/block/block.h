@@ -56,5 +56,6 @@ struct block_counters {
     uint64_t reads, read_bytes, writes, write_bytes, flushes, discards, errors;
 };
 void block_get_counters(const struct block *block, struct block_counters *counters);
+void block_set_counters(struct block *block, const struct block_counters *counters); /* goes on from there */
 
 #endif

@@ -23,18 +23,25 @@ static struct buckets *buckets_of(const json_t *limiter, struct buckets *buckets
     return buckets;
 }
 
-/* What GET /vm/config shows from now on. */
+/* What GET /vm/config shows from now on; a bucket that limits nothing is none. */
 static void note_limiter(json_t *element, const char *field, const json_t *limiter)
 {
     static const char *const names[] = {"bandwidth", "ops"};
-    json_t *now = json_object_get(element, field);
-    if (!json_is_object(now)) {
-        json_object_set(element, field, (json_t *)limiter);
-        return;
+    json_t *before = json_object_get(element, field), *now = json_is_object(before) ? json_deep_copy(before) : json_object();
+    for (unsigned i = 0; i < 2; i++) {
+        const json_t *bucket = json_object_get(limiter, names[i]);
+        if (!json_is_object(bucket))
+            continue;
+        if (api_integer(bucket, "size") && api_integer(bucket, "refill_time"))
+            json_object_set(now, names[i], (json_t *)bucket);
+        else
+            json_object_del(now, names[i]);
     }
-    for (unsigned i = 0; i < 2; i++)
-        if (api_has(limiter, names[i]))
-            json_object_set(now, names[i], json_object_get(limiter, names[i]));
+    if (json_object_size(now))
+        json_object_set(element, field, now);
+    else
+        json_object_set_new(element, field, json_null());
+    json_decref(now);
 }
 
 /* NULL with a message: nothing was configured by that name. */

@@ -456,6 +456,10 @@ static void blk_destroy(struct device *disk)
 
 void virtio_blk_set_block(struct device *disk, struct block *block)
 {
+    struct block_counters counters;
+
+    block_get_counters(disk->block, &counters);
+    block_set_counters(block, &counters); /* they are the disk's */
     disk->block = block;
     virtio_config_changed(&disk->virtio);
 }
@@ -476,6 +480,7 @@ static void blk_counters(struct device *device, device_counter_fn *emit, void *c
     emit(ctx, "flush_count", c.flushes);
     emit(ctx, "discard_count", c.discards);
     emit(ctx, "execute_fails", c.errors);
+    emit(ctx, "rate_limiter_throttled_events", device->gate.turned_away);
 }
 
 const struct device_class virtio_blk_class = {

@@ -674,13 +674,16 @@ void virtio_net_set_limit(struct device *device, bool receive, const struct buck
 
 static void nic_counters(struct device *device, device_counter_fn *emit, void *ctx)
 {
-    const struct virtio_net_counters *c = &((const struct virtio_net *)device)->counters;
+    const struct virtio_net *nic = (const struct virtio_net *)device;
+    const struct virtio_net_counters *c = &nic->counters;
     emit(ctx, "rx_packets_count", c->rx_frames);
     emit(ctx, "rx_bytes_count", c->rx_bytes);
     emit(ctx, "rx_fails", c->rx_no_driver + c->rx_no_room + c->rx_unsuitable);
     emit(ctx, "tx_packets_count", c->tx_frames);
     emit(ctx, "tx_bytes_count", c->tx_bytes);
     emit(ctx, "tx_malformed_frames", c->tx_malformed);
+    emit(ctx, "rx_rate_limiter_throttled", nic->rx_gate.turned_away);
+    emit(ctx, "tx_rate_limiter_throttled", nic->tx_gate.turned_away);
 }
 
 const struct device_class virtio_net_class = {

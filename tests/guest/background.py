@@ -28,6 +28,36 @@ def started(*options):
         shutil.rmtree(folder)
 
 
+def until(terminal, condition):
+    """The guest waits for it."""
+    terminal.run(f"n=0; until {condition}; do n=$((n+1)); test $n -lt 300 || break; usleep 100000; done; {condition}", 60)
+
+
+def hotplug():
+    """A disk and a network card come, are used, and go."""
+    with started("--net", "none"), tempfile.TemporaryDirectory() as folder:
+        with open(f"{folder}/image", "wb") as image:
+            image.write(b"plugged" + bytes((8 << 20) - 7))
+        with Guest(["--recent", "vm"], "attached", command="console") as terminal:
+            wait_for_shell(terminal)
+            for _ in range(2):
+                command("plug", "--disk", f"{folder}/image,id=extra", "vm")
+                command("plug", "--net", "user,id=card", "vm")
+                until(terminal, "test -b /dev/vda -a -d /sys/class/net/eth0")
+                assert terminal.run("head -c 7 /dev/vda") == "plugged"
+                terminal.run("dd if=/dev/urandom of=/dev/vda bs=64k seek=1 count=64 conv=fsync 2>/dev/null && ip link set eth0 up && udhcpc -q -n -i eth0 && ping -c 1 10.0.2.2", 60)
+                for name in "extra", "card":
+                    command("unplug", "vm", name)
+                until(terminal, "test ! -e /dev/vda -a ! -d /sys/class/net/eth0")
+                until(terminal, "test ! -e /sys/bus/pci/devices/0000:00:0b.0 -a ! -e /sys/bus/pci/devices/0000:00:03.0")
+            complaints = terminal.run("dmesg | grep -E 'BUG:|Oops|Call Trace|I/O error|ACPI Error|ACPI BIOS Error' || true")
+            assert not complaints, f"the kernel complains:\n{complaints}"
+            command("stop", "-t", "60", "vm", seconds=100)
+            terminal.finish(0)
+        assert any(open(f"{folder}/image", "rb").read()[65536:]), "nothing was written"
+        assert command("events", "vm").count("device-removed") == 4
+
+
 def background():
     with started():
         with Guest(["--recent", "vm"], "attached", command="console") as terminal:
@@ -52,4 +82,4 @@ def background():
         command("rm", "vm")
 
 
-guest.main({"background": background})
+guest.main({"background": background, "hotplug": hotplug})
