@@ -152,8 +152,11 @@ def boot():
             api.call("PATCH", "/vm", {"state": "Paused"})
             api.call("PUT", "/snapshot/create", files)
             configuration = api.call("GET", "/vm/config")
-            machine.signal(guest.signal.SIGTERM)
-            machine.finish(0)
+            api.call("PATCH", "/vm", {"state": "Resumed"})
+            devices = machine.run("cat /proc/bus/input/devices")
+            assert "keyboard" in devices, f"the guest has not found its keyboard: {devices}"
+            api.call("PUT", "/actions", {"action_type": "SendCtrlAltDel"})
+            machine.finish(0, 60)
         assert not os.path.exists(f"{work}/socket")
         machine, api = serve(f"{work}/socket", "--id", "second", name="second")
         with machine:
@@ -165,9 +168,7 @@ def boot():
             api.call("PATCH", "/vm", {"state": "Resumed"})
             assert machine.run("cat /tmp/before") == "remembered"
             machine.run("mount -t ext4 /dev/vda /d && cmp /bin/busybox /d/copy && umount /d")
-            devices = machine.run("cat /proc/bus/input/devices")
-            assert "keyboard" in devices, f"the guest has not found its keyboard: {devices}"
-            api.call("PUT", "/actions", {"action_type": "SendCtrlAltDel"})
+            machine.type("reboot -f\n")
             machine.finish(0, 60)
 
 
