@@ -271,10 +271,11 @@ static int start_machine(struct run *run, struct error *err)
 {
     vm_control_attach(run->control, run->machine, &run->config);
     if (run->server) {
-        int r = http_server_post(run->server, shut_in_server, run->machine);
-        r = r ? r : http_server_start(run->server, err);
-        if (r)
-            return r;
+        struct error why = {0};
+        if (http_server_post(run->server, shut_in_server, run->machine))
+            error_set(&why, -ENOMEM, "out of memory");
+        if (why.code || http_server_start(run->server, &why))
+            complain(0, "this virtual machine cannot be reached by doppel's commands: %s", why.text);
     }
     return machine_start(run->machine, err);
 }

@@ -464,10 +464,11 @@ int http_server_add_routes(struct http_server *server, const struct http_route *
 int http_server_start(struct http_server *server, struct error *err)
 {
     int r = start_mhd(server);
-    if (r == 0)
-        r = -pthread_create(&server->thread, NULL, server_main, server);
     if (r)
         return error_set(err, r, "cannot start the API server: %s", strerror(-r));
+    r = -pthread_create(&server->thread, NULL, server_main, server);
+    if (r)
+        return error_set(err, r, "cannot start a thread for the API server: %s", strerror(-r));
     server->started = true;
     return 0;
 }

@@ -27,38 +27,49 @@ const char *const engine_counter_help[COUNTER_COUNT] = {
 #undef COUNTER
 };
 
-/* The first from engine_table[n] on that this host can run. `first`: why not one before. */
-static const struct engine_ops *engine_first(unsigned n, struct error first, char reason[160], struct error *err)
+static const char best[] = "the best there is";
+
+/* One more engine that cannot be had. */
+static void add_reason(char *reason, const struct error *why)
 {
-    struct error probe;
+    size_t used = reason && strcmp(reason, best) ? strlen(reason) : 0;
+    if (reason && why->code)
+        snprintf(reason + used, ENGINE_REASON_MAX - used, "%s%s", used ? "; " : "", why->text);
+}
+
+/* The first from engine_table[n] on that this host can run. `reason` gets why not those before, too. */
+static const struct engine_ops *engine_first(unsigned n, char *reason, struct error *err)
+{
     for (; engine_table[n]; n++) {
         const struct engine_ops *ops = engine_table[n];
-        if ((ops->worthwhile && ops->worthwhile(&probe)) || ops->probe(&probe)) {
-            if (!first.code)
-                first = probe;
-            continue;
+        struct error probe = {0};
+        if ((!ops->worthwhile || !ops->worthwhile(&probe)) && !ops->probe(&probe)) {
+            if (reason && !*reason)
+                snprintf(reason, ENGINE_REASON_MAX, "%s", best);
+            return ops;
         }
-        if (reason)
-            snprintf(reason, 160, "%.159s", first.code ? first.text : "the best there is");
-        return ops;
+        add_reason(reason, &probe);
     }
     error_set(err, -ENODEV, "no engine can run on this host");
     return NULL;
 }
 
-const struct engine_ops *engine_next(const struct engine_ops *failed, const struct error *why, char reason[160])
+const struct engine_ops *engine_next(const struct engine_ops *failed, const struct error *why, char reason[ENGINE_REASON_MAX])
 {
     unsigned n = 0;
     while (engine_table[n] && engine_table[n] != failed)
         n++;
     struct error none;
-    return engine_table[n] ? engine_first(n + 1, *why, reason, &none) : NULL;
+    add_reason(reason, why);
+    return engine_table[n] ? engine_first(n + 1, reason, &none) : NULL;
 }
 
-const struct engine_ops *engine_find(const char *name, char reason[160], struct error *err)
+const struct engine_ops *engine_find(const char *name, char reason[ENGINE_REASON_MAX], struct error *err)
 {
+    if (reason)
+        reason[0] = 0;
     if (!strcmp(name, "auto"))
-        return engine_first(0, (struct error){0}, reason, err);
+        return engine_first(0, reason, err);
     for (unsigned n = 0; engine_table[n]; n++) {
         const struct engine_ops *ops = engine_table[n];
         if (strcmp(name, ops->name))
@@ -66,7 +77,7 @@ const struct engine_ops *engine_find(const char *name, char reason[160], struct 
         if (ops->probe(err))
             return NULL;
         if (reason)
-            snprintf(reason, 160, "asked for");
+            snprintf(reason, ENGINE_REASON_MAX, "asked for");
         return ops;
     }
     error_set(err, -EINVAL, "no engine is called \"%s\"; there are \"auto\", \"kvm\", \"bt\" and \"interp\"", name);

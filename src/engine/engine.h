@@ -194,10 +194,12 @@ struct engine_ops {
 
 /* All engines built in, best first, NULL-terminated. */
 extern const struct engine_ops *const engine_table[];
-/* By name; "auto" takes the first whose probe succeeds. NULL with err set when unknown or unusable. `reason` (optional) gets why. */
-const struct engine_ops *engine_find(const char *name, char reason[160], struct error *err);
-/* For "auto", when `failed` could not be created after all: the next best, whose reason is `why`. NULL: there is none. */
-const struct engine_ops *engine_next(const struct engine_ops *failed, const struct error *why, char reason[160]);
+enum { ENGINE_REASON_MAX = 512 };
+
+/* By name; "auto" takes the first whose probe succeeds. NULL with err set when unknown or unusable. `reason` (optional) gets why: what better ones lack. */
+const struct engine_ops *engine_find(const char *name, char reason[ENGINE_REASON_MAX], struct error *err);
+/* For "auto", when `failed` could not be created after all: the next best; adds `why`, and what those between lack, to `reason`. NULL: there is none. */
+const struct engine_ops *engine_next(const struct engine_ops *failed, const struct error *why, char reason[ENGINE_REASON_MAX]);
 
 extern const struct engine_ops interp_engine;
 extern const struct engine_ops bt_engine_ops;

@@ -129,7 +129,7 @@ struct machine {
     unsigned part_count;
 
     const struct engine_ops *engine_ops;
-    char engine_reason[160]; /* why it was chosen */
+    char engine_reason[ENGINE_REASON_MAX]; /* why it was chosen */
     struct engine *engine;
     const struct engine_irqchip_ops *irqchip; /* NULL: the local APICs are ours (lapics) */
     atomic_bool extint;                       /* the 8259 pair's output, for that engine */

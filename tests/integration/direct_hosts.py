@@ -38,6 +38,7 @@ DENIED = (
     ("close_range", None, ERRNO | errno.EPERM, "close_range"), ("prctl", 26, TRAP, "PR_SET_TSC"), ("prlimit64", None, ERRNO | errno.EPERM, "limits"),
     ("vfork", None, ERRNO | errno.EAGAIN, "process"), ("kill", None, ERRNO | errno.EPERM, "signal"), ("sched_setaffinity", None, ERRNO | errno.EPERM, None),
 )
+ABOUT_LISTING = "^doppel: (warning: |this virtual machine (is not listed|cannot be reached) by )"  # what others see of the machine, which runs all the same
 failures = []
 
 
@@ -107,7 +108,7 @@ class Guest:
             self.process.kill()
             text = self.process.communicate()[1]
             self.status = "stands still"
-        self.said = [line for line in text.splitlines() if line.startswith("doppel: ")]
+        self.said = [line for line in text.splitlines() if line.startswith("doppel: ") and not re.search(ABOUT_LISTING, line)]
         self.stops = sum(int(stops) for stops in re.findall(r"^direct: cpu .* (\d+) stops,", text, re.MULTILINE))
         try:
             with open(self.console, encoding="utf-8", errors="replace") as file:
@@ -173,12 +174,12 @@ def ordinary_user():
         print("limit of processes: nobody cannot run this here")
         return
     seen = set()
-    for processes in range(1, 7):
+    for processes in range(1, 9):
         guest = Guest(SHORT, lambda: become(processes)).end()
         if guest.status == 0 and guest.stops == 0:
             translated(guest, f"{processes} processes", "no process")
         else:
-            check((guest.status == LOST and len(guest.said) == 1 and "thread" in guest.said[0]) or (guest.status == 0 and guest.done and not guest.said), f"{processes} processes", guest)
+            check((guest.status == LOST and any("thread" in line for line in guest.said)) or (guest.status == 0 and guest.done and not guest.said), f"{processes} processes", guest)
         seen.add((guest.status, guest.stops > 0))
     check(len(seen) == 3, f"limits between too few threads, no process, and enough ({seen})", guest)
 
