@@ -27,6 +27,8 @@ void lapic_give(struct lapic_set *set, unsigned cpu, struct apic_state *state)
     uint32_t *reg = state->reg;
     *state = (struct apic_state){.base = atomic_load(&apic->base)};
     lapic_lock(apic);
+    /* Looking at the timer raises its interrupt when it has expired: before the requests are copied. */
+    state->tsc_deadline = lapic_timer_read_deadline(apic);
     uint32_t count = lapic_timer_current_count(apic);
     reg[REG_ID] = lapic_is_x2apic(apic) ? apic->cpu : apic->cpu << 24;
     reg[REG_VERSION] = LAPIC_VERSION_VALUE;
@@ -44,7 +46,6 @@ void lapic_give(struct lapic_set *set, unsigned cpu, struct apic_state *state)
     reg[REG_INITIAL_COUNT] = apic->timer.initial_count;
     reg[REG_CURRENT_COUNT] = count;
     reg[REG_DIVIDE] = apic->timer.divide;
-    state->tsc_deadline = lapic_timer_read_deadline(apic);
     lapic_unlock(apic);
     lapic_rest(set, cpu);
 }

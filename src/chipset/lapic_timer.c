@@ -165,13 +165,14 @@ void lapic_timer_write_deadline(struct lapic *apic, uint64_t tsc, uint64_t expir
     lapic_timer_update(apic, inputs_now_ns());
 }
 
-/* The expiry is saved as time left, so that it does not depend on this host's clock nor on the vCPU's TSC being loaded first. */
+/*
+ * The expiry is saved as time left, so that it does not depend on this host's clock nor on the vCPU's TSC being loaded first. A timer that has expired and that nobody
+ * looked at yet is saved so, with nothing left: its interrupt is raised where the state is loaded. Raising it here would be too late, for the requests are saved already.
+ */
 void lapic_timer_state(struct lapic *apic, struct state_io *io)
 {
     struct lapic_timer *timer = &apic->timer;
     uint64_t now = inputs_now_ns();
-    if (!state_loading(io))
-        lapic_timer_update(apic, now);
     uint64_t left = timer->running && timer->expiry_ns > now ? timer->expiry_ns - now : 0;
     state_bool(io, &timer->running);
     state_u64(io, &left);

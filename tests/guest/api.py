@@ -168,7 +168,7 @@ def boot():
             api.call("PATCH", "/vm", {"state": "Resumed"})
             assert machine.run("cat /tmp/before") == "remembered"
             machine.run("mount -t ext4 /dev/vda /d && cmp /bin/busybox /d/copy && umount /d")
-            machine.type("reboot -f\n")
+            api.call("PUT", "/actions", {"action_type": "SendCtrlAltDel"})
             machine.finish(0, 60)
 
 

@@ -563,6 +563,66 @@ static void test_state(void **state)
     state_io_destroy(writer);
 }
 
+static void sleep_until(uint64_t ns)
+{
+    while (inputs_now_ns() < ns)
+        continue;
+}
+
+/* A timer that expired while nobody looked: its interrupt comes where the state goes, once. */
+static void test_expired_when_saved(void **state)
+{
+    struct rig *rig = *state;
+    static const struct {
+        uint32_t lvt;
+        bool deadline;
+    } modes[] = {{0x31, false}, {0x20031, false}, {0x40031, true}};
+    for (unsigned i = 0; i < sizeof modes / sizeof *modes; i++) {
+        wr(rig, 1, LVT_T, modes[i].lvt);
+        wr(rig, 1, DIVIDE, 0xB);
+        uint64_t now = inputs_now_ns();
+        if (modes[i].deadline)
+            assert_int_equal(lapic_msr_write(rig->set, 1, 0x6E0, on_tsc_now(NULL, 1) + 2 * MS), 0);
+        else
+            wr(rig, 1, INITIAL, 20 * MS);
+        sleep_until(now + 21 * MS);
+
+        struct state_io *writer = state_writer_create();
+        assert_int_equal(lapic_state(rig->set, writer), 0);
+        size_t size;
+        const void *data = state_writer_data(writer, &size);
+        struct lapic_set *old = rig->set;
+        assert_int_equal(lapic_set_create(&rig->set, CPUS, rig->loop, &ops, rig), 0);
+        struct state_io *reader = state_reader_create(data, size);
+        assert_int_equal(lapic_state(rig->set, reader), 0);
+        wait_for(rig, 1, 0x31);
+        assert_int_equal(lapic_interrupt_peek(rig->set, 1), -1);
+
+        lapic_set_destroy(rig->set);
+        rig->set = old; /* and it is not lost where it was */
+        wait_for(rig, 1, 0x31);
+        if (!modes[i].deadline)
+            wr(rig, 1, INITIAL, 0);
+        state_io_destroy(reader);
+        state_io_destroy(writer);
+    }
+}
+
+/* The same on the way to an engine that has the APICs itself. */
+static void test_expired_when_given(void **state)
+{
+    struct rig *rig = *state;
+    struct apic_state given;
+    wr(rig, 1, LVT_T, 0x40031);
+    uint64_t now = inputs_now_ns();
+    assert_int_equal(lapic_msr_write(rig->set, 1, 0x6E0, on_tsc_now(NULL, 1) + 2 * MS), 0);
+    sleep_until(now + 2 * MS);
+    lapic_give(rig->set, 1, &given);
+    assert_int_equal(given.tsc_deadline, 0);
+    lapic_take(rig->set, 1, &given);
+    assert_int_equal(lapic_interrupt_ack(rig->set, 1), 0x31);
+}
+
 /* ---- Anything at all, from several threads ---- */
 
 static uint64_t random_next(uint64_t *seed)
@@ -683,7 +743,7 @@ int main(void)
         T(test_lowest_priority), T(test_init_startup_nmi),   T(test_errors),              T(test_software_disabled),
         T(test_mode_changes),   T(test_x2apic_msrs),         T(test_timer_one_shot),      T(test_timer_masked_counts),
         T(test_timer_periodic), T(test_timer_deadline),      T(test_extint),              T(test_odd_accesses),
-        T(test_state),          T(test_random_accesses),
+        T(test_state),          T(test_expired_when_saved),  T(test_expired_when_given),  T(test_random_accesses),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
