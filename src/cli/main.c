@@ -34,6 +34,11 @@ static const struct cli_option console_options[] = {
     [CONSOLE_RECENT] = {"recent", 'r', NULL, "first show what the console said last"},
     {0},
 };
+static const struct cli_option screen_options[] = {
+    [SCREEN_JSON] = {"json", 0, NULL, "as JSON, with the cursor's place"},
+    [SCREEN_SVG] = {"svg", 0, NULL, "as a picture (SVG), with colours"},
+    {0},
+};
 static const struct cli_option stop_options[] = {
     [STOP_TIMEOUT] = {"timeout", 't', "SECONDS", "how long the guest has to shut down before the plug is pulled (default 30)"},
     {0},
@@ -79,6 +84,7 @@ const struct subcommand subcommands[] = {
     {"inspect", inspect_main, "NAME...", "print all that is known about virtual machines, as JSON", NAMES_SOME, no_options},
     {"logs", logs_main, "[OPTIONS] NAME", "print what the console said", NAMES_ONE, logs_options},
     {"console", console_main, "[OPTIONS] NAME", "attach this terminal to the console; Ctrl-] detaches", NAMES_ONE, console_options},
+    {"screen", screen_main, "[OPTIONS] NAME", "print what a terminal at the console would show now", NAMES_ONE, screen_options},
     {"start", start_main, "NAME...", "start ended virtual machines again, in the background", NAMES_SOME, no_options},
     {"stop", stop_main, "[OPTIONS] NAME...", "ask guests to shut down, and pull the plug if they do not", NAMES_SOME, stop_options},
     {"restart", restart_main, "[OPTIONS] NAME...", "stop virtual machines and start them again", NAMES_SOME, stop_options},

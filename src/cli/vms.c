@@ -1,4 +1,4 @@
-/* Commands about virtual machines that are there: ps, inspect, stop, kill, pause, resume, reset, plug, unplug, rm. What they do is a request to the machine's own process. */
+/* Commands about virtual machines that are there: ps, inspect, stop, kill, pause, resume, reset, plug, unplug, screen, rm. What they do is a request to the machine's own process. */
 #include <errno.h>
 #include <signal.h>
 #include <stdlib.h>
@@ -246,6 +246,29 @@ int plug_main(int argc, char **argv)
     if (r == 0)
         printf("%s\n", vm.name);
     json_decref(body);
+    instance_info_clear(&vm);
+    return r;
+}
+
+int screen_main(int argc, char **argv)
+{
+    struct arguments arguments;
+    struct instance_info vm;
+    struct error err = {0};
+    char path[64], *text;
+    int r = parse_arguments(argc, argv, &arguments);
+    if (r)
+        return r < 0 ? 0 : r;
+    if (arguments.value[SCREEN_JSON] && arguments.value[SCREEN_SVG])
+        return complain(STATUS_USAGE, "screen: give either --json or --svg");
+    if (instance_find(arguments.names[0], &vm, &err))
+        return complain(STATUS_ERROR, "%s", err.text);
+    snprintf(path, sizeof path, "/doppel/v1/screen?format=%s", arguments.value[SCREEN_JSON] ? "json" : arguments.value[SCREEN_SVG] ? "svg" : "text");
+    r = client_get_text(vm.name, path, ANSWER_MS, &text, &err) ? complain(STATUS_ERROR, "%s", err.text) : 0;
+    if (r == 0) {
+        fputs(text, stdout);
+        free(text);
+    }
     instance_info_clear(&vm);
     return r;
 }

@@ -66,26 +66,21 @@ static int receive_all(int fd, struct text *text, uint64_t deadline_ns)
     }
 }
 
-/* Status line, headers, body. */
-static int understand(const struct text *text, json_t **answer, struct error *err)
+/* Status line, headers, body; `body` gets where that begins. */
+static int understand(const struct text *text, const char **body, struct error *err)
 {
     unsigned status = 0;
-    char *body = text->count ? strstr(text->data, "\r\n\r\n") : NULL;
-    if (!body || sscanf(text->data, "HTTP/1.%*1[01] %3u", &status) != 1)
+    *body = text->count ? strstr(text->data, "\r\n\r\n") : NULL;
+    if (!*body || sscanf(text->data, "HTTP/1.%*1[01] %3u", &status) != 1)
         return error_set(err, -EPROTO, "it gave no answer");
-    body += 4;
-    json_t *value = *body ? json_loads(body, JSON_REJECT_DUPLICATES | JSON_DECODE_ANY, NULL) : NULL;
-    if (status < 200 || status > 299) {
-        const char *why = json_string_value(json_object_get(value, "fault_message"));
-        error_set(err, -EREMOTEIO, "%s", why ? why : "it refused");
-        json_decref(value);
-        return -EREMOTEIO;
-    }
-    if (answer)
-        *answer = value;
-    else
-        json_decref(value);
-    return 0;
+    *body += 4;
+    if (status >= 200 && status <= 299)
+        return 0;
+    json_t *value = json_loads(*body, JSON_REJECT_DUPLICATES | JSON_DECODE_ANY, NULL);
+    const char *why = json_string_value(json_object_get(value, "fault_message"));
+    error_set(err, -EREMOTEIO, "%s", why ? why : "it refused");
+    json_decref(value);
+    return -EREMOTEIO;
 }
 
 static int talk(int fd, const char *method, const char *path, const json_t *body, uint64_t deadline_ns, struct text *text)
@@ -100,21 +95,40 @@ static int talk(int fd, const char *method, const char *path, const json_t *body
     return r && r != -EPIPE ? r : receive_all(fd, text, deadline_ns); /* who ends early may have answered before */
 }
 
-int client_request(const char *vm, const char *method, const char *path, const json_t *body, int timeout_ms, json_t **answer, struct error *err)
+/* `answer` is of text->data, which the caller frees. */
+static int request(const char *vm, const char *method, const char *path, const json_t *body, int timeout_ms, struct text *text, const char **answer, struct error *err)
 {
-    struct text text = {0};
-    if (answer)
-        *answer = NULL;
     int fd = instance_connect(vm, "api.sock");
-    int r = fd < 0 ? fd : talk(fd, method, path, body, loop_now_ns() + (uint64_t)timeout_ms * 1000000, &text);
+    int r = fd < 0 ? fd : talk(fd, method, path, body, loop_now_ns() + (uint64_t)timeout_ms * 1000000, text);
     if (r)
         error_set(err, r, "%s", r == -ECONNREFUSED || r == -ENOENT ? "it is not running" : r == -ETIMEDOUT ? "it does not answer" : strerror(-r));
     else
-        r = understand(&text, answer, err);
+        r = understand(text, answer, err);
     if (fd >= 0)
         close(fd);
-    free(text.data);
     if (r)
         error_prefix(err, "%s", vm);
+    return r;
+}
+
+int client_request(const char *vm, const char *method, const char *path, const json_t *body, int timeout_ms, json_t **answer, struct error *err)
+{
+    struct text text = {0};
+    const char *content;
+    int r = request(vm, method, path, body, timeout_ms, &text, &content, err);
+    if (answer)
+        *answer = r == 0 && *content ? json_loads(content, JSON_REJECT_DUPLICATES | JSON_DECODE_ANY, NULL) : NULL;
+    free(text.data);
+    return r;
+}
+
+int client_get_text(const char *vm, const char *path, int timeout_ms, char **answer, struct error *err)
+{
+    struct text text = {0};
+    const char *content;
+    int r = request(vm, "GET", path, NULL, timeout_ms, &text, &content, err);
+    if (r == 0 && !(*answer = strdup(content)))
+        r = error_set(err, -ENOMEM, "out of memory");
+    free(text.data);
     return r;
 }

@@ -17,5 +17,7 @@
  */
 int client_request(const char *vm, const char *method, const char *path, const json_t *body, int timeout_ms, json_t **answer, struct error *err)
     __attribute__((warn_unused_result));
+/* The same with GET for answers that are text; the caller frees it. */
+int client_get_text(const char *vm, const char *path, int timeout_ms, char **answer, struct error *err) __attribute__((warn_unused_result));
 
 #endif

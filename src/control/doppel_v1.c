@@ -11,7 +11,6 @@
 
 #define STOP_TIMEOUT_S_DEFAULT 30
 #define STOP_TIMEOUT_S_MAX 86400
-#define CONSOLE_RECENT_BYTES 16384u
 
 /* The machine, or a reply that there is none. */
 static struct machine *machine_of(struct http_call *call, struct vm_control *control)
@@ -147,9 +146,23 @@ static void get_events(struct http_call *call, void *ctx)
 static void get_console(struct http_call *call, void *ctx)
 {
     struct vm_control *control = ctx;
-    char recent[CONSOLE_RECENT_BYTES];
-    size_t size = http_query(call, "recent") ? vm_console_recent(control->console, recent, sizeof recent) : 0;
+    char recent[VM_SCREEN_RECENT_BYTES];
+    size_t size = http_query(call, "recent") ? vm_screen_recent(control->screen, recent) : 0;
     vm_streams_add(&control->streams, call, STREAM_CONSOLE, "application/octet-stream", recent, size);
+}
+
+static void get_screen(struct http_call *call, void *ctx)
+{
+    struct vm_control *control = ctx;
+    const char *format = http_query(call, "format"), *content_type;
+    char *text = vm_screen_render(control->screen, format ? format : "json", &content_type);
+    if (text)
+        http_reply_data(call, 200, content_type, text, strlen(text));
+    else if (content_type)
+        http_reply_error(call, 500, "out of memory");
+    else
+        http_reply_error(call, 400, "The query's \"format\" is json, text or svg.");
+    free(text);
 }
 
 static void put_console(struct http_call *call, void *ctx)
@@ -358,6 +371,7 @@ const struct http_route doppel_v1_routes[] = {
     {"GET", "/doppel/v1/events", get_events},
     {"GET", "/doppel/v1/console", get_console},
     {"POST", "/doppel/v1/console", put_console},
+    {"GET", "/doppel/v1/screen", get_screen},
     {"POST", "/doppel/v1/pause", pause_vm},
     {"POST", "/doppel/v1/resume", resume_vm},
     {"POST", "/doppel/v1/reset", reset_vm},

@@ -15,7 +15,6 @@
 #include "control/vm_control_priv.h"
 
 #define RING_BYTES (256u << 10)
-#define RECENT_BYTES (16u << 10)
 #define CLIENTS_MAX 8u
 #define TYPED_BYTES 4096u
 #define BACKLOG_BYTES (64u << 10)
@@ -45,8 +44,6 @@ struct vm_console {
     uint8_t *ring;
     size_t start, count;
     uint64_t lost;
-    char recent[RECENT_BYTES]; /* a ring, too: the last recent_total % RECENT_BYTES ends it */
-    uint64_t recent_total;
 };
 
 /* ---- from the guest ---- */
@@ -71,24 +68,6 @@ static void tap_room(void *ctx)
 {
     struct vm_console *console = ctx;
     loop_event_raise(console->room);
-}
-
-static void keep_recent(struct vm_console *console, const uint8_t *data, size_t size_bytes)
-{
-    for (size_t i = 0; i < size_bytes; i++)
-        console->recent[console->recent_total++ % RECENT_BYTES] = (char)data[i];
-}
-
-size_t vm_console_recent(struct vm_console *console, char *data, size_t room)
-{
-    pthread_mutex_lock(&console->lock);
-    uint64_t total = console->recent_total;
-    size_t count = total < RECENT_BYTES ? (size_t)total : RECENT_BYTES;
-    count = count < room ? count : room;
-    for (size_t i = 0; i < count; i++)
-        data[i] = console->recent[(total - count + i) % RECENT_BYTES];
-    pthread_mutex_unlock(&console->lock);
-    return count;
 }
 
 /* ---- clients ---- */
@@ -203,6 +182,7 @@ static void client_connected(void *ctx, unsigned events)
 static void tell(struct vm_console *console, const uint8_t *data, size_t size_bytes)
 {
     vm_log_append(console->control, "console.log", &console->log, &console->log_bytes, data, size_bytes);
+    vm_screen_feed(console->control->screen, (const char *)data, size_bytes);
     for (unsigned i = 0; i < CLIENTS_MAX; i++)
         if (console->client[i].fd >= 0)
             send_to_client(&console->client[i], data, size_bytes);
@@ -218,7 +198,6 @@ static size_t take(struct vm_console *console, uint8_t piece[PIECE_BYTES], uint6
     memcpy(piece, console->ring + console->start, n);
     console->start = (console->start + n) % RING_BYTES;
     console->count -= n;
-    keep_recent(console, piece, n);
     *lost = console->count ? 0 : console->lost;
     if (!console->count)
         console->lost = 0;

@@ -310,6 +310,7 @@ static void *control_main(void *arg)
 static void release(struct vm_control *control)
 {
     vm_console_destroy(control->console);
+    vm_screen_destroy(control->screen);
     if (control->stop_timer)
         loop_timer_destroy(control->stop_timer);
     if (control->noted)
@@ -333,6 +334,9 @@ static int start(struct vm_control *control, struct error *err)
     control->noted = loop_event_create(control->loop, write_events, control);
     control->stop_timer = loop_timer_create(control->loop, plug, control);
     if (!control->noted || !control->stop_timer)
+        return error_set(err, -ENOMEM, "out of memory");
+    control->screen = vm_screen_create();
+    if (!control->screen)
         return error_set(err, -ENOMEM, "out of memory");
     r = vm_console_create(&control->console, control, err);
     if (r)

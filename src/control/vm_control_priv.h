@@ -1,4 +1,4 @@
-/* Looking after one machine, inside: vm_control.c (life, events, state), vm_console.c (console), vm_streams.c (clients that listen), doppel_v1*.c (requests). */
+/* Looking after one machine, inside: vm_control.c (life, events, state), vm_console.c (console), vm_screen.c (as a terminal shows it), vm_streams.c (clients that listen), doppel_v1*.c (requests). */
 #ifndef DOPPEL_CONTROL_VM_CONTROL_PRIV_H
 #define DOPPEL_CONTROL_VM_CONTROL_PRIV_H
 
@@ -43,8 +43,19 @@ int vm_console_create(struct vm_console **console, struct vm_control *control, s
 void vm_console_destroy(struct vm_console *console); /* with the loop's thread ended */
 void vm_console_drain(struct vm_console *console);   /* on the loop's thread: what the guest said goes to its listeners */
 const struct console_tap *vm_console_tap(struct vm_console *console);
-/* The last that was said; returns its length. Any thread. */
-size_t vm_console_recent(struct vm_console *console, char *data, size_t room);
+
+/* ---- what was said lately, and what a terminal shows of it; any thread ---- */
+
+#define VM_SCREEN_RECENT_BYTES (16u << 10)
+
+struct vm_screen;
+struct vm_screen *vm_screen_create(void); /* NULL: no memory */
+void vm_screen_destroy(struct vm_screen *screen);
+void vm_screen_feed(struct vm_screen *screen, const char *data, size_t size_bytes);
+/* The last bytes; returns how many. */
+size_t vm_screen_recent(struct vm_screen *screen, char data[VM_SCREEN_RECENT_BYTES]);
+/* As "json", "text" or "svg"; the caller frees. *content_type NULL: there is no such format; NULL: no memory. */
+char *vm_screen_render(struct vm_screen *screen, const char *format, const char **content_type);
 
 /* ---- one machine ---- */
 
@@ -67,6 +78,7 @@ struct vm_control {
     pthread_t thread;
     bool thread_started;
     struct vm_console *console;
+    struct vm_screen *screen;
     struct vm_streams streams;
 
     pthread_rwlock_t machine_lock; /* read: the machine stays as long as one holds it. Before all of the machine's locks */
