@@ -14,7 +14,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define SECTION_MAGIC 0x54535044u /* "DPST" */
+#define SECTION_MAGIC 0x54535044u  /* "DPST" */
+#define OPTIONAL_MAGIC 0x4f535044u /* "DPSO": who does not know it skips it */
 #define SECTION_DEPTH_MAX 16u
 #define NAME_BYTES_MAX 63u
 
@@ -202,12 +203,12 @@ static uint64_t get_number(struct state_io *io, unsigned size_bytes)
     return value;
 }
 
-static void begin_save(struct state_io *io, struct section *section, unsigned version)
+static void begin_save(struct state_io *io, struct section *section, unsigned version, uint32_t magic)
 {
     size_t name_bytes = strlen(section->name);
 
     assert(name_bytes > 0 && name_bytes <= NAME_BYTES_MAX);
-    put_number(io, SECTION_MAGIC, 4);
+    put_number(io, magic, 4);
     put_number(io, name_bytes, 1);
     put(io, section->name, name_bytes);
     put_number(io, version, 4);
@@ -215,42 +216,110 @@ static void begin_save(struct state_io *io, struct section *section, unsigned ve
     section->body = io->size;
 }
 
-/* Reads a header. `section` is not open yet: its bytes belong to the enclosing section, which bounds them. */
+struct header {
+    char name[NAME_BYTES_MAX + 1];
+    bool optional;
+    unsigned version;
+    size_t body, end; /* offsets of the body's first byte, and behind it */
+};
+
+static size_t limit_of(const struct state_io *io)
+{
+    return io->depth ? io->open[io->depth - 1].end : io->size;
+}
+
+static bool name_is_plain(const char *name, size_t name_bytes)
+{
+    for (size_t i = 0; i < name_bytes; i++)
+        if (name[i] < 0x20 || name[i] > 0x7e)
+            return false;
+    return name_bytes > 0;
+}
+
+/* The section that begins here. Its bytes belong to the enclosing one, which bounds them. The position is its body then. `wanted` is for messages. */
+static bool read_header(struct state_io *io, struct header *header, const char *wanted)
+{
+    char reason[256];
+    uint64_t magic = get_number(io, 4), name_bytes = get_number(io, 1);
+
+    *header = (struct header){.optional = magic == OPTIONAL_MAGIC};
+    if (!io->failed && ((magic != SECTION_MAGIC && magic != OPTIONAL_MAGIC) || name_bytes > NAME_BYTES_MAX)) {
+        snprintf(reason, sizeof(reason), "section \"%s\" expected here", wanted);
+        state_fail(io, reason);
+    }
+    get(io, header->name, io->failed ? 0 : name_bytes);
+    if (!io->failed && !name_is_plain(header->name, name_bytes)) {
+        snprintf(reason, sizeof(reason), "section \"%s\" expected here", wanted);
+        state_fail(io, reason);
+    }
+    header->version = (unsigned)get_number(io, 4);
+    uint64_t body_bytes = get_number(io, 8);
+    size_t left = limit_of(io) - io->position;
+    if (!io->failed && (left < 4 || body_bytes > left - 4)) {
+        snprintf(reason, sizeof(reason), "section \"%s\" is cut short", header->name);
+        state_fail(io, reason);
+    }
+    header->body = io->position;
+    header->end = io->position + (io->failed ? 0 : body_bytes);
+    return !io->failed;
+}
+
+static bool check_body(struct state_io *io, const struct header *header)
+{
+    char reason[160];
+
+    io->position = header->end;
+    uint32_t crc = (uint32_t)get_number(io, 4);
+    if (!io->failed && crc != crc32_of(io, header->body, header->end)) {
+        snprintf(reason, sizeof(reason), "section \"%s\" is damaged (checksum)", header->name);
+        state_fail(io, reason);
+    }
+    io->position = header->body;
+    return !io->failed;
+}
+
+/* Goes past optional sections that are not `wanted` (NULL: past all). False after a failure. */
+static bool skip_optional(struct state_io *io, const char *wanted)
+{
+    struct header header;
+
+    while (!io->failed && limit_of(io) - io->position >= 4) {
+        size_t here = io->position;
+        if (get_number(io, 4) != OPTIONAL_MAGIC) {
+            io->position = here;
+            break;
+        }
+        io->position = here;
+        if (!read_header(io, &header, wanted ? wanted : "") || !check_body(io, &header))
+            return false;
+        if (wanted && strcmp(header.name, wanted) == 0) {
+            io->position = here;
+            break;
+        }
+        io->position = header.end + 4;
+    }
+    return !io->failed;
+}
+
 static unsigned begin_load(struct state_io *io, struct section *section, unsigned version)
 {
-    size_t limit = io->depth ? io->open[io->depth - 1].end : io->size;
-    size_t name_bytes = strlen(section->name);
-    char name[256] = "", reason[160];
-    uint64_t magic = get_number(io, 4);
-    uint64_t found_bytes = get_number(io, 1);
+    struct header header;
+    char reason[256];
 
-    get(io, name, found_bytes);
-    unsigned found = (unsigned)get_number(io, 4);
-    uint64_t body_bytes = get_number(io, 8);
-    if (io->failed)
+    if (!skip_optional(io, section->name) || !read_header(io, &header, section->name))
         return version;
-    if (magic != SECTION_MAGIC || found_bytes != name_bytes || memcmp(name, section->name, name_bytes)) {
-        snprintf(reason, sizeof(reason), "section \"%s\" expected here", section->name);
+    if (strcmp(header.name, section->name) != 0) {
+        snprintf(reason, sizeof(reason), "section \"%s\" expected here, found \"%s\"", section->name, header.name);
         state_fail(io, reason);
-    } else if (found == 0 || found > version) {
-        snprintf(reason, sizeof(reason), "section \"%s\" has version %u; this program reads up to %u", section->name, found, version);
+    } else if (header.version == 0 || header.version > version) {
+        snprintf(reason, sizeof(reason), "section \"%s\" has version %u; this program reads up to %u", section->name, header.version, version);
         state_fail(io, reason);
-    } else if (limit - io->position < 4 || body_bytes > limit - io->position - 4) {
-        snprintf(reason, sizeof(reason), "section \"%s\" is cut short", section->name);
-        state_fail(io, reason);
+    } else {
+        check_body(io, &header);
     }
-    if (io->failed)
-        return version;
-    section->body = io->position;
-    section->end = io->position + body_bytes;
-    io->position = section->end;
-    uint32_t crc = (uint32_t)get_number(io, 4);
-    if (crc != crc32_of(io, section->body, section->end)) {
-        snprintf(reason, sizeof(reason), "section \"%s\" is damaged (checksum)", section->name);
-        state_fail(io, reason);
-    }
-    io->position = section->body;
-    return found;
+    section->body = header.body;
+    section->end = header.end;
+    return io->failed ? version : header.version;
 }
 
 unsigned state_begin(struct state_io *io, const char *name, unsigned version)
@@ -262,10 +331,41 @@ unsigned state_begin(struct state_io *io, const char *name, unsigned version)
         if (io->loading)
             version = begin_load(io, &section, version);
         else
-            begin_save(io, &section, version);
+            begin_save(io, &section, version, SECTION_MAGIC);
     }
     io->open[io->depth++] = section;
     return version;
+}
+
+unsigned state_begin_optional(struct state_io *io, const char *name, unsigned version)
+{
+    struct section section = {.name = name};
+    struct header header;
+
+    assert(version > 0 && io->depth < SECTION_DEPTH_MAX);
+    if (io->failed)
+        return 0;
+    if (!io->loading) {
+        begin_save(io, &section, version, OPTIONAL_MAGIC);
+        io->open[io->depth++] = section;
+        return version;
+    }
+    size_t here = io->position;
+    if (!skip_optional(io, name))
+        return 0;
+    bool there = limit_of(io) - io->position >= 4 && get_number(io, 4) == OPTIONAL_MAGIC;
+    if (there) {
+        io->position -= 4;
+        there = read_header(io, &header, name) && header.version > 0 && header.version <= version;
+    }
+    if (!there) {
+        io->position = here; /* others may be wanted by name after this one; who wants none skips them all */
+        return 0;
+    }
+    section.body = header.body;
+    section.end = header.end;
+    io->open[io->depth++] = section;
+    return header.version;
 }
 
 static void end_save(struct state_io *io, const struct section *section)
@@ -283,7 +383,7 @@ int state_end(struct state_io *io)
 
     assert(io->depth > 0);
     section = &io->open[io->depth - 1];
-    if (!io->failed && io->loading && io->position != section->end)
+    if (!io->failed && io->loading && skip_optional(io, NULL) && io->position != section->end)
         state_fail(io, "has bytes left over");
     if (!io->failed && !io->loading)
         end_save(io, section);

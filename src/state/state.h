@@ -17,7 +17,8 @@
  * Afterwards, when loading, it recomputes whatever is derived (timers, cached pointers). On the first error the io goes into a
  * failed state: later calls do nothing, loaded values become zero, and state_end returns -EINVAL or -ENOMEM.
  *
- * Format: each section is  u32 magic, u8 name length, name, u32 version, u64 body length, body, u32 CRC-32 of the body; integers little endian.
+ * Format (docs/formats.md): each section is  u32 magic, u8 name length, name, u32 version, u64 body length, body, u32 CRC-32 of the body; integers little endian. The magic says
+ * whether a reader that does not know the section may skip it.
  * Threading: none; the caller holds whatever lock the part needs, and vCPUs are paused.
  */
 #ifndef DOPPEL_STATE_STATE_H
@@ -41,6 +42,11 @@ const char *state_error(const struct state_io *io); /* one line naming section a
 
 /* Sections may nest. Loading checks name and version <= `version` and returns the version found (writer: `version`). */
 unsigned state_begin(struct state_io *io, const char *name, unsigned version);
+/*
+ * A section between others, or last in one, that readers may lack: those that do not know it, or not its version, skip it. 0: loading, and there is none to be read here;
+ * then nothing is to be ended. Also 0 after a failure. Several in a row are to be loaded in the order in which they were saved.
+ */
+unsigned state_begin_optional(struct state_io *io, const char *name, unsigned version);
 int state_end(struct state_io *io) __attribute__((warn_unused_result)); /* checks length and CRC */
 void state_fail(struct state_io *io, const char *reason);
 

@@ -204,6 +204,93 @@ static void test_names_and_versions(void **state)
     state_io_destroy(writer);
 }
 
+/* What a later program saves, in the eyes of programs that know less. */
+static void save_newer(struct state_io *io)
+{
+    uint8_t number = 7;
+    state_begin(io, "outer", 1);
+    state_u8(io, &number);
+    if (state_begin_optional(io, "hint", 2)) {
+        state_u8(io, &number);
+        assert_int_equal(state_end(io), 0);
+    }
+    state_begin(io, "inner", 1);
+    state_u8(io, &number);
+    assert_int_equal(state_end(io), 0);
+    if (state_begin_optional(io, "last", 1)) {
+        state_u8(io, &number);
+        assert_int_equal(state_end(io), 0);
+    }
+    assert_int_equal(state_end(io), 0);
+}
+
+/* `hint`: the highest version known, 0: it is not; the same of `last`. Returns the sum of the optional numbers that were read, or a failure's code. */
+static int load_newer(const void *data, size_t size, unsigned hint, unsigned last, char error[256])
+{
+    struct state_io *io = state_reader_create(data, size);
+    uint8_t number = 0;
+    int sum = 0;
+    state_begin(io, "outer", 1);
+    state_u8(io, &number);
+    if (hint && state_begin_optional(io, "hint", hint)) {
+        state_u8(io, &number);
+        sum += number;
+        (void)!state_end(io);
+    }
+    state_begin(io, "inner", 1);
+    state_u8(io, &number);
+    (void)!state_end(io);
+    if (last && state_begin_optional(io, "last", last)) {
+        state_u8(io, &number);
+        sum += number;
+        (void)!state_end(io);
+    }
+    int ret = state_end(io);
+    strcpy(error, state_error(io));
+    state_io_destroy(io);
+    return ret ? ret : sum;
+}
+
+static void test_optional(void **state)
+{
+    struct state_io *io = state_writer_create();
+    char error[256];
+    size_t size;
+    save_newer(io);
+    const void *written = state_writer_data(io, &size);
+    uint8_t *data = malloc(size);
+    memcpy(data, written, size);
+    state_io_destroy(io);
+    assert_int_equal(load_newer(data, size, 2, 1, error), 14);
+    assert_int_equal(load_newer(data, size, 3, 1, error), 14);
+    assert_int_equal(load_newer(data, size, 1, 1, error), 7); /* "hint" has a version that is too new */
+    assert_int_equal(load_newer(data, size, 2, 0, error), 7);
+    assert_int_equal(load_newer(data, size, 0, 1, error), 7);
+    assert_int_equal(load_newer(data, size, 0, 0, error), 0);
+    for (size_t i = 0; i < size; i++) { /* damage is told also where nobody reads */
+        data[i] ^= 0x10;
+        int ret = load_newer(data, size, 0, 0, error);
+        assert_true(ret < 0 || ret == 0);
+        assert_int_equal(ret == 0, error[0] == 0);
+        data[i] ^= 0x10;
+    }
+    for (size_t cut = 0; cut < size; cut++)
+        assert_int_equal(load_newer(data, cut, 0, 0, error), -EINVAL);
+    free(data);
+
+    /* One that is not optional cannot be skipped, and its name is told. */
+    io = state_writer_create();
+    state_begin(io, "outer", 1);
+    uint8_t number = 7;
+    state_u8(io, &number);
+    state_begin(io, "strange", 1);
+    assert_int_equal(state_end(io), 0);
+    assert_int_equal(state_end(io), 0);
+    assert_int_equal(load_newer(state_writer_data(io, &size), size, 2, 1, error), -EINVAL);
+    assert_non_null(strstr(error, "strange"));
+    state_io_destroy(io);
+}
+
 static void test_failures(void **state)
 {
     struct state_io *writer = state_writer_create(), *reader;
@@ -281,7 +368,7 @@ int main(void)
         cmocka_unit_test(test_round_trip), cmocka_unit_test(test_format),
         cmocka_unit_test(test_truncated),  cmocka_unit_test(test_corrupted),
         cmocka_unit_test(test_names_and_versions), cmocka_unit_test(test_failures),
-        cmocka_unit_test(test_large),
+        cmocka_unit_test(test_large), cmocka_unit_test(test_optional),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);
