@@ -389,14 +389,33 @@ void hpet_destroy(struct hpet *hpet)
     free(hpet);
 }
 
+/* A match that is due when the state is saved is still to come: version 1 raised its interrupt then, when the interrupt controllers had been saved already. */
+static void match_state(struct comparator *comparator, struct state_io *io, uint64_t now_ns)
+{
+    uint64_t until_ns = comparator->armed && comparator->expiry_ns > now_ns ? comparator->expiry_ns - now_ns : 0;
+    state_bool(io, &comparator->armed);
+    state_u64(io, &until_ns);
+    if (!state_loading(io))
+        return;
+    if (until_ns > NEVER_TICKS * TICK_NS)
+        state_fail(io, "HPET interrupt too far ahead");
+    comparator->expiry_ns = now_ns + until_ns;
+}
+
+static void match_resume(struct comparator *comparator)
+{
+    if (comparator->armed)
+        loop_timer_arm(comparator->timer, comparator->expiry_ns);
+    else
+        loop_timer_disarm(comparator->timer);
+}
+
 int hpet_state(struct hpet *hpet, struct state_io *io)
 {
     uint64_t now = inputs_now_ns();
-    if (!state_loading(io))
-        all_update(hpet, now);
     uint64_t counter = counter_now(hpet, now);
     bool was_legacy = hpet->config & CONF_LEGACY;
-    state_begin(io, "hpet", 1);
+    unsigned version = state_begin(io, "hpet", 2);
     state_u32(io, &hpet->config);
     state_u32(io, &hpet->status);
     state_u64(io, &counter);
@@ -406,6 +425,8 @@ int hpet_state(struct hpet *hpet, struct state_io *io)
         state_u32(io, &comparator->config);
         state_u64(io, &comparator->value);
         state_u64(io, &comparator->period);
+        if (version >= 2)
+            match_state(comparator, io, now);
         fits = fits && !(comparator->config & ~TN_WRITABLE) && !(comparator->value & ~value_mask(comparator)) &&
                !(comparator->period & ~value_mask(comparator));
     }
@@ -424,8 +445,12 @@ int hpet_state(struct hpet *hpet, struct state_io *io)
     if (was_legacy != !!(hpet->config & CONF_LEGACY))
         hpet->legacy_changed(hpet->ctx, hpet->config & CONF_LEGACY);
     lines_update(hpet);
-    for (unsigned i = 0; i < COMPARATORS; i++)
-        comparator_arm(&hpet->comparators[i], now, false);
+    for (unsigned i = 0; i < COMPARATORS; i++) {
+        if (version >= 2)
+            match_resume(&hpet->comparators[i]);
+        else
+            comparator_arm(&hpet->comparators[i], now, false);
+    }
     return 0;
 }
 

@@ -447,16 +447,40 @@ static void counter_state(struct pit_counter *counter, struct state_io *io, uint
         counter->next_ns = now_ns;
 }
 
+#define EDGE_FAR_NS (100ull * NS_PER_SECOND) /* beyond the slowest counter */
+
+/* An edge that is due when the state is saved is still to come: version 1 had no field for it, and lost it. */
+static void edge_state(struct pit *pit, struct state_io *io, uint64_t now_ns)
+{
+    uint64_t until_ns = pit->edge_ns == UINT64_MAX ? UINT64_MAX : pit->edge_ns > now_ns ? pit->edge_ns - now_ns : 0;
+    state_u64(io, &until_ns);
+    if (!state_loading(io))
+        return;
+    if (until_ns != UINT64_MAX && until_ns > EDGE_FAR_NS)
+        state_fail(io, "8254 interrupt too far ahead");
+    pit->edge_ns = until_ns == UINT64_MAX ? UINT64_MAX : now_ns + until_ns;
+}
+
+static void edge_resume(struct pit *pit)
+{
+    if (pit->edge_ns == UINT64_MAX)
+        loop_timer_disarm(pit->timer);
+    else
+        loop_timer_arm(pit->timer, pit->edge_ns);
+}
+
 int pit_state(struct pit *pit, struct state_io *io)
 {
     uint64_t now = inputs_now_ns();
     bool output = pit->output;
-    state_begin(io, "pit", 1);
+    unsigned version = state_begin(io, "pit", 2);
     for (unsigned i = 0; i < 3; i++)
         counter_state(&pit->counters[i], io, now);
     state_u8(io, &pit->system);
     state_bool(io, &output);
     state_bool(io, &pit->irq_enabled);
+    if (version >= 2)
+        edge_state(pit, io, now);
     if (state_loading(io) &&
         ((pit->system & ~SYSTEM_WRITABLE) || pit->counters[2].gate != (pit->system & SYSTEM_GATE2) ||
          !pit->counters[0].gate || !pit->counters[1].gate))
@@ -469,7 +493,10 @@ int pit_state(struct pit *pit, struct state_io *io)
         return rc;
     }
     output_set(pit, output);
-    edge_schedule(pit, now, 0);
+    if (version >= 2)
+        edge_resume(pit);
+    else
+        edge_schedule(pit, now, 0);
     return 0;
 }
 

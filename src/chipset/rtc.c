@@ -340,6 +340,7 @@ static uint8_t register_read(struct rtc *rtc, unsigned index)
     rtc_update(rtc);
     uint8_t value = rtc->cmos[REG_C];
     rtc->cmos[REG_C] = 0;
+    output_set(rtc, false); /* what comes from here on is a new edge, be it now */
     rtc_update(rtc);
     return value;
 }
@@ -483,12 +484,15 @@ int rtc_state(struct rtc *rtc, struct state_io *io)
 {
     if (!state_loading(io))
         rtc_update(rtc);
-    state_begin(io, "rtc", 1);
+    unsigned version = state_begin(io, "rtc", 2);
     state_u8(io, &rtc->index);
     state_bool(io, &rtc->nmi_masked);
     state_bool(io, &rtc->irq_enabled);
     state_i64(io, &rtc->offset_ns);
     state_bytes(io, rtc->cmos, sizeof(rtc->cmos));
+    rtc->seen_ns = state_loading(io) ? guest_ns(rtc) : rtc->seen_ns;
+    if (version >= 2) /* alarms of the time between ring when the guest is back */
+        state_i64(io, &rtc->seen_ns);
     if (state_loading(io) && (rtc->index >= CMOS_BYTES || rtc->offset_ns > OFFSET_NS_MOST ||
                               rtc->offset_ns < OFFSET_NS_LEAST))
         state_fail(io, "clock in an impossible state");
@@ -502,7 +506,6 @@ int rtc_state(struct rtc *rtc, struct state_io *io)
         rtc_reset(rtc);
         return rc;
     }
-    rtc->seen_ns = guest_ns(rtc);
     rtc_update(rtc);
     return 0;
 }

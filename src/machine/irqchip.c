@@ -1,6 +1,6 @@
 /*
  * Where the local APICs are: the machine's own (chipset/lapic.h), or the engine's, in the host's kernel. Messages, the 8259 pair's output and state go to whoever has them; virtio's doorbells come from there, too. While
- * the engine has them ours are at rest, and serve as the form in which they are saved.
+ * the engine has them ours are at rest, and serve as the form in which they are saved. The local APICs are loaded last, because of their timers: what is sent to them before is held until they are there.
  * Threading: messages from any thread; the rest with the device lock, states while vCPUs stand still.
  */
 #include <string.h>
@@ -8,14 +8,44 @@
 #include "machine/machine_priv.h"
 #include "util/log.h"
 
+static void deliver(struct machine *machine, const struct machine_message *message)
+{
+    struct msi_target own = lapic_msi_target(machine->lapics);
+    if (machine->irqchip)
+        machine->irqchip->message(machine->engine, message->address, message->data);
+    else
+        msi_send(&own, message->address, message->data);
+}
+
+/* Devices that are being loaded have one interrupt each to tell of at most: a link that is down now, for one. */
+static void hold(struct machine *machine, const struct machine_message *message)
+{
+    if (machine->held_count < MACHINE_PARTS_MAX)
+        machine->held[machine->held_count++] = *message;
+}
+
 static void message_send(void *ctx, uint64_t address, uint32_t data)
 {
     struct machine *machine = ctx;
-    struct msi_target own = lapic_msi_target(machine->lapics);
-    if (machine->irqchip)
-        machine->irqchip->message(machine->engine, address, data);
+    const struct machine_message message = {address, data};
+    if (machine->holds_messages)
+        hold(machine, &message);
     else
-        msi_send(&own, address, data);
+        deliver(machine, &message);
+}
+
+void machine_hold_messages(struct machine *machine)
+{
+    machine->holds_messages = true;
+}
+
+void machine_release_messages(struct machine *machine)
+{
+    machine->holds_messages = false;
+    lapic_set_extint(machine->lapics, atomic_load(&machine->extint));
+    for (unsigned i = 0; i < machine->held_count; i++)
+        deliver(machine, &machine->held[i]);
+    machine->held_count = 0;
 }
 
 struct msi_target machine_msi_target(struct machine *machine)

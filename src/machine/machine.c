@@ -809,6 +809,8 @@ static int apics_state(struct machine *machine, struct state_io *io)
 
 int machine_state(struct machine *machine, struct state_io *io)
 {
+    if (state_loading(io))
+        machine_hold_messages(machine);
     state_begin(io, "machine", 1);
     int r = cpuid_state(machine->cpuid, io);
     for (unsigned i = 0; i < machine->part_count && r == 0; i++)
@@ -819,6 +821,8 @@ int machine_state(struct machine *machine, struct state_io *io)
     clocks_state(machine, io);
     if (r == 0)
         r = apics_state(machine, io); /* after the counters: deadlines are theirs */
+    if (state_loading(io))
+        machine_release_messages(machine);
     int end = state_end(io);
     return r ? r : end;
 }

@@ -82,6 +82,11 @@ struct machine_disk {
 enum { SLOT_RNG = 1, SLOT_CONSOLE = 2, SLOT_NET = 3, SLOT_DISK = SLOT_NET + CONFIG_NETS_MAX, SLOT_VSOCK = SLOT_DISK + CONFIG_DISKS_MAX };
 _Static_assert(SLOT_VSOCK < PCI_SLOTS, "one PCI slot a device");
 
+struct machine_message {
+    uint64_t address;
+    uint32_t data;
+};
+
 #define MACHINE_DEVICES_MAX (CONFIG_DISKS_MAX + CONFIG_NETS_MAX + CONFIG_SHARES_MAX + CONFIG_PMEMS_MAX + 5)
 #define MACHINE_PARTS_MAX (MACHINE_DEVICES_MAX + 16)
 
@@ -133,6 +138,9 @@ struct machine {
     struct engine *engine;
     const struct engine_irqchip_ops *irqchip; /* NULL: the local APICs are ours (lapics) */
     atomic_bool extint;                       /* the 8259 pair's output, for that engine */
+    bool holds_messages;                      /* while a state is loaded */
+    struct machine_message held[MACHINE_PARTS_MAX];
+    unsigned held_count;
     struct vcpu_thread *vcpu;
     unsigned cpu_count;
     struct boot_entry boot;
@@ -243,6 +251,9 @@ extern const struct lapic_ops machine_lapic_ops;
 struct msi_target machine_msi_target(struct machine *machine);
 void machine_level_pin(void *machine, unsigned pin, uint64_t address, uint32_t data);
 void machine_extint(void *machine, unsigned pin, bool level);
+/* Between the two, messages to the local APICs wait: before these are loaded they would be lost. Only while no thread runs. */
+void machine_hold_messages(struct machine *machine);
+void machine_release_messages(struct machine *machine);
 /* Writes to virtio's notification registers become counts on descriptors, where the engine can; called when there is one, and without when it goes. */
 void machine_connect_doorbells(struct machine *machine);
 /* Local APICs' states to the engine, if it has them, and back for as long as they are saved. vCPUs stand still. 0 or -errno. */

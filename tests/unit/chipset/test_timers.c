@@ -572,6 +572,51 @@ static void test_random_accesses(void **state)
     fclose(sink);
 }
 
+/* What is due when the state is saved, and nobody has looked at yet, comes where the state is loaded. */
+static void test_due_when_saved(void **state)
+{
+    struct rig *rig = *state;
+    out(rig, 0x43, 0x30); /* one shot, 1 ms */
+    out(rig, 0x40, 1193 & 0xff);
+    out(rig, 0x40, 1193 >> 8);
+    hpet_write(rig, 0x100, 4, 20 << 9 | 4);
+    hpet_write(rig, 0x120, 4, 21 << 9 | 0x4C); /* repeating */
+    hpet_write(rig, 0x10, 4, 1);
+    hpet_write(rig, 0x108, 8, hpet_read(rig, 0xF0, 8) + 100000);
+    hpet_write(rig, 0x128, 8, hpet_read(rig, 0xF0, 8) + 100000);
+    hpet_write(rig, 0x128, 8, 100000000);
+    cmos_set(rig, 0x0A, 0x26);
+    cmos_set(rig, 0x0B, 0x42);
+    uint64_t start = inputs_now_ns();
+    while (inputs_now_ns() < start + 2 * MS)
+        continue;
+    cmos(rig, 0x0C);
+
+    struct state_io *writer = state_writer_create();
+    assert_int_equal(pit_state(rig->pit, writer), 0);
+    assert_int_equal(hpet_state(rig->hpet, writer), 0);
+    assert_int_equal(rtc_state(rig->rtc, writer), 0);
+    pit_reset(rig->pit);
+    hpet_reset(rig->hpet);
+    rtc_reset(rig->rtc);
+    run_for(rig, 3 * MS);
+    memset(rig->rises, 0, sizeof rig->rises);
+    size_t size;
+    const void *data = state_writer_data(writer, &size);
+    struct state_io *reader = state_reader_create(data, size);
+    assert_int_equal(pit_state(rig->pit, reader), 0);
+    assert_int_equal(hpet_state(rig->hpet, reader), 0);
+    assert_int_equal(rtc_state(rig->rtc, reader), 0);
+    run_for(rig, 1 * MS);
+    assert_int_equal(rig->rises[0], 1);
+    assert_int_equal(rig->rises[2], 1);
+    assert_int_equal(rig->rises[3], 1);
+    assert_true(rig->level[1]);
+    assert_int_equal(cmos(rig, 0x0C) & 0xC0, 0xC0);
+    state_io_destroy(reader);
+    state_io_destroy(writer);
+}
+
 /* Loaded bytes are foreign: any that are wrong in content, but not in checksum, must be refused or harmless. */
 static void test_hostile_state(void **state)
 {
@@ -579,11 +624,12 @@ static void test_hostile_state(void **state)
     uint64_t seed = 1234567;
     for (int i = 0; i < 300; i++) {
         struct state_io *writer = state_writer_create();
-        state_begin(writer, (i & 1) ? "pit" : "rtc", 1);
+        unsigned version = 1 + (i >> 2 & 1);
+        state_begin(writer, (i & 1) ? "pit" : "rtc", version);
         uint8_t bytes[256];
         for (size_t j = 0; j < sizeof(bytes); j++)
             bytes[j] = (uint8_t)((i & 2) ? random_next(&seed) : random_next(&seed) & 1);
-        state_bytes(writer, bytes, (i & 1) ? 138 : 139);
+        state_bytes(writer, bytes, ((i & 1) ? 138 : 139) + (version - 1) * 8);
         assert_int_equal(state_end(writer), 0);
         size_t size;
         const void *data = state_writer_data(writer, &size);
@@ -608,7 +654,7 @@ int main(void)
         T(test_pit_periodic), T(test_pit_no_storm), T(test_pit_one_shot), T(test_pit_counter2_and_port61),
         T(test_pit_latches),  T(test_pit_reload_at_round_end), T(test_pit_state), T(test_rtc_time),
         T(test_rtc_set_and_formats), T(test_rtc_periodic), T(test_rtc_update_and_alarm), T(test_rtc_cmos),
-        T(test_rtc_state),    T(test_hpet_counter), T(test_hpet_interrupts), T(test_random_accesses), T(test_hostile_state),
+        T(test_rtc_state),    T(test_hpet_counter), T(test_hpet_interrupts), T(test_due_when_saved), T(test_random_accesses), T(test_hostile_state),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
