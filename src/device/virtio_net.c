@@ -589,6 +589,10 @@ static int nic_create(struct device **device, const struct device_host *host, co
     result = net_open(&nic->net, config->net, host->loop, &client, err);
     if (result < 0)
         goto fail;
+    if (config->server && (result = net_serve(&nic->net, config->server)) < 0) {
+        error_set(err, result, "virtio-net: out of memory");
+        goto fail;
+    }
 
     struct net_info info;
     net_get_info(nic->net, &info);

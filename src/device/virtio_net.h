@@ -9,13 +9,16 @@
 
 #include "util/token_bucket.h"
 
-/* All strings are borrowed for the time of create. */
+struct net_server;
+
+/* Everything pointed to is borrowed for the time of create. */
 struct virtio_net_config {
     const char *net;     /* the back end's spec, see net_open: "user,forward=tcp:2222:22" */
     const char *machine; /* the machine's name or identity, for the default MAC address; may be NULL */
     unsigned mtu;        /* told to the driver; 0: the back end's, if it says one */
     unsigned index;      /* of this NIC in its machine: 0, 1, ... */
     const struct rate_limit_config *receive, *transmit; /* NULL: no limit */
+    const struct net_server *server; /* in front of the back end; NULL: none */
     int slot;            /* PCI slot, -1: the next free one */
 };
 

@@ -227,7 +227,10 @@ void net_set_offloads(struct net *net, const struct net_offloads *offloads)
 
 void net_get_info(const struct net *net, struct net_info *info)
 {
-    *info = net->info;
+    if (net->backend->get_info)
+        net->backend->get_info(net, info);
+    else
+        *info = net->info;
 }
 
 /* A NIC without a cable. */

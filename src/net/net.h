@@ -60,4 +60,49 @@ struct net_info {
 };
 void net_get_info(const struct net *net, struct net_info *info);
 
+/* ---- a server inside ---- */
+
+/* `data` comes from malloc and is taken over; NULL: the connection is reset. `close`: after it nothing is read any more. */
+struct net_reply {
+    char *data;
+    size_t size_bytes;
+    bool close;
+};
+
+/* Named as clients of the metrics know them. */
+#define NET_SERVER_COUNTERS(X)                                                                                                                \
+    X(rx_accepted)         /* frames for the server */                                                                                        \
+    X(rx_accepted_err)     /* of these: malformed */                                                                                          \
+    X(rx_accepted_unusual) /* of these: no TCP, for another port, of no connection, fragments */                                              \
+    X(rx_bad_eth)          /* of these: ARP that is none */                                                                                   \
+    X(rx_count)            /* segments taken */                                                                                               \
+    X(tx_bytes) X(tx_frames) X(tx_count) /* given to the guest; tx_count: segments */                                                         \
+    X(tx_errors)           /* lost because the guest had no buffers */                                                                        \
+    X(connections_created) X(connections_destroyed)
+
+struct net_server_counters {
+#define NET_SERVER_COUNTER(name) uint64_t name;
+    NET_SERVER_COUNTERS(NET_SERVER_COUNTER)
+#undef NET_SERVER_COUNTER
+};
+
+/*
+ * A host on the guest's network that is in this process: an IPv4 address with one TCP port. ARP for it and IPv4 to it do not reach the back end, and nothing that the back end
+ * receives comes from that address. All that a guest can make it keep is bounded.
+ */
+struct net_server {
+    uint8_t address[4];
+    uint16_t port;
+    /*
+     * Looks at what has come on a connection and returns how many bytes of it are a request, which *reply answers; 0: more must come first. `full`: no more will be kept, so 0 resets
+     * the connection. On the loop's thread; the next call for a connection comes when its reply has arrived.
+     */
+    size_t (*serve)(void *ctx, const char *data, size_t size_bytes, bool full, struct net_reply *reply);
+    void *ctx;
+    struct net_server_counters *counters; /* may be shared by several; loop's thread */
+};
+
+/* Puts the server in front of an open back end, which *net takes the place of from then on. Copies `server`. -ENOMEM: nothing has changed. */
+int net_serve(struct net **net, const struct net_server *server) __attribute__((warn_unused_result));
+
 #endif

@@ -43,6 +43,7 @@ struct net_backend {
     bool (*transmit)(struct net *net, const struct iovec *iov, unsigned iov_count); /* NULL: frames vanish */
     void (*resume)(struct net *net);
     void (*set_offloads)(struct net *net, const struct net_offloads *offloads);
+    void (*get_info)(const struct net *net, struct net_info *info); /* NULL: net->info */
 };
 
 extern const struct net_backend net_backend_user, net_backend_tap, net_backend_none;

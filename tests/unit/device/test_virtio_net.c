@@ -106,6 +106,11 @@ void net_set_offloads(struct net *net, const struct net_offloads *offloads)
     net->offloads = *offloads;
 }
 
+int net_serve(struct net **net, const struct net_server *server)
+{
+    return -ENOMEM;
+}
+
 void net_get_info(const struct net *net, struct net_info *info)
 {
     *info = net->info;
