@@ -146,7 +146,7 @@ int api_create(struct api **out, const struct api_options *options, struct error
     pthread_mutex_init(&api->lock, NULL);
     pthread_cond_init(&api->changed, NULL);
     api->configuration = api_default_configuration();
-    api->mmds = mmds_store_create(options->mmds_bytes_max);
+    api->mmds = metadata_create(options->mmds_bytes_max);
     api->metrics = api_metrics_create(&api->options);
     if (!api->configuration || !api->mmds || !api->metrics) {
         api_destroy(api);
@@ -163,7 +163,7 @@ void api_destroy(struct api *api)
     api_metrics_end(api->metrics); /* its last line tells of the machine */
     machine_destroy(api->machine);
     api_metrics_destroy(api->metrics);
-    mmds_store_destroy(api->mmds);
+    metadata_destroy(api->mmds);
     json_decref(api->configuration);
     machine_config_clear(&api->config);
     pthread_cond_destroy(&api->changed);
@@ -179,7 +179,7 @@ struct machine *api_machine(struct api *api)
     return machine;
 }
 
-struct mmds_store *api_mmds(struct api *api)
+struct metadata *api_mmds(struct api *api)
 {
     return api->mmds;
 }

@@ -31,7 +31,7 @@
 #define API_VERSION "1.17.0" /* of the description */
 
 struct api;
-struct mmds_store;
+struct metadata;
 struct vm_control;
 
 struct api_options {
@@ -43,7 +43,7 @@ struct api_options {
     bool sandbox;          /* the machine's threads shut themselves in */
     const char *own_directory; /* that stays writable then (machine_config.own_directory); NULL: none */
     struct vm_control *control; /* looks after the machine; detached by its owner before api_destroy. NULL: nobody does */
-    size_t mmds_bytes_max; /* 0: MMDS_BYTES_DEFAULT */
+    size_t mmds_bytes_max; /* 0: METADATA_BYTES_DEFAULT */
     uint64_t start_time_us, start_time_cpu_us, parent_cpu_time_us; /* told by whoever started the process; for metrics */
 };
 
@@ -70,7 +70,7 @@ enum machine_end api_wait(struct api *api);
 void api_stop(struct api *api);
 /* NULL before the start. Stays until api_destroy. */
 struct machine *api_machine(struct api *api);
-struct mmds_store *api_mmds(struct api *api);
+struct metadata *api_mmds(struct api *api);
 
 /* ---- for handlers ---- */
 

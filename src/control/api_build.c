@@ -146,6 +146,7 @@ static int build_others(struct api *api, struct machine_config *config, struct e
     }
     if (mmds) {
         config->metadata.present = true;
+        config->metadata.service = api->mmds;
         config->metadata.version_2 = strcmp(api_text(mmds, "version"), "V2") == 0;
         config->metadata.imds_compatible = api_flag(mmds, "imds_compat");
         r = copy(&config->metadata.address, mmds, "ipv4_address") ? r : -ENOMEM;

@@ -2,7 +2,6 @@
  * Before the start: what a body must have beyond its schema, and the configuration it becomes part of. The configuration is kept as the JSON of GET /vm/config; a
  * refused call has not touched it. On the HTTP server's thread, or before that runs.
  */
-#include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -280,7 +279,7 @@ int api_check_mmds_config(struct api *api, const json_t *body, struct error *err
 {
     size_t index;
     json_t *id;
-    struct in_addr address;
+    uint8_t address[4];
     const json_t *interfaces = json_object_get(body, "network_interfaces");
     if (json_array_size(interfaces) == 0)
         return error_set(err, -EINVAL, "The list of network interface IDs that allow MMDS requests is empty.");
@@ -288,9 +287,7 @@ int api_check_mmds_config(struct api *api, const json_t *body, struct error *err
         if (!api_section_element(api, "network-interfaces", "iface_id", json_string_value(id)))
             return error_set(err, -EINVAL, "The list of network interface IDs provided contains at least one ID that does not correspond to any existing "
                                            "network interface.");
-    const char *text = api_text(body, "ipv4_address");
-    if (inet_pton(AF_INET, text, &address) != 1 || ntohl(address.s_addr) >> 16 != 0xA9FE || (ntohl(address.s_addr) >> 8 & 0xFF) == 0 ||
-        (ntohl(address.s_addr) >> 8 & 0xFF) == 255)
+    if (!metadata_parse_address(api_text(body, "ipv4_address"), address))
         return error_set(err, -EINVAL, "The MMDS IPv4 address is not link local.");
     return 0;
 }
@@ -438,8 +435,5 @@ int api_load_file(struct api *api, const char *path, struct error *err)
 
 int api_load_metadata(struct api *api, const char *path, struct error *err)
 {
-    json_t *root = read_json(path, err);
-    int r = root ? mmds_store_put(api->mmds, root, err) : err->code;
-    json_decref(root);
-    return r;
+    return metadata_load(api->mmds, path, err);
 }

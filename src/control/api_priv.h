@@ -8,8 +8,8 @@
 #include "control/api.h"
 #include "control/api_metrics.h"
 #include "control/api_schema.h"
-#include "control/mmds_store.h"
 #include "machine/config.h"
+#include "metadata/metadata.h"
 
 enum api_when { API_ANY_TIME, API_BEFORE_START, API_AFTER_START };
 enum api_body { API_NO_BODY, API_BODY, API_BODY_OPTIONAL };
@@ -30,7 +30,7 @@ struct api_endpoint {
 struct api {
     struct api_options options;
     json_t *configuration; /* as GET /vm/config */
-    struct mmds_store *mmds;
+    struct metadata *mmds;
     struct api_metrics *metrics;
     struct machine_config config; /* from the start on */
     pthread_mutex_t lock; /* guards machine and stopped */

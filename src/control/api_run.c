@@ -73,17 +73,17 @@ int api_patch_vm(struct api_request *request, struct error *err)
 
 int api_put_mmds(struct api_request *request, struct error *err)
 {
-    return mmds_store_put(request->api->mmds, request->body, err);
+    return metadata_put(request->api->mmds, request->body, err);
 }
 
 int api_patch_mmds(struct api_request *request, struct error *err)
 {
-    return mmds_store_patch(request->api->mmds, request->body, err);
+    return metadata_patch(request->api->mmds, request->body, err);
 }
 
 int api_get_mmds(struct api_request *request, struct error *err)
 {
-    request->answer = mmds_store_get(request->api->mmds);
+    request->answer = metadata_get(request->api->mmds);
     return request->answer ? 0 : -ENOMEM;
 }
 

@@ -67,6 +67,7 @@ static void each_text(struct machine_config *config, void (*visit)(char **text, 
     }
     visit(&config->vsock.path, ctx);
     visit(&config->metadata.address, ctx);
+    visit(&config->metadata.path, ctx);
 }
 
 static void free_text(char **text, void *ctx)
@@ -326,6 +327,7 @@ static const struct {
     {"net", config_set_net},
     {"share", config_set_share},
     {"vsock", config_set_vsock},
+    {"metadata", config_set_metadata},
     {"transport", set_transport},
     {"balloon", config_set_balloon},
     {"pmem", config_set_pmem},

@@ -14,6 +14,8 @@
 #include "util/error.h"
 #include "util/token_bucket.h"
 
+struct metadata;
+
 #define CONFIG_DISKS_MAX 16
 #define CONFIG_NETS_MAX 8
 #define CONFIG_PMEMS_MAX 8
@@ -75,10 +77,13 @@ struct memory_hotplug_config {
     uint64_t total_mib, slot_mib, block_mib;
 };
 
-/* The address 169.254.x.x at which guests ask for metadata. */
+/* What guests ask for metadata at an address 169.254.x.x. */
 struct metadata_config {
     bool present, version_2, imds_compatible;
-    char *address; /* NULL: 169.254.169.254 */
+    bool everywhere; /* by all network cards; otherwise by those that say so */
+    char *address;   /* NULL: 169.254.169.254 */
+    char *path;      /* a JSON file with the data; NULL: none at first */
+    struct metadata *service; /* borrowed: who has the data. NULL: the machine makes one */
 };
 
 #define CONFIG_CPUID_MASKS_MAX 128

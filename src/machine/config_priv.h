@@ -14,6 +14,7 @@ int config_set_id(char **field, const char *option, const char *value, struct er
 int config_set_disk(struct machine_config *config, const char *key, const char *value, struct error *err);
 int config_set_share(struct machine_config *config, const char *key, const char *value, struct error *err);
 int config_set_vsock(struct machine_config *config, const char *key, const char *value, struct error *err);
+int config_set_metadata(struct machine_config *config, const char *key, const char *value, struct error *err);
 int config_set_net(struct machine_config *config, const char *key, const char *value, struct error *err);
 /* config_memory.c */
 int config_set_memory_hotplug(struct machine_config *config, const char *key, const char *value, struct error *err);

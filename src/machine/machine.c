@@ -703,6 +703,7 @@ void machine_destroy(struct machine *machine)
         if (part->destroy)
             part->destroy(part->object);
     }
+    machine_destroy_metadata(machine);
     machine_close_pmems(machine);
     console_close(machine->serial_console);
     console_close(machine->virtio_console_backend);

@@ -55,5 +55,6 @@ void machine_counters(struct machine *machine, machine_counter_fn *emit, void *c
         if (device->class->counters)
             device->class->counters(device->device, emit_device, &group);
     }
+    machine_count_metadata(machine, emit, ctx);
     pthread_mutex_unlock(&machine->device_lock);
 }

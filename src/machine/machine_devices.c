@@ -169,6 +169,8 @@ int machine_create_devices(struct machine *machine, struct error *err)
     if (r == 0 && machine->config->virtio_console)
         r = create_virtio_console(machine, err);
     if (r == 0)
+        r = machine_create_metadata(machine, err);
+    if (r == 0)
         r = machine_create_nets(machine, err);
     if (r == 0)
         r = machine_create_disks(machine, err);

@@ -117,6 +117,7 @@ static int create_net(struct machine *machine, unsigned index, struct error *err
                                     .index = card->slot >= SLOT_NET ? card->slot - SLOT_NET : index,
                                     .receive = &card->receive,
                                     .transmit = &card->transmit,
+                                    .server = machine_metadata_server(machine, card),
                                     .slot = card->slot ? (int)card->slot : -1};
     int r = machine_make_device(machine, "virtio-net", RANK_NET, &net, &machine->net[index], err);
     if (r)

@@ -31,6 +31,7 @@
 #include "machine/machine.h"
 #include "machine/pvclock.h"
 #include "memory/memory.h"
+#include "net/net.h"
 #include "sandbox/sandbox.h"
 #include "util/loop.h"
 
@@ -122,6 +123,9 @@ struct machine {
     struct device *virtio_console, *balloon, *pluggable; /* NULL: none */
     struct block *pmem[CONFIG_PMEMS_MAX];
     struct machine_disk disk[CONFIG_DISKS_MAX];   /* as own_config.disk */
+    struct metadata *metadata;         /* NULL: none. Its own unless config->metadata.service is it */
+    struct net_server metadata_server; /* in front of network cards */
+    struct net_server_counters metadata_counters;
     struct machine_device *net[CONFIG_NETS_MAX];  /* as own_config.net; NULL: none */
     struct pci_hotplug *hotplug;                  /* NULL: no PCI */
     uint32_t ejecting;                            /* slots that the guest has let go */
@@ -189,6 +193,14 @@ int machine_make_device(struct machine *machine, const char *class_name, unsigne
 void machine_drop_device(struct machine *machine, struct machine_device *device);
 /* machine_plug.c */
 int machine_create_hotplug(struct machine *machine);
+/* machine_metadata.c */
+int machine_create_metadata(struct machine *machine, struct error *err);
+void machine_destroy_metadata(struct machine *machine);
+/* What the card's back end gets in front of it; NULL: nothing. Notes in the card's configuration that it was so. */
+const struct net_server *machine_metadata_server(struct machine *machine, struct net_card_config *card);
+/* With the device lock held. */
+void machine_count_metadata(struct machine *machine, machine_counter_fn *emit, void *ctx);
+
 int machine_create_nets(struct machine *machine, struct error *err);
 int machine_create_disks(struct machine *machine, struct error *err);
 uint32_t machine_hotplug_slots(void);

@@ -12,10 +12,11 @@ ALLOWED = {
     "chipset": {"arch", "memory", "state", "util"},
     "block": {"state", "util"},
     "net": {"state", "util"},
+    "metadata": {"net", "util"},
     "fs": {"state", "util"},
     "device": {"chipset", "block", "net", "fs", "memory", "state", "util"},
-    "machine": {"device", "chipset", "block", "net", "fs", "engine", "sandbox", "arch", "memory", "state", "util", "doppel"},
-    "control": {"machine", "util", "doppel"},
+    "machine": {"device", "chipset", "block", "net", "metadata", "fs", "engine", "sandbox", "arch", "memory", "state", "util", "doppel"},
+    "control": {"machine", "metadata", "util", "doppel"},
     "agent": set(),
     "cli": {"agent", "control", "machine", "util", "doppel"},
 }
