@@ -172,4 +172,61 @@ def boot():
             machine.finish(0, 60)
 
 
-guest.main({"api": boot})
+# What instances of these types have not, and their family, model and stepping.
+AVX512 = {"avx512f", "avx512dq", "avx512ifma", "avx512cd", "avx512bw", "avx512vl", "avx512vbmi", "avx512_vbmi2", "avx512_vnni", "avx512_bitalg", "avx512_vpopcntdq", "avx512_bf16", "avx512_fp16"}
+T2_LACKS = AVX512 | {"adx", "rdseed", "clflushopt", "clwb", "sha_ni", "umip", "gfni", "vaes", "vpclmulqdq", "rdpid", "movdiri", "fsrm", "serialize", "avx_vnni", "3dnowprefetch", "pdpe1gb", "hle", "rtm",
+                     "mpx", "pku", "monitor", "ss"}
+C3_LACKS = T2_LACKS | {"fma", "movbe", "bmi1", "bmi2", "avx2", "invpcid", "invpcid_single", "abm"}
+TEMPLATES = {"T2": (T2_LACKS, (6, 63, 2)), "C3": (C3_LACKS, (6, 62, 4))}  # T2S and T2CL take away what T2 does
+STRINGS = {"cpuid_modifiers": [{"leaf": "0x7", "subleaf": "0x0", "flags": 1, "modifiers": [{"register": "ebx", "bitmap": "0b" + "x" * 22 + "0" + "x" * 9},
+                                                                                       {"register": "edx", "bitmap": "0b" + "x" * 27 + "0" + "x" * 4}]}]}
+
+
+def cpuinfo(machine):
+    fields = dict(re.findall(r"^([a-z ]+?)\s*: (.*)$", machine.run("cat /proc/cpuinfo"), re.MULTILINE))
+    return set(fields["flags"].split()), tuple(int(fields[name]) for name in ("cpu family", "model", "stepping"))
+
+
+def boot_as(work, name, custom=None):
+    """The processor's flags and signature as the guest's kernel shows them, after some work with what it took for its own routines."""
+    machine, api = serve(f"{work}/{name}", name=name)
+    with machine:
+        api.call("PUT", "/machine-config", {"vcpu_count": 1, "mem_size_mib": 192, **({} if custom else {"cpu_template": name})})
+        if custom:
+            api.call("PUT", "/cpu-config", custom)
+        api.call("PUT", "/boot-source", {"kernel_image_path": guest.kernel, "initrd_path": cached("demo-initrd.gz"), "boot_args": "console=ttyS0 quiet reboot=k panic=1"})
+        api.call("PUT", "/actions", {"action_type": "InstanceStart"})
+        wait_for_shell(machine, BOOT_SECONDS)
+        shown = cpuinfo(machine)
+        machine.run("cd /tmp && cp /bin/busybox a && gzip -c a | gunzip | cmp - a && test \"$(sha256sum <a)\" = \"$(sha256sum </bin/busybox)\" && cd /")
+        assert not machine.run("dmesg | grep -E 'BUG:|Oops|Call Trace|WARNING' || true")
+        print(f"{name}: {machine.shell_seconds:.1f} s to the shell, {machine.seconds():.1f} s altogether", flush=True)
+        return shown
+
+
+def accepted(work, name, status):
+    machine, api = serve(f"{work}/{name}", name=name)
+    with machine:
+        api.call("PUT", "/machine-config", {"vcpu_count": 1, "mem_size_mib": 192, "cpu_template": name}, status)
+
+
+def templates():
+    need(guest.doppel, guest.kernel, guest.cache)
+    with open("/proc/cpuinfo") as info:
+        intel = "GenuineIntel" in info.read()
+    with tempfile.TemporaryDirectory() as work:
+        accepted(work, "V1N1", 400)
+        accepted(work, "T2A", 400 if intel else 204)
+        for name in "T2S", "T2CL":
+            accepted(work, name, 204 if intel else 400)
+        flags, _ = boot_as(work, "strings", STRINGS)
+        assert not flags & {"erms", "fsrm"} and "avx2" in flags, flags
+        for name, (lacks, signature) in TEMPLATES.items() if intel else [("T2A", (AVX512, None))]:
+            shown, as_what = boot_as(work, name)
+            assert not shown & lacks, f"{name} shows {shown & lacks}"
+            assert signature in (None, as_what), f"{name} shows itself as {as_what}"
+            missing = flags - lacks - shown
+            assert not missing or not intel, f"{name} lacks {missing} besides"
+
+
+guest.main({"api": boot, "templates": templates})
