@@ -229,4 +229,5 @@ def templates():
             assert not missing or not intel, f"{name} lacks {missing} besides"
 
 
-guest.main({"api": boot, "templates": templates})
+if __name__ == "__main__":
+    guest.main({"api": boot, "templates": templates})
