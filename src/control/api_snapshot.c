@@ -232,7 +232,7 @@ int api_put_snapshot_load(struct api_request *request, struct error *err)
         r = err->code;
     if (r)
         return r;
-    r = machine_snapshot_config(files.state, &api->config, err);
+    r = machine_snapshot_config(&files, &api->config, err);
     if (r == 0)
         r = override(request->body, &api->config, err);
     if (r == 0 && api->options.engine)

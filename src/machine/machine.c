@@ -598,6 +598,7 @@ int machine_create_with(struct machine **out, const struct machine_config *confi
     pthread_mutex_init(&machine->device_lock, NULL);
     pthread_mutex_init(&machine->run_lock, NULL);
     pthread_mutex_init(&machine->join_lock, NULL);
+    pthread_mutex_init(&machine->snapshot_lock, NULL);
     pthread_mutex_init(&machine->watch_lock, NULL);
     pthread_cond_init(&machine->run_changed, NULL);
     r = loop_create(&machine->loop, &machine->device_lock);
@@ -737,6 +738,7 @@ void machine_destroy(struct machine *machine)
     pthread_cond_destroy(&machine->run_changed);
     pthread_mutex_destroy(&machine->watch_lock);
     pthread_mutex_destroy(&machine->join_lock);
+    pthread_mutex_destroy(&machine->snapshot_lock);
     pthread_mutex_destroy(&machine->run_lock);
     pthread_mutex_destroy(&machine->device_lock);
     machine_config_clear(&machine->own_config);

@@ -14,6 +14,7 @@
 
 #include "machine/config.h"
 #include "machine/console.h"
+#include "state/chunk_file.h"
 #include "state/state.h"
 #include "util/counter.h"
 #include "util/error.h"
@@ -161,12 +162,41 @@ int machine_memory_request(struct machine *machine, uint64_t mebibytes, struct e
 struct snapshot_files {
     const char *state, *memory;
     bool differential;
+    /* Loading only. Memory may be a layer (state/chunk_file.h) on `below`, the next one first, the last no layer. Each must be what the one above says that it lies upon. */
+    const char *const *below;
+    unsigned below_count;
+    const struct chunk_secret *secret; /* for what is encrypted; NULL: nothing is */
 };
 int machine_snapshot_save(struct machine *machine, const struct snapshot_files *files, struct error *err) __attribute__((warn_unused_result));
 /* Fills an initialised, empty configuration with the one a snapshot was made with. */
-int machine_snapshot_config(const char *state_path, struct machine_config *config, struct error *err) __attribute__((warn_unused_result));
+int machine_snapshot_config(const struct snapshot_files *files, struct machine_config *config, struct error *err) __attribute__((warn_unused_result));
 /* As machine_create, in the state of the snapshot. `config` is the snapshot's; what the guest does not see (back ends, engine, consoles) may have been changed. */
 int machine_snapshot_load(struct machine **machine, const struct machine_config *config, const struct snapshot_files *files, struct error *err)
     __attribute__((warn_unused_result));
+
+/*
+ * A snapshot of a machine that goes on running meanwhile (snapshot_live.c): pages are written while the guest runs, those that it writes meanwhile again, round by round; it
+ * stands still for the last few, which are only copied then, and for the state. What is written is not on the disk yet (fsync) when this returns.
+ * After a failure pages count as written as before. -EBUSY: another one is being made.
+ */
+struct machine_snapshot {
+    int state_fd, memory_fd;            /* empty files, borrowed */
+    const char *state_name, *memory_name; /* for messages */
+    bool layer;                         /* only what was written since the machine's base, which must be `parent`; -ESTALE: it is not */
+    int zstd_level;                     /* 0: not compressed; then and without secret and layer, the memory file is raw */
+    const struct chunk_secret *secret;  /* NULL: not encrypted */
+    unsigned threads;
+    void (*progress)(void *ctx, uint64_t pages, uint64_t pages_expected); /* on the caller's thread. NULL: nobody asks */
+    void *ctx;
+    /* Results; `parent` is also what a layer lies upon. */
+    struct chunk_id id, parent;
+    bool has_parent;
+    unsigned rounds;
+    uint64_t pause_ns, duration_ns;     /* the longest time that the guest stood still; all of it */
+    uint64_t pages, memory_bytes, state_bytes; /* written, those of several rounds several times; in the files */
+};
+int machine_snapshot_live(struct machine *machine, struct machine_snapshot *snapshot, struct error *err) __attribute__((warn_unused_result));
+/* The snapshot that was last made of the machine, or that it was loaded from: what marks of written pages are counted from. False: there is none. */
+bool machine_snapshot_base(struct machine *machine, struct chunk_id *id);
 
 #endif

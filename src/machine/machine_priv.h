@@ -164,6 +164,9 @@ struct machine {
     unsigned parked_count;
     pthread_mutex_t watch_lock; /* innermost; guards `observer` */
     struct machine_observer observer;
+    pthread_mutex_t snapshot_lock; /* outermost; held by who takes marks of written pages, from the first to the last */
+    bool has_base;        /* run_lock */
+    struct chunk_id base; /* the snapshot that the marks are counted from */
     pthread_mutex_t join_lock; /* outermost; guards vcpu_thread.started from start to end */
 };
 
@@ -247,6 +250,17 @@ void machine_park(struct vcpu_thread *cpu); /* on the vCPU's thread, after REQUE
  */
 int machine_call_still(struct machine *machine, int (*run)(struct machine *machine, void *ctx, struct error *err), void *ctx, struct error *err)
     __attribute__((warn_unused_result));
+
+/* snapshot.c, snapshot_live.c, snapshot_load.c */
+/* The state file's content; *io is the caller's, also after a failure. Everything stands still. */
+int snapshot_encode(struct machine *machine, const struct chunk_id *id, struct state_io **io, struct error *err);
+void snapshot_set_base(struct machine *machine, const struct chunk_id *id);
+/* Marks in PhysMap all that the guest wrote; what it writes from now on is noted anew. Everything stands still. */
+int snapshot_collect(struct machine *machine, uint64_t *pages, struct error *err);
+/* Memory from a chunk file and those below it. */
+int snapshot_read_layers(struct machine *machine, const struct snapshot_files *files, struct error *err);
+/* A state file's bytes, whatever they are wrapped in; the caller frees. */
+int snapshot_read_state(const struct snapshot_files *files, char **data, size_t *size, struct error *err);
 
 /* vcpu_thread.c */
 int vcpu_threads_create(struct machine *machine, struct error *err);

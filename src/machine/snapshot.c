@@ -15,8 +15,6 @@
 #include "memory/ram_file.h"
 #include "state/inputs.h"
 
-#define STATE_FILE_BYTES_MAX (256ull << 20)
-
 /* ---- files that appear when they are complete ---- */
 
 struct new_file {
@@ -92,24 +90,39 @@ static int header_state(struct snapshot_header *header, struct state_io *io)
     return state_end(io);
 }
 
-static int write_state(struct machine *machine, struct new_file *file, struct error *err)
+/* Identifiers are two numbers in sections and bytes elsewhere. */
+static struct chunk_id id_of(const struct snapshot_header *header)
+{
+    struct chunk_id id;
+    for (unsigned i = 0; i < sizeof id.bytes; i++)
+        id.bytes[i] = (uint8_t)(header->id[i / 8] >> i % 8 * 8);
+    return id;
+}
+
+int snapshot_encode(struct machine *machine, const struct chunk_id *id, struct state_io **out, struct error *err)
 {
     struct state_io *io = state_writer_create();
     struct snapshot_header header = {.version = (char *)DOPPEL_VERSION, .ram_bytes = physmap_ram_bytes(machine->memory)};
     struct machine_config config = *machine->config; /* saving changes nothing, but says so in no type */
-    size_t size = 0;
+    *out = io;
     if (!io)
         return error_set(err, -ENOMEM, "out of memory");
-    int r = inputs_random(header.id, sizeof header.id);
-    if (r == 0)
-        r = header_state(&header, io);
+    for (unsigned i = 0; i < sizeof id->bytes; i++)
+        header.id[i / 8] |= (uint64_t)id->bytes[i] << i % 8 * 8;
+    int r = header_state(&header, io);
     if (r == 0)
         r = machine_config_state(&config, io);
     if (r == 0)
         r = machine_state(machine, io);
-    const char *data = state_writer_data(io, &size);
-    if (r)
-        error_set(err, r, "cannot save the machine's state: %s", state_error(io));
+    return r ? error_set(err, r, "cannot save the machine's state: %s", state_error(io)) : 0;
+}
+
+static int write_state(struct machine *machine, struct new_file *file, const struct chunk_id *id, struct error *err)
+{
+    struct state_io *io = NULL;
+    size_t size = 0;
+    int r = snapshot_encode(machine, id, &io, err);
+    const char *data = r == 0 ? state_writer_data(io, &size) : NULL;
     for (size_t done = 0; r == 0 && done < size;) {
         ssize_t n = write(file->fd, data + done, size - done);
         if (n < 0 && errno != EINTR)
@@ -123,32 +136,60 @@ static int write_state(struct machine *machine, struct new_file *file, struct er
 struct save {
     struct new_file state, memory;
     bool differential;
+    struct chunk_id id;
 };
+
+static int collect(struct machine *machine, struct error *err)
+{
+    int r = machine->engine_ops->collect_dirty ? machine->engine_ops->collect_dirty(machine->engine, true) : 0;
+    return r ? error_set(err, r, "engine %s does not tell what the guest wrote: %s", machine->engine_ops->name, strerror(-r)) : 0;
+}
+
+/* What may be written without a fault was noted as dirty before: engines are to notice again. */
+static void notice_again(struct machine *machine)
+{
+    for (unsigned i = 0; i < machine->cpu_count; i++)
+        machine->engine_ops->state_changed(machine->vcpu[i].vcpu);
+}
+
+int snapshot_collect(struct machine *machine, uint64_t *pages, struct error *err)
+{
+    int r = collect(machine, err);
+    if (r)
+        return r;
+    physmap_take_dirty_pages(machine->memory, pages);
+    notice_again(machine);
+    return 0;
+}
 
 /* Everything stands still meanwhile, and the thread may open nothing. */
 static int save(struct machine *machine, void *ctx, struct error *err)
 {
     struct save *files = ctx;
-    int r = write_state(machine, &files->state, err);
+    int r = write_state(machine, &files->state, &files->id, err);
+    if (r == 0)
+        r = collect(machine, err);
     if (r)
         return r;
-    if (machine->engine_ops->collect_dirty && (r = machine->engine_ops->collect_dirty(machine->engine, true)))
-        return error_set(err, r, "engine %s does not tell what the guest wrote: %s", machine->engine_ops->name, strerror(-r));
     r = ram_file_write(machine->memory, files->memory.fd, files->differential, err);
     if (r)
         return error_prefix(err, "%s", files->memory.path);
-    /* What may be written without a fault was noted as dirty before: engines are to notice again. */
-    for (unsigned i = 0; i < machine->cpu_count; i++)
-        machine->engine_ops->state_changed(machine->vcpu[i].vcpu);
+    notice_again(machine);
     return 0;
 }
 
 int machine_snapshot_save(struct machine *machine, const struct snapshot_files *files, struct error *err)
 {
-    struct save ctx = {.memory = {.fd = -1}, .differential = files->differential};
+    struct save ctx = {.state = {.fd = -1}, .memory = {.fd = -1}, .differential = files->differential};
     if (strcmp(files->state, files->memory) == 0)
         return error_set(err, -EINVAL, "state and memory of a snapshot cannot be one file (%s)", files->state);
-    int r = new_file_open(&ctx.state, files->state, err);
+    if (pthread_mutex_trylock(&machine->snapshot_lock))
+        return error_set(err, -EBUSY, "another snapshot is being made");
+    int r = inputs_random(&ctx.id, sizeof ctx.id);
+    if (r)
+        error_set(err, r, "no random numbers: %s", strerror(-r));
+    if (r == 0)
+        r = new_file_open(&ctx.state, files->state, err);
     if (r == 0)
         r = files->differential ? new_file_update(&ctx.memory, files->memory, physmap_ram_bytes(machine->memory), err)
                                 : new_file_open(&ctx.memory, files->memory, err);
@@ -163,48 +204,38 @@ int machine_snapshot_save(struct machine *machine, const struct snapshot_files *
             physmap_mark_written(machine->memory, PHYSMAP_HIGH_BASE, physmap_high_bytes(machine->memory));
         }
     }
+    if (r == 0)
+        snapshot_set_base(machine, &ctx.id);
+    pthread_mutex_unlock(&machine->snapshot_lock);
     new_file_close(&ctx.memory);
     new_file_close(&ctx.state);
     return r;
 }
 
-/* ---- reading ---- */
-
-static int read_file(const char *path, char **data, size_t *size, struct error *err)
+void snapshot_set_base(struct machine *machine, const struct chunk_id *id)
 {
-    struct stat st;
-    int fd = open(path, O_RDONLY | O_CLOEXEC), r = 0;
-    *data = NULL;
-    *size = 0;
-    if (fd < 0 || fstat(fd, &st) < 0)
-        r = error_set(err, -errno, "cannot read %s: %s", path, strerror(errno));
-    else if (!S_ISREG(st.st_mode) || (uint64_t)st.st_size > STATE_FILE_BYTES_MAX)
-        r = error_set(err, -EINVAL, "%s is not a snapshot's state file", path);
-    else if (!(*data = malloc((size_t)st.st_size + 1)))
-        r = error_set(err, -ENOMEM, "no memory to read %s", path);
-    while (r == 0 && *size < (size_t)st.st_size) {
-        ssize_t n = read(fd, *data + *size, (size_t)st.st_size - *size);
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n <= 0)
-            r = error_set(err, n < 0 ? -errno : -EIO, "cannot read %s: %s", path, n < 0 ? strerror(errno) : "it shrank meanwhile");
-        else
-            *size += (size_t)n;
-    }
-    if (fd >= 0)
-        close(fd);
-    if (r) {
-        free(*data);
-        *data = NULL;
-    }
-    return r;
+    pthread_mutex_lock(&machine->run_lock);
+    machine->has_base = true;
+    machine->base = *id;
+    pthread_mutex_unlock(&machine->run_lock);
 }
 
+bool machine_snapshot_base(struct machine *machine, struct chunk_id *id)
+{
+    pthread_mutex_lock(&machine->run_lock);
+    bool has_base = machine->has_base;
+    *id = machine->base;
+    pthread_mutex_unlock(&machine->run_lock);
+    return has_base;
+}
+
+/* ---- reading ---- */
+
 /* A reader behind the configuration of a state file; *data is its memory. */
-static int open_state(const char *path, struct snapshot_header *header, struct machine_config *config, char **data, struct state_io **io, struct error *err)
+static int open_state(const struct snapshot_files *files, struct snapshot_header *header, struct machine_config *config, char **data, struct state_io **io, struct error *err)
 {
     size_t size;
-    int r = read_file(path, data, &size, err);
+    int r = snapshot_read_state(files, data, &size, err);
     if (r)
         return r;
     *io = state_reader_create(*data, size);
@@ -215,18 +246,18 @@ static int open_state(const char *path, struct snapshot_header *header, struct m
     header->version = NULL;
     if (r == 0)
         return 0;
-    error_set(err, r, "%s: %s", path, *io ? state_error(*io) : "out of memory");
+    error_set(err, r, "%s: %s", files->state, *io ? state_error(*io) : "out of memory");
     state_io_destroy(*io);
     free(*data);
     return r;
 }
 
-int machine_snapshot_config(const char *state_path, struct machine_config *config, struct error *err)
+int machine_snapshot_config(const struct snapshot_files *files, struct machine_config *config, struct error *err)
 {
     struct snapshot_header header = {0};
     struct state_io *io;
     char *data;
-    int r = open_state(state_path, &header, config, &data, &io, err);
+    int r = open_state(files, &header, config, &data, &io, err);
     if (r)
         return r;
     state_io_destroy(io);
@@ -234,16 +265,17 @@ int machine_snapshot_config(const char *state_path, struct machine_config *confi
     return 0;
 }
 
-static int read_memory(struct machine *machine, const char *path, struct error *err)
+static int read_memory(struct machine *machine, const struct snapshot_files *files, struct error *err)
 {
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    int fd = open(files->memory, O_RDONLY | O_CLOEXEC);
     if (fd < 0)
-        return error_set(err, -errno, "cannot read %s: %s", path, strerror(errno));
-    int r = ram_file_read(machine->memory, fd, err);
+        return error_set(err, -errno, "cannot read %s: %s", files->memory, strerror(errno));
+    bool raw = !files->below_count && !chunk_file_is(fd);
+    int r = raw ? ram_file_read(machine->memory, fd, err) : 0;
     close(fd);
     if (r)
-        error_prefix(err, "%s", path);
-    return r;
+        error_prefix(err, "%s", files->memory);
+    return raw ? r : snapshot_read_layers(machine, files, err);
 }
 
 /* Memory before the parts: some look at what they left there. */
@@ -255,7 +287,7 @@ static int begin_from(struct machine *machine, void *ctx, struct error *err)
     struct state_io *io = NULL;
     char *data = NULL;
     machine_config_init(&saved);
-    int r = open_state(files->state, &header, &saved, &data, &io, err);
+    int r = open_state(files, &header, &saved, &data, &io, err);
     machine_config_clear(&saved);
     if (r)
         return r;
@@ -263,11 +295,13 @@ static int begin_from(struct machine *machine, void *ctx, struct error *err)
         r = error_set(err, -EINVAL, "%s: the guest's memory has %llu bytes, not %llu", files->state, (unsigned long long)header.ram_bytes,
                       (unsigned long long)physmap_ram_bytes(machine->memory));
     if (r == 0)
-        r = read_memory(machine, files->memory, err);
+        r = read_memory(machine, files, err);
     for (unsigned i = 0; i < machine->cpu_count; i++)
         machine->vcpu[i].vcpu->trace = machine->trace;
     if (r == 0 && machine_state(machine, io))
         r = error_set(err, -EINVAL, "%s: %s", files->state, state_error(io));
+    const struct chunk_id id = id_of(&header);
+    snapshot_set_base(machine, &id);
     state_io_destroy(io);
     free(data);
     return r;

@@ -89,6 +89,12 @@ void physmap_mark_dirty(struct physmap *map, gpa_t gpa, uint64_t length_bytes);
 void physmap_mark_written(struct physmap *map, gpa_t gpa, uint64_t length_bytes);
 /* True when the page at gpa was marked since the last call for it; forgets the mark. Any thread. */
 bool physmap_take_dirty(struct physmap *map, gpa_t gpa);
+/*
+ * The same for all RAM: bit n of `pages` (by 64, physmap_ram_bytes / PAGE_SIZE_BYTES of them, rounded up) is set for the page at offset n * PAGE_SIZE_BYTES; other bits stay as
+ * they are. And back again.
+ */
+void physmap_take_dirty_pages(struct physmap *map, uint64_t *pages);
+void physmap_mark_pages(struct physmap *map, const uint64_t *pages);
 
 /*
  * Watching, for engines that keep something made from guest memory (translations). `changed` is called on the writer's thread, for ranges with at least one watched

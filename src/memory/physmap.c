@@ -473,6 +473,34 @@ bool physmap_take_dirty(struct physmap *map, gpa_t gpa)
     return atomic_fetch_and_explicit(&map->dirty[offset / PAGE_SIZE_BYTES / 64], ~bit, memory_order_acq_rel) & bit;
 }
 
+/* Words of the map of dirty pages that are about RAM; the last may be about files as well, which bits_of_ram cuts off. */
+static uint64_t ram_words(const struct physmap *map)
+{
+    return (map->ram_bytes / PAGE_SIZE_BYTES + 63) / 64;
+}
+
+static uint64_t bits_of_ram(const struct physmap *map, uint64_t word)
+{
+    return word_bits(word, 0, map->ram_bytes / PAGE_SIZE_BYTES - 1);
+}
+
+void physmap_take_dirty_pages(struct physmap *map, uint64_t *pages)
+{
+    for (uint64_t word = 0; word < ram_words(map); word++) {
+        if (!atomic_load_explicit(&map->dirty[word], memory_order_relaxed))
+            continue;
+        uint64_t bits = bits_of_ram(map, word);
+        pages[word] |= atomic_fetch_and_explicit(&map->dirty[word], ~bits, memory_order_acq_rel) & bits;
+    }
+}
+
+void physmap_mark_pages(struct physmap *map, const uint64_t *pages)
+{
+    for (uint64_t word = 0; word < ram_words(map); word++)
+        if (pages[word])
+            atomic_fetch_or(&map->dirty[word], pages[word] & bits_of_ram(map, word));
+}
+
 int physmap_read(struct physmap *map, gpa_t gpa, void *data, uint64_t length_bytes)
 {
     uint64_t offset;

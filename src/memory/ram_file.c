@@ -146,3 +146,11 @@ int ram_file_read(struct physmap *map, int fd, struct error *err)
         (void)physmap_take_dirty(map, physmap_gpa(map, at));
     return 0;
 }
+
+void ram_file_pages(struct physmap *map, uint64_t *pages)
+{
+    uint64_t end = physmap_ram_bytes(map), start, stop;
+    for (uint64_t at = 0; at < end && next_data(physmap_fd(map), at, end, &start, &stop); at = stop)
+        for (uint64_t page = start / PAGE_SIZE_BYTES; page < stop / PAGE_SIZE_BYTES; page++)
+            pages[page / 64] |= 1ull << page % 64;
+}

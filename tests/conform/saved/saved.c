@@ -105,7 +105,7 @@ static struct machine *hop(struct run *run, unsigned number, struct machine *mac
     machine_destroy(machine);
     machine_config_clear(config);
     machine_config_init(config);
-    if (machine_snapshot_config(run->state, config, &err))
+    if (machine_snapshot_config(&files, config, &err))
         die("configuration", &err);
     set(config, "engine", run->engine[(number + 1) % run->engine_count]);
     if (machine_snapshot_load(&machine, config, &files, &err) || machine_start(machine, &err))

@@ -1,0 +1,293 @@
+/*
+ * Snapshots of a machine that runs meanwhile (machine.h). Pages are written while the guest runs. Then it stands still for as long as it takes to see which of them it has
+ * written since; when these are few, they are copied and the state is encoded at the same time, otherwise they are written in another round. Nothing goes to a file while the guest
+ * stands still, unless it writes more in each round than there is room for.
+ * Invariants: `taken` has every mark that was taken since the base; after a failure they are marks again.
+ * Threading: the caller's thread writes, with the snapshot lock; `look` runs on the loop's.
+ */
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "machine/machine_priv.h"
+#include "memory/ram_file.h"
+#include "state/inputs.h"
+#include "util/sandbox_rules.h"
+
+SANDBOX_ALLOW(IN_API, ftruncate);
+SANDBOX_ALLOW(IN_API, fsync);
+SANDBOX_ALLOW(IN_LOOP, write);
+
+_Static_assert(CHUNK_PAGES == 64 && CHUNK_PAGE_BYTES == PAGE_SIZE_BYTES, "a word of a map of pages is a chunk");
+#define ROUNDS_MAX 16u
+#define FEW_PAGES 4096u   /* copied in some 5 ms */
+#define ROOM_PAGES 16384u /* copied at once in the last round, if need be */
+
+struct live {
+    struct machine *machine;
+    struct machine_snapshot *snapshot;
+    struct chunk_writer *writer; /* NULL: the memory file is raw */
+    uint64_t ram_bytes, words; /* a word has a chunk's pages */
+    uint64_t *taken, *todo;    /* marks that were taken; pages to be written now */
+    uint8_t *room;          /* copies of pages, by chunk and number */
+    uint64_t room_pages;
+    bool first, last, copied; /* the file is still empty: holes are zero; it is the last round in any case; the last pages are in `room` */
+    struct state_io *state;
+    uint64_t expected;
+};
+
+static uint64_t count_pages(const uint64_t *pages, uint64_t words)
+{
+    uint64_t count = 0;
+    for (uint64_t i = 0; i < words; i++)
+        count += (uint64_t)__builtin_popcountll(pages[i]);
+    return count;
+}
+
+static uint8_t *ram_at(const struct live *live, uint64_t chunk)
+{
+    uint8_t *ram = physmap_get(live->machine->memory, 0, PAGE_SIZE_BYTES, PHYSMAP_READ);
+    return ram + chunk * CHUNK_BYTES;
+}
+
+/* ---- writing ---- */
+
+static int write_raw_page(struct live *live, uint64_t page, const uint8_t *data, struct error *err)
+{
+    bool zero = data[0] == 0 && memcmp(data, data + 1, PAGE_SIZE_BYTES - 1) == 0;
+    for (uint64_t done = 0; !(zero && live->first) && done < PAGE_SIZE_BYTES;) {
+        ssize_t n = pwrite(live->snapshot->memory_fd, data + done, PAGE_SIZE_BYTES - done, (off_t)(page * PAGE_SIZE_BYTES + done));
+        if (n < 0 && errno != EINTR)
+            return error_set(err, -errno, "cannot write %s: %s", live->snapshot->memory_name, strerror(errno));
+        done += n > 0 ? (uint64_t)n : 0;
+    }
+    return 0;
+}
+
+/* One chunk's pages, where they are in RAM or (`packed`) one after the other. */
+static int write_chunk(struct live *live, uint64_t chunk, uint64_t pages, const uint8_t *data, bool packed, struct error *err)
+{
+    int r = 0;
+    unsigned n = 0;
+    live->snapshot->pages += (uint64_t)__builtin_popcountll(pages);
+    if (live->writer)
+        return chunk_writer_put(live->writer, chunk, pages, data, packed, err);
+    for (uint64_t left = pages; r == 0 && left; left &= left - 1, n++) {
+        unsigned page = (unsigned)__builtin_ctzll(left);
+        r = write_raw_page(live, chunk * CHUNK_PAGES + page, data + (packed ? n : page) * PAGE_SIZE_BYTES, err);
+    }
+    return r;
+}
+
+static void tell_progress(const struct live *live)
+{
+    if (live->snapshot->progress)
+        live->snapshot->progress(live->snapshot->ctx, live->snapshot->pages, live->expected > live->snapshot->pages ? live->expected : live->snapshot->pages);
+}
+
+/* All of `todo`, from RAM. */
+static int write_round(struct live *live, bool tell, struct error *err)
+{
+    int r = 0;
+    for (uint64_t chunk = 0; r == 0 && chunk < live->words; chunk++) {
+        if (live->todo[chunk])
+            r = write_chunk(live, chunk, live->todo[chunk], ram_at(live, chunk), false, err);
+        if (tell && chunk % 64 == 0)
+            tell_progress(live);
+    }
+    return r;
+}
+
+static int write_copies(struct live *live, struct error *err)
+{
+    const uint8_t *at = live->room;
+    int r = 0;
+    for (uint64_t chunk = 0; r == 0 && chunk < live->words; chunk++) {
+        if (live->todo[chunk])
+            r = write_chunk(live, chunk, live->todo[chunk], at, true, err);
+        at += (uint64_t)__builtin_popcountll(live->todo[chunk]) * PAGE_SIZE_BYTES;
+    }
+    return r;
+}
+
+static void copy_pages(struct live *live)
+{
+    uint8_t *to = live->room;
+    for (uint64_t chunk = 0; chunk < live->words; chunk++)
+        for (uint64_t left = live->todo[chunk]; left; left &= left - 1, to += PAGE_SIZE_BYTES)
+            memcpy(to, ram_at(live, chunk) + (uint64_t)__builtin_ctzll(left) * PAGE_SIZE_BYTES, PAGE_SIZE_BYTES);
+    live->copied = true;
+}
+
+/* ---- rounds ---- */
+
+/* Everything stands still. `todo` becomes what was written since the last time. */
+static int look(struct machine *machine, void *ctx, struct error *err)
+{
+    struct live *live = ctx;
+    int r = snapshot_collect(machine, live->todo, err);
+    if (r)
+        return r;
+    uint64_t count = count_pages(live->todo, live->words);
+    for (uint64_t i = 0; i < live->words; i++)
+        live->taken[i] |= live->todo[i];
+    if (live->snapshot->rounds == 0 || (count > FEW_PAGES && !live->last))
+        return 0;
+    live->last = true;
+    if (count <= live->room_pages)
+        copy_pages(live);
+    else
+        r = write_round(live, false, err);
+    return r ? r : snapshot_encode(machine, &live->snapshot->id, &live->state, err);
+}
+
+static int look_while_still(struct live *live, struct error *err)
+{
+    uint64_t begin_ns = loop_now_ns();
+    memset(live->todo, 0, live->words * sizeof *live->todo);
+    int r = machine_call_still(live->machine, look, live, err);
+    uint64_t pause_ns = loop_now_ns() - begin_ns;
+    if (pause_ns > live->snapshot->pause_ns)
+        live->snapshot->pause_ns = pause_ns;
+    return r;
+}
+
+/* The guest's first pages, or what it wrote since the base; then what it wrote meanwhile, until that is little or rounds do not become shorter. */
+static int write_memory(struct live *live, struct error *err)
+{
+    struct machine_snapshot *snapshot = live->snapshot;
+    uint64_t before = UINT64_MAX;
+    int r = look_while_still(live, err);
+    if (r == 0 && !snapshot->layer) {
+        memset(live->todo, 0, live->words * sizeof *live->todo);
+        ram_file_pages(live->machine->memory, live->todo);
+    }
+    while (r == 0 && !live->state) {
+        uint64_t count = count_pages(live->todo, live->words);
+        live->expected = snapshot->pages + count;
+        r = write_round(live, true, err);
+        live->first = false;
+        snapshot->rounds++;
+        live->last = snapshot->rounds == ROUNDS_MAX || (snapshot->rounds > 2 && count > before / 4 * 3);
+        before = count;
+        if (r == 0)
+            r = look_while_still(live, err);
+    }
+    if (r == 0 && live->copied)
+        r = write_copies(live, err);
+    return r;
+}
+
+/* ---- files ---- */
+
+static bool is_wrapped(const struct machine_snapshot *snapshot)
+{
+    return snapshot->zstd_level || (snapshot->secret && snapshot->secret->size_bytes);
+}
+
+static int begin_memory_file(struct live *live, struct error *err)
+{
+    struct machine_snapshot *snapshot = live->snapshot;
+    struct chunk_options options = {.size_bytes = live->ram_bytes, .id = snapshot->id, .base = snapshot->parent, .layer = snapshot->layer, .zstd_level = snapshot->zstd_level,
+                                    .secret = snapshot->secret, .threads = is_wrapped(snapshot) ? snapshot->threads : 0};
+    if (snapshot->layer || is_wrapped(snapshot))
+        return chunk_writer_create(&live->writer, snapshot->memory_fd, snapshot->memory_name, &options, err);
+    return ftruncate(snapshot->memory_fd, (off_t)live->ram_bytes) < 0 ? error_set(err, -errno, "cannot write %s: %s", snapshot->memory_name, strerror(errno)) : 0;
+}
+
+static int end_memory_file(struct live *live, struct error *err)
+{
+    struct chunk_totals totals;
+    if (!live->writer) {
+        live->snapshot->memory_bytes = live->ram_bytes;
+        return 0;
+    }
+    int r = chunk_writer_finish(live->writer, &totals, err);
+    live->snapshot->memory_bytes = r ? 0 : totals.stored_bytes;
+    return r;
+}
+
+static int write_state_file(struct live *live, struct error *err)
+{
+    struct machine_snapshot *snapshot = live->snapshot;
+    size_t size;
+    const uint8_t *data = state_writer_data(live->state, &size);
+    snapshot->state_bytes = size;
+    if (is_wrapped(snapshot)) {
+        struct chunk_options options = {.size_bytes = size, .id = snapshot->id, .zstd_level = snapshot->zstd_level, .secret = snapshot->secret};
+        return chunk_file_write(snapshot->state_fd, snapshot->state_name, data, &options, err);
+    }
+    for (size_t done = 0; done < size;) {
+        ssize_t n = write(snapshot->state_fd, data + done, size - done);
+        if (n < 0 && errno != EINTR)
+            return error_set(err, -errno, "cannot write %s: %s", snapshot->state_name, strerror(errno));
+        done += n > 0 ? (size_t)n : 0;
+    }
+    return 0;
+}
+
+/* ---- all of it ---- */
+
+static int prepare(struct live *live, struct error *err)
+{
+    struct machine_snapshot *snapshot = live->snapshot;
+    struct machine *machine = live->machine;
+    live->ram_bytes = physmap_ram_bytes(machine->memory);
+    live->words = (live->ram_bytes + CHUNK_BYTES - 1) / CHUNK_BYTES;
+    live->room_pages = live->ram_bytes / PAGE_SIZE_BYTES < ROOM_PAGES ? live->ram_bytes / PAGE_SIZE_BYTES : ROOM_PAGES;
+    live->first = true;
+    live->taken = calloc(live->words, sizeof *live->taken);
+    live->todo = calloc(live->words, sizeof *live->todo);
+    /* Touched now, so that copying is all that is left to do later. */
+    live->room = mmap(NULL, live->room_pages * PAGE_SIZE_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+    if (live->room == MAP_FAILED)
+        live->room = NULL;
+    if (!live->taken || !live->todo || !live->room)
+        return error_set(err, -ENOMEM, "out of memory");
+    int r = inputs_random(&snapshot->id, sizeof snapshot->id);
+    if (r)
+        return error_set(err, r, "no random numbers: %s", strerror(-r));
+    struct chunk_id base;
+    snapshot->has_parent = machine_snapshot_base(machine, &base);
+    if (snapshot->layer && (!snapshot->has_parent || memcmp(&base, &snapshot->parent, sizeof base) != 0))
+        return error_set(err, -ESTALE, "what the guest wrote since that snapshot is not known: another one was made or loaded since, or none at all");
+    snapshot->parent = base;
+    return begin_memory_file(live, err);
+}
+
+static void release(struct live *live)
+{
+    chunk_writer_destroy(live->writer);
+    state_io_destroy(live->state);
+    if (live->room)
+        munmap(live->room, live->room_pages * PAGE_SIZE_BYTES);
+    free(live->taken);
+    free(live->todo);
+}
+
+int machine_snapshot_live(struct machine *machine, struct machine_snapshot *snapshot, struct error *err)
+{
+    struct live live = {.machine = machine, .snapshot = snapshot};
+    uint64_t begin_ns = loop_now_ns();
+    if (pthread_mutex_trylock(&machine->snapshot_lock))
+        return error_set(err, -EBUSY, "another snapshot is being made");
+    snapshot->rounds = 0;
+    snapshot->pages = snapshot->pause_ns = 0;
+    int r = prepare(&live, err);
+    if (r == 0)
+        r = write_memory(&live, err);
+    if (r == 0)
+        r = end_memory_file(&live, err);
+    if (r == 0)
+        r = write_state_file(&live, err);
+    if (r == 0)
+        snapshot_set_base(machine, &snapshot->id);
+    else if (live.taken)
+        physmap_mark_pages(machine->memory, live.taken);
+    pthread_mutex_unlock(&machine->snapshot_lock);
+    release(&live);
+    snapshot->duration_ns = loop_now_ns() - begin_ns;
+    return r;
+}
