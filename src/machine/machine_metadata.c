@@ -1,11 +1,17 @@
 /*
- * The metadata service of a machine: its own, with the data of a file, or one that whoever made the machine has, and its place in front of network cards. The data is
- * no part of a snapshot; neither are tokens, so a machine that comes from one has new ones.
+ * The metadata service of a machine: its own, with the data of a file, or one that whoever made the machine has, and its place in front of network cards. The data goes into
+ * snapshots, and comes back from them into a service of the machine's own; who has one puts there what this machine is to know. Tokens are in none.
  */
 #include <errno.h>
 
 #include "machine/machine_priv.h"
 #include "metadata/metadata.h"
+
+static int service_state(void *object, struct state_io *io)
+{
+    struct machine *machine = object;
+    return metadata_state(machine->metadata, !machine->config->metadata.service, io);
+}
 
 int machine_create_metadata(struct machine *machine, struct error *err)
 {
@@ -23,6 +29,7 @@ int machine_create_metadata(struct machine *machine, struct error *err)
         .port = METADATA_PORT, .serve = metadata_serve, .ctx = machine->metadata, .counters = &machine->metadata_counters};
     if (!metadata_parse_address(address, machine->metadata_server.address))
         return error_set(err, -EINVAL, "metadata: %s is not an address from 169.254.1.0 to 169.254.254.255", address);
+    machine_add_part(machine, &(struct machine_part){.name = "metadata", .object = machine, .state = service_state});
     metadata_set(machine->metadata, &(struct metadata_settings){.version_2 = config->version_2, .imds_compatible = config->imds_compatible});
     return 0;
 }

@@ -16,6 +16,7 @@
 #include <jansson.h>
 
 #include "net/net.h"
+#include "state/state.h"
 #include "util/error.h"
 
 #define METADATA_BYTES_DEFAULT 51200u
@@ -41,6 +42,11 @@ struct metadata_settings {
     bool imds_compatible; /* plain text whatever the request accepts */
 };
 void metadata_set(struct metadata *metadata, const struct metadata_settings *settings);
+
+/*
+ * The data, which a snapshot's readers may lack; tokens are never in it. `take`: when loading, it becomes this service's if nothing was put there yet; else it is only checked.
+ */
+int metadata_state(struct metadata *metadata, bool take, struct state_io *io) __attribute__((warn_unused_result));
 
 /* net_server.serve; ctx is the struct metadata. */
 size_t metadata_serve(void *metadata, const char *data, size_t size_bytes, bool full, struct net_reply *reply);

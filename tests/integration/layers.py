@@ -12,7 +12,7 @@ ALLOWED = {
     "chipset": {"arch", "memory", "state", "util"},
     "block": {"state", "util"},
     "net": {"state", "util"},
-    "metadata": {"net", "util"},
+    "metadata": {"net", "state", "util"},
     "fs": {"state", "util"},
     "device": {"chipset", "block", "net", "fs", "memory", "state", "util"},
     "machine": {"device", "chipset", "block", "net", "metadata", "fs", "engine", "sandbox", "arch", "memory", "state", "util", "doppel"},

@@ -363,6 +363,56 @@ static void test_data(void **state)
     assert_non_null(strstr(err.text, "/nonexistent"));
 }
 
+/* Loads what `from` saves. */
+static int pass_on(struct metadata *from, struct metadata *to, bool take)
+{
+    size_t size_bytes;
+    struct state_io *writer = state_writer_create();
+    assert_int_equal(metadata_state(from, true, writer), 0);
+    const void *data = state_writer_data(writer, &size_bytes);
+    struct state_io *reader = state_reader_create(data, size_bytes);
+    int r = metadata_state(to, take, reader);
+    if (r == 0)
+        r = metadata_state(to, take, reader); /* the end: there is none any more, which is no error */
+    state_io_destroy(reader);
+    state_io_destroy(writer);
+    return r;
+}
+
+static void test_state(void **state)
+{
+    /* Longer than a piece, cut inside a character. */
+    json_t *value = metadata_get(m);
+    char *large = malloc(40001);
+    for (size_t i = 0; i < 20000; i++)
+        memcpy(large + 2 * i, "\xC3\xA9", 3);
+    json_object_set_new(value, "large", json_string(large));
+    assert_int_equal(metadata_put(m, value, NULL), 0);
+    struct metadata *other = metadata_create(0), *kept = metadata_create(0), *unwanted = metadata_create(0), *small = metadata_create(100), *empty = metadata_create(0);
+    assert_int_equal(pass_on(m, other, true), 0);
+    json_t *own = json_pack("{s:s}", "own", "x"), *loaded = metadata_get(other);
+    assert_true(json_equal(value, loaded));
+    json_decref(loaded);
+    /* What was put stays, and what was not wanted does not come. */
+    assert_int_equal(metadata_put(kept, own, NULL), 0);
+    assert_int_equal(pass_on(m, kept, true), 0);
+    loaded = metadata_get(kept);
+    assert_true(json_equal(loaded, own));
+    json_decref(loaded);
+    assert_int_equal(pass_on(m, unwanted, false), 0);
+    assert_int_equal(pass_on(empty, unwanted, true), 0);
+    loaded = metadata_get(unwanted);
+    assert_int_equal(json_object_size(loaded), 0);
+    json_decref(loaded);
+    assert_int_not_equal(pass_on(m, small, true), 0);
+    json_decref(value);
+    json_decref(own);
+    free(large);
+    struct metadata *all[] = {other, kept, unwanted, small, empty};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        metadata_destroy(all[i]);
+}
+
 static void test_address(void **state)
 {
     uint8_t address[4];
@@ -379,6 +429,6 @@ int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(test_##name, setup, teardown)
     const struct CMUnitTest tests[] = {TEST(get),       TEST(tokens),     TEST(token_refused), TEST(methods), TEST(pieces),
-                                       TEST(malformed), TEST(connection), TEST(data),          TEST(address)};
+                                       TEST(malformed), TEST(connection), TEST(data),          TEST(state), TEST(address)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
