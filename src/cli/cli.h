@@ -74,6 +74,7 @@ int resume_main(int argc, char **argv);
 int reset_main(int argc, char **argv);
 int plug_main(int argc, char **argv);
 int screen_main(int argc, char **argv);
+int trace_main(int argc, char **argv);
 int unplug_main(int argc, char **argv);
 int rm_main(int argc, char **argv);
 int stats_main(int argc, char **argv);

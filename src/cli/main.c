@@ -85,6 +85,7 @@ const struct subcommand subcommands[] = {
     {"logs", logs_main, "[OPTIONS] NAME", "print what the console said", NAMES_ONE, logs_options},
     {"console", console_main, "[OPTIONS] NAME", "attach this terminal to the console; Ctrl-] detaches", NAMES_ONE, console_options},
     {"screen", screen_main, "[OPTIONS] NAME", "print what a terminal at the console would show now", NAMES_ONE, screen_options},
+    {"trace", trace_main, "NAME", "print what its processors do from now on: exceptions, interrupts, port, memory-mapped and MSR accesses", NAMES_ONE, no_options},
     {"start", start_main, "NAME...", "start ended virtual machines again, in the background", NAMES_SOME, no_options},
     {"stop", stop_main, "[OPTIONS] NAME...", "ask guests to shut down, and pull the plug if they do not", NAMES_SOME, stop_options},
     {"restart", restart_main, "[OPTIONS] NAME...", "stop virtual machines and start them again", NAMES_SOME, stop_options},

@@ -132,3 +132,54 @@ int client_get_text(const char *vm, const char *path, int timeout_ms, char **ans
     free(text.data);
     return r;
 }
+
+/* What comes until the answer's head is complete, and perhaps more. */
+static int receive_head(int fd, struct text *text)
+{
+    while (text->count < text->room - 1 && !(text->count && strstr(text->data, "\r\n\r\n"))) {
+        ssize_t n = recv(fd, text->data + text->count, text->room - text->count - 1, 0);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n <= 0)
+            return n < 0 ? -errno : 0;
+        text->count += (size_t)n;
+        text->data[text->count] = '\0';
+    }
+    return 0;
+}
+
+static int receive_stream(int fd, const char *path, int (*take)(void *ctx, const char *data, size_t size_bytes), void *ctx, struct error *err)
+{
+    char head[256], data[16384] = "";
+    struct text text = {.data = data, .room = sizeof data};
+    const char *body;
+    int length = snprintf(head, sizeof head, "GET %s HTTP/1.0\r\nHost: localhost\r\n\r\n", path);
+    int r = send_all(fd, head, (size_t)length, UINT64_MAX);
+    if (r == 0)
+        r = receive_head(fd, &text);
+    if (r)
+        return error_set(err, r, "%s", strerror(-r));
+    if ((r = understand(&text, &body, err)))
+        return r;
+    int stop = take(ctx, body, text.count - (size_t)(body - data));
+    while (!stop) {
+        ssize_t n = recv(fd, data, sizeof data, 0);
+        if (n < 0 && errno != EINTR)
+            return error_set(err, -errno, "%s", strerror(errno));
+        if (n == 0)
+            break;
+        stop = n > 0 ? take(ctx, data, (size_t)n) : 0;
+    }
+    return 0;
+}
+
+int client_get_stream(const char *vm, const char *path, int (*take)(void *ctx, const char *data, size_t size_bytes), void *ctx, struct error *err)
+{
+    int fd = instance_connect(vm, "api.sock");
+    int r = fd < 0 ? error_set(err, fd, "%s", fd == -ECONNREFUSED || fd == -ENOENT ? "it is not running" : strerror(-fd)) : receive_stream(fd, path, take, ctx, err);
+    if (fd >= 0)
+        close(fd);
+    if (r)
+        error_prefix(err, "%s", vm);
+    return r;
+}

@@ -19,5 +19,8 @@ int client_request(const char *vm, const char *method, const char *path, const j
     __attribute__((warn_unused_result));
 /* The same with GET for answers that are text; the caller frees it. */
 int client_get_text(const char *vm, const char *path, int timeout_ms, char **answer, struct error *err) __attribute__((warn_unused_result));
+/* The same for an answer without an end: `take` gets it piece by piece, and ends it by other than 0. 0: the machine ended it, or `take` did. */
+int client_get_stream(const char *vm, const char *path, int (*take)(void *ctx, const char *data, size_t size_bytes), void *ctx, struct error *err)
+    __attribute__((warn_unused_result));
 
 #endif

@@ -165,6 +165,16 @@ static void get_screen(struct http_call *call, void *ctx)
     free(text);
 }
 
+static void get_trace(struct http_call *call, void *ctx)
+{
+    struct vm_control *control = ctx;
+    struct machine *machine = machine_of(call, control);
+    if (!machine)
+        return;
+    vm_trace_add(control->trace, machine, call);
+    vm_machine_put(control);
+}
+
 static void put_console(struct http_call *call, void *ctx)
 {
     size_t size;
@@ -372,6 +382,7 @@ const struct http_route doppel_v1_routes[] = {
     {"GET", "/doppel/v1/console", get_console},
     {"POST", "/doppel/v1/console", put_console},
     {"GET", "/doppel/v1/screen", get_screen},
+    {"GET", "/doppel/v1/trace", get_trace},
     {"POST", "/doppel/v1/pause", pause_vm},
     {"POST", "/doppel/v1/resume", resume_vm},
     {"POST", "/doppel/v1/reset", reset_vm},

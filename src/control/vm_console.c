@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #include "control/vm_control_priv.h"
+#include "util/byte_ring.h"
 
 #define RING_BYTES (256u << 10)
 #define CLIENTS_MAX 8u
@@ -41,9 +42,7 @@ struct vm_console {
     uint64_t log_bytes;
 
     pthread_mutex_t lock; /* innermost; guards the rest */
-    uint8_t *ring;
-    size_t start, count;
-    uint64_t lost;
+    struct byte_ring ring;
 };
 
 /* ---- from the guest ---- */
@@ -52,14 +51,7 @@ static void tap_output(void *ctx, const uint8_t *data, size_t size_bytes)
 {
     struct vm_console *console = ctx;
     pthread_mutex_lock(&console->lock);
-    size_t taken = RING_BYTES - console->count < size_bytes ? RING_BYTES - console->count : size_bytes;
-    console->lost += size_bytes - taken;
-    for (size_t done = 0; done < taken;) {
-        size_t at = (console->start + console->count) % RING_BYTES, piece = taken - done < RING_BYTES - at ? taken - done : RING_BYTES - at;
-        memcpy(console->ring + at, data + done, piece);
-        console->count += piece;
-        done += piece;
-    }
+    byte_ring_put(&console->ring, data, size_bytes);
     pthread_mutex_unlock(&console->lock);
     loop_event_raise(console->said);
 }
@@ -193,14 +185,7 @@ static void tell(struct vm_console *console, const uint8_t *data, size_t size_by
 static size_t take(struct vm_console *console, uint8_t piece[PIECE_BYTES], uint64_t *lost)
 {
     pthread_mutex_lock(&console->lock);
-    size_t n = console->count < PIECE_BYTES ? console->count : PIECE_BYTES;
-    n = n < RING_BYTES - console->start ? n : RING_BYTES - console->start;
-    memcpy(piece, console->ring + console->start, n);
-    console->start = (console->start + n) % RING_BYTES;
-    console->count -= n;
-    *lost = console->count ? 0 : console->lost;
-    if (!console->count)
-        console->lost = 0;
+    size_t n = byte_ring_take(&console->ring, piece, PIECE_BYTES, lost);
     pthread_mutex_unlock(&console->lock);
     return n;
 }
@@ -238,10 +223,10 @@ int vm_console_create(struct vm_console **out, struct vm_control *control, struc
     for (unsigned i = 0; i < CLIENTS_MAX; i++)
         console->client[i] = (struct client){.console = console, .fd = -1};
     pthread_mutex_init(&console->lock, NULL);
-    console->ring = malloc(RING_BYTES);
+    console->ring = (struct byte_ring){.data = malloc(RING_BYTES), .room = RING_BYTES};
     console->said = loop_event_create(control->loop, guest_said, console);
     console->room = loop_event_create(control->loop, guest_has_room, console);
-    if (!console->ring || !console->said || !console->room)
+    if (!console->ring.data || !console->said || !console->room)
         return error_set(err, -ENOMEM, "out of memory");
     if (!control->instance)
         return 0;
@@ -275,6 +260,6 @@ void vm_console_destroy(struct vm_console *console)
     if (console->room)
         loop_event_destroy(console->room);
     pthread_mutex_destroy(&console->lock);
-    free(console->ring);
+    free(console->ring.data);
     free(console);
 }

@@ -311,6 +311,7 @@ static void release(struct vm_control *control)
 {
     vm_console_destroy(control->console);
     vm_screen_destroy(control->screen);
+    vm_trace_destroy(control->trace);
     if (control->stop_timer)
         loop_timer_destroy(control->stop_timer);
     if (control->noted)
@@ -326,6 +327,12 @@ static void release(struct vm_control *control)
     free(control);
 }
 
+static void stream_gone(void *ctx)
+{
+    struct vm_control *control = ctx;
+    vm_trace_look(control->trace);
+}
+
 static int start(struct vm_control *control, struct error *err)
 {
     int r = loop_create(&control->loop, NULL);
@@ -336,7 +343,7 @@ static int start(struct vm_control *control, struct error *err)
     if (!control->noted || !control->stop_timer)
         return error_set(err, -ENOMEM, "out of memory");
     control->screen = vm_screen_create();
-    if (!control->screen)
+    if (!control->screen || vm_trace_create(&control->trace, control))
         return error_set(err, -ENOMEM, "out of memory");
     r = vm_console_create(&control->console, control, err);
     if (r)
@@ -367,6 +374,8 @@ int vm_control_create(struct vm_control **out, const struct vm_control_options *
     pthread_rwlock_init(&control->machine_lock, NULL);
     pthread_mutex_init(&control->event_lock, NULL);
     vm_streams_init(&control->streams);
+    control->streams.gone = stream_gone;
+    control->streams.ctx = control;
     int r = start(control, err);
     if (r) {
         release(control);

@@ -1,4 +1,4 @@
-/* Looking after one machine, inside: vm_control.c (life, events, state), vm_console.c (console), vm_screen.c (as a terminal shows it), vm_streams.c (clients that listen), doppel_v1*.c (requests). */
+/* Looking after one machine, inside: vm_control.c (life, events, state), vm_console.c (console), vm_screen.c (as a terminal shows it), vm_trace.c, vm_streams.c (clients that listen), doppel_v1*.c (requests). */
 #ifndef DOPPEL_CONTROL_VM_CONTROL_PRIV_H
 #define DOPPEL_CONTROL_VM_CONTROL_PRIV_H
 
@@ -13,7 +13,7 @@
 
 /* ---- streams: HTTP clients that listen ---- */
 
-enum stream_kind { STREAM_FREE, STREAM_EVENTS, STREAM_CONSOLE };
+enum stream_kind { STREAM_FREE, STREAM_EVENTS, STREAM_CONSOLE, STREAM_TRACE };
 
 struct vm_streams;
 struct vm_stream {
@@ -27,10 +27,13 @@ struct vm_stream {
 struct vm_streams {
     pthread_mutex_t lock;
     bool closed; /* no new ones */
+    void (*gone)(void *ctx); /* one has gone; any thread, with the lock held */
+    void *ctx;
     struct vm_stream slot[HTTP_STREAMS_MAX];
 };
 
 void vm_streams_init(struct vm_streams *streams);
+bool vm_streams_have(struct vm_streams *streams, enum stream_kind kind);
 void vm_streams_end(struct vm_streams *streams); /* all; there will be none after this */
 /* Replies to the call in every case. `first` is sent before all else. */
 void vm_streams_add(struct vm_streams *streams, struct http_call *call, enum stream_kind kind, const char *content_type, const void *first, size_t first_bytes);
@@ -43,6 +46,16 @@ int vm_console_create(struct vm_console **console, struct vm_control *control, s
 void vm_console_destroy(struct vm_console *console); /* with the loop's thread ended */
 void vm_console_drain(struct vm_console *console);   /* on the loop's thread: what the guest said goes to its listeners */
 const struct console_tap *vm_console_tap(struct vm_console *console);
+
+/* ---- the trace ---- */
+
+struct vm_trace;
+int vm_trace_create(struct vm_trace **trace, struct vm_control *control);
+void vm_trace_destroy(struct vm_trace *trace); /* with the loop's thread ended, and no machine */
+/* Replies to the call in every case, with the trace from now on if it can be had. Server's thread; `machine` stays meanwhile. */
+void vm_trace_add(struct vm_trace *trace, struct machine *machine, struct http_call *call);
+/* Looks, soon, whether somebody still listens. Any thread. */
+void vm_trace_look(struct vm_trace *trace);
 
 /* ---- what was said lately, and what a terminal shows of it; any thread ---- */
 
@@ -79,6 +92,7 @@ struct vm_control {
     bool thread_started;
     struct vm_console *console;
     struct vm_screen *screen;
+    struct vm_trace *trace;
     struct vm_streams streams;
 
     pthread_rwlock_t machine_lock; /* read: the machine stays as long as one holds it. Before all of the machine's locks */

@@ -1,5 +1,5 @@
 /*
- * HTTP clients that listen to events or the console (vm_control_priv.h). A slot is given back only when the client has gone, by the server's thread, so the server's
+ * HTTP clients that listen to events, the console or the trace (vm_control_priv.h). A slot is given back only when the client has gone, by the server's thread, so the server's
  * call about a client's end never meets a slot that is somebody else's by then.
  */
 #include <stdio.h>
@@ -21,6 +21,16 @@ static void end(struct vm_stream *stream)
     stream->http = NULL;
 }
 
+bool vm_streams_have(struct vm_streams *streams, enum stream_kind kind)
+{
+    bool have = false;
+    pthread_mutex_lock(&streams->lock);
+    for (unsigned i = 0; i < HTTP_STREAMS_MAX; i++)
+        have |= streams->slot[i].kind == kind && streams->slot[i].http;
+    pthread_mutex_unlock(&streams->lock);
+    return have;
+}
+
 /* The client has gone. */
 static void closed(void *ctx)
 {
@@ -29,6 +39,7 @@ static void closed(void *ctx)
     end(stream);
     if (!stream->all->closed)
         stream->kind = STREAM_FREE;
+    stream->all->gone(stream->all->ctx);
     pthread_mutex_unlock(&stream->all->lock);
 }
 

@@ -465,7 +465,7 @@ int machine_power_on(struct machine *machine, void *ctx, struct error *err)
             boot_cpu_setup(&vcpu->cpu, &machine->boot);
         else
             vcpu->cpu.activity = CPU_WAIT_FOR_SIPI;
-        vcpu->trace = machine->trace;
+        vcpu->trace = machine_vcpu_trace(machine, i);
         machine->engine_ops->state_changed(vcpu);
     }
     r = machine_apics_give(machine);
@@ -733,6 +733,7 @@ void machine_destroy(struct machine *machine)
         close(machine->kernel_fd);
     if (machine->initrd_fd >= 0)
         close(machine->initrd_fd);
+    machine_trace_destroy(machine);
     if (machine->trace && machine->trace != stderr)
         fclose(machine->trace);
     pthread_cond_destroy(&machine->run_changed);

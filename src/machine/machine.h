@@ -90,6 +90,18 @@ void machine_console_tap(struct machine *machine, const struct console_tap *tap)
 /* Types on that console; from any thread without the device lock. How many bytes were taken. */
 size_t machine_console_type(struct machine *machine, const uint8_t *data, size_t size_bytes);
 
+struct machine_trace_sink {
+    /* A line with its end. On vCPUs' threads, several at once: takes note and returns. */
+    void (*line)(void *ctx, const char *line, size_t size_bytes);
+    void *ctx;
+};
+/*
+ * Exceptions, interrupts, port, memory-mapped and MSR accesses as they happen, from now on; NULL ends it, and nothing comes any more when that returns. What translated code
+ * and hardware virtualization do without leaving guest code is not seen. From any thread but the loop's and vCPUs'. -EBUSY: the machine is traced to a file (--trace);
+ * -ESRCH: it has ended.
+ */
+int machine_trace(struct machine *machine, const struct machine_trace_sink *sink, struct error *err) __attribute__((warn_unused_result));
+
 /* Whether a processor can be made so here. */
 int machine_check_processor(const struct processor_config *config, struct error *err) __attribute__((warn_unused_result));
 

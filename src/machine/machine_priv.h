@@ -149,7 +149,8 @@ struct machine {
     unsigned cpu_count;
     struct boot_entry boot;
     int kernel_fd, initrd_fd; /* kept for resets */
-    FILE *trace;
+    FILE *trace;                      /* --trace; NULL: not there */
+    struct machine_trace *live_trace; /* machine_trace.c; NULL: nobody has asked yet */
     uint64_t tsc_khz;
     struct sandbox *sandbox; /* NULL: off */
 
@@ -239,6 +240,10 @@ bool machine_quiesce(struct machine *machine);
 /* shut_in.c: the sandbox is made when all files are open and before the first thread is, and entered by each thread first. True: go on. */
 int machine_make_sandbox(struct machine *machine, struct error *err);
 bool machine_enter_sandbox(struct machine *machine, unsigned kind);
+
+/* machine_trace.c: where a vCPU's trace goes now, NULL nowhere */
+FILE *machine_vcpu_trace(const struct machine *machine, unsigned index);
+void machine_trace_destroy(struct machine *machine);
 
 /* still.c */
 void machine_still(void *machine); /* still_timer's */

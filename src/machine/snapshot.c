@@ -297,7 +297,7 @@ static int begin_from(struct machine *machine, void *ctx, struct error *err)
     if (r == 0)
         r = read_memory(machine, files, err);
     for (unsigned i = 0; i < machine->cpu_count; i++)
-        machine->vcpu[i].vcpu->trace = machine->trace;
+        machine->vcpu[i].vcpu->trace = machine_vcpu_trace(machine, i);
     if (r == 0 && machine_state(machine, io))
         r = error_set(err, -EINVAL, "%s: %s", files->state, state_error(io));
     const struct chunk_id id = id_of(&header);

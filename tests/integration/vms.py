@@ -252,6 +252,9 @@ def restart():
         assert "killed" not in vms()
 
 
+TRACED = r"\d+\.\d{6} cpu0 in 0x3f[8d] size 1 = 0x[0-9a-f]+\n"  # the guest polls
+
+
 def screen(terminal):
     """What a terminal shows of the console that this socket is; ends as it began."""
     assert run("screen", "vm").count("\n") == 24
@@ -313,6 +316,9 @@ def console():
             busy.connect(path)
             busy.settimeout(LIMIT)
             screen(busy)
+            tracer = subprocess.Popen([doppel, "trace", "vm"], stdout=subprocess.PIPE, text=True)
+            assert tracer.stdout.readline().startswith("# ")
+            assert re.fullmatch(TRACED, tracer.stdout.readline())
             sent = b"".join(b"%07d\n" % n for n in range(5000))
             busy.sendall(sent)
             received = b""
@@ -325,6 +331,8 @@ def console():
         run("kill", "vm")
         assert piped.wait(LIMIT) == 0 and follower.wait(LIMIT) == 0
         assert follower.stdout.read().endswith(sent)
+        tracer.communicate(timeout=LIMIT)
+        assert tracer.returncode == 0
         run("console", "vm", status=1)
 
 
@@ -413,6 +421,13 @@ def api():
         assert next_event() == "started"
         assert request("POST", "/doppel/v1/console", 200, b"echo")["taken_bytes"] == 4
         assert output.read(4) == b"echo"
+        for _ in range(2):  # it ends with its listener, and begins again
+            tracer = Connection("vm")
+            tracer.request("GET", "/doppel/v1/trace")
+            trace = tracer.getresponse()
+            assert (trace.status, trace.getheader("Content-Type")) == (200, "text/plain")
+            assert trace.readline().startswith(b"# ") and re.fullmatch(TRACED, trace.readline().decode())
+            tracer.close()
         request("POST", "/doppel/v1/pause", 204)
         assert request("GET", "/doppel/v1/vm", 200)["state"] == "paused"
         request("POST", "/doppel/v1/pause", 204)  # stands still already
@@ -457,7 +472,7 @@ def api():
         assert [next_event(), next_event()] == ["power-button", "ended"]
         assert stream.read() == b"" and output.read() == b""
         wait_for("end", lambda: state("vm") == "ended")
-        streams = {("get", "/doppel/v1/events"), ("get", "/doppel/v1/console")}
+        streams = {("get", "/doppel/v1/events"), ("get", "/doppel/v1/console"), ("get", "/doppel/v1/trace")}
         described = {(method, path) for path, methods in description["paths"].items() for method in methods}
         assert asked | streams == described, asked ^ described
         with open(f"{folder}/doppel/vm/events.log") as log:
