@@ -52,6 +52,11 @@ static const struct cli_option plug_options[] = {
     [PLUG_NET] = {"net", 0, "SPEC", "a network card, as with run --net"},
     {0},
 };
+static const struct cli_option metadata_options[] = {
+    [METADATA_SET] = {"set", 0, "FILE", "the JSON of this file in its place; - is standard input"},
+    [METADATA_MERGE] = {"merge", 0, "FILE", "change what the JSON of this file names; null takes a name away"},
+    {0},
+};
 static const struct cli_option stats_options[] = {
     [STATS_JSON] = {"json", 0, NULL, "all counters, as JSON"},
     {0},
@@ -95,6 +100,7 @@ const struct subcommand subcommands[] = {
     {"reset", reset_main, "NAME...", "press the reset button", NAMES_SOME, no_options},
     {"plug", plug_main, "OPTION NAME", "plug a disk or a network card into a running virtual machine", NAMES_ONE, plug_options},
     {"unplug", unplug_main, "NAME DEVICE", "ask a guest to let a device go, named as doppel inspect shows it", NAMES_SOME, no_options},
+    {"metadata", metadata_main, "[OPTIONS] NAME", "print or change what a guest can ask for at 169.254.169.254 (run --metadata)", NAMES_ONE, metadata_options},
     {"rm", rm_main, "[OPTIONS] NAME...", "remove what ended virtual machines left behind", NAMES_SOME, rm_options},
     {"stats", stats_main, "[OPTIONS] [NAME...]", "print what virtual machines use", NAMES_ANY, stats_options},
     {"top", top_main, "[OPTIONS] [NAME...]", "watch what virtual machines use", NAMES_ANY, top_options},

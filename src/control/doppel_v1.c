@@ -8,6 +8,7 @@
 
 #include "control/vm_control_priv.h"
 #include "doppel/doppel.h"
+#include "metadata/metadata.h"
 
 #define STOP_TIMEOUT_S_DEFAULT 30
 #define STOP_TIMEOUT_S_MAX 86400
@@ -293,6 +294,46 @@ static void stop_vm(struct http_call *call, void *ctx)
     http_reply_empty(call, 204);
 }
 
+/* ---- what its guest can ask ---- */
+
+/* The machine's, which stays until vm_machine_put; NULL: replied. */
+static struct metadata *metadata_of(struct http_call *call, struct vm_control *control)
+{
+    struct machine *machine = machine_of(call, control);
+    struct metadata *metadata = machine ? machine_metadata(machine) : NULL;
+    if (machine && !metadata) {
+        vm_machine_put(control);
+        http_reply_error(call, 400, "The virtual machine has no metadata: it was started without --metadata.");
+    }
+    return metadata;
+}
+
+static void get_metadata(struct http_call *call, void *ctx)
+{
+    struct metadata *metadata = metadata_of(call, ctx);
+    if (!metadata)
+        return;
+    json_t *data = metadata_get(metadata);
+    vm_machine_put(ctx);
+    if (data)
+        http_reply_json(call, 200, data);
+    else
+        http_reply_error(call, 500, "out of memory");
+}
+
+static void change_metadata(struct http_call *call, void *ctx)
+{
+    struct error err = {0};
+    json_t *body = http_body_json(call);
+    struct metadata *metadata = body ? metadata_of(call, ctx) : NULL;
+    if (metadata) {
+        int r = strcmp(http_method(call), "PUT") == 0 ? metadata_put(metadata, body, &err) : metadata_patch(metadata, body, &err);
+        vm_machine_put(ctx);
+        reply_result(call, r, &err);
+    }
+    json_decref(body);
+}
+
 /* ---- devices that come and go ---- */
 
 /* The body's only member, a text: its key is one of `keys` (ended by NULL), or a reply says what was wanted. The caller's to decref. */
@@ -383,6 +424,9 @@ const struct http_route doppel_v1_routes[] = {
     {"POST", "/doppel/v1/console", put_console},
     {"GET", "/doppel/v1/screen", get_screen},
     {"GET", "/doppel/v1/trace", get_trace},
+    {"GET", "/doppel/v1/metadata", get_metadata},
+    {"PUT", "/doppel/v1/metadata", change_metadata},
+    {"PATCH", "/doppel/v1/metadata", change_metadata},
     {"POST", "/doppel/v1/pause", pause_vm},
     {"POST", "/doppel/v1/resume", resume_vm},
     {"POST", "/doppel/v1/reset", reset_vm},

@@ -56,6 +56,8 @@ void machine_dump(struct machine *machine, FILE *out);
 void machine_stats(struct machine *machine, FILE *out);
 /* Everything that is counted, one after the other, of one moment only as far as each for itself. `counter` must not call the machine. */
 void machine_count(struct machine *machine, counter_fn *counter, void *ctx);
+/* What its guest can ask for metadata/metadata.h; NULL: nothing. Stays as long as the machine. */
+struct metadata *machine_metadata(struct machine *machine);
 /* Which engine it is, and why. */
 const char *machine_engine(const struct machine *machine, const char **reason);
 /* Its devices; `each` must not call the machine. Names are unique: the id, or as "net0". */

@@ -41,6 +41,11 @@ void machine_destroy_metadata(struct machine *machine)
     machine->metadata = NULL;
 }
 
+struct metadata *machine_metadata(struct machine *machine)
+{
+    return machine->metadata;
+}
+
 const struct net_server *machine_metadata_server(struct machine *machine, struct net_card_config *card)
 {
     card->metadata |= machine->config->metadata.everywhere;

@@ -27,7 +27,7 @@ DESCRIPTION = pathlib.Path(__file__).parents[2] / "docs/openapi-doppel-v1.json"
 
 def run(*arguments, status=0, **more):
     """A command that is to end with this status; its output."""
-    done = subprocess.run([doppel, *map(str, arguments)], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=LIMIT, **more)
+    done = subprocess.run([doppel, *map(str, arguments)], **({} if "input" in more else {"stdin": subprocess.DEVNULL}), capture_output=True, text=True, timeout=LIMIT, **more)
     assert done.returncode == status, f"{arguments}: status {done.returncode}, not {status}: {done.stdout}{done.stderr}"
     run.errors = done.stderr
     return done.stdout
@@ -157,6 +157,8 @@ def life():
         run("unplug", "vm", "more")
         run("unplug", "vm", "less", status=1)
         run("unplug", "vm", status=2)
+        run("metadata", "vm", status=1)
+        assert "without --metadata" in run.errors
         run("reset", "vm")
         wait_for("second hello", lambda: run("logs", "vm") == "hello\n" * 2)
         run("kill", "vm")
@@ -362,6 +364,8 @@ def check(schema, value, schemas, where):
         for key, member in value.items():
             inside = schema.get("properties", {}).get(key, schema.get("additionalProperties", {}))
             assert inside, f"{where}: {key} is not described"
+            if inside is True:
+                continue
             check(inside, member, schemas, f"{where}.{key}")
 
 
@@ -372,7 +376,9 @@ def api():
     with runtime() as folder:
         with open("disk", "wb") as disk:
             disk.truncate(1 << 20)
-        start(small_guests.ECHO, "--disk", "disk,readonly,serial=S", "--append", "x y", name="vm", sandbox="off")
+        with open("data.json", "w") as data:
+            json.dump({"a": {"b": 1}}, data)
+        start(small_guests.ECHO, "--disk", "disk,readonly,serial=S", "--append", "x y", "--metadata", "data.json,version=2", name="vm", sandbox="off")
         asked = set()
 
         def request(method, path, status, body=None):
@@ -404,6 +410,19 @@ def api():
         assert request("GET", "/doppel/v1/screen?format=text", 200) == "\n" * 24
         assert "<svg" in request("GET", "/doppel/v1/screen?format=svg", 200)
         request("GET", "/doppel/v1/screen?format=gif", 400)
+
+        assert request("GET", "/doppel/v1/metadata", 200) == {"a": {"b": 1}}
+        request("PATCH", "/doppel/v1/metadata", 204, b'{"a": {"b": null, "c": [2]}}')
+        assert json.loads(run("metadata", "vm")) == {"a": {"c": [2]}}
+        request("PUT", "/doppel/v1/metadata", 204, b'{"x": "y"}')
+        for body in (b"", b"[]", b"{", b"5"):
+            request("PUT", "/doppel/v1/metadata", 400, body)
+        assert run("metadata", "--merge", "data.json", "vm") == "vm\n"
+        assert json.loads(run("metadata", "vm")) == {"a": {"b": 1}, "x": "y"}
+        assert run("metadata", "--set", "-", "vm", input='{"z": {}}') == "vm\n"
+        assert request("GET", "/doppel/v1/metadata", 200) == {"z": {}}
+        run("metadata", "--set", "disk", "vm", status=1)
+        run("metadata", "--set", "data.json", "--merge", "data.json", "vm", status=2)
 
         events, terminal = Connection("vm"), Connection("vm")
         events.request("GET", "/doppel/v1/events?since=0")
