@@ -1,6 +1,6 @@
 /*
  * `doppel run` for tests that change a machine while it runs: control run --key value ...; commands come as lines from the Unix socket in DOPPEL_CONTROL, where the test
- * listens, and each is answered by one line: "ok ..." or "error ...".
+ * listens, and each is answered by one line: "ok ..." or "error ...". With DOPPEL_LOAD=FOLDER the machine goes on from the snapshot there, and options come on top of its own.
  */
 #include <inttypes.h>
 #include <stdio.h>
@@ -36,6 +36,26 @@ static int answer_memory(struct machine *machine, FILE *out, struct error *err)
     return r;
 }
 
+#define PATH_BYTES 300
+
+static struct snapshot_files files_in(const char *folder, char state[PATH_BYTES], char memory[PATH_BYTES])
+{
+    snprintf(state, PATH_BYTES, "%.250s/state", folder);
+    snprintf(memory, PATH_BYTES, "%.250s/memory", folder);
+    return (struct snapshot_files){.state = state, .memory = memory};
+}
+
+/* The machine stays paused, so that what it does to disks afterwards is nothing. */
+static int save(struct machine *machine, const char *line, bool differential, struct error *err)
+{
+    char folder[256] = "", state[PATH_BYTES], memory[PATH_BYTES];
+    sscanf(line, "%*s %255s", folder);
+    struct snapshot_files files = files_in(folder, state, memory);
+    files.differential = differential;
+    int r = machine_pause(machine, err);
+    return r ? r : machine_snapshot_save(machine, &files, err);
+}
+
 static void obey(struct machine *machine, const char *line, FILE *out)
 {
     struct error err = {0};
@@ -43,7 +63,10 @@ static void obey(struct machine *machine, const char *line, FILE *out)
     char word[32] = "";
     int r = 0;
     sscanf(line, "%31s %llu", word, &number);
-    if (strcmp(word, "resident") == 0)
+    bool whole = strcmp(word, "save") == 0, differential = strcmp(word, "save-changes") == 0;
+    if ((whole || differential) && !(r = save(machine, line, differential, &err)))
+        fprintf(out, "ok\n");
+    else if (strcmp(word, "resident") == 0)
         fprintf(out, "ok bytes=%" PRIu64 "\n", physmap_resident_bytes(machine->memory));
     else if (strcmp(word, "balloon") == 0)
         r = answer_balloon(machine, out, &err);
@@ -97,7 +120,12 @@ int main(int argc, char **argv)
     struct machine_config config;
     struct machine *machine;
     struct error err = {0};
+    const char *from = getenv("DOPPEL_LOAD");
+    char state[PATH_BYTES], memory[PATH_BYTES];
+    struct snapshot_files files = files_in(from ? from : "", state, memory);
     machine_config_init(&config);
+    if (from && machine_snapshot_config(files.state, &config, &err))
+        goto fail;
     for (int i = 2; i < argc; i++) {
         const char *key = argv[i] + 2;
         const struct option_info *option = option_find(key);
@@ -105,7 +133,7 @@ int main(int argc, char **argv)
         if (machine_config_set(&config, key, value, &err))
             goto fail;
     }
-    if (machine_create(&machine, &config, &err) || machine_start(machine, &err))
+    if ((from ? machine_snapshot_load(&machine, &config, &files, &err) : machine_create(&machine, &config, &err)) || machine_start(machine, &err))
         goto fail;
     struct client client = {machine, client_connect()};
     pthread_t thread;

@@ -47,7 +47,7 @@ class Guest:
     """One run of Doppel. `arguments` follow `doppel run` (or another `command`), `wrapper` is a command that runs it. Standard input and output are a terminal, standard
     error is a file, `self.stderr()`."""
 
-    def __init__(self, arguments, name="guest", wrapper=(), command="run"):
+    def __init__(self, arguments, name="guest", wrapper=(), command="run", program=None):
         self.name = name
         self.transcript = bytearray()
         self.unread = bytearray()
@@ -58,7 +58,7 @@ class Guest:
         self.terminal_before = termios.tcgetattr(slave)
         self.slave = slave
         self.process = subprocess.Popen(
-            [*wrapper, doppel, command, *(str(a) for a in arguments)],
+            [*wrapper, program or doppel, command, *(str(a) for a in arguments)],
             stdin=slave, stdout=slave, stderr=self.errors, start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
 

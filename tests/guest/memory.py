@@ -45,36 +45,20 @@ def archive(path, entries):
         out.write(data + b"\0" * (-len(data) % 4) + gzip.compress(b"".join(parts), 1))
 
 
-class MemoryGuest(guest.Guest):
-    """A busybox guest with these modules, /extra/churn, and a way to command the machine."""
+class ControlledGuest(guest.Guest):
+    """A guest with a way to command its machine."""
 
-    def __init__(self, names, *arguments, append=""):
-        guest.need(control_program, churn_program, guest.kernel, guest.cache)
-        self.folder = tempfile.TemporaryDirectory(prefix="doppel-memory-")
-        initrd, path = self.folder.name + "/initrd", self.folder.name + "/control"
-        files = modules(*names)
-        entries = []
-        for name in [*files, churn_program]:
-            with open(name, "rb") as file:
-                entries.append(("churn" if name == churn_program else os.path.basename(name), file.read()))
-        archive(initrd, entries)
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(path)
+    def __init__(self, *arguments, name="guest"):
+        guest.need(control_program, guest.kernel, guest.cache)
+        with tempfile.TemporaryDirectory(prefix="doppel-control-") as folder, socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(f"{folder}/control")
             listener.listen()
             listener.settimeout(30)
-            os.environ["DOPPEL_CONTROL"] = path
-            guest.doppel = control_program
-            super().__init__(["--kernel", guest.kernel, "--initrd", initrd, "--append", "console=ttyS0 quiet " + append, "--net", "none",
-                              *os.environ.get("DOPPEL_ARGUMENTS", "").split(), *arguments])
+            os.environ["DOPPEL_CONTROL"] = f"{folder}/control"
+            super().__init__([*os.environ.get("DOPPEL_ARGUMENTS", "").split(), *arguments], name, program=control_program)
             self.control = listener.accept()[0]
         self.control.settimeout(60)
         self.replies = self.control.makefile("r")
-        self.files = [os.path.basename(file) for file in files]
-
-    def boot(self):
-        guest.wait_for_shell(self)
-        for file in self.files:
-            self.attempt(f"insmod /extra/{file}")  # some are in the initial RAM disk already
 
     def command(self, line):
         """Numbers by name of the machine's reply."""
@@ -82,9 +66,6 @@ class MemoryGuest(guest.Guest):
         reply = self.replies.readline().strip()
         assert reply.startswith("ok"), f"{line}: {reply or 'no reply'}"
         return {name: int(value) for name, value in (word.split("=") for word in reply.split()[1:])}
-
-    def resident(self):
-        return self.command("resident")["bytes"] / MIB
 
     def until(self, what, true, seconds=60):
         """Waits until it is so; there is nothing to wait for but to look again."""
@@ -96,6 +77,31 @@ class MemoryGuest(guest.Guest):
     def power_off(self):
         self.type("poweroff\n")
         self.finish(0, 60)
+
+
+class MemoryGuest(ControlledGuest):
+    """A busybox guest with these modules, and a program in /extra."""
+
+    def __init__(self, names, *arguments, append="", program=("churn", churn_program), net="none"):
+        guest.need(program[1], guest.kernel, guest.cache)
+        self.folder = tempfile.TemporaryDirectory(prefix="doppel-memory-")
+        initrd = self.folder.name + "/initrd"
+        files = modules(*names)
+        entries = []
+        for name, path in [*((os.path.basename(file), file) for file in files), program]:
+            with open(path, "rb") as file:
+                entries.append((name, file.read()))
+        archive(initrd, entries)
+        self.files = [os.path.basename(file) for file in files]
+        super().__init__("--kernel", guest.kernel, "--initrd", initrd, "--append", "console=ttyS0 quiet " + append, "--net", net, *arguments)
+
+    def boot(self):
+        guest.wait_for_shell(self)
+        for file in self.files:
+            self.attempt(f"insmod /extra/{file}")  # some are in the initial RAM disk already
+
+    def resident(self):
+        return self.command("resident")["bytes"] / MIB
 
 
 def balloon():

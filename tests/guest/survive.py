@@ -1,0 +1,140 @@
+#!/usr/bin/env python3
+"""A guest that uses everything is saved, killed, and gone on with by a new process under another engine, again and again. What it looks after itself (steady.c) is as it was; what cannot
+survive, connections to the host, it is told of. `survive.py CONTROL STEADY SCENARIO` is one test (control.c). In the environment: STEPS, SEED, and ENGINES that take turns."""
+import http.server
+import os
+import random
+import re
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+
+import guest
+import memory  # takes the two programs
+from api import Page
+from memory import ControlledGuest, MemoryGuest
+from vsock import Vsock
+
+STEPS = int(os.environ.get("STEPS", "6"))
+SEED = int(os.environ.get("SEED", "1"))
+ENGINES = os.environ.get("ENGINES", "bt,interp").split(",")
+TICK = r"steady: tick \d+ ([^.\n]*)\."
+BALLOON_MIB, PLUGGED_MIB = 24, 128
+
+
+def image(path, size):
+    subprocess.run(["truncate", "-s", size, path], check=True)
+    subprocess.run(["/sbin/mke2fs", "-q", "-F", "-b", "4096", "-t", "ext4", path], check=True)
+
+
+def prepare(vm, folder):
+    """Everything is in use, most of it by `steady`."""
+    vm.boot()
+    vm.run("mkdir -p /disk /share /pmem && mount /dev/vda /disk && mount -t virtiofs work /share")
+    vm.until("persistent memory", lambda: vm.attempt("test -b /dev/pmem0")[0] == 0)
+    vm.run("mount -o dax /dev/pmem0 /pmem")
+    vm.command(f"request {PLUGGED_MIB}")
+    vm.until("memory is plugged", lambda: vm.command("memory")["plugged"] == PLUGGED_MIB)
+    vm.command(f"inflate {BALLOON_MIB}")
+    vm.until("the balloon is inflated", lambda: vm.command("balloon")["actual"] == BALLOON_MIB * 256)
+    # More than there is without the plugged memory.
+    vm.run("mkdir -p /plugged && mount -t tmpfs -o size=160m none /plugged && for n in $(seq 60); do (echo $n; cat /bin/busybox) >/plugged/$n; done && md5sum /plugged/* >/tmp/sum", 60)
+    os.mkdir(f"{folder}/work/deep")
+    with open(f"{folder}/work/deep/er", "w") as file:
+        file.write("first\n")
+    vm.run("exec 5</share/deep/er 6>>/share/appended; cd /share/deep; echo before >&6")
+    vm.run("(cd /; exec /extra/steady 40 /disk /share /pmem) & true")
+    vm.expect(TICK, 30)
+
+
+def counts(found):
+    return {name: int(value) for name, value in (word.split("=") for word in found[1].decode().split())}
+
+
+def connections(vm, host):
+    """The host's end of a vsock connection goes with the process; the guest's is told, and new ones can be made."""
+    vm.until("the command of the lost connection ends", lambda: vm.attempt("pidof sleep")[0] != 0, 30)
+    done = host.exec("echo", "again", options=["--wait", "30"])
+    assert done.stdout == b"again\n", done
+
+
+def look(vm, web, folder):
+    """What `steady` does not look after."""
+    vm.run("md5sum -c -s /tmp/sum", 60)
+    assert vm.command("memory") == {"plugged": PLUGGED_MIB, "requested": PLUGGED_MIB}
+    assert vm.command("balloon")["actual"] == BALLOON_MIB * 256
+    vm.run('test "$(cat <&5) $(cat /share/deep/er) $(cat er) $(pwd)" = "first first first /share/deep"')
+    vm.run("echo after >&6")
+    with open(f"{folder}/work/appended") as file:
+        assert file.read() == "before\nafter\n"
+    vm.run(f'test "$(wget -q -O - http://10.0.2.2:{web.server_port}/)" = "from the host"', 60)
+    vm.command(f"inflate {BALLOON_MIB // 2}")
+    vm.until("the balloon follows", lambda: vm.command("balloon")["actual"] == BALLOON_MIB * 128)
+
+
+def step(vm, number, folder, rng, engine):
+    """Saved at some moment, killed, loaded: what is on disks is of that moment, because the machine stays paused."""
+    snapshot = f"{folder}/snapshot"
+    vm.read_some(rng.random() * 0.4)
+    time.sleep(rng.random() * 0.05)
+    vm.command(f"{'save' if number % 4 == 0 else 'save-changes'} {snapshot}")
+    vm.process.kill()
+    vm.process.wait()
+    vm.__exit__(None, None, None)
+    os.environ["DOPPEL_LOAD"] = snapshot
+    began = time.monotonic()
+    after = ControlledGuest("--engine", engine, name=f"step {number} ({engine})")
+    try:
+        after.counts = counts(after.expect(TICK, 60))
+        assert "WRONG" not in guest.plain(after.transcript)
+    except BaseException:
+        after.__exit__(AssertionError, None, None)
+        raise
+    print(f"step {number}: {engine}, {time.monotonic() - began:.2f} s to the first tick", flush=True)
+    return after
+
+
+def survive():
+    rng = random.Random(SEED)
+    os.environ.pop("DOPPEL_LOAD", None)
+    with tempfile.TemporaryDirectory(prefix="doppel-survive-", dir="/dev/shm") as folder, http.server.ThreadingHTTPServer(("127.0.0.1", 0), Page) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        image(f"{folder}/disk", "48M")
+        image(f"{folder}/pmem", "32M")
+        os.mkdir(f"{folder}/work")
+        os.mkdir(f"{folder}/snapshot")
+        vm = MemoryGuest(["virtio_balloon", "virtio_mem", "virtio_pmem", "nd_pmem", "virtiofs", "ext4"], "--engine", ENGINES[0], "--memory", "192M", "--cpus", 2, "--memory-hotplug", "total=256M",
+                         "--balloon", "0", "--disk", f"{folder}/disk", "--pmem", f"{folder}/pmem", "--share", f"{folder}/work:work", "--vsock", f"path={folder}/v.sock,cid=9",
+                         append="memhp_default_state=online_movable", program=("steady", memory.churn_program), net="user")
+        host = Vsock(f"{folder}/v.sock")
+        try:
+            prepare(vm, folder)
+            before = counts(vm.expect(TICK, 60))
+            print(f"in use after {vm.seconds():.1f} s", flush=True)
+            lost = host.start("echo ready; exec sleep 6000")
+            assert lost.stdout.readline() == b"ready\n"
+            for number in range(STEPS):
+                vm = step(vm, number, folder, rng, ENGINES[(number + 1) % len(ENGINES) if number + 1 < STEPS else 0])
+                if number == 0:
+                    assert lost.wait(60) == 125
+                    connections(vm, host)
+            look(vm, web, folder)
+            print(f"looked at after {vm.seconds():.1f} s", flush=True)
+            now = counts(vm.expect(TICK, 60))
+            assert all(now[name] > before[name] for name in before), f"no progress: {before}, {now}"
+            vm.run("! dmesg | grep -E 'BUG:|Oops|Call Trace|WARNING|I/O error|EXT4-fs error|stall|blocked for'")
+            vm.run("killall -TERM steady; wait; cd /; exec 5<&- 6>&-; umount /disk /share /pmem", 60)
+            assert "steady: ok" in guest.plain(vm.transcript)
+            vm.power_off()
+            print(f"off after {vm.seconds():.1f} s", flush=True)
+        except BaseException as error:
+            vm.__exit__(type(error), error, None)
+            raise
+        vm.__exit__(None, None, None)
+        subprocess.run(["/sbin/e2fsck", "-fn", f"{folder}/disk"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+if __name__ == "__main__":
+    guest.main({"survive": survive})
