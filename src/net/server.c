@@ -115,6 +115,18 @@ size_t server_finish_frame(struct server *server, const struct server_peer *peer
     return ETHERNET_BYTES + IPV4_BYTES + payload_bytes;
 }
 
+/* All that the guest has had no buffers for. */
+static void send_waiting(struct server *server)
+{
+    server->stalled = false;
+    while (server->queue_count && deliver(server, server->queue[server->queue_first].data, server->queue[server->queue_first].length_bytes)) {
+        server->queue_first = (server->queue_first + 1) % SERVER_QUEUE_FRAMES;
+        server->queue_count--;
+    }
+    if (!server->stalled)
+        server_tcp_resume(server);
+}
+
 /* ---- from the guest ---- */
 
 static void answer_arp(struct server *server, const uint8_t *frame, size_t length_bytes)
@@ -208,6 +220,8 @@ static bool server_transmit(struct net *net, const struct iovec *iov, unsigned i
         return net_transmit(server->inner, iov, iov_count);
 
     server->server.counters->rx_accepted++;
+    if (server->stalled) /* a guest that was reset meanwhile has other buffers, and nobody said so */
+        send_waiting(server);
     uint8_t all[NET_HEADER_BYTES + SERVER_INPUT_BYTES];
     size_t total_bytes = 0;
     for (unsigned i = 0; i < iov_count; i++)
@@ -255,13 +269,7 @@ static void server_writable(void *ctx)
 static void server_resume(struct net *net)
 {
     struct server *server = (struct server *)net;
-    server->stalled = false;
-    while (server->queue_count && deliver(server, server->queue[server->queue_first].data, server->queue[server->queue_first].length_bytes)) {
-        server->queue_first = (server->queue_first + 1) % SERVER_QUEUE_FRAMES;
-        server->queue_count--;
-    }
-    if (!server->stalled)
-        server_tcp_resume(server);
+    send_waiting(server);
     net_resume(server->inner);
 }
 

@@ -477,6 +477,14 @@ static void test_no_buffers(void **state)
     for (unsigned i = 0; i < SERVER_QUEUE_FRAMES; i++)
         assert_int_equal(server_load16(next_frame()->data + 12), 0x0806);
     take_reply(&c, 40000);
+    /* Nobody says that there are buffers again, but it asks. */
+    f.no_buffers = true;
+    send_frame(frame, make_arp(frame, 1, guest_ip, server_ip), 0);
+    f.no_buffers = false;
+    send_frame(frame, make_arp(frame, 1, guest_ip, server_ip), 0);
+    next_frame();
+    next_frame();
+    assert_int_equal(f.taken, f.count);
     /* In the middle. */
     drop_frames();
     c.window = 1460;
