@@ -5,7 +5,6 @@ import http.server
 import os
 import random
 import re
-import shutil
 import subprocess
 import tempfile
 import threading
@@ -29,7 +28,7 @@ def image(path, size):
     subprocess.run(["/sbin/mke2fs", "-q", "-F", "-b", "4096", "-t", "ext4", path], check=True)
 
 
-def prepare(vm, folder):
+def prepare(vm, folder, port):
     """Everything is in use, most of it by `steady`."""
     vm.boot()
     vm.run("mkdir -p /disk /share /pmem && mount /dev/vda /disk && mount -t virtiofs work /share")
@@ -44,7 +43,11 @@ def prepare(vm, folder):
     os.mkdir(f"{folder}/work/deep")
     with open(f"{folder}/work/deep/er", "w") as file:
         file.write("first\n")
-    vm.run("exec 5</share/deep/er 6>>/share/appended; cd /share/deep; echo before >&6")
+    with open(f"{folder}/work/gone", "w") as file:
+        file.write("soon\n")
+    vm.run("exec 5</share/deep/er 6>>/share/appended 7</share/gone; cd /share/deep; echo before >&6")
+    vm.run(f"mkfifo /tmp/line; exec 8<>/tmp/line; (cd /; exec nc 10.0.2.2 {port} <&8 >/dev/null 2>&1) & true")
+    vm.until("a connection to the host", lambda: vm.attempt("netstat -nt | grep 10.0.2.2 | grep -q ESTABLISHED")[0] == 0)
     vm.run("(cd /; exec /extra/steady 40 /disk /share /pmem) & true")
     vm.expect(TICK, 30)
 
@@ -56,8 +59,19 @@ def counts(found):
 def connections(vm, host):
     """The host's end of a vsock connection goes with the process; the guest's is told, and new ones can be made."""
     vm.until("the command of the lost connection ends", lambda: vm.attempt("pidof sleep")[0] != 0, 30)
+    vm.run("echo more >&8")
+    vm.until("TCP's connection to the host is reset", lambda: vm.attempt("echo more >&8; pidof nc")[0] != 0, 30)
     done = host.exec("echo", "again", options=["--wait", "30"])
     assert done.stdout == b"again\n", done
+
+
+def without_share(folder):
+    """A directory that is not there is said, in one line; what is gone from one is the guest's to hear of."""
+    os.rename(f"{folder}/work", f"{folder}/away")
+    done = subprocess.run([memory.control_program, "run"], env={**os.environ, "DOPPEL_CONTROL": "/nowhere"}, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1 and re.fullmatch(r"control: .*/work.*\n", done.stderr), done
+    os.rename(f"{folder}/away", f"{folder}/work")
+    os.remove(f"{folder}/work/gone")
 
 
 def look(vm, web, folder):
@@ -66,7 +80,7 @@ def look(vm, web, folder):
     assert vm.command("memory") == {"plugged": PLUGGED_MIB, "requested": PLUGGED_MIB}
     assert vm.command("balloon")["actual"] == BALLOON_MIB * 256
     vm.run('test "$(cat <&5) $(cat /share/deep/er) $(cat er) $(pwd)" = "first first first /share/deep"')
-    vm.run("echo after >&6")
+    vm.run("echo after >&6; ! cat <&7 2>/tmp/error && grep -q -i stale /tmp/error")
     with open(f"{folder}/work/appended") as file:
         assert file.read() == "before\nafter\n"
     vm.run(f'test "$(wget -q -O - http://10.0.2.2:{web.server_port}/)" = "from the host"', 60)
@@ -84,6 +98,8 @@ def step(vm, number, folder, rng, engine):
     vm.process.wait()
     vm.__exit__(None, None, None)
     os.environ["DOPPEL_LOAD"] = snapshot
+    if number == 0:
+        without_share(folder)
     began = time.monotonic()
     after = ControlledGuest("--engine", engine, name=f"step {number} ({engine})")
     try:
@@ -110,7 +126,7 @@ def survive():
                          append="memhp_default_state=online_movable", program=("steady", memory.churn_program), net="user")
         host = Vsock(f"{folder}/v.sock")
         try:
-            prepare(vm, folder)
+            prepare(vm, folder, web.server_port)
             before = counts(vm.expect(TICK, 60))
             print(f"in use after {vm.seconds():.1f} s", flush=True)
             lost = host.start("echo ready; exec sleep 6000")
@@ -125,7 +141,7 @@ def survive():
             now = counts(vm.expect(TICK, 60))
             assert all(now[name] > before[name] for name in before), f"no progress: {before}, {now}"
             vm.run("! dmesg | grep -E 'BUG:|Oops|Call Trace|WARNING|I/O error|EXT4-fs error|stall|blocked for'")
-            vm.run("killall -TERM steady; wait; cd /; exec 5<&- 6>&-; umount /disk /share /pmem", 60)
+            vm.run("killall -TERM steady; wait; cd /; exec 5<&- 6>&- 7<&- 8>&-; umount /disk /share /pmem", 60)
             assert "steady: ok" in guest.plain(vm.transcript)
             vm.power_off()
             print(f"off after {vm.seconds():.1f} s", flush=True)
