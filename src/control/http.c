@@ -100,19 +100,27 @@ static bool try_route(struct http_call *call, const struct http_route *route, co
     return match(call, route->path, call->path + strlen(url) + 1);
 }
 
+/* Adds a method to the header's value (RFC 9110, section 10.2.1: all that the path has). */
+static void allow(struct http_call *call, const char *method)
+{
+    size_t length = strlen(call->allow);
+    if (strstr(call->allow, method) == NULL && length + strlen(method) + 3 <= sizeof call->allow)
+        snprintf(call->allow + length, sizeof call->allow - length, "%s%s", length ? ", " : "", method);
+}
+
 /* Replies itself when there is none. */
 static void find_route(struct http_call *call, const char *method, const char *url)
 {
     struct http_server *server = call->server;
-    const char *allow = NULL;
     for (unsigned t = 0; t < server->table_count; t++) {
         for (const struct http_route *route = server->table[t].routes; route->method; route++) {
             if (!try_route(call, route, url))
                 continue;
             if (strcmp(route->method, method) != 0) {
-                allow = allow ? allow : route->method;
+                allow(call, route->method);
                 continue;
             }
+            call->allow[0] = '\0';
             call->route = route;
             call->route_ctx = server->table[t].ctx;
             if (!decode_parameters(call))
@@ -120,8 +128,7 @@ static void find_route(struct http_call *call, const char *method, const char *u
             return;
         }
     }
-    call->allow = allow;
-    http_reply_error(call, allow ? 405 : 404, "Invalid request method and/or path: %.16s %.200s.", method, call->path);
+    http_reply_error(call, call->allow[0] ? 405 : 404, "Invalid request method and/or path: %.16s %.200s.", method, call->path);
 }
 
 /* ---- requests ---- */

@@ -42,7 +42,7 @@ struct http_call {
     bool deferred, ready, suspended;
     unsigned status;
     const char *content_type; /* a literal, or of the stream's owner */
-    const char *allow;        /* the header's value, with 405 */
+    char allow[64];           /* the header's value, with 405 */
     void *data;
     size_t data_bytes;
     struct http_stream *stream;

@@ -309,7 +309,7 @@ enum MHD_Result http_queue_reply(struct http_call *call)
     call->queued = true;
     set_header(response, MHD_HTTP_HEADER_SERVER, "Doppel API");
     set_header(response, MHD_HTTP_HEADER_CONTENT_TYPE, call->content_type);
-    set_header(response, MHD_HTTP_HEADER_ALLOW, call->allow);
+    set_header(response, MHD_HTTP_HEADER_ALLOW, call->allow[0] ? call->allow : NULL);
     enum MHD_Result result = MHD_queue_response(call->connection, call->status, response);
     MHD_destroy_response(response);
     if (!call->stream)

@@ -161,7 +161,7 @@ static void requests(void **state)
     expect(&rig, "GET /things/" END, "404", "Invalid request method and/or path: GET /things/.");
     expect(&rig, "GET /things/a/" END, "404", "fault_message");
     expect(&rig, "GET /thing" END, "404", "fault_message");
-    expect(&rig, "DELETE /things/a" END, "405", "Allow: GET");
+    expect(&rig, "DELETE /things/a" END, "405", "Allow: GET, PUT\r\n");
     expect(&rig, "GET /nothing" END, "500", "not answered");
     expect(&rig, "PUT /things/a HTTP/1.1\r\nContent-Length: 3\r\n\r\nabc", "200", "\"body\":\"abc\"");
     expect(&rig, "PUT /things/a HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n1\r\nc\r\n0\r\n\r\n", "200", "\"body\":\"abc\"");
