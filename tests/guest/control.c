@@ -124,7 +124,7 @@ int main(int argc, char **argv)
     char state[PATH_BYTES], memory[PATH_BYTES];
     struct snapshot_files files = files_in(from ? from : "", state, memory);
     machine_config_init(&config);
-    if (from && machine_snapshot_config(files.state, &config, &err))
+    if (from && machine_snapshot_config(&files, &config, &err))
         goto fail;
     for (int i = 2; i < argc; i++) {
         const char *key = argv[i] + 2;
