@@ -1,5 +1,6 @@
 /* A machine's configuration as JSON, for people and programs that ask what a machine is. */
 #include "control/vm_control_priv.h"
+#include "metadata/metadata.h"
 
 static void set_text(json_t *object, const char *key, const char *value)
 {
@@ -58,5 +59,8 @@ json_t *vm_config_json(const struct machine_config *config)
     json_object_set_new(object, "shares", shares_json(config));
     if (config->vsock.present)
         json_object_set_new(object, "vsock", json_pack("{s:I, s:s?}", "cid", (json_int_t)config->vsock.cid, "path", config->vsock.path));
+    if (config->metadata.present)
+        json_object_set_new(object, "metadata", json_pack("{s:i, s:b, s:s}", "version", config->metadata.version_2 ? 2 : 1, "imds", config->metadata.imds_compatible, "address",
+                                                          config->metadata.address ? config->metadata.address : METADATA_ADDRESS_DEFAULT));
     return object;
 }

@@ -84,6 +84,7 @@ def look(vm, web, folder):
     with open(f"{folder}/work/appended") as file:
         assert file.read() == "before\nafter\n"
     vm.run(f'test "$(wget -q -O - http://10.0.2.2:{web.server_port}/)" = "from the host"', 60)
+    vm.run('test "$(wget -q -O - http://169.254.169.254/name)" = "of this guest"', 60)
     vm.command(f"inflate {BALLOON_MIB // 2}")
     vm.until("the balloon follows", lambda: vm.command("balloon")["actual"] == BALLOON_MIB * 128)
 
@@ -121,12 +122,15 @@ def survive():
         image(f"{folder}/pmem", "32M")
         os.mkdir(f"{folder}/work")
         os.mkdir(f"{folder}/snapshot")
+        with open(f"{folder}/data.json", "w") as file:
+            file.write('{"name": "of this guest"}')
         vm = MemoryGuest(["virtio_balloon", "virtio_mem", "virtio_pmem", "nd_pmem", "virtiofs", "ext4"], "--engine", ENGINES[0], "--memory", "192M", "--cpus", 2, "--memory-hotplug", "total=256M",
-                         "--balloon", "0", "--disk", f"{folder}/disk", "--pmem", f"{folder}/pmem", "--share", f"{folder}/work:work", "--vsock", f"path={folder}/v.sock,cid=9",
+                         "--balloon", "0", "--disk", f"{folder}/disk", "--pmem", f"{folder}/pmem", "--share", f"{folder}/work:work", "--vsock", f"path={folder}/v.sock,cid=9", "--metadata", f"{folder}/data.json",
                          append="memhp_default_state=online_movable", program=("steady", memory.churn_program), net="user")
         host = Vsock(f"{folder}/v.sock")
         try:
             prepare(vm, folder, web.server_port)
+            os.remove(f"{folder}/data.json")  # comes along
             before = counts(vm.expect(TICK, 60))
             print(f"in use after {vm.seconds():.1f} s", flush=True)
             lost = host.start("echo ready; exec sleep 6000")

@@ -396,6 +396,7 @@ def api():
                 return value
         vm = request("GET", "/doppel/v1/vm", 200)
         assert vm["state"] == "running" and vm["config"]["disks"] == [{"readonly": True, "path": "disk", "format": "raw", "serial": "S"}], vm
+        assert vm["config"]["metadata"] == {"version": 2, "imds": False, "address": "169.254.169.254"}, vm
         assert request("GET", "/doppel/v1/engine", 200)["name"] == "interp"
         assert {device["class"] for device in request("GET", "/doppel/v1/devices", 200)} >= {"virtio-rng", "virtio-blk"}
         statistics = request("GET", "/doppel/v1/statistics", 200)["counters"]
