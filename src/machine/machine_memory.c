@@ -37,6 +37,13 @@ static int open_pmem(struct machine *machine, unsigned index, struct physmap_fil
     return 0;
 }
 
+/* On the thread that wanted it; the guest's processors stop before they have done much with what they got instead. */
+static void memory_lost(void *ctx, const char *text)
+{
+    log_error("the guest's memory cannot be read, and the virtual machine ends: %s", text);
+    machine_stop(ctx, MACHINE_ERROR);
+}
+
 int machine_create_memory(struct machine *machine, struct error *err)
 {
     const struct machine_config *config = machine->config;
@@ -54,6 +61,8 @@ int machine_create_memory(struct machine *machine, struct error *err)
     }
     if (r == 0)
         r = physmap_create_with(&machine->memory, &memory, err);
+    if (r == 0)
+        physmap_on_failure(machine->memory, memory_lost, machine);
     for (unsigned i = 0; i < memory.file_count; i++)
         if (file[i].fd >= 0)
             close(file[i].fd);

@@ -81,6 +81,15 @@ static int write_chunk(struct live *live, uint64_t chunk, uint64_t pages, const 
     return r;
 }
 
+/* Those of `todo` that are with a page source yet. */
+static int fetch_pages(const struct live *live, uint64_t chunk, struct error *err)
+{
+    for (uint64_t left = live->todo[chunk]; left; left &= left - 1)
+        if (physmap_need(live->machine->memory, chunk * CHUNK_BYTES + (uint64_t)__builtin_ctzll(left) * PAGE_SIZE_BYTES, PAGE_SIZE_BYTES, PHYSMAP_READ))
+            return error_set(err, -EIO, "a page of the guest's memory cannot be had from where it is");
+    return 0;
+}
+
 static void tell_progress(const struct live *live)
 {
     if (live->snapshot->progress)
@@ -92,7 +101,8 @@ static int write_round(struct live *live, bool tell, struct error *err)
 {
     int r = 0;
     for (uint64_t chunk = 0; r == 0 && chunk < live->words; chunk++) {
-        if (live->todo[chunk])
+        r = fetch_pages(live, chunk, err);
+        if (r == 0 && live->todo[chunk])
             r = write_chunk(live, chunk, live->todo[chunk], ram_at(live, chunk), false, err);
         if (tell && chunk % 64 == 0)
             tell_progress(live);
@@ -112,13 +122,18 @@ static int write_copies(struct live *live, struct error *err)
     return r;
 }
 
-static void copy_pages(struct live *live)
+static int copy_pages(struct live *live, struct error *err)
 {
     uint8_t *to = live->room;
-    for (uint64_t chunk = 0; chunk < live->words; chunk++)
+    for (uint64_t chunk = 0; chunk < live->words; chunk++) {
+        int r = fetch_pages(live, chunk, err);
+        if (r)
+            return r;
         for (uint64_t left = live->todo[chunk]; left; left &= left - 1, to += PAGE_SIZE_BYTES)
             memcpy(to, ram_at(live, chunk) + (uint64_t)__builtin_ctzll(left) * PAGE_SIZE_BYTES, PAGE_SIZE_BYTES);
+    }
     live->copied = true;
+    return 0;
 }
 
 /* ---- rounds ---- */
@@ -137,7 +152,7 @@ static int look(struct machine *machine, void *ctx, struct error *err)
         return 0;
     live->last = true;
     if (count <= live->room_pages)
-        copy_pages(live);
+        r = copy_pages(live, err);
     else
         r = write_round(live, false, err);
     return r ? r : snapshot_encode(machine, &live->snapshot->id, &live->state, err);

@@ -4,6 +4,8 @@
  * Guest RAM is one memfd; behind it may be files of the host that the guest has as persistent memory. Ranges of gpa space are RAM (read-write), ROM (guest writes are
  * dropped) or nothing (MMIO or a hole: accesses go to the bus). Callers ask with an intent and a length and never compute host pointers themselves. Pages that nobody has
  * touched, or that were given back (physmap_discard), take no memory and read as zero.
+ * A page of RAM is private (its bytes are in the memfd), shared (in a file that many machines map: read and executed where it is, copied at the first write intent) or remote (its bytes
+ * are to be fetched before anything). Only a call that takes an intent makes a page ready for it, so an address or offset is good for what it was asked for and no more.
  * Everything has an offset, too, in one linear order: RAM, then files. Whoever maps memory for an engine maps it in that order (physmap_map).
  * Threading: ranges are set up before vCPUs run, but for blocks of pluggable memory (physmap_plug). Look-ups and marks are lock-free from any thread.
  */
@@ -24,6 +26,7 @@ typedef uint64_t gva_t;
 #define PAGE_MASK_BITS (PAGE_SIZE_BYTES - 1)
 
 struct physmap;
+struct page_source; /* page_source.h */
 
 enum physmap_intent { PHYSMAP_READ, PHYSMAP_WRITE, PHYSMAP_EXECUTE };
 
@@ -64,19 +67,27 @@ uint64_t physmap_high_bytes(const struct physmap *map); /* RAM from 4 GiB on */
 
 /*
  * Host address of [gpa, gpa + length). The whole range must lie in one range of RAM (or ROM, for read and execute).
- * Returns NULL when it does not: the caller then goes to the bus, or treats it as a guest's bad address.
+ * Returns NULL when it does not: the caller then goes to the bus, or treats it as a guest's bad address. NULL also when its bytes cannot be had (physmap_on_failure). May take as long
+ * as a page source does; keeps vector registers, and may be called where the guest's are live.
  */
 void *physmap_get(struct physmap *map, gpa_t gpa, uint64_t length_bytes, enum physmap_intent intent);
 
 /*
  * Maps everything once more, physmap_space_bytes at the page-aligned address `at`, over whatever is mapped there. Offsets in such
- * a mapping are those of physmap_offset. The caller unmaps. 0 or -errno.
+ * a mapping are those of physmap_offset. The caller unmaps, and says so before. 0 or -errno. At most 7.
  */
 int physmap_map(struct physmap *map, void *at, int prot) __attribute__((warn_unused_result));
-/* The RAM's file, for mapping it in another process: its offsets are those of physmap_offset below physmap_ram_bytes. Stays the map's. */
+void physmap_unmap(struct physmap *map, void *at);
+/* The RAM's file, for mapping it in another process: its offsets are those of physmap_offset below physmap_ram_bytes. Only private pages are in it. Stays the map's. */
 int physmap_fd(const struct physmap *map);
 /* Offset of [gpa, +length) in a linear mapping; false when the range is not all in one range of RAM. */
 bool physmap_offset(const struct physmap *map, gpa_t gpa, uint64_t length_bytes, uint64_t *offset);
+/* The same for an access: the pages are ready for the intent. ROM is not looked at. */
+bool physmap_take(struct physmap *map, gpa_t gpa, uint64_t length_bytes, enum physmap_intent intent, uint64_t *offset);
+/* Makes the pages of [offset, +length) ready; 0 or -EIO. */
+int physmap_need(struct physmap *map, uint64_t offset, uint64_t length_bytes, enum physmap_intent intent) __attribute__((warn_unused_result));
+/* Whether all of them are ready for everything; then they stay so. */
+bool physmap_is_private(const struct physmap *map, uint64_t offset, uint64_t length_bytes);
 /* The reverse. offset < physmap_space_bytes. */
 gpa_t physmap_gpa(const struct physmap *map, uint64_t offset);
 
@@ -144,6 +155,26 @@ int physmap_discard(struct physmap *map, gpa_t gpa, uint64_t length_bytes) __att
 int physmap_plug(struct physmap *map, gpa_t gpa, uint64_t length_bytes, bool plugged) __attribute__((warn_unused_result));
 /* What RAM takes of the host's memory, swap included. Any thread. */
 uint64_t physmap_resident_bytes(const struct physmap *map);
+
+/*
+ * Pages that are elsewhere. Set before vCPUs run, over RAM that is all zero; pages that become private later count as dirty only when they are written.
+ * All of RAM from a file of its size, which nobody writes or truncates (whoever may is trusted). The descriptor stays the caller's.
+ */
+int physmap_share(struct physmap *map, int fd, struct error *err) __attribute__((warn_unused_result));
+/* The pages whose bits are set in `remote` (as physmap_take_dirty_pages counts) come from `source`, over what a shared file has there. One source; a success takes it over. */
+int physmap_set_source(struct physmap *map, const struct page_source *source, const uint64_t *remote, struct error *err) __attribute__((warn_unused_result));
+/* Bytes of remote pages that come unasked, whole pages. Those that are not remote, or are being fetched, stay as they are. 0 or -errno. Any thread. */
+int physmap_fill(struct physmap *map, uint64_t offset, const void *data, uint64_t length_bytes) __attribute__((warn_unused_result));
+/* Fetches the first remote page from *offset on, and its neighbours: 1; 0 when there is none any more; or -errno. For a thread in the background, *offset 0 at first. */
+int physmap_fetch_next(struct physmap *map, uint64_t *offset) __attribute__((warn_unused_result));
+/*
+ * Called once, when bytes cannot be had, by the thread that wanted them, with whatever locks it holds: the guest is to stop. From then on every access to pages that are not there
+ * fails (physmap_get and others), also of threads that waited.
+ */
+void physmap_on_failure(struct physmap *map, void (*failed)(void *ctx, const char *text), void *ctx);
+void physmap_page_counts(const struct physmap *map, uint64_t *remote, uint64_t *shared);
+/* Sets the bits of pages that are not private and may be other than zero. */
+void physmap_pages_elsewhere(const struct physmap *map, uint64_t *pages);
 
 /* Zeroes all RAM and marks it dirty (machine reset keeps RAM; this is for tests and fresh starts). */
 void physmap_zero(struct physmap *map);

@@ -21,6 +21,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "memory/pages.h"
 #include "util/sandbox_rules.h"
 
 SANDBOX_ALLOW_IF(IN_LOOP, fallocate, ARG_IS(1, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE));
@@ -64,6 +65,8 @@ struct physmap {
     _Atomic uint64_t *dirty, *watched;
     pthread_rwlock_t watch_lock;
     struct watcher watchers[PHYSMAP_WATCHERS_MAX]; /* free ones have no `changed` */
+    struct pages pages;
+    bool has_states; /* some of RAM may be other than private; set before vCPUs run */
 };
 
 static uint64_t host_memory_bytes(void)
@@ -93,6 +96,8 @@ static int ram_map(struct physmap *map, struct error *err)
         ret = -errno;
         return error_set(err, ret, "cannot seal the guest's memory: %s", strerror(-ret));
     }
+    map->pages.ram_fd = map->fd;
+    map->pages.page_count = map->ram_bytes / PAGE_SIZE_BYTES;
     map->base = mmap(NULL, map->space_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     ret = map->base == MAP_FAILED ? -errno : physmap_map(map, map->base, PROT_READ | PROT_WRITE);
     if (ret < 0) {
@@ -188,6 +193,7 @@ int physmap_create_with(struct physmap **out, const struct physmap_config *confi
     if (!map)
         return error_set(err, -ENOMEM, "no memory for the guest's memory map");
     pthread_rwlock_init(&map->watch_lock, NULL);
+    pages_init(&map->pages);
     map->fd = -1;
     map->ram_bytes = ram_bytes;
     map->low_bytes = ram_bytes < PHYSMAP_LOW_LIMIT ? ram_bytes : PHYSMAP_LOW_LIMIT;
@@ -231,6 +237,7 @@ void physmap_destroy(struct physmap *map)
     for (unsigned i = 0; i < map->file_count; i++)
         if (map->file[i].fd >= 0)
             close(map->file[i].fd);
+    pages_destroy(&map->pages); /* first: a source may write to memory until then */
     pthread_rwlock_destroy(&map->watch_lock);
     if (map->base)
         munmap(map->base, map->space_bytes);
@@ -327,6 +334,21 @@ static inline bool touches_rom(const struct physmap *map, gpa_t gpa, uint64_t le
     return false;
 }
 
+/* What lies in RAM; files are always there. */
+static uint64_t in_ram(const struct physmap *map, uint64_t offset, uint64_t length_bytes)
+{
+    if (offset >= map->ram_bytes)
+        return 0;
+    return length_bytes < map->ram_bytes - offset ? length_bytes : map->ram_bytes - offset;
+}
+
+static inline bool is_ready(struct physmap *map, uint64_t offset, uint64_t length_bytes, enum physmap_intent intent)
+{
+    if (!map->has_states || offset >= map->ram_bytes)
+        return true;
+    return pages_need(&map->pages, offset, in_ram(map, offset, length_bytes), intent) == 0;
+}
+
 void *physmap_get(struct physmap *map, gpa_t gpa, uint64_t length_bytes, enum physmap_intent intent)
 {
     uint64_t offset;
@@ -335,23 +357,48 @@ void *physmap_get(struct physmap *map, gpa_t gpa, uint64_t length_bytes, enum ph
         return NULL;
     if (intent == PHYSMAP_WRITE && touches_rom(map, gpa, length_bytes))
         return NULL;
-    return map->base + offset;
+    return is_ready(map, offset, length_bytes, intent) ? map->base + offset : NULL;
 }
 
 int physmap_map(struct physmap *map, void *at, int prot)
 {
-    if (mmap(at, map->ram_bytes, prot, MAP_SHARED | MAP_NORESERVE | MAP_FIXED, map->fd, 0) == MAP_FAILED)
-        return -errno;
+    int ret = pages_window_add(&map->pages, at, prot);
+
+    if (ret < 0)
+        return ret;
     for (unsigned i = 0; i < map->file_count; i++) {
         const struct physmap_file *file = &map->file[i];
         /* A private mapping has all rights on a file that may only be read; nobody uses them. */
         if (mmap((uint8_t *)at + map->file_offset[i], file->bytes, prot, (file->readonly ? MAP_PRIVATE : MAP_SHARED) | MAP_NORESERVE | MAP_FIXED, file->fd, 0) ==
-            MAP_FAILED)
-            return -errno;
+            MAP_FAILED) {
+            ret = -errno;
+            pages_window_remove(&map->pages, at);
+            return ret;
+        }
     }
     /* A core dump of the VMM is about the VMM. Kernels without the advice lose nothing. */
     (void)madvise(at, map->space_bytes, MADV_DONTDUMP);
     return 0;
+}
+
+void physmap_unmap(struct physmap *map, void *at)
+{
+    pages_window_remove(&map->pages, at);
+}
+
+bool physmap_take(struct physmap *map, gpa_t gpa, uint64_t length_bytes, enum physmap_intent intent, uint64_t *offset)
+{
+    return ram_offset(map, gpa, length_bytes, offset) && is_ready(map, *offset, length_bytes, intent);
+}
+
+int physmap_need(struct physmap *map, uint64_t offset, uint64_t length_bytes, enum physmap_intent intent)
+{
+    return is_ready(map, offset, length_bytes, intent) ? 0 : -EIO;
+}
+
+bool physmap_is_private(const struct physmap *map, uint64_t offset, uint64_t length_bytes)
+{
+    return !map->has_states || offset >= map->ram_bytes || pages_are_private(&map->pages, offset, in_ram(map, offset, length_bytes));
 }
 
 bool physmap_offset(const struct physmap *map, gpa_t gpa, uint64_t length_bytes, uint64_t *offset)
@@ -509,6 +556,8 @@ int physmap_read(struct physmap *map, gpa_t gpa, void *data, uint64_t length_byt
         return 0;
     if (!ram_offset(map, gpa, length_bytes, &offset))
         return -EFAULT;
+    if (!is_ready(map, offset, length_bytes, PHYSMAP_READ))
+        return -EIO;
     memcpy(data, map->base + offset, length_bytes);
     return 0;
 }
@@ -521,6 +570,8 @@ int physmap_write(struct physmap *map, gpa_t gpa, const void *data, uint64_t len
         return 0;
     if (!ram_offset(map, gpa, length_bytes, &offset))
         return -EFAULT;
+    if (!is_ready(map, offset, length_bytes, PHYSMAP_WRITE))
+        return -EIO;
     memcpy(map->base + offset, data, length_bytes);
     physmap_mark_dirty(map, gpa, length_bytes);
     return 0;
@@ -622,6 +673,8 @@ int physmap_discard(struct physmap *map, gpa_t gpa, uint64_t length_bytes)
         return -EINVAL;
     if (!ram_offset(map, gpa, length_bytes, &offset) || offset >= map->ram_bytes || touches_rom(map, gpa, length_bytes))
         return -EFAULT;
+    if (!physmap_is_private(map, offset, length_bytes) && pages_forget(&map->pages, offset, length_bytes) < 0)
+        return -EIO;
     while (fallocate(map->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)length_bytes) < 0) {
         if (errno != EINTR)
             return -errno;
@@ -660,6 +713,8 @@ uint64_t physmap_resident_bytes(const struct physmap *map)
 
 void physmap_zero(struct physmap *map)
 {
+    if (!physmap_is_private(map, 0, map->ram_bytes) && pages_forget(&map->pages, 0, map->ram_bytes) < 0)
+        return;
     /* Giving the pages back is both quicker and thriftier than writing zeroes. */
     if (fallocate(map->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, (off_t)map->ram_bytes) < 0)
         memset(map->base, 0, map->ram_bytes);
@@ -667,4 +722,64 @@ void physmap_zero(struct physmap *map)
     physmap_mark_dirty(map, PHYSMAP_HIGH_BASE, map->high_bytes);
     for (uint64_t at = 0; at < map->plug_bytes; at += map->block_bytes)
         physmap_mark_dirty(map, PHYSMAP_EXTRA_BASE + at, map->block_bytes);
+}
+
+/* ---- pages that are elsewhere ---- */
+
+int physmap_share(struct physmap *map, int fd, struct error *err)
+{
+    int ret = pages_share(&map->pages, fd, err);
+
+    map->has_states |= map->pages.shared != NULL;
+    return ret;
+}
+
+int physmap_set_source(struct physmap *map, const struct page_source *source, const uint64_t *remote, struct error *err)
+{
+    int ret = pages_set_source(&map->pages, source, remote, err);
+
+    map->has_states |= map->pages.remote != NULL;
+    return ret;
+}
+
+void physmap_on_failure(struct physmap *map, void (*failed)(void *ctx, const char *text), void *ctx)
+{
+    map->pages.on_failure = failed;
+    map->pages.failure_ctx = ctx;
+}
+
+int physmap_fill(struct physmap *map, uint64_t offset, const void *data, uint64_t length_bytes)
+{
+    if ((offset & PAGE_MASK_BITS) || (length_bytes & PAGE_MASK_BITS) || offset > map->ram_bytes || length_bytes > map->ram_bytes - offset)
+        return -EINVAL;
+    return map->has_states ? pages_fill(&map->pages, offset, data, length_bytes) : 0;
+}
+
+int physmap_fetch_next(struct physmap *map, uint64_t *offset)
+{
+    if (!map->has_states)
+        return 0;
+    for (; *offset < map->ram_bytes; *offset += PAGE_SIZE_BYTES) {
+        if (!pages_are_remote(&map->pages, *offset))
+            continue;
+        int ret = pages_need(&map->pages, *offset, PAGE_SIZE_BYTES, PHYSMAP_READ);
+        return ret < 0 ? ret : 1;
+    }
+    return 0;
+}
+
+void physmap_page_counts(const struct physmap *map, uint64_t *remote, uint64_t *shared)
+{
+    struct pages *pages = (struct pages *)(uintptr_t)&map->pages;
+
+    pthread_mutex_lock(&pages->lock);
+    *remote = pages->remote_left;
+    *shared = pages->shared_left;
+    pthread_mutex_unlock(&pages->lock);
+}
+
+void physmap_pages_elsewhere(const struct physmap *map, uint64_t *pages)
+{
+    if (map->has_states)
+        pages_elsewhere(&map->pages, pages);
 }

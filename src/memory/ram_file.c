@@ -85,31 +85,36 @@ static const uint8_t *ram_base(struct physmap *map)
     return physmap_get(map, 0, PAGE_SIZE_BYTES, PHYSMAP_READ);
 }
 
-static int write_everything(struct physmap *map, int fd)
-{
-    uint64_t end = physmap_ram_bytes(map), start, stop;
-    for (uint64_t at = 0; at < end && next_data(physmap_fd(map), at, end, &start, &stop); at = stop) {
-        int r = write_range(fd, ram_base(map), start, stop);
-        if (r)
-            return r;
-    }
-    return 0;
-}
-
-static int write_marked(struct physmap *map, int fd, const uint64_t *marks)
+/* The pages whose bits are set, run by run; those of zeroes, too, or (`sparse`) as holes. */
+static int write_pages(struct physmap *map, int fd, const uint64_t *bits, bool sparse)
 {
     const uint8_t *base = ram_base(map);
     uint64_t pages = physmap_ram_bytes(map) / PAGE_SIZE_BYTES;
     for (uint64_t page = 0; page < pages;) {
-        uint64_t first = page;
-        while (page < pages && page - first < RUN_BYTES_MAX / PAGE_SIZE_BYTES && marks[page / 64] >> page % 64 & 1)
+        uint64_t first = page, start, bytes;
+        while (page < pages && page - first < RUN_BYTES_MAX / PAGE_SIZE_BYTES && bits[page / 64] >> page % 64 & 1)
             page++;
-        int r = write_all(fd, base + first * PAGE_SIZE_BYTES, (page - first) * PAGE_SIZE_BYTES, first * PAGE_SIZE_BYTES);
+        start = first * PAGE_SIZE_BYTES;
+        bytes = (page - first) * PAGE_SIZE_BYTES;
+        int r = bytes ? physmap_need(map, start, bytes, PHYSMAP_READ) : 0;
+        if (r == 0)
+            r = sparse ? write_range(fd, base, start, start + bytes) : write_all(fd, base + start, bytes, start);
         if (r)
             return r;
         page += page == first;
     }
     return 0;
+}
+
+static int write_everything(struct physmap *map, int fd)
+{
+    uint64_t *bits = calloc((physmap_ram_bytes(map) / PAGE_SIZE_BYTES + 63) / 64, sizeof *bits);
+    if (!bits)
+        return -ENOMEM;
+    ram_file_pages(map, bits);
+    int r = write_pages(map, fd, bits, true);
+    free(bits);
+    return r;
 }
 
 int ram_file_write(struct physmap *map, int fd, bool dirty_only, struct error *err)
@@ -123,7 +128,7 @@ int ram_file_write(struct physmap *map, int fd, bool dirty_only, struct error *e
             marks[page / 64] |= 1ull << page % 64;
     int r = ftruncate(fd, (off_t)physmap_ram_bytes(map)) < 0 ? -errno : 0;
     if (r == 0)
-        r = dirty_only ? write_marked(map, fd, marks) : write_everything(map, fd);
+        r = dirty_only ? write_pages(map, fd, marks, false) : write_everything(map, fd);
     for (uint64_t page = 0; r && page < pages; page++)
         if (marks[page / 64] >> page % 64 & 1)
             physmap_mark_written(map, physmap_gpa(map, page * PAGE_SIZE_BYTES), PAGE_SIZE_BYTES);
@@ -153,4 +158,5 @@ void ram_file_pages(struct physmap *map, uint64_t *pages)
     for (uint64_t at = 0; at < end && next_data(physmap_fd(map), at, end, &start, &stop); at = stop)
         for (uint64_t page = start / PAGE_SIZE_BYTES; page < stop / PAGE_SIZE_BYTES; page++)
             pages[page / 64] |= 1ull << page % 64;
+    physmap_pages_elsewhere(map, pages);
 }

@@ -63,6 +63,7 @@ struct bt_layout {
     uint8_t *tc_exec;      /* below 2 GiB; read and execute */
     uint8_t *tc_write;     /* the same memory, read and write */
     uint64_t tc_bytes;
+    struct physmap *memory; /* knows of the windows; NULL before they are mapped */
 };
 
 /* Does this host grant what layout_create needs (for a small guest)? 0 or -errno and what to do about it. Leaves nothing behind. */

@@ -318,14 +318,19 @@ static bool is_guarded(struct direct_space *space, gva_t page, uint64_t offset, 
     return true;
 }
 
-/* `guest`: as paging_user_region gives it; `old`: what is mapped; `access`: what it is wanted for now. */
-static uint64_t entry_wanted(struct direct_space *space, gva_t gva, uint64_t guest, uint64_t old, unsigned access)
+/*
+ * `guest`: as paging_user_region gives it; `old`: what is mapped; `access`: what it is wanted for; `now`: it is what was touched, so that it may cost something. Only private pages are in
+ * the file that the process has.
+ */
+static uint64_t entry_wanted(struct direct_space *space, gva_t gva, uint64_t guest, uint64_t old, unsigned access, bool now)
 {
     struct bt_engine *e = space->engine;
     struct physmap *memory = e->interp.memory;
     uint64_t offset, rights = guest & ENTRY_RIGHTS;
     gpa_t gpa = guest & ~PAGE_MASK_BITS;
     if (!guest || !is_usable(space, gva) || !ram_offset(memory, gpa, &offset))
+        return 0;
+    if (!physmap_is_private(memory, offset, PAGE_SIZE_BYTES) && (!now || physmap_need(memory, offset, PAGE_SIZE_BYTES, PHYSMAP_WRITE)))
         return 0;
     uint8_t *flags = &e->code_flags[offset / PAGE_SIZE_BYTES];
     if (physmap_is_rom(memory, gpa) || (*flags & BT_CODE_PRESENT))
@@ -350,7 +355,7 @@ static void leaf_sync(struct direct_space *space, struct bt_vcpu *b, struct leaf
         uint64_t old = leaf->entry[n];
         if (old ? guest[n] == leaf->guest[n] && !space->released && access == PAGING_READ : !add)
             continue;
-        uint64_t new = entry_wanted(space, at, guest[n], old, n == wanted ? access : PAGING_READ);
+        uint64_t new = entry_wanted(space, at, guest[n], old, n == wanted ? access : PAGING_READ, n == wanted);
         leaf->guest[n] = guest[n];
         if (new & PAGING_MAY_WRITE)
             writable_note(space, new & ~(uint64_t)ENTRY_RIGHTS);

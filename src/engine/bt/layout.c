@@ -278,6 +278,7 @@ static int windows_map(struct bt_layout *layout, struct physmap *memory, const s
     layout->window_r = layout->reserved_low + plan->window_r;
     layout->dt_pool = layout->reserved_low + plan->dt_pool;
     layout->witness = layout->reserved_low + plan->witness;
+    layout->memory = memory;
     int rc = physmap_map(memory, layout->window_w, PROT_READ | PROT_WRITE);
     if (!rc)
         rc = physmap_map(memory, layout->window_r, PROT_READ);
@@ -354,6 +355,10 @@ int layout_create(struct bt_layout *layout, struct physmap *memory, uint64_t tc_
 
 void layout_destroy(struct bt_layout *layout)
 {
+    if (layout->memory) {
+        physmap_unmap(layout->memory, layout->window_w);
+        physmap_unmap(layout->memory, layout->window_r);
+    }
     if (layout->reserved_low)
         aliases_release(layout, BT_ALIASES);
     if (layout->tc_exec)

@@ -345,23 +345,30 @@ static uint64_t entry_value(const struct bt_engine *e, uint64_t offset, bool wri
     return (uintptr_t)window + offset - page;
 }
 
-static void page_fill(struct bt_vcpu *b, struct table *table, gva_t page, gpa_t gpa, bool writable)
+/* write: the access is one, so that the page is ready for it. Otherwise pages that would have to be copied first are filled for reading. */
+static void page_fill(struct bt_vcpu *b, struct table *table, gva_t page, gpa_t gpa, bool writable, bool write)
 {
     uint64_t offset;
-    if (!physmap_offset(b->c.v.memory, gpa, PAGE_SIZE_BYTES, &offset))
+    if (!physmap_take(b->c.v.memory, gpa, PAGE_SIZE_BYTES, write ? PHYSMAP_WRITE : PHYSMAP_READ, &offset))
         return;
-    writable = writable && !physmap_is_rom(b->c.v.memory, gpa);
+    writable = writable && !physmap_is_rom(b->c.v.memory, gpa) && (write || physmap_is_private(b->c.v.memory, offset, PAGE_SIZE_BYTES));
     if (writable)
         physmap_mark_written(b->c.v.memory, gpa, PAGE_SIZE_BYTES);
     table->entry[entry_number(table, page)] = entry_value(b->engine, offset, writable, page);
 }
 
-static void group_fill(struct bt_vcpu *b, struct table *table, struct chunk *c, gva_t gva, const struct paging_group *group)
+/* Neighbours come along when they cost nothing. */
+static void group_fill(struct bt_vcpu *b, struct table *table, struct chunk *c, gva_t gva, const struct paging_group *group, bool write)
 {
+    struct physmap *memory = b->c.v.memory;
     gva_t first = gva & ~(PAGING_GROUP * PAGE_SIZE_BYTES - 1);
     for (unsigned left = group->readable; left; left &= left - 1) {
         unsigned n = (unsigned)__builtin_ctz(left);
-        page_fill(b, table, first + n * PAGE_SIZE_BYTES, group->gpa[n], group->writable >> n & 1);
+        bool wanted = n == (gva >> PAGE_SHIFT & (PAGING_GROUP - 1));
+        uint64_t offset;
+        if (!wanted && (!physmap_offset(memory, group->gpa[n], PAGE_SIZE_BYTES, &offset) || !physmap_is_private(memory, offset, PAGE_SIZE_BYTES)))
+            continue;
+        page_fill(b, table, first + n * PAGE_SIZE_BYTES, group->gpa[n], group->writable >> n & 1, wanted && write);
     }
     chunk_note(b->tables, table, c, entry_number(table, first), PAGING_GROUP, group->all_global, PAGE_SIZE_BYTES);
 }
@@ -374,7 +381,7 @@ static bool large_fill(struct bt_vcpu *b, struct table *table, struct chunk *c, 
     gva_t first = gva & ~(LARGE_BYTES - 1);
     gpa_t gpa = page->gpa & ~(LARGE_BYTES - 1);
     uint64_t offset;
-    if (!physmap_get(memory, gpa, LARGE_BYTES, PHYSMAP_WRITE) || !physmap_offset(memory, gpa, LARGE_BYTES, &offset))
+    if (!physmap_offset(memory, gpa, LARGE_BYTES, &offset) || !physmap_is_private(memory, offset, LARGE_BYTES) || !physmap_get(memory, gpa, LARGE_BYTES, PHYSMAP_WRITE))
         return false;
     if (writable)
         physmap_mark_written(memory, gpa, LARGE_BYTES);
@@ -420,7 +427,7 @@ static enum bt_fill fill(struct bt_vcpu *b, gva_t gva, unsigned size, bool write
     if (!(cpu->cr0 & CR0_PG))
         page.page_bytes = LARGE_BYTES; /* nothing ends at 4 KiB */
     gpa_t gpa = page.gpa & ~PAGE_MASK_BITS;
-    if (!physmap_offset(memory, gpa, PAGE_SIZE_BYTES, &offset) || (write && (physmap_is_rom(memory, gpa) || page_is_code(b->engine, offset))))
+    if (!physmap_take(memory, gpa, PAGE_SIZE_BYTES, PHYSMAP_READ, &offset) || (write && (physmap_is_rom(memory, gpa) || page_is_code(b->engine, offset))))
         return BT_FILL_SLOW;
     struct table *table = &view->data;
     struct chunk *c = chunk_get(b, view, table, gva);
@@ -430,10 +437,10 @@ static enum bt_fill fill(struct bt_vcpu *b, gva_t gva, unsigned size, bool write
     if (page.page_bytes > PAGE_SIZE_BYTES && large_fill(b, table, c, gva, &page, writable))
         return BT_FILL_DONE;
     if (group.readable)
-        group_fill(b, table, c, gva, &group);
+        group_fill(b, table, c, gva, &group, write);
     /* Its bits are set by now, so the group has it, unless the guest changed the entry meanwhile. */
     if (!((write ? group.writable : group.readable) >> (gva >> PAGE_SHIFT & (PAGING_GROUP - 1)) & 1)) {
-        page_fill(b, table, gva & ~PAGE_MASK_BITS, gpa, writable);
+        page_fill(b, table, gva & ~PAGE_MASK_BITS, gpa, writable, write);
         chunk_note(b->tables, table, c, entry_number(table, gva), 1, page.global, page.page_bytes);
     }
     return BT_FILL_DONE;
@@ -467,7 +474,7 @@ int tables_fetch(struct bt_vcpu *b, gva_t gva, uint64_t *ram_offset)
     if (!linear_is_possible(cpu, gva) ||
         paging_walk_group(b->c.v.memory, cpu, b->c.max_phys_bits, gva, access, &t->fetch, &t->fetch_group, &error))
         return -EFAULT;
-    if (!physmap_offset(b->c.v.memory, t->fetch.gpa & ~PAGE_MASK_BITS, PAGE_SIZE_BYTES, ram_offset))
+    if (!physmap_take(b->c.v.memory, t->fetch.gpa & ~PAGE_MASK_BITS, PAGE_SIZE_BYTES, PHYSMAP_EXECUTE, ram_offset))
         return -EFAULT;
     t->fetch_page = gva & ~PAGE_MASK_BITS;
     return 0;
@@ -481,7 +488,7 @@ int tables_look(const struct bt_vcpu *b, gva_t gva, uint64_t *ram_offset)
     unsigned access = PAGING_FETCH | PAGING_NO_UPDATE | (b->c.view == VIEW_USER ? PAGING_USER : 0);
     if (!linear_is_possible(cpu, gva) || paging_walk(b->c.v.memory, cpu, b->c.max_phys_bits, gva, access, &page, &error))
         return -EFAULT;
-    return physmap_offset(b->c.v.memory, page.gpa & ~PAGE_MASK_BITS, PAGE_SIZE_BYTES, ram_offset) ? 0 : -EFAULT;
+    return physmap_take(b->c.v.memory, page.gpa & ~PAGE_MASK_BITS, PAGE_SIZE_BYTES, PHYSMAP_EXECUTE, ram_offset) ? 0 : -EFAULT;
 }
 
 /* After an address space was dropped, its translations come back a group at a time. */
