@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
 #include "metadata/metadata_priv.h"
 
@@ -130,6 +131,9 @@ int metadata_patch(struct metadata *metadata, const json_t *patch, struct error 
 int metadata_load(struct metadata *metadata, const char *path, struct error *err)
 {
     json_error_t why;
+    struct stat st;
+    if (stat(path, &st) == 0 && S_ISDIR(st.st_mode))
+        return error_set(err, -EISDIR, "%s is a directory; name a JSON file", path);
     json_t *root = json_load_file(path, JSON_REJECT_DUPLICATES, &why);
     if (!root && why.line < 0)
         return error_set(err, -EINVAL, "cannot read %s: %s", path, why.text);

@@ -26,6 +26,8 @@ head -c 100 /dev/urandom >"$work/short"
 truncate -s 1M "$work/disk"
 truncate -s 1000 "$work/odd"
 printf '{"kernel": 1, "colour": 2}' >"$work/bad.json"
+printf '[1]' >"$work/list.json"
+{ printf '{"a": "'; head -c 51200 /dev/zero | tr '\0' x; printf '"}'; } >"$work/large.json"
 # A bzImage header with nothing behind it.
 { head -c 497 /dev/zero; printf '\004'; head -c 12 /dev/zero; printf '\125\252\353\156HdrS\017\002'; head -c 1000 /dev/zero; } >"$work/truncated"
 
@@ -58,6 +60,14 @@ refuse "$work" run --kernel x --disk "$work"
 refuse "512" run --kernel x --disk "$work/odd"
 refuse "format" run --kernel x --disk "$work/disk,format=vhd"
 refuse "pigeon" run --kernel x --net pigeon
+refuse "no file" run --kernel x --metadata ""
+refuse "version=3" run --kernel x --metadata "$work/list.json,version=3"
+refuse "address=10.0.0.1" run --kernel x --metadata "$work/list.json,address=10.0.0.1"
+refuse "$work/list.json: " run --kernel x --metadata "$work/list.json"
+refuse "$work/large.json: " run --kernel x --metadata "$work/large.json"
+refuse "$work/noise" run --kernel x --metadata "$work/noise"
+refuse "$work/none.json" run --kernel x --metadata "$work/none.json"
+refuse "is a directory" run --kernel x --metadata "$work"
 refuse "forward" run --kernel x --net user,forward=tcp:nonsense
 refuse "nosuchtap" run --kernel x --net tap:nosuchtap0123
 refuse "$work/no/trace" run --kernel "$work/noise" --trace "$work/no/trace"

@@ -163,6 +163,25 @@ static void vsock(void **state)
     machine_config_clear(&config);
 }
 
+static void metadata(void **state)
+{
+    struct machine_config config, copy;
+    machine_config_init(&config);
+    assert_int_equal(machine_config_set(&config, "metadata", "a,,b.json,version=2,address=169.254.170.2,imds", NULL), 0);
+    assert_string_equal(config.metadata.path, "a,b.json");
+    assert_string_equal(config.metadata.address, "169.254.170.2");
+    assert_true(config.metadata.present && config.metadata.version_2 && config.metadata.imds_compatible && config.metadata.everywhere);
+    assert_int_equal(machine_config_copy(&copy, &config), 0);
+    assert_true(machine_config_set(&config, "metadata", "c,address=169.254.255.1", NULL) < 0);
+    assert_string_equal(config.metadata.path, "a,b.json");
+    assert_int_equal(machine_config_set(&config, "metadata", "c", NULL), 0);
+    assert_null(config.metadata.address);
+    assert_false(config.metadata.version_2 || config.metadata.imds_compatible);
+    assert_string_equal(copy.metadata.path, "a,b.json");
+    machine_config_clear(&copy);
+    machine_config_clear(&config);
+}
+
 static void properties(void **state)
 {
     struct machine_config config;
@@ -271,7 +290,7 @@ static void whole(void **state)
 
 int main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(sizes), cmocka_unit_test(refusals), cmocka_unit_test(shares), cmocka_unit_test(disks), cmocka_unit_test(memory_options), cmocka_unit_test(vsock), cmocka_unit_test(properties), cmocka_unit_test(debugging),
+    const struct CMUnitTest tests[] = {cmocka_unit_test(sizes), cmocka_unit_test(refusals), cmocka_unit_test(shares), cmocka_unit_test(disks), cmocka_unit_test(memory_options), cmocka_unit_test(vsock), cmocka_unit_test(metadata), cmocka_unit_test(properties), cmocka_unit_test(debugging),
                                        cmocka_unit_test(json), cmocka_unit_test(whole)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
