@@ -27,6 +27,9 @@ int complain(int status, const char *format, ...) __attribute__((format(printf, 
 /* Calls `act` for each name, which prints its own messages; STATUS_ERROR when a name is unknown or any returned other than 0. No names: for all. */
 int for_each_vm(const struct arguments *arguments, int (*act)(struct instance_info *vm, void *ctx), void *ctx);
 
+/* Whatever it does: nothing of it is left when this returns 0 (vms.c). */
+int end_by_force(struct instance_info *vm);
+
 /* Starts an ended one again, in the background, with the arguments it had (start.c). */
 int start_again(const struct instance_info *vm);
 

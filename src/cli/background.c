@@ -49,6 +49,9 @@ void tell_ready(struct run *run)
         close(run->log_fd);
         run->log_fd = -1;
     }
+    if (run->from)
+        close(run->from_lock);
+    run->from = NULL;
     if (run->ready_fd >= 0) {
         (void)!write(run->ready_fd, "", 1);
         close(run->ready_fd);

@@ -21,7 +21,7 @@ struct cli_option {
     const char *argument, *help; /* argument NULL: a flag */
 };
 
-#define CLI_OPTIONS_MAX 8
+#define CLI_OPTIONS_MAX 16
 
 /* Places in the commands' tables of options. */
 enum { RUN_DETACH, RUN_NAME, RUN_RESTART, RUN_REMOVE, RUN_JSON };
@@ -37,6 +37,10 @@ enum { METADATA_SET, METADATA_MERGE };
 enum { STATS_JSON };
 enum { AGENT_VSOCK, AGENT_PORT_NUMBER, AGENT_WAIT };
 enum { EXEC_INTERACTIVE = AGENT_WAIT + 1, EXEC_TERMINAL, EXEC_VARIABLE, EXEC_DIRECTORY, EXEC_USER };
+enum {
+    SNAPSHOT_INCREMENTAL, SNAPSHOT_FULL, SNAPSHOT_COMPRESS, SNAPSHOT_ENCRYPT, SNAPSHOT_KEY_FILE, SNAPSHOT_KEY_COMMAND, SNAPSHOT_DESCRIPTION, SNAPSHOT_NO_DISKS, SNAPSHOT_TREE,
+    SNAPSHOT_JSON, SNAPSHOT_AS
+};
 enum { TOP_DELAY, TOP_BATCH, TOP_COUNT };
 
 /* How many names of virtual machines a command takes. */
@@ -79,6 +83,7 @@ int trace_main(int argc, char **argv);
 int unplug_main(int argc, char **argv);
 int metadata_main(int argc, char **argv);
 int rm_main(int argc, char **argv);
+int snapshot_main(int argc, char **argv);
 int stats_main(int argc, char **argv);
 int top_main(int argc, char **argv);
 

@@ -57,6 +57,20 @@ static const struct cli_option metadata_options[] = {
     [METADATA_MERGE] = {"merge", 0, "FILE", "change what the JSON of this file names; null takes a name away"},
     {0},
 };
+static const struct cli_option snapshot_options[] = {
+    [SNAPSHOT_INCREMENTAL] = {"incremental", 0, NULL, "create: only what changed since the last snapshot, which it then needs"},
+    [SNAPSHOT_FULL] = {"full", 0, NULL, "create: all of it (the default)"},
+    [SNAPSHOT_COMPRESS] = {"compress", 0, "zstd[=LEVEL]", "create: compress it, LEVEL from 1 to 19 (default 3)"},
+    [SNAPSHOT_ENCRYPT] = {"encrypt", 0, NULL, "create: encrypt it (AES-256-GCM)"},
+    [SNAPSHOT_KEY_FILE] = {"key-file", 0, "FILE", "the key, for all that is encrypted: 32 bytes, 64 hexadecimal digits or a passphrase"},
+    [SNAPSHOT_KEY_COMMAND] = {"key-command", 0, "COMMAND", "a command that prints the key"},
+    [SNAPSHOT_DESCRIPTION] = {"description", 0, "TEXT", "create: a remark, shown by list"},
+    [SNAPSHOT_NO_DISKS] = {"no-disks", 0, NULL, "create: although files of disks, which the guest can write, are no part of it"},
+    [SNAPSHOT_TREE] = {"tree", 0, NULL, "list: each below the one it came after"},
+    [SNAPSHOT_JSON] = {"json", 0, NULL, "list: as JSON"},
+    [SNAPSHOT_AS] = {"as", 0, "NAME", "restore: as a virtual machine of this name"},
+    {0},
+};
 static const struct cli_option stats_options[] = {
     [STATS_JSON] = {"json", 0, NULL, "all counters, as JSON"},
     {0},
@@ -102,6 +116,8 @@ const struct subcommand subcommands[] = {
     {"unplug", unplug_main, "NAME DEVICE", "ask a guest to let a device go, named as doppel inspect shows it", NAMES_SOME, no_options},
     {"metadata", metadata_main, "[OPTIONS] NAME", "print or change what a guest can ask for at 169.254.169.254 (run --metadata)", NAMES_ONE, metadata_options},
     {"rm", rm_main, "[OPTIONS] NAME...", "remove what ended virtual machines left behind", NAMES_SOME, rm_options},
+    {"snapshot", snapshot_main, "create VM [NAME] | list [VM] | show VM NAME | restore VM NAME | delete VM NAME... | diff VM NAME NAME",
+     "keep states of virtual machines and go back to them", NAMES_OWN, snapshot_options},
     {"stats", stats_main, "[OPTIONS] [NAME...]", "print what virtual machines use", NAMES_ANY, stats_options},
     {"top", top_main, "[OPTIONS] [NAME...]", "watch what virtual machines use", NAMES_ANY, top_options},
     {"events", events_main, "[OPTIONS] [NAME...]", "print what happened to virtual machines", NAMES_ANY, events_options},

@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #include "cli/arguments.h"
+#include "control/snapshot_store.h"
 #include "doppel/doppel.h"
 #include "util/log.h"
 #include "util/sandbox_rules.h"
@@ -253,7 +254,8 @@ static void open_control(struct run *run)
     listen_fd = instance_listen(run->instance, "api.sock", &err);
     if (listen_fd < 0)
         r = listen_fd;
-    struct vm_control_options options = {.instance = run->instance, .supervisor = run->supervisor, .restarts = run->restarts};
+    struct vm_control_options options = {.instance = run->instance, .supervisor = run->supervisor, .restarts = run->restarts,
+                                         .snapshots = run->snapshots[0] ? run->snapshots : NULL};
     if (r == 0)
         r = vm_control_create(&run->control, &options, &err);
     if (r) {
@@ -294,6 +296,13 @@ static int wait_for_end(struct run *run, enum machine_end *end)
     return status_of(*end);
 }
 
+static int make_machine(struct run *run, struct error *err)
+{
+    if (run->from)
+        return machine_snapshot_load(&run->machine, &run->config, run->from, err);
+    return machine_create(&run->machine, &run->config, err);
+}
+
 int run_vm(struct run *run)
 {
     struct error err = {0};
@@ -307,9 +316,12 @@ int run_vm(struct run *run)
     if (run->instance) {
         snprintf(directory, sizeof directory, "%s", instance_path(run->instance));
         run->config.own_directory = directory;
+        if (snapshot_store_directory(instance_name(run->instance), run->snapshots, NULL))
+            run->snapshots[0] = '\0'; /* there will be none of it */
+        run->config.snapshots_directory = run->snapshots[0] ? run->snapshots : NULL;
     }
     open_control(run);
-    if (machine_create(&run->machine, &run->config, &err)) {
+    if (make_machine(run, &err)) {
         complain(0, "%s", err.text);
         pid_file = NULL;
     } else if (write_pid_file(pid_file)) {
@@ -325,6 +337,8 @@ int run_vm(struct run *run)
     vm_control_detach(run->control, true);
     http_server_destroy(run->server);
     machine_destroy(run->machine);
+    if (run->snapshots[0])
+        unlinkat(AT_FDCWD, run->snapshots, AT_REMOVEDIR); /* if nothing is in it */
     vm_control_destroy(run->control, end, status, run->supervisor.pid || (run->keep && (ran || run->name)));
     if (pid_file)
         unlink(pid_file);
@@ -357,6 +371,42 @@ static int register_vm(struct run *run, json_t *arguments)
 static void detach_console(struct run *run)
 {
     run->config.input_fd = run->config.output_fd = -1;
+}
+
+/* The socket that add_vsock made for the machine is the same machine's under another name. */
+static int move_vsock(struct run *run)
+{
+    char path[INSTANCE_PATH_BYTES];
+    static const char file[] = "vsock.sock";
+    const char *old = run->config.vsock.path, *slash = old ? strrchr(old, '/') : NULL;
+    size_t length = slash ? (size_t)(slash - old) : 0;
+    if (!slash || strcmp(slash + 1, file) != 0 || instance_root(path, NULL) || strncmp(old, path, strlen(path)) != 0 || length <= strlen(path) ||
+        snprintf(path, sizeof path, "%s/%s", instance_path(run->instance), file) >= (int)sizeof path)
+        return 0;
+    char *copy = strdup(path);
+    if (!copy)
+        return complain(STATUS_ERROR, "out of memory");
+    free(run->config.vsock.path);
+    run->config.vsock.path = copy;
+    return 0;
+}
+
+int run_again(struct run *run, const json_t *arguments)
+{
+    json_t *stored = arguments ? json_deep_copy(arguments) : json_array();
+    struct error err = {0};
+    block_signals();
+    int status = machine_config_check(&run->config, &err) ? complain(STATUS_USAGE, "%s", err.text) : 0;
+    if (status == 0)
+        status = register_vm(run, stored);
+    json_decref(stored);
+    if (status == 0)
+        status = move_vsock(run);
+    if (status == 0) {
+        detach_console(run);
+        status = run_in_background(run);
+    }
+    return status;
 }
 
 int run_main(int argc, char **argv)

@@ -22,6 +22,9 @@ struct run {
     int ready_fd; /* gets a byte when the guest runs; -1: nobody waits */
     int log_fd;   /* where messages go from then on; -1: where they go */
     bool keep;    /* its directory stays */
+    const struct snapshot_files *from; /* it begins with this snapshot, but not when it is brought back; NULL: with its kernel */
+    int from_lock;                     /* held until these were read; with `from` only */
+    char snapshots[1024];              /* where snapshots of it are made; "": nowhere */
 
     struct machine *machine;
     struct vm_control *control;
@@ -31,6 +34,8 @@ struct run {
 
 /* One machine from its creation to its end; an exit status. */
 int run_vm(struct run *run);
+/* A machine in the background with the configuration in `run`; `arguments` (may be NULL) are those that doppel start gives. An exit status. */
+int run_again(struct run *run, const json_t *arguments);
 /* Returns in the caller's process, when the guest runs or has failed to: an exit status. */
 int run_in_background(struct run *run);
 /* The guest runs: says so to whoever waits, and messages go to the log. */

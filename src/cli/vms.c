@@ -298,8 +298,7 @@ int unplug_main(int argc, char **argv)
 
 /* ---- the end ---- */
 
-/* Whatever it does: nothing of it is left when this returns 0. */
-static int end_by_force(struct instance_info *vm)
+int end_by_force(struct instance_info *vm)
 {
     (void)!instance_want(vm->name, false);
     if (client_request(vm->name, "POST", "/doppel/v1/kill", NULL, KILL_MS, NULL, NULL) == 0 && instance_wait(vm, KILL_MS) == 0)

@@ -427,6 +427,8 @@ const struct http_route doppel_v1_routes[] = {
     {"GET", "/doppel/v1/metadata", get_metadata},
     {"PUT", "/doppel/v1/metadata", change_metadata},
     {"PATCH", "/doppel/v1/metadata", change_metadata},
+    {"GET", "/doppel/v1/snapshot", vm_get_snapshot},
+    {"POST", "/doppel/v1/snapshot", vm_post_snapshot},
     {"POST", "/doppel/v1/pause", pause_vm},
     {"POST", "/doppel/v1/resume", resume_vm},
     {"POST", "/doppel/v1/reset", reset_vm},

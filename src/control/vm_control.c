@@ -322,6 +322,8 @@ static void release(struct vm_control *control)
         close(control->event_log);
     if (control->proc >= 0)
         close(control->proc);
+    if (control->snapshots_fd >= 0)
+        close(control->snapshots_fd);
     pthread_rwlock_destroy(&control->machine_lock);
     pthread_mutex_destroy(&control->event_lock);
     free(control);
@@ -368,6 +370,7 @@ int vm_control_create(struct vm_control **out, const struct vm_control_options *
     control->self = process_self();
     control->proc = open("/proc", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     control->event_log = -1;
+    control->snapshots_fd = options->snapshots ? open(options->snapshots, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC) : -1;
     control->state = "starting";
     control->created_ms = wall_ms();
     control->next_event = 1;

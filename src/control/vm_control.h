@@ -26,6 +26,7 @@ struct vm_control_options {
     struct instance *instance;  /* NULL: nothing is written. Taken over by a success */
     struct process supervisor;  /* pid 0: none */
     unsigned restarts;          /* how often it was brought back before */
+    const char *snapshots;      /* the directory in which snapshots of it are made; NULL: nowhere */
 };
 
 int vm_control_create(struct vm_control **control, const struct vm_control_options *options, struct error *err) __attribute__((warn_unused_result));

@@ -3,6 +3,7 @@
 #define DOPPEL_CONTROL_VM_CONTROL_PRIV_H
 
 #include <pthread.h>
+#include <stdatomic.h>
 
 #include "control/vm_control.h"
 #include "util/loop.h"
@@ -85,6 +86,9 @@ struct vm_control {
     unsigned restarts;
     int proc; /* a descriptor of /proc; -1: none */
     uint64_t created_ms;
+    int snapshots_fd; /* where snapshots of it are made; -1: nowhere */
+    atomic_bool snapshot_under_way;
+    _Atomic uint64_t snapshot_pages, snapshot_pages_expected;
     struct loop *loop;
     struct loop_event *noted;      /* events have come */
     struct loop_timer *stop_timer; /* the guest's time to shut down is over */
@@ -121,6 +125,9 @@ struct machine *vm_machine_get(struct vm_control *control);
 void vm_machine_put(struct vm_control *control);
 /* Appends to a file of the directory whose size is bounded: beyond it, the file becomes FILE.1 and a new one begins. Loop's thread. */
 void vm_log_append(const struct vm_control *control, const char *file, int *fd, uint64_t *size_bytes, const void *data, size_t data_bytes);
+
+/* doppel_v1_snapshot.c */
+http_handler_fn vm_post_snapshot, vm_get_snapshot;
 
 /* doppel_v1_stats.c */
 json_t *vm_statistics(struct vm_control *control, struct machine *machine);

@@ -131,6 +131,7 @@ struct machine_config {
     char *trace, *pid_file;
     bool stats, perf_map;
     bool sandbox;
+    const char *snapshots_directory; /* borrowed: where snapshots of it are made, which control threads may do in the sandbox, too; NULL: nowhere */
     const char *own_directory; /* borrowed: where the program keeps what it tells of the machine; NULL: nowhere */
     char *sandbox_omit; /* for tests: a rule to leave out, see sandbox_config.omit */
     enum engine_direct direct;

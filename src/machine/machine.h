@@ -184,6 +184,8 @@ struct snapshot_files {
 int machine_snapshot_save(struct machine *machine, const struct snapshot_files *files, struct error *err) __attribute__((warn_unused_result));
 /* Fills an initialised, empty configuration with the one a snapshot was made with. */
 int machine_snapshot_config(const struct snapshot_files *files, struct machine_config *config, struct error *err) __attribute__((warn_unused_result));
+/* Whether all the files are there, complete and of one snapshot; the contents of memory are not looked at. */
+int machine_snapshot_check(const struct snapshot_files *files, struct error *err) __attribute__((warn_unused_result));
 /* As machine_create, in the state of the snapshot. `config` is the snapshot's; what the guest does not see (back ends, engine, consoles) may have been changed. */
 int machine_snapshot_load(struct machine **machine, const struct machine_config *config, const struct snapshot_files *files, struct error *err)
     __attribute__((warn_unused_result));
@@ -200,6 +202,7 @@ struct machine_snapshot {
     int zstd_level;                     /* 0: not compressed; then and without secret and layer, the memory file is raw */
     const struct chunk_secret *secret;  /* NULL: not encrypted */
     unsigned threads;
+    bool without_disks;                 /* else disks and persistent memory that the guest can write are a reason to refuse: -ENOTSUP */
     void (*progress)(void *ctx, uint64_t pages, uint64_t pages_expected); /* on the caller's thread. NULL: nobody asks */
     void *ctx;
     /* Results; `parent` is also what a layer lies upon. */
@@ -210,6 +213,12 @@ struct machine_snapshot {
     uint64_t pages, memory_bytes, state_bytes; /* written, those of several rounds several times; in the files */
 };
 int machine_snapshot_live(struct machine *machine, struct machine_snapshot *snapshot, struct error *err) __attribute__((warn_unused_result));
+/*
+ * Which parts of two snapshots' states differ: `each` gets the name of a section, and "" or how ("only in the first"). Secrets as for loading. Parts' own sections
+ * are compared byte by byte.
+ */
+int machine_snapshot_compare(const struct snapshot_files *a, const struct snapshot_files *b, void (*each)(void *ctx, const char *name, const char *how), void *ctx,
+                             struct error *err) __attribute__((warn_unused_result));
 /* The snapshot that was last made of the machine, or that it was loaded from: what marks of written pages are counted from. False: there is none. */
 bool machine_snapshot_base(struct machine *machine, struct chunk_id *id);
 

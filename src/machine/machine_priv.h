@@ -264,6 +264,8 @@ void snapshot_set_base(struct machine *machine, const struct chunk_id *id);
 int snapshot_collect(struct machine *machine, uint64_t *pages, struct error *err);
 /* Memory from a chunk file and those below it. */
 int snapshot_read_layers(struct machine *machine, const struct snapshot_files *files, struct error *err);
+/* Whether these are files of such memory, without reading it. */
+int snapshot_check_layers(uint64_t ram_bytes, const struct snapshot_files *files, struct error *err);
 /* A state file's bytes, whatever they are wrapped in; the caller frees. */
 int snapshot_read_state(const struct snapshot_files *files, char **data, size_t *size, struct error *err);
 

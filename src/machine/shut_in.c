@@ -42,7 +42,7 @@ int machine_make_sandbox(struct machine *machine, struct error *err)
     const struct machine_config *config = machine->config;
     const char *const removed[] = {config->own_directory, config->pid_file, socket_path(config->console), socket_path(config->virtio_console), socket_path(config->debug_console)};
     char directory[sizeof removed / sizeof *removed][PATH_MAX];
-    struct sandbox_path paths[sizeof removed / sizeof *removed + 2 + CONFIG_SHARES_MAX];
+    struct sandbox_path paths[sizeof removed / sizeof *removed + 3 + CONFIG_SHARES_MAX];
     struct sandbox_config sandbox = {.paths = paths, .omit = config->sandbox_omit};
     if (!config->sandbox)
         return 0;
@@ -53,6 +53,8 @@ int machine_make_sandbox(struct machine *machine, struct error *err)
     }
     if (config->own_directory)
         paths[sandbox.path_count++] = (struct sandbox_path){config->own_directory, true, IN_API};
+    if (config->snapshots_directory)
+        paths[sandbox.path_count++] = (struct sandbox_path){config->snapshots_directory, true, IN_API};
     if (uses_user_network(config)) {
         sandbox.needs |= SANDBOX_NET_USER;
         sandbox.host_network = true;

@@ -265,6 +265,28 @@ int machine_snapshot_config(const struct snapshot_files *files, struct machine_c
     return 0;
 }
 
+int machine_snapshot_check(const struct snapshot_files *files, struct error *err)
+{
+    struct snapshot_header header = {0};
+    struct machine_config config;
+    struct state_io *io;
+    const void *body;
+    size_t body_bytes;
+    char *data, name[64] = "";
+    machine_config_init(&config);
+    int r = open_state(files, &header, &config, &data, &io, err);
+    machine_config_clear(&config);
+    if (r)
+        return r;
+    while (state_next(io, name, &body, &body_bytes))
+        continue;
+    if (state_failed(io) || strcmp(name, "machine") != 0)
+        r = error_set(err, -EINVAL, "%s: %s", files->state, state_failed(io) ? state_error(io) : "section \"machine\" is missing");
+    state_io_destroy(io);
+    free(data);
+    return r ? r : snapshot_check_layers(header.ram_bytes, files, err);
+}
+
 static int read_memory(struct machine *machine, const struct snapshot_files *files, struct error *err)
 {
     int fd = open(files->memory, O_RDONLY | O_CLOEXEC);

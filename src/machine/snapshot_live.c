@@ -18,7 +18,6 @@
 
 SANDBOX_ALLOW(IN_API, ftruncate);
 SANDBOX_ALLOW(IN_API, fsync);
-SANDBOX_ALLOW(IN_LOOP, write);
 
 _Static_assert(CHUNK_PAGES == 64 && CHUNK_PAGE_BYTES == PAGE_SIZE_BYTES, "a word of a map of pages is a chunk");
 #define ROUNDS_MAX 16u
@@ -245,10 +244,30 @@ static int write_state_file(struct live *live, struct error *err)
 
 /* ---- all of it ---- */
 
+/* Files that go on changing would not fit the memory later. */
+static int check_files(struct machine *machine, struct error *err)
+{
+    const struct machine_config *config = machine->config;
+    char what[160] = "";
+    pthread_mutex_lock(&machine->device_lock);
+    for (unsigned i = 0; i < config->disk_count && !what[0]; i++)
+        if (!config->disk[i].readonly)
+            snprintf(what, sizeof what, "disk %.120s", config->disk[i].path);
+    for (unsigned i = 0; i < config->pmem_count && !what[0]; i++)
+        if (!config->pmem[i].readonly)
+            snprintf(what, sizeof what, "persistent memory %.120s", config->pmem[i].path);
+    pthread_mutex_unlock(&machine->device_lock);
+    return what[0] ? error_set(err, -ENOTSUP, "%s can be written by the guest, and files are no part of snapshots yet; without them (--no-disks) the file must be kept as it is now", what)
+                   : 0;
+}
+
 static int prepare(struct live *live, struct error *err)
 {
     struct machine_snapshot *snapshot = live->snapshot;
     struct machine *machine = live->machine;
+    int r = snapshot->without_disks ? 0 : check_files(machine, err);
+    if (r)
+        return r;
     live->ram_bytes = physmap_ram_bytes(machine->memory);
     live->words = (live->ram_bytes + CHUNK_BYTES - 1) / CHUNK_BYTES;
     live->room_pages = live->ram_bytes / PAGE_SIZE_BYTES < ROOM_PAGES ? live->ram_bytes / PAGE_SIZE_BYTES : ROOM_PAGES;
@@ -261,7 +280,7 @@ static int prepare(struct live *live, struct error *err)
         live->room = NULL;
     if (!live->taken || !live->todo || !live->room)
         return error_set(err, -ENOMEM, "out of memory");
-    int r = inputs_random(&snapshot->id, sizeof snapshot->id);
+    r = inputs_random(&snapshot->id, sizeof snapshot->id);
     if (r)
         return error_set(err, r, "no random numbers: %s", strerror(-r));
     struct chunk_id base;
@@ -297,6 +316,8 @@ int machine_snapshot_live(struct machine *machine, struct machine_snapshot *snap
         r = end_memory_file(&live, err);
     if (r == 0)
         r = write_state_file(&live, err);
+    live.expected = 0;
+    tell_progress(&live);
     if (r == 0)
         snapshot_set_base(machine, &snapshot->id);
     else if (live.taken)

@@ -73,10 +73,9 @@ static int read_chunks(struct machine *machine, struct chunk_reader *reader, str
 }
 
 /* The file number `level`, 0 the highest. *raw: it is no chunk file, and `fd` stays open. */
-static int open_layer(const struct machine *machine, const struct snapshot_files *files, unsigned level, struct chunk_reader **reader, int *fd, struct error *err)
+static int open_layer(uint64_t size, const struct snapshot_files *files, unsigned level, struct chunk_reader **reader, int *fd, struct error *err)
 {
     const char *path = level ? files->below[level - 1] : files->memory;
-    uint64_t size = physmap_ram_bytes(machine->memory);
     *reader = NULL;
     *fd = open(path, O_RDONLY | O_CLOEXEC);
     if (*fd < 0)
@@ -115,7 +114,7 @@ static int check_order(const struct snapshot_files *files, unsigned level, const
 static int read_from(struct machine *machine, const struct snapshot_files *files, unsigned level, const struct chunk_id *wanted, struct error *err)
 {
     struct chunk_reader *reader;
-    int fd, r = open_layer(machine, files, level, &reader, &fd, err);
+    int fd, r = open_layer(physmap_ram_bytes(machine->memory), files, level, &reader, &fd, err);
     if (r)
         return r;
     r = check_order(files, level, reader, wanted, err);
@@ -134,4 +133,98 @@ static int read_from(struct machine *machine, const struct snapshot_files *files
 int snapshot_read_layers(struct machine *machine, const struct snapshot_files *files, struct error *err)
 {
     return read_from(machine, files, 0, NULL, err);
+}
+
+int snapshot_check_layers(uint64_t ram_bytes, const struct snapshot_files *files, struct error *err)
+{
+    struct chunk_id wanted = {0};
+    struct stat st;
+    int r = 0;
+    for (unsigned level = 0; r == 0 && level <= files->below_count; level++) {
+        struct chunk_reader *reader;
+        int fd;
+        r = open_layer(ram_bytes, files, level, &reader, &fd, err);
+        if (r)
+            break;
+        r = check_order(files, level, reader, &wanted, err);
+        if (reader)
+            wanted = chunk_reader_info(reader)->base;
+        else if (r == 0 && (fstat(fd, &st) < 0 || !S_ISREG(st.st_mode) || (uint64_t)st.st_size != ram_bytes))
+            r = error_set(err, -EINVAL, "%s is not a guest's memory of %llu bytes", level ? files->below[level - 1] : files->memory, (unsigned long long)ram_bytes);
+        chunk_reader_close(reader);
+        if (fd >= 0)
+            close(fd);
+    }
+    return r;
+}
+
+/* ---- comparing ---- */
+
+#define PARTS_MAX 512u
+
+/* Sections of a state: what is in "machine" counts by itself, with the number of its kind so far. */
+struct parts {
+    char *data;
+    struct part {
+        char name[80];
+        const void *body;
+        size_t size;
+    } part[PARTS_MAX];
+    unsigned count;
+};
+
+static void add_parts(struct parts *parts, const void *data, size_t size, bool inside)
+{
+    struct state_io *io = state_reader_create(data, size);
+    char name[64];
+    const void *body;
+    size_t bytes;
+    while (io && parts->count < PARTS_MAX && state_next(io, name, &body, &bytes)) {
+        unsigned same = 1;
+        if (!inside && strcmp(name, "machine") == 0) {
+            add_parts(parts, body, bytes, true);
+            continue;
+        }
+        struct part *part = &parts->part[parts->count];
+        for (unsigned i = 0; i < parts->count; i++)
+            same += strncmp(parts->part[i].name, name, strlen(name)) == 0 && strchr("#", parts->part[i].name[strlen(name)]);
+        snprintf(part->name, sizeof part->name, same > 1 ? "%s#%u" : "%s", name, same);
+        part->body = body;
+        part->size = bytes;
+        parts->count++;
+    }
+    state_io_destroy(io);
+}
+
+static const struct part *find_part(const struct parts *parts, const char *name)
+{
+    for (unsigned i = 0; i < parts->count; i++)
+        if (strcmp(parts->part[i].name, name) == 0)
+            return &parts->part[i];
+    return NULL;
+}
+
+int machine_snapshot_compare(const struct snapshot_files *a, const struct snapshot_files *b, void (*each)(void *ctx, const char *name, const char *how), void *ctx, struct error *err)
+{
+    struct parts *parts = calloc(2, sizeof *parts);
+    size_t size;
+    int r = parts ? snapshot_read_state(a, &parts[0].data, &size, err) : error_set(err, -ENOMEM, "out of memory");
+    if (r == 0)
+        add_parts(&parts[0], parts[0].data, size, false);
+    if (r == 0 && (r = snapshot_read_state(b, &parts[1].data, &size, err)) == 0)
+        add_parts(&parts[1], parts[1].data, size, false);
+    for (unsigned i = 0; r == 0 && i < parts[0].count; i++) {
+        const struct part *one = &parts[0].part[i], *other = find_part(&parts[1], one->name);
+        if (!other || one->size != other->size || memcmp(one->body, other->body, one->size) != 0)
+            each(ctx, one->name, other ? "" : "(only in the first)");
+    }
+    for (unsigned i = 0; r == 0 && i < parts[1].count; i++)
+        if (!find_part(&parts[0], parts[1].part[i].name))
+            each(ctx, parts[1].part[i].name, "(only in the second)");
+    if (parts) {
+        free(parts[0].data);
+        free(parts[1].data);
+    }
+    free(parts);
+    return r;
 }

@@ -7,7 +7,6 @@
 #include "util/sandbox_rules.h"
 
 SANDBOX_ALLOW(IN_API, pwrite64);
-SANDBOX_ALLOW(IN_API, pread64);
 
 #define CHECK_OFFSET (CHUNK_HEADER_BYTES - CHUNK_CHECK_BYTES)
 

@@ -368,6 +368,19 @@ unsigned state_begin_optional(struct state_io *io, const char *name, unsigned ve
     return header.version;
 }
 
+bool state_next(struct state_io *io, char name[64], const void **body, size_t *body_bytes)
+{
+    struct header header;
+
+    if (io->failed || limit_of(io) == io->position || !read_header(io, &header, "") || !check_body(io, &header))
+        return false;
+    strcpy(name, header.name);
+    *body = io->data + header.body;
+    *body_bytes = header.end - header.body;
+    io->position = header.end + 4;
+    return true;
+}
+
 static void end_save(struct state_io *io, const struct section *section)
 {
     uint64_t body_bytes = io->size - section->body;

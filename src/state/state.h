@@ -49,6 +49,11 @@ unsigned state_begin(struct state_io *io, const char *name, unsigned version);
 unsigned state_begin_optional(struct state_io *io, const char *name, unsigned version);
 int state_end(struct state_io *io) __attribute__((warn_unused_result)); /* checks length and CRC */
 void state_fail(struct state_io *io, const char *reason);
+/*
+ * For programs that look at states without knowing parts: reader only; the section that begins here, whatever it is, is skipped after its checksum was looked at. False: there is
+ * none, or it is damaged (state_failed). `name` has room for 64 bytes; `body` stays valid as long as the data.
+ */
+bool state_next(struct state_io *io, char name[64], const void **body, size_t *body_bytes);
 
 void state_bool(struct state_io *io, bool *value);
 void state_u8(struct state_io *io, uint8_t *value);

@@ -54,6 +54,7 @@ def runtime():
     """A directory of virtual machines, which are killed in the end."""
     folder = tempfile.mkdtemp(prefix="doppel-vms-")
     os.environ["XDG_RUNTIME_DIR"] = folder
+    os.environ["XDG_DATA_HOME"] = f"{folder}/data"
     os.chdir(folder)
     try:
         yield folder
@@ -473,6 +474,14 @@ def api():
         for body in (b"", b"[]", b"{}", b'{"disk": 5}', b'{"disk": "missing"}', b'{"net": "pigeon"}', b'{"disk": "second", "net": "user"}', b'{"floppy": "x"}',
                      b'{"disk": "a\\u0000b"}'):
             request("POST", "/doppel/v1/devices", 400, body)
+        assert request("GET", "/doppel/v1/snapshot", 200)["base_id"] == ""
+        os.mkdir("data/doppel/snapshots/vm/.new-x")
+        made = request("POST", "/doppel/v1/snapshot", 200, b'{"name": "x", "zstd_level": 1, "secret": "616263", "without_disks": true}')
+        assert request("GET", "/doppel/v1/snapshot", 200) == {"base_id": made["id"], "under_way": False, "pages": made["pages"], "pages_expected": made["pages"]}
+        assert sorted(os.listdir("data/doppel/snapshots/vm/.new-x")) == ["memory", "state"]
+        for body in (b"", b"{}", b'{"name": "x"}', b'{"name": "missing"}', b'{"name": "../x"}', b'{"name": "y", "zstd_level": 20}', b'{"name": "y", "secret": "6"}',
+                     b'{"name": "y", "since": "00"}', b'{"name": "y", "x": 1}'):
+            request("POST", "/doppel/v1/snapshot", 400, body)
         request("GET", "/doppel/v1/events?since=-1", 400)
         for body in (b"[]", b"5", b"{", b'{"timeout_s": "1"}', b'{"timeout_s": -1}', b'{"timeout_s": 1.5}', b'{"timeout_s": 1e30}', b'{"timeout_s": 1, "x": 1}',
                      b'{"timeout_s": 1, "timeout_s": 1}', b"[" * 40000):
@@ -601,4 +610,5 @@ def main():
     print(f"{sys.argv[2]}: passed")
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,326 @@
+/*
+ * doppel snapshot: what is kept in the directory of snapshots (control/snapshot_store.h). A running machine writes its own state and memory; making directories, naming,
+ * listing, removing and starting from them is done here.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "cli/arguments.h"
+#include "cli/run.h"
+#include "cli/snapshot.h"
+#include "control/client.h"
+#include "control/snapshot_store.h"
+#include "doppel/doppel.h"
+
+#define CREATE_MS (24 * 3600 * 1000)
+#define ANSWER_MS 10000
+#define PROGRESS_MS 200
+#define ZSTD_LEVEL_DEFAULT 3ul
+#define ZSTD_LEVEL_MAX 19ul
+
+/* ---- options ---- */
+
+int snapshot_read_secret(const struct arguments *arguments, struct chunk_secret *secret)
+{
+    const char *path = arguments->value[SNAPSHOT_KEY_FILE], *command = arguments->value[SNAPSHOT_KEY_COMMAND];
+    uint8_t data[CHUNK_SECRET_BYTES_MAX + 2];
+    *secret = (struct chunk_secret){0};
+    if (!path && !command)
+        return 0;
+    if (path && command)
+        return complain(STATUS_USAGE, "snapshot: give either --key-file or --key-command");
+    FILE *file = path ? fopen(path, "re") : popen(command, "re");
+    if (!file)
+        return complain(STATUS_USAGE, "snapshot: cannot read the key from %s: %s", path ? path : command, strerror(errno));
+    size_t size = fread(data, 1, sizeof data, file);
+    int ended = path ? fclose(file) : pclose(file);
+    int r = ended ? complain(STATUS_USAGE, "snapshot: %s gave no key: it failed", path ? path : command) : 0;
+    if (r == 0 && chunk_secret_set(secret, data, size))
+        r = complain(STATUS_USAGE, "snapshot: what %s gives is no key: it has to have 1 to %u bytes", path ? path : command, CHUNK_SECRET_BYTES_MAX);
+    explicit_bzero(data, sizeof data);
+    return r;
+}
+
+/* zstd, zstd=LEVEL */
+static int read_level(const char *text, unsigned long *level)
+{
+    *level = 0;
+    if (!text)
+        return 0;
+    *level = ZSTD_LEVEL_DEFAULT;
+    if (strcmp(text, "zstd") == 0)
+        return 0;
+    if (strncmp(text, "zstd=", 5) != 0 || text[5] == '0')
+        return complain(STATUS_USAGE, "snapshot: --compress: \"%s\" is not zstd or zstd=LEVEL, LEVEL from 1 to %lu", text, ZSTD_LEVEL_MAX);
+    return parse_number("snapshot", "--compress", text + 5, ZSTD_LEVEL_MAX, level);
+}
+
+/* ---- create ---- */
+
+struct create {
+    const struct arguments *arguments;
+    struct instance_info vm;
+    char name[STORE_NAME_BYTES];
+    unsigned long level;
+    struct chunk_secret secret;
+    struct stored_snapshot *list;
+    unsigned count;
+    const struct stored_snapshot *base; /* NULL: a full one */
+    json_t *answer;
+    /* The request's thread. */
+    json_t *body;
+    struct error err;
+    int result;
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    bool done;
+};
+
+static int choose_name(struct create *create, const char *wanted)
+{
+    unsigned long highest = 0;
+    char *end;
+    if (wanted && strlen(wanted) >= sizeof create->name)
+        return complain(STATUS_USAGE, "snapshot: the name is too long: %d bytes at most", STORE_NAME_BYTES - 1);
+    for (unsigned i = 0; i < create->count; i++) {
+        unsigned long number = create->list[i].name[0] == 's' ? strtoul(create->list[i].name + 1, &end, 10) : 0;
+        if (number > highest && number < 1000000000 && !*end)
+            highest = number;
+    }
+    if (wanted)
+        strcpy(create->name, wanted);
+    else
+        snprintf(create->name, sizeof create->name, "s%lu", highest + 1);
+    return 0;
+}
+
+/* What an incremental one is counted from: the machine knows. */
+static int find_base(struct create *create)
+{
+    const struct arguments *arguments = create->arguments;
+    struct error err = {0};
+    json_t *answer;
+    if (!arguments->value[SNAPSHOT_INCREMENTAL])
+        return 0;
+    if (arguments->value[SNAPSHOT_FULL])
+        return complain(STATUS_USAGE, "snapshot: give either --incremental or --full");
+    if (client_request(create->vm.name, "GET", "/doppel/v1/snapshot", NULL, ANSWER_MS, &answer, &err))
+        return complain(STATUS_ERROR, "%s", err.text);
+    const char *id = json_string_value(json_object_get(answer, "base_id"));
+    create->base = id && *id ? snapshot_store_by_id(create->list, create->count, id) : NULL;
+    int r = 0;
+    if (!create->base)
+        r = complain(STATUS_ERROR, "%s: the snapshot that its memory is counted from is not kept here, or there is none: make a full one", create->vm.name);
+    else if (create->base->encrypted && !arguments->value[SNAPSHOT_ENCRYPT])
+        r = complain(STATUS_ERROR, "%s/%s, which this one would need, is encrypted: give --encrypt with a key", create->vm.name, create->base->name);
+    json_decref(answer);
+    return r;
+}
+
+static json_t *request_body(const struct create *create)
+{
+    json_t *body = json_pack("{s:s, s:i, s:b}", "name", create->name, "zstd_level", (int)create->level, "without_disks", create->arguments->value[SNAPSHOT_NO_DISKS] != NULL);
+    if (create->base)
+        json_object_set_new(body, "since", json_string(create->base->id));
+    if (create->arguments->value[SNAPSHOT_ENCRYPT]) {
+        char text[2 * CHUNK_SECRET_BYTES_MAX + 1];
+        for (unsigned i = 0; i < create->secret.size_bytes; i++)
+            snprintf(text + 2 * i, 3, "%02x", create->secret.data[i]);
+        json_object_set_new(body, "secret", json_string(text));
+        explicit_bzero(text, sizeof text);
+    }
+    return body;
+}
+
+static void *request_main(void *arg)
+{
+    struct create *create = arg;
+    int r = client_request(create->vm.name, "POST", "/doppel/v1/snapshot", create->body, CREATE_MS, &create->answer, &create->err);
+    pthread_mutex_lock(&create->lock);
+    create->result = r;
+    create->done = true;
+    pthread_cond_signal(&create->changed);
+    pthread_mutex_unlock(&create->lock);
+    return NULL;
+}
+
+static void show_request_progress(const struct create *create)
+{
+    json_t *answer;
+    if (!isatty(STDERR_FILENO) || client_request(create->vm.name, "GET", "/doppel/v1/snapshot", NULL, ANSWER_MS, &answer, NULL))
+        return;
+    json_int_t pages = json_integer_value(json_object_get(answer, "pages")), all = json_integer_value(json_object_get(answer, "pages_expected"));
+    if (all > 0)
+        fprintf(stderr, "\r%s/%s: %3d %% of %lld MiB ", create->vm.name, create->name, (int)(pages * 100 / all), (long long)all / 256);
+    json_decref(answer);
+}
+
+static int request_snapshot(struct create *create)
+{
+    pthread_t thread;
+    pthread_condattr_t monotonic;
+    create->body = request_body(create);
+    pthread_mutex_init(&create->lock, NULL);
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    pthread_cond_init(&create->changed, &monotonic);
+    if (pthread_create(&thread, NULL, request_main, create)) {
+        request_main(create);
+    } else {
+        pthread_mutex_lock(&create->lock);
+        while (!create->done) {
+            struct timespec until;
+            clock_gettime(CLOCK_MONOTONIC, &until);
+            until.tv_nsec += PROGRESS_MS * 1000000l;
+            until.tv_sec += until.tv_nsec / 1000000000;
+            until.tv_nsec %= 1000000000;
+            if (pthread_cond_timedwait(&create->changed, &create->lock, &until) != ETIMEDOUT)
+                continue;
+            pthread_mutex_unlock(&create->lock);
+            show_request_progress(create);
+            pthread_mutex_lock(&create->lock);
+        }
+        pthread_mutex_unlock(&create->lock);
+        pthread_join(thread, NULL);
+    }
+    if (isatty(STDERR_FILENO))
+        fprintf(stderr, "\r\033[K");
+    json_decref(create->body);
+    return create->result ? complain(STATUS_ERROR, "%s", create->err.text) : 0;
+}
+
+/* snapshot.json, complete. */
+static json_t *describe(const struct create *create)
+{
+    static const char *const from_answer[] = {"id", "parent_id", "pause_ns", "duration_ns", "rounds", "pages", "memory_bytes", "state_bytes"};
+    static const char *const from_vm[] = {"arguments", "directory"};
+    const char *description = create->arguments->value[SNAPSHOT_DESCRIPTION];
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    json_t *meta = json_pack("{s:i, s:s, s:s, s:s, s:s, s:I, s:s, s:s, s:s, s:i, s:b, s:s, s:s}", "format", 1, "vm", create->vm.name, "name", create->name, "version", doppel_version(),
+                             "kind", create->base ? "incremental" : "full", "created_ms", (json_int_t)now.tv_sec * 1000 + now.tv_nsec / 1000000, "base_id",
+                             create->base ? create->base->id : "", "state", "state", "memory", "memory", "zstd_level", (int)create->level, "encrypted",
+                             create->arguments->value[SNAPSHOT_ENCRYPT] != NULL, "disks", create->arguments->value[SNAPSHOT_NO_DISKS] ? "left out" : "none", "description",
+                             description ? description : "");
+    for (size_t i = 0; i < sizeof from_answer / sizeof *from_answer; i++)
+        json_object_set(meta, from_answer[i], json_object_get(create->answer, from_answer[i]));
+    for (size_t i = 0; i < sizeof from_vm / sizeof *from_vm; i++)
+        json_object_set(meta, from_vm[i], json_object_get(create->vm.vm, from_vm[i]));
+    json_object_set(meta, "config", json_object_get(create->vm.vm, "config"));
+    return meta;
+}
+
+static int create_locked(struct create *create)
+{
+    struct error err = {0};
+    if (snapshot_store_list(create->vm.name, &create->list, &create->count, &err))
+        return complain(STATUS_ERROR, "%s", err.text);
+    int r = choose_name(create, create->arguments->name_count > 2 ? create->arguments->names[2] : NULL);
+    if (r == 0)
+        r = find_base(create);
+    if (r == 0 && snapshot_store_begin(create->vm.name, create->name, &err))
+        return complain(STATUS_ERROR, "%s", err.text);
+    if (r)
+        return r;
+    r = request_snapshot(create);
+    json_t *meta = r ? NULL : describe(create);
+    if (r == 0 && (!meta || snapshot_store_commit(create->vm.name, create->name, meta, &err)))
+        r = complain(STATUS_ERROR, "%s", meta ? err.text : "the description is not UTF-8");
+    if (r)
+        snapshot_store_abort(create->vm.name, create->name);
+    else
+        printf("%s/%s\n", create->vm.name, create->name);
+    json_decref(meta);
+    return r;
+}
+
+int snapshot_create(const struct arguments *arguments)
+{
+    struct create create = {.arguments = arguments};
+    struct error err = {0};
+    bool encrypt = arguments->value[SNAPSHOT_ENCRYPT];
+    int r = snapshot_read_secret(arguments, &create.secret);
+    if (r == 0)
+        r = read_level(arguments->value[SNAPSHOT_COMPRESS], &create.level);
+    if (r == 0 && encrypt != (create.secret.size_bytes > 0))
+        r = complain(STATUS_USAGE, encrypt ? "snapshot: --encrypt needs --key-file or --key-command" : "snapshot: a key is for --encrypt");
+    if (r)
+        return r;
+    if (instance_find(arguments->names[1], &create.vm, &err))
+        return complain(STATUS_ERROR, "%s", err.text);
+    int lock = -1;
+    if (create.vm.life != INSTANCE_ALIVE)
+        r = complain(STATUS_ERROR, "%s is not running: there is nothing to take a snapshot of", create.vm.name);
+    else if ((lock = snapshot_store_lock(create.vm.name, true, &err)) < 0)
+        r = complain(STATUS_ERROR, "%s", err.text);
+    else
+        r = create_locked(&create);
+    if (lock >= 0)
+        close(lock);
+    snapshot_store_free(create.list, create.count);
+    json_decref(create.answer);
+    instance_info_clear(&create.vm);
+    explicit_bzero(&create.secret, sizeof create.secret);
+    return r;
+}
+
+/* ---- restore ---- */
+
+/* Starts a machine from the files. The lock is shared with its process, which lets it go when the files were read. */
+static int start_from(const struct stored_snapshot *snapshot, struct snapshot_chain *chain, const char *name, int lock)
+{
+    struct instance_info old;
+    struct error err = {0};
+    const json_t *arguments = json_object_get(snapshot->meta, "arguments");
+    const char *directory = json_string_value(json_object_get(snapshot->meta, "directory"));
+    struct run run = {.ready_fd = -1, .log_fd = -1, .name = name, .detach = true, .from = &chain->files, .from_lock = lock};
+    if (directory && chdir(directory))
+        return complain(STATUS_ERROR, "%s was started in %s, where one cannot go: %s", snapshot->vm, directory, strerror(errno));
+    machine_config_init(&run.config);
+    int r = machine_snapshot_check(&chain->files, &err) || machine_snapshot_config(&chain->files, &run.config, &err) ? complain(STATUS_ERROR, "%s", err.text) : 0;
+    if (r == 0 && instance_read(name, &old, NULL) == 0) { /* its place is taken: by now it is known that the snapshot is complete */
+        if (old.life == INSTANCE_ALIVE && end_by_force(&old))
+            r = complain(STATUS_ERROR, "%s, which runs, does not end", name);
+        instance_info_clear(&old);
+    }
+    if (r == 0)
+        r = run_again(&run, arguments);
+    machine_config_clear(&run.config);
+    return r;
+}
+
+int snapshot_restore(const struct arguments *arguments)
+{
+    struct snapshot_chain *chain = calloc(1, sizeof *chain);
+    struct stored_snapshot *list = NULL;
+    unsigned count = 0;
+    struct chunk_secret secret;
+    const char *vm = arguments->names[1], *as = arguments->value[SNAPSHOT_AS];
+    struct error err = {0};
+    int lock = -1, r = chain ? snapshot_read_secret(arguments, &secret) : complain(STATUS_ERROR, "out of memory");
+    if (r == 0 && ((lock = snapshot_store_lock(vm, false, &err)) < 0 || snapshot_store_list(vm, &list, &count, &err)))
+        r = complain(STATUS_ERROR, "%s", err.text);
+    const struct stored_snapshot *snapshot = r == 0 ? snapshot_store_by_name(list, count, arguments->names[2]) : NULL;
+    if (r == 0 && !snapshot)
+        r = complain(STATUS_ERROR, "%s has no snapshot named %s", vm, arguments->names[2]);
+    if (r == 0 && as && !instance_name_valid(as))
+        r = complain(STATUS_USAGE, "--as: \"%s\" is no name for a virtual machine", as);
+    if (r == 0 && snapshot_store_chain(list, count, snapshot, chain, &err))
+        r = complain(STATUS_ERROR, "%s", err.text);
+    if (r == 0) {
+        chain->files.secret = &secret;
+        r = start_from(snapshot, chain, as ? as : vm, lock);
+    }
+    if (lock >= 0)
+        close(lock);
+    explicit_bzero(&secret, sizeof secret);
+    snapshot_store_free(list, count);
+    free(chain);
+    return r;
+}

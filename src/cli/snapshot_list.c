@@ -1,0 +1,225 @@
+/* doppel snapshot: which action it is, and those that only look or remove. */
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "cli/snapshot.h"
+#include "cli/usage.h"
+
+/* ---- list, show ---- */
+
+static void print_row(const struct stored_snapshot *snapshot, unsigned depth)
+{
+    char when[32] = "-", size[16], name[2 * STORE_NAME_BYTES + 2 * STORE_DEPTH_MAX];
+    time_t created = (time_t)(snapshot->created_ms / 1000);
+    struct tm tm;
+    if (localtime_r(&created, &tm))
+        strftime(when, sizeof when, "%Y-%m-%d %H:%M:%S", &tm);
+    print_bytes((double)snapshot_store_bytes(snapshot), size);
+    snprintf(name, sizeof name, "%*s%s/%s", (int)(2 * (depth < STORE_DEPTH_MAX ? depth : STORE_DEPTH_MAX)), "", snapshot->vm, snapshot->name);
+    const char *description = json_string_value(json_object_get(snapshot->meta, "description"));
+    printf("%-28s %-19s %10s  %-11s %s%s  %s\n", name, when, size, snapshot->base_id[0] ? "incremental" : "full", snapshot->zstd_level ? "z" : "-",
+           snapshot->encrypted ? "e" : "-", description ? description : "");
+}
+
+/* Those whose parent it is, below it. */
+static void print_branch(const struct stored_snapshot *list, unsigned count, const struct stored_snapshot *snapshot, unsigned depth)
+{
+    print_row(snapshot, depth);
+    for (unsigned i = 0; i < count && depth < 4 * STORE_DEPTH_MAX; i++)
+        if (strcmp(list[i].vm, snapshot->vm) == 0 && strcmp(list[i].parent_id, snapshot->id) == 0 && &list[i] != snapshot)
+            print_branch(list, count, &list[i], depth + 1);
+}
+
+static bool is_root(const struct stored_snapshot *list, unsigned count, const struct stored_snapshot *snapshot)
+{
+    const struct stored_snapshot *parent = snapshot->parent_id[0] ? snapshot_store_by_id(list, count, snapshot->parent_id) : NULL;
+    return !parent || strcmp(parent->vm, snapshot->vm) != 0;
+}
+
+static json_t *as_json(const struct stored_snapshot *snapshot)
+{
+    json_t *object = json_copy(snapshot->meta);
+    json_object_set_new(object, "path", json_string(snapshot->path));
+    json_object_set_new(object, "disk_bytes", json_integer((json_int_t)snapshot_store_bytes(snapshot)));
+    return object;
+}
+
+static void print_json(json_t *value)
+{
+    json_dumpf(value, stdout, JSON_INDENT(2));
+    putchar('\n');
+    json_decref(value);
+}
+
+static int list_snapshots(const struct arguments *arguments)
+{
+    struct stored_snapshot *list;
+    unsigned count;
+    struct error err = {0};
+    if (snapshot_store_list(arguments->name_count > 1 ? arguments->names[1] : NULL, &list, &count, &err))
+        return complain(STATUS_ERROR, "%s", err.text);
+    if (arguments->value[SNAPSHOT_JSON]) {
+        json_t *all = json_array();
+        for (unsigned i = 0; i < count; i++)
+            json_array_append_new(all, as_json(&list[i]));
+        print_json(all);
+    } else {
+        printf("%-28s %-19s %10s  %-11s %s  %s\n", "SNAPSHOT", "MADE", "SIZE", "KIND", "ZE", "DESCRIPTION");
+        for (unsigned i = 0; i < count; i++) {
+            if (!arguments->value[SNAPSHOT_TREE])
+                print_row(&list[i], 0);
+            else if (is_root(list, count, &list[i]))
+                print_branch(list, count, &list[i], 0);
+        }
+    }
+    snapshot_store_free(list, count);
+    return 0;
+}
+
+static int show_snapshot(const struct arguments *arguments)
+{
+    struct stored_snapshot *list;
+    unsigned count;
+    struct error err = {0};
+    if (snapshot_store_list(arguments->names[1], &list, &count, &err))
+        return complain(STATUS_ERROR, "%s", err.text);
+    const struct stored_snapshot *snapshot = snapshot_store_by_name(list, count, arguments->names[2]);
+    if (snapshot)
+        print_json(as_json(snapshot));
+    else
+        complain(0, "%s has no snapshot named %s", arguments->names[1], arguments->names[2]);
+    snapshot_store_free(list, count);
+    return snapshot ? 0 : STATUS_ERROR;
+}
+
+/* ---- delete ---- */
+
+static void show_progress(uint64_t done, uint64_t all)
+{
+    if (isatty(STDERR_FILENO))
+        fprintf(stderr, "\rmerging: %3d %% ", (int)(done * 100 / all));
+}
+
+static int delete_snapshots(const struct arguments *arguments)
+{
+    const char *vm = arguments->names[1];
+    struct chunk_secret secret;
+    struct error err = {0};
+    int r = snapshot_read_secret(arguments, &secret);
+    if (r)
+        return r;
+    int lock = snapshot_store_lock(vm, true, &err);
+    if (lock < 0)
+        return complain(STATUS_ERROR, "%s", err.text);
+    for (unsigned i = 2; i < arguments->name_count; i++) {
+        bool failed = snapshot_store_remove(vm, arguments->names[i], &secret, show_progress, &err);
+        if (isatty(STDERR_FILENO))
+            fprintf(stderr, "\r\033[K");
+        if (failed)
+            r = complain(STATUS_ERROR, "%s", err.text);
+        else
+            printf("%s/%s\n", vm, arguments->names[i]);
+    }
+    close(lock);
+    explicit_bzero(&secret, sizeof secret);
+    return r;
+}
+
+/* ---- diff ---- */
+
+static int chain_of(const struct stored_snapshot *list, unsigned count, const char *vm, const char *name, const struct chunk_secret *secret, struct snapshot_chain *chain)
+{
+    struct error err = {0};
+    const struct stored_snapshot *snapshot = snapshot_store_by_name(list, count, name);
+    if (!snapshot)
+        return complain(STATUS_ERROR, "%s has no snapshot named %s", vm, name);
+    if (snapshot_store_chain(list, count, snapshot, chain, &err))
+        return complain(STATUS_ERROR, "%s", err.text);
+    chain->files.secret = secret;
+    return 0;
+}
+
+static void print_section(void *ctx, const char *name, const char *how)
+{
+    bool *any = ctx;
+    printf("%s%s%s%s", *any ? ", " : "sections:  ", name, how[0] ? " " : "", how);
+    *any = true;
+}
+
+static int diff_snapshots(const struct arguments *arguments)
+{
+    const char *vm = arguments->names[1];
+    struct snapshot_chain *chain = calloc(2, sizeof *chain);
+    struct stored_snapshot *list = NULL;
+    unsigned count = 0;
+    struct chunk_secret secret;
+    struct error err = {0};
+    uint64_t different, all;
+    bool any = false;
+    int lock = -1, r = chain ? snapshot_read_secret(arguments, &secret) : complain(STATUS_ERROR, "out of memory");
+    if (r == 0 && ((lock = snapshot_store_lock(vm, false, &err)) < 0 || snapshot_store_list(vm, &list, &count, &err)))
+        r = complain(STATUS_ERROR, "%s", err.text);
+    for (unsigned i = 0; r == 0 && i < 2; i++)
+        r = chain_of(list, count, vm, arguments->names[2 + i], &secret, &chain[i]);
+    if (r == 0 && snapshot_store_compare(&chain[0], &chain[1], &different, &all, &err))
+        r = complain(STATUS_ERROR, "%s", err.text);
+    if (r == 0) {
+        printf("memory:    %llu of %llu pages differ (%.1f MiB)\n", (unsigned long long)different, (unsigned long long)all, (double)different / 256);
+        if (machine_snapshot_compare(&chain[0].files, &chain[1].files, print_section, &any, &err))
+            r = complain(STATUS_ERROR, "%s", err.text);
+        printf("%s", any ? "\n" : "sections:  all the same\n");
+    }
+    if (lock >= 0)
+        close(lock);
+    explicit_bzero(&secret, sizeof secret);
+    snapshot_store_free(list, count);
+    free(chain);
+    return r;
+}
+
+/* ---- the command ---- */
+
+#define BIT(option) (1u << (option))
+#define KEY_OPTIONS (BIT(SNAPSHOT_KEY_FILE) | BIT(SNAPSHOT_KEY_COMMAND))
+
+static const struct {
+    const char *name, *usage;
+    int (*act)(const struct arguments *arguments);
+    unsigned names_min, names_max; /* behind the action */
+    unsigned options;
+} actions[] = {
+    {"create", "VM [NAME]", snapshot_create, 1, 2,
+     KEY_OPTIONS | BIT(SNAPSHOT_INCREMENTAL) | BIT(SNAPSHOT_FULL) | BIT(SNAPSHOT_COMPRESS) | BIT(SNAPSHOT_ENCRYPT) | BIT(SNAPSHOT_DESCRIPTION) | BIT(SNAPSHOT_NO_DISKS)},
+    {"list", "[VM]", list_snapshots, 0, 1, BIT(SNAPSHOT_TREE) | BIT(SNAPSHOT_JSON)},
+    {"show", "VM NAME", show_snapshot, 2, 2, 0},
+    {"restore", "VM NAME", snapshot_restore, 2, 2, KEY_OPTIONS | BIT(SNAPSHOT_AS)},
+    {"delete", "VM NAME...", delete_snapshots, 2, 64, KEY_OPTIONS},
+    {"diff", "VM NAME NAME", diff_snapshots, 3, 3, KEY_OPTIONS},
+};
+
+int snapshot_main(int argc, char **argv)
+{
+    struct arguments arguments;
+    const struct subcommand *command = command_find(argv[0]);
+    int r = parse_arguments(argc, argv, &arguments);
+    if (r)
+        return r < 0 ? 0 : r;
+    if (!arguments.name_count)
+        return complain(STATUS_USAGE, "snapshot: usage: doppel snapshot %s", command->argument);
+    for (size_t i = 0; i < sizeof actions / sizeof *actions; i++) {
+        if (strcmp(actions[i].name, arguments.names[0]) != 0)
+            continue;
+        if (arguments.name_count - 1 < actions[i].names_min || arguments.name_count - 1 > actions[i].names_max)
+            return complain(STATUS_USAGE, "snapshot: usage: doppel snapshot %s %s", actions[i].name, actions[i].usage);
+        for (unsigned n = 0; command->options[n].name; n++)
+            if (arguments.value[n] && !(actions[i].options & BIT(n)))
+                return complain(STATUS_USAGE, "snapshot: --%s is not for %s", command->options[n].name, actions[i].name);
+        if (arguments.name_count > 1 && !instance_name_valid(arguments.names[1]))
+            return complain(STATUS_USAGE, "snapshot: \"%s\" is no name of a virtual machine", arguments.names[1]);
+        return actions[i].act(&arguments);
+    }
+    return complain(STATUS_USAGE, "snapshot: there is no action \"%s\"; usage: doppel snapshot %s", arguments.names[0], command->argument);
+}

@@ -1,0 +1,159 @@
+#!/usr/bin/env python3
+"""doppel snapshot: a guest that keeps what is typed, one page a byte, goes back and forth in a tree of snapshots. `snapshots.py DOPPEL SCENARIO` is one test."""
+import json
+import os
+import pathlib
+import random
+import resource
+import signal
+import subprocess
+import sys
+
+from vms import doppel, run, runtime, start, state, vms, wait_for, ask
+
+# Each byte from the serial port goes to a page of its own, from 0x200000 on; "?" says them all.
+KEEPS = bytes.fromhex("be00002000 bafd030000 eca8017504f390ebf7 baf8030000ec 3c3f740a 8806 81c600100000 ebde bf00002000 39f773d5 8a07ee 81c700100000 ebf1")
+
+
+def type_in(name, text):
+    assert ask(name, "POST", "/doppel/v1/console", text.encode())[0] == 200
+
+
+def knows(name, text):
+    """Whether the guest has kept just that."""
+    before = len(run("logs", name))
+    type_in(name, "?")
+    wait_for(text, lambda: len(run("logs", name)) >= before + len(text))
+    said = run("logs", name)[before:]
+    assert said == text, f"{said!r}, not {text!r}"
+    return True
+
+
+def snapshots(name):
+    return {s["name"]: s for s in json.loads(run("snapshot", "list", name, "--json"))}
+
+
+def tree():
+    """A chain, a branch, and removals in the middle, each with every snapshot still whole."""
+    with runtime() as folder:
+        pathlib.Path("key").write_text("a phrase of some length\n")
+        start(KEEPS, name="vm")
+        type_in("vm", "ab")
+        assert knows("vm", "ab")
+        assert run("snapshot", "create", "vm", "one", "--description", "the first").strip() == "vm/one"
+        type_in("vm", "c")
+        assert knows("vm", "abc")
+        assert run("snapshot", "create", "vm", "--incremental").strip() == "vm/s1"
+        type_in("vm", "d")
+        assert knows("vm", "abcd")
+        run("snapshot", "create", "vm", "three", "--incremental", "--compress", "zstd=9")
+        assert run("snapshot", "restore", "vm", "s1").strip() == "vm"
+        assert knows("vm", "abc")
+        type_in("vm", "x")
+        assert knows("vm", "abcx")
+        run("snapshot", "create", "vm", "branch", "--incremental", "--encrypt", "--key-command", "cat key", "--compress", "zstd")
+        type_in("vm", "y")
+        run("snapshot", "create", "vm", "never", "--incremental", status=1)  # what it would need is encrypted
+        assert "encrypted" in run.errors
+        run("snapshot", "create", "vm", "full", "--compress", "zstd")
+        there = snapshots("vm")
+        assert {name: s["kind"] for name, s in there.items()} == {"one": "full", "s1": "incremental", "three": "incremental", "branch": "incremental", "full": "full"}
+        assert there["branch"]["parent_id"] == there["three"]["parent_id"] == there["s1"]["id"] and there["full"]["parent_id"] == there["branch"]["id"]
+        lines = [line.split()[0] for line in run("snapshot", "list", "vm", "--tree").splitlines()[1:]]
+        assert lines == ["vm/one", "vm/s1", "vm/three", "vm/branch", "vm/full"], lines
+        assert "memory:    0 of 1024" in run("snapshot", "diff", "vm", "one", "one")
+        assert "memory:    1 of 1024" in run("snapshot", "diff", "vm", "one", "s1")
+        assert json.loads(run("snapshot", "show", "vm", "one"))["description"] == "the first"
+
+        run("snapshot", "delete", "vm", "s1", status=1)  # branch, which needs it, cannot be read
+        assert set(snapshots("vm")) == set(there)
+        assert run("snapshot", "delete", "vm", "s1", "--key-file", "key").strip() == "vm/s1"
+        run("snapshot", "delete", "vm", "one", "--key-file", "key")
+        now = snapshots("vm")
+        assert {name: (s["kind"], s["encrypted"]) for name, s in now.items()} == {"three": ("full", False), "branch": ("full", True), "full": ("full", False)}
+        run("snapshot", "restore", "vm", "branch", status=1)
+        assert "branch/state" in run.errors and state("vm") == "running"
+        for name, text in (("three", "abcd"), ("branch", "abcx"), ("full", "abcxy")):
+            run("snapshot", "restore", "vm", name, "--key-file", "key")
+            assert knows("vm", text)
+        run("kill", "vm")
+        run("snapshot", "restore", "vm", "three", "--as", "other")
+        assert knows("other", "abcd") and state("vm") == "ended"
+        for wrong in (["create", "vm"], ["create", "other", "a/b"], ["create", "other", ".x"], ["restore", "other", "three"], ["delete", "vm", "nothing"], ["show", "vm", "x"],
+                      ["create", "other", "--incremental"]):
+            run("snapshot", *wrong, status=1)
+        for wrong in ([], ["fold"], ["create"], ["list", "--full"], ["create", "other", "--encrypt"], ["create", "other", "--compress", "lz4"], ["restore", "vm"],
+                      ["create", "other", "--incremental", "--full"], ["create", "other", "--key-file", "missing", "--encrypt"]):
+            run("snapshot", *wrong, status=2)
+        with open("disk", "wb") as disk:
+            disk.truncate(1 << 20)
+        start(KEEPS, "--disk", "disk", name="disky")
+        run("snapshot", "create", "disky", status=1)
+        assert "disk disk" in run.errors and "--no-disks" in run.errors
+        run("snapshot", "create", "disky", "--no-disks")
+        assert not [name for name in os.listdir(f"{folder}/data/doppel/snapshots/vm") if name.startswith(".") and name != ".lock"]
+
+
+def faults():
+    """Full disks, damaged files, and processes killed at any moment: what was there before can be gone back to."""
+    generator = random.Random(int(os.environ.get("SEED", "1")))
+    with runtime() as folder:
+        place = pathlib.Path(f"{folder}/data/doppel/snapshots/vm")
+        start(KEEPS, name="vm")
+        type_in("vm", "a")
+        run("snapshot", "create", "vm", "one")
+        type_in("vm", "b")
+        assert knows("vm", "ab")
+        pid = vms()["vm"]["pid"]
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+        for option in ([], ["--incremental"], ["--incremental", "--compress", "zstd"]):
+            run("snapshot", "create", "vm", "two", *option, status=1)
+            assert "cannot write" in run.errors and "File too large" in run.errors, run.errors
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        assert list(snapshots("vm")) == ["one"] and knows("vm", "ab")
+        run("snapshot", "create", "vm", "two", "--incremental")
+        run("snapshot", "restore", "vm", "two")
+        assert knows("vm", "ab")
+
+        for name in ("one/memory", "two/memory", "two/state", "two/snapshot.json"):
+            file = place / name
+            good = file.read_bytes()
+            for bad in (good[:len(good) // 2], good[:-3], good[:100] + bytes([good[100] ^ 1]) + good[101:]):
+                if len(bad) == len(good) and name in ("one/memory", "two/snapshot.json"):
+                    continue  # these have no checksum
+                file.write_bytes(bad)
+                run("snapshot", "restore", "vm", "two", status=1)
+                assert name.split("/")[1] in run.errors or "two" in run.errors, run.errors
+                assert state("vm") == "running"  # as if nothing had been asked
+            file.write_bytes(good)
+        assert knows("vm", "ab")
+
+        for _ in range(8):  # the command, then the machine itself
+            command = subprocess.Popen([doppel, "snapshot", "create", "vm", "x", *generator.choice(([], ["--incremental"]))], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            try:
+                command.wait(generator.random() * 0.06)
+            except subprocess.TimeoutExpired:
+                pass
+            if generator.random() < 0.5:
+                command.kill()
+            else:
+                os.kill(vms()["vm"]["pid"], signal.SIGKILL)
+            command.wait()
+            there = set(snapshots("vm"))
+            assert there in ({"one", "two"}, {"one", "two", "x"}), there
+            run("snapshot", "restore", "vm", "x" if "x" in there else "two")
+            assert knows("vm", "ab")
+            if "x" in there:
+                wait_for("lock", lambda: subprocess.run([doppel, "snapshot", "delete", "vm", "x"], capture_output=True).returncode == 0)
+        command = subprocess.Popen([doppel, "snapshot", "delete", "vm", "one"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            command.wait(0.008)
+        except subprocess.TimeoutExpired:
+            command.kill()
+        command.wait()
+        run("snapshot", "restore", "vm", "two")
+        assert knows("vm", "ab")
+
+
+if __name__ == "__main__":
+    {"tree": tree, "faults": faults}[sys.argv[2]]()
