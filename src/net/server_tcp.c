@@ -4,7 +4,7 @@
  *
  * Invariants: snd_una <= snd_nxt <= snd_max; the reply lies at reply_seq, our FIN behind it. What is to be sent follows from a connection's numbers, so a guest without
  * buffers costs no memory: output() stops and goes on with server_tcp_resume. No TIME-WAIT: numbers of later connections come from the clock, and the only
- * network there is loses nothing for long. When every place is taken, the connection not heard of for longest goes.
+ * network there is loses nothing for long. When every place is taken, the connection not heard of for longest goes, or a new one waits.
  * Threading: on the loop's thread.
  */
 #include <stddef.h>
@@ -18,6 +18,7 @@
 #define RETRANSMIT_NS (300 * NS_PER_MS) /* at first; then twice that, ... */
 #define TRIES_MAX 7u                    /* 38 s together */
 #define IDLE_NS (60000 * NS_PER_MS)
+#define BUSY_NS (500 * NS_PER_MS) /* who was heard of since then is not given up for others */
 #define TCP_BYTES 20u
 #define TCP_AT 34u /* behind Ethernet and IPv4 */
 #define OPTION_END 0u
@@ -137,7 +138,7 @@ static struct server_connection *find(struct server *server, const struct server
     return NULL;
 }
 
-/* A free place, made free if need be. */
+/* A free place, made free if need be; NULL: everybody was heard of just now. */
 static struct server_connection *find_place(struct server *server)
 {
     struct server_connection *oldest = &server->connection[0];
@@ -148,6 +149,8 @@ static struct server_connection *find_place(struct server *server)
         if (c->heard_ns < oldest->heard_ns)
             oldest = c;
     }
+    if (loop_now_ns() - oldest->heard_ns < BUSY_NS)
+        return NULL;
     reset(server, oldest);
     return oldest;
 }
@@ -173,6 +176,8 @@ static uint32_t mss_option(const struct server_segment *segment)
 static struct server_connection *open_connection(struct server *server, const struct server_segment *segment)
 {
     struct server_connection *c = find_place(server);
+    if (!c)
+        return NULL; /* a guest asks again after a second */
     memset(c, 0, offsetof(struct server_connection, request));
     uint32_t mss = mss_option(segment), iss = (uint32_t)(loop_now_ns() >> 12) + 64007u * server->opened++; /* RFC 9293, section 3.4.1 */
     c->used = true;
@@ -330,7 +335,10 @@ static void take_syn(struct server *server, struct server_connection *c, const s
             forget(server, c); /* the guest knows nothing of it any more */
         c = open_connection(server, segment);
     }
-    output(server, c);
+    if (c)
+        output(server, c);
+    else
+        server->server.counters->rx_accepted_unusual++;
 }
 
 static void arm_timer(struct server *server);

@@ -449,9 +449,13 @@ static void test_several(void **state)
         }
         tcp_send(&c[i], TCP_ACK, NULL, 0);
     }
-    /* One too many: the one not heard of for longest goes. */
+    /* One too many: it waits while all are busy. Then the one not heard of for longest goes. */
     drop_frames();
     struct connection more = {.port = 7000, .window = 100};
+    tcp_send(&more, TCP_SYN, NULL, 0);
+    assert_int_equal(f.count, 0);
+    more.seq = 0;
+    ((struct server *)f.net)->connection[0].heard_ns -= 1000000000;
     tcp_send(&more, TCP_SYN, NULL, 0);
     struct segment gone = tcp_next(), opened = tcp_next();
     assert_true(gone.flags & TCP_RST);
