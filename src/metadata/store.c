@@ -85,8 +85,9 @@ int metadata_put(struct metadata *metadata, const json_t *value, struct error *e
 {
     if (!json_is_object(value))
         return error_set(err, -EINVAL, "The MMDS data store must be a JSON object.");
+    json_t *copy = json_deep_copy(value);
     pthread_mutex_lock(&metadata->lock);
-    int r = replace(metadata, json_deep_copy(value), err);
+    int r = replace(metadata, copy, err);
     pthread_mutex_unlock(&metadata->lock);
     return r;
 }
@@ -120,8 +121,9 @@ int metadata_patch(struct metadata *metadata, const json_t *patch, struct error 
     if (!json_is_object(patch))
         return error_set(err, -EINVAL, "The MMDS patch must be a JSON object.");
     pthread_mutex_lock(&metadata->lock);
+    json_t *copy = metadata->value ? json_deep_copy(metadata->value) : NULL;
     if (metadata->value)
-        r = replace(metadata, merge(json_deep_copy(metadata->value), patch), err);
+        r = replace(metadata, copy ? merge(copy, patch) : NULL, err);
     else
         r = error_set(err, -ENODATA, "The MMDS data store is not initialized.");
     pthread_mutex_unlock(&metadata->lock);
