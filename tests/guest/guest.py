@@ -66,6 +66,8 @@ class Guest:
         return self
 
     def __exit__(self, kind, value, trace):
+        if self.errors.closed:
+            return
         running = self.process.poll() is None
         if running:
             os.killpg(self.process.pid, signal.SIGKILL)

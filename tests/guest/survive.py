@@ -89,20 +89,24 @@ def look(vm, web, folder):
     vm.until("the balloon follows", lambda: vm.command("balloon")["actual"] == BALLOON_MIB * 128)
 
 
-def step(vm, number, folder, rng, engine):
-    """Saved at some moment, killed, loaded: what is on disks is of that moment, because the machine stays paused."""
+def go_on(vm, number, folder, engine, between=lambda: None):
+    """Saved, killed, loaded: what is on disks is of that moment, because the machine stays paused."""
     snapshot = f"{folder}/snapshot"
-    vm.read_some(rng.random() * 0.4)
-    time.sleep(rng.random() * 0.05)
     vm.command(f"{'save' if number % 4 == 0 else 'save-changes'} {snapshot}")
     vm.process.kill()
     vm.process.wait()
     vm.__exit__(None, None, None)
     os.environ["DOPPEL_LOAD"] = snapshot
-    if number == 0:
-        without_share(folder)
+    between()
+    return ControlledGuest("--engine", engine, name=f"step {number} ({engine})")
+
+
+def step(vm, number, folder, rng, engine):
+    """At some moment."""
+    vm.read_some(rng.random() * 0.4)
+    time.sleep(rng.random() * 0.05)
     began = time.monotonic()
-    after = ControlledGuest("--engine", engine, name=f"step {number} ({engine})")
+    after = go_on(vm, number, folder, engine, (lambda: without_share(folder)) if number == 0 else lambda: None)
     try:
         after.counts = counts(after.expect(TICK, 60))
         assert "WRONG" not in guest.plain(after.transcript)
@@ -125,7 +129,7 @@ def survive():
         with open(f"{folder}/data.json", "w") as file:
             file.write('{"name": "of this guest"}')
         vm = MemoryGuest(["virtio_balloon", "virtio_mem", "virtio_pmem", "nd_pmem", "virtiofs", "ext4"], "--engine", ENGINES[0], "--memory", "192M", "--cpus", 2, "--memory-hotplug", "total=256M",
-                         "--balloon", "0", "--disk", f"{folder}/disk", "--pmem", f"{folder}/pmem", "--share", f"{folder}/work:work", "--vsock", f"path={folder}/v.sock,cid=9", "--metadata", f"{folder}/data.json",
+                         "--balloon", "0,stats=1,reporting", "--disk", f"{folder}/disk", "--pmem", f"{folder}/pmem", "--share", f"{folder}/work:work", "--vsock", f"path={folder}/v.sock,cid=9", "--metadata", f"{folder}/data.json",
                          append="memhp_default_state=online_movable", program=("steady", memory.churn_program), net="user")
         host = Vsock(f"{folder}/v.sock")
         try:
@@ -156,5 +160,39 @@ def survive():
         subprocess.run(["/sbin/e2fsck", "-fn", f"{folder}/disk"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
+def boot():
+    """The same while the kernel boots: processors that start, clocks that are measured, devices that are found."""
+    rng = random.Random(SEED)
+    os.environ.pop("DOPPEL_LOAD", None)
+    with tempfile.TemporaryDirectory(prefix="doppel-survive-", dir="/dev/shm") as folder:
+        image(f"{folder}/disk", "16M")
+        os.mkdir(f"{folder}/snapshot")
+        vm = ControlledGuest(*guest.busybox_arguments("--engine", ENGINES[0], "--memory", "128M", "--cpus", 2, "--disk", f"{folder}/disk", "--virtio-console", "none"))
+        said, number = "", 0
+        try:
+            while "(or Ctrl-A x" not in said and number < STEPS:
+                # More of the time than of a booting guest is a process's start: moments are close at first.
+                end = time.monotonic() + rng.random() * 0.05 * (number + 1)
+                while time.monotonic() < end:
+                    vm.read_some(end - time.monotonic())
+                before = vm
+                vm = go_on(vm, number, folder, ENGINES[(number + 1) % len(ENGINES) if number + 1 < STEPS else 0])
+                said += guest.plain(before.transcript)
+                number += 1
+            if "(or Ctrl-A x" not in said:
+                vm.expect(r"poweroff +\(or Ctrl-A x", guest.BOOT_SECONDS)
+            vm.expect("# ", 60)
+            print(f"{number} snapshots", flush=True)
+            vm.run("test $(nproc) = 2 && mount /dev/vda /mnt && cp /bin/busybox /mnt && umount /mnt && mount /dev/vda /mnt && cmp /bin/busybox /mnt/busybox && umount /mnt", 60)
+            vm.run("ip addr show eth0 | grep -q 10.0.2. && ping -c 1 10.0.2.2", 60)
+            vm.run("! dmesg | grep -E 'BUG:|Oops|Call Trace|WARNING|I/O error|stall|blocked for|unstable'")
+            vm.power_off()
+        except BaseException as error:
+            print(said[-3000:])
+            vm.__exit__(type(error), error, None)
+            raise
+        vm.__exit__(None, None, None)
+
+
 if __name__ == "__main__":
-    guest.main({"survive": survive})
+    guest.main({"survive": survive, "survive-boot": boot})
