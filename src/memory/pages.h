@@ -12,7 +12,7 @@
 #include "memory/memory.h"
 #include "memory/page_source.h"
 
-#define PAGES_WINDOWS_MAX 8u
+#define PAGES_WINDOWS_MAX 32u
 
 struct pages_window {
     uint8_t *at;
