@@ -116,7 +116,7 @@ const struct subcommand subcommands[] = {
     {"unplug", unplug_main, "NAME DEVICE", "ask a guest to let a device go, named as doppel inspect shows it", NAMES_SOME, no_options},
     {"metadata", metadata_main, "[OPTIONS] NAME", "print or change what a guest can ask for at 169.254.169.254 (run --metadata)", NAMES_ONE, metadata_options},
     {"rm", rm_main, "[OPTIONS] NAME...", "remove what ended virtual machines left behind", NAMES_SOME, rm_options},
-    {"snapshot", snapshot_main, "create VM [NAME] | list [VM] | show VM NAME | restore VM NAME | delete VM NAME... | diff VM NAME NAME",
+    {"snapshot", snapshot_main, "create VM [NAME] | list [VM] | show VM NAME | restore VM NAME | delete VM NAME... | diff VM NAME NAME | export VM NAME FILE | import FILE [VM]",
      "keep states of virtual machines and go back to them", NAMES_OWN, snapshot_options},
     {"stats", stats_main, "[OPTIONS] [NAME...]", "print what virtual machines use", NAMES_ANY, stats_options},
     {"top", top_main, "[OPTIONS] [NAME...]", "watch what virtual machines use", NAMES_ANY, top_options},

@@ -198,6 +198,8 @@ static const struct {
     {"restore", "VM NAME", snapshot_restore, 2, 2, KEY_OPTIONS | BIT(SNAPSHOT_AS)},
     {"delete", "VM NAME...", delete_snapshots, 2, 64, KEY_OPTIONS},
     {"diff", "VM NAME NAME", diff_snapshots, 3, 3, KEY_OPTIONS},
+    {"export", "VM NAME FILE|-", snapshot_export, 3, 3, 0},
+    {"import", "FILE|- [VM]", snapshot_import, 1, 2, 0},
 };
 
 int snapshot_main(int argc, char **argv)
@@ -217,8 +219,9 @@ int snapshot_main(int argc, char **argv)
         for (unsigned n = 0; command->options[n].name; n++)
             if (arguments.value[n] && !(actions[i].options & BIT(n)))
                 return complain(STATUS_USAGE, "snapshot: --%s is not for %s", command->options[n].name, actions[i].name);
-        if (arguments.name_count > 1 && !instance_name_valid(arguments.names[1]))
-            return complain(STATUS_USAGE, "snapshot: \"%s\" is no name of a virtual machine", arguments.names[1]);
+        const unsigned vm = actions[i].act == snapshot_import ? 2 : 1; /* which of the words names a machine */
+        if (arguments.name_count > vm && !instance_name_valid(arguments.names[vm]))
+            return complain(STATUS_USAGE, "snapshot: \"%s\" is no name of a virtual machine", arguments.names[vm]);
         return actions[i].act(&arguments);
     }
     return complain(STATUS_USAGE, "snapshot: there is no action \"%s\"; usage: doppel snapshot %s", arguments.names[0], command->argument);

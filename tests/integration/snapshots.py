@@ -85,6 +85,22 @@ def tree():
         for wrong in ([], ["fold"], ["create"], ["list", "--full"], ["create", "other", "--encrypt"], ["create", "other", "--compress", "lz4"], ["restore", "vm"],
                       ["create", "other", "--incremental", "--full"], ["create", "other", "--key-file", "missing", "--encrypt"]):
             run("snapshot", *wrong, status=2)
+        run("snapshot", "create", "other", "leaf", "--incremental", status=1)  # its base is another machine's
+        run("snapshot", "create", "other", "root")
+        type_in("other", "z")
+        run("snapshot", "create", "other", "leaf", "--incremental")
+        run("snapshot", "export", "other", "leaf", "leaf.tar")
+        assert os.stat("leaf.tar").st_size < 1 << 20  # holes are none of it
+        assert run("snapshot", "import", "leaf.tar") == "other/root (there already)\nother/leaf (there already)\n"
+        assert run("snapshot", "import", "leaf.tar", "moved") == "moved/root\nmoved/leaf\n"
+        run("snapshot", "restore", "moved", "leaf")
+        assert knows("moved", "abcdz")
+        good = pathlib.Path("leaf.tar").read_bytes()
+        for bad in (b"", good[:3000], good[:len(good) // 2], good.replace(b"root/state", b"../x/state"), good.replace(b"leaf/state", b"leaf/other"), b"x" * 10000):
+            pathlib.Path("bad.tar").write_bytes(bad)
+            run("snapshot", "import", "bad.tar", "worse", status=1)
+            assert "bad.tar" in run.errors and set(snapshots("worse")) <= {"root"}, run.errors
+            subprocess.run([doppel, "snapshot", "delete", "worse", "root"], capture_output=True)
         with open("disk", "wb") as disk:
             disk.truncate(1 << 20)
         start(KEEPS, "--disk", "disk", name="disky")

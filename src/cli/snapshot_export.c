@@ -1,0 +1,316 @@
+/*
+ * doppel snapshot export and import: a snapshot, and those that it needs, in one tar file (docs/formats.md), lowest first; of each snapshot.json, state, memory.
+ * What is imported is foreign: names of entries are looked at, sizes are bounded by the disk, and each snapshot counts when it is complete, as one that is made here.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <archive.h>
+#include <archive_entry.h>
+
+#include "cli/snapshot.h"
+
+#define BLOCK_BYTES (256u << 10)
+#define META_BYTES_MAX (256u << 10)
+
+static bool is_standard(const char *path)
+{
+    return strcmp(path, "-") == 0;
+}
+
+/* ---- export ---- */
+
+/* Where there is data, so that holes stay holes. */
+static void note_holes(int fd, off_t size, struct archive_entry *entry)
+{
+    off_t at = 0, hole;
+    bool any = false;
+    while (at < size && (at = lseek(fd, at, SEEK_DATA)) >= 0) {
+        hole = lseek(fd, at, SEEK_HOLE);
+        hole = hole < 0 ? size : hole;
+        archive_entry_sparse_add_entry(entry, at, hole - at);
+        any = true;
+        at = hole;
+    }
+    if (!any && size > 0)
+        archive_entry_sparse_add_entry(entry, size, 0);
+    lseek(fd, 0, SEEK_SET);
+}
+
+static int put_data(struct archive *out, int fd, off_t size, const char *path)
+{
+    uint8_t *block = malloc(BLOCK_BYTES);
+    int r = block ? 0 : complain(STATUS_ERROR, "out of memory");
+    for (off_t done = 0; r == 0 && done < size;) {
+        ssize_t n = read(fd, block, BLOCK_BYTES);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n <= 0)
+            r = complain(STATUS_ERROR, "cannot read %s: %s", path, n < 0 ? strerror(errno) : "it shrank meanwhile");
+        else if (archive_write_data(out, block, (size_t)n) < n)
+            r = complain(STATUS_ERROR, "cannot write the export: %s", archive_error_string(out));
+        done += n > 0 ? n : 0;
+    }
+    free(block);
+    return r;
+}
+
+static int put_file(struct archive *out, const struct stored_snapshot *snapshot, const char *file)
+{
+    char path[STORE_PATH_BYTES + STORE_NAME_BYTES], name[2 * STORE_NAME_BYTES];
+    struct stat st;
+    snprintf(path, sizeof path, "%s/%s", snapshot->path, file);
+    snprintf(name, sizeof name, "%s/%s", snapshot->name, file);
+    int fd = open(path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC), r = 0;
+    struct archive_entry *entry = archive_entry_new();
+    if (fd < 0 || fstat(fd, &st) || !entry) {
+        r = complain(STATUS_ERROR, "cannot read %s: %s", path, strerror(errno));
+    } else {
+        archive_entry_set_pathname(entry, name);
+        archive_entry_set_filetype(entry, AE_IFREG);
+        archive_entry_set_perm(entry, 0600);
+        archive_entry_set_mtime(entry, st.st_mtime, 0);
+        archive_entry_set_size(entry, st.st_size);
+        note_holes(fd, st.st_size, entry);
+        if (archive_write_header(out, entry) != ARCHIVE_OK)
+            r = complain(STATUS_ERROR, "cannot write the export: %s", archive_error_string(out));
+        else
+            r = put_data(out, fd, st.st_size, path);
+    }
+    archive_entry_free(entry);
+    if (fd >= 0)
+        close(fd);
+    return r;
+}
+
+/* What it needs first. */
+static int put_snapshot(struct archive *out, const struct stored_snapshot *list, unsigned count, const struct stored_snapshot *snapshot, unsigned depth)
+{
+    int r = 0;
+    if (snapshot->base_id[0]) {
+        const struct stored_snapshot *base = snapshot_store_by_id(list, count, snapshot->base_id);
+        if (!base || depth == STORE_DEPTH_MAX)
+            return complain(STATUS_ERROR, "%s/%s needs a snapshot that is not there", snapshot->vm, snapshot->name);
+        r = put_snapshot(out, list, count, base, depth + 1);
+    }
+    const char *const files[] = {"snapshot.json", "state", snapshot->memory};
+    for (unsigned i = 0; r == 0 && i < 3; i++)
+        r = put_file(out, snapshot, files[i]);
+    return r;
+}
+
+static int write_archive(const struct stored_snapshot *list, unsigned count, const struct stored_snapshot *snapshot, const char *path)
+{
+    char draft[STORE_PATH_BYTES];
+    if (snprintf(draft, sizeof draft, "%s.part", path) >= (int)sizeof draft)
+        return complain(STATUS_ERROR, "the name %s is too long", path);
+    int fd = is_standard(path) ? STDOUT_FILENO : open(draft, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600), r = 0;
+    struct archive *out = archive_write_new();
+    if (fd < 0 || !out)
+        r = complain(STATUS_ERROR, "cannot write %s: %s", draft, strerror(errno));
+    else if (archive_write_set_format_pax_restricted(out) != ARCHIVE_OK || archive_write_open_fd(out, fd) != ARCHIVE_OK)
+        r = complain(STATUS_ERROR, "cannot write %s: %s", path, archive_error_string(out));
+    if (r == 0)
+        r = put_snapshot(out, list, count, snapshot, 0);
+    if (r == 0 && archive_write_close(out) != ARCHIVE_OK)
+        r = complain(STATUS_ERROR, "cannot write %s: %s", path, archive_error_string(out));
+    archive_write_free(out);
+    if (fd >= 0 && fd != STDOUT_FILENO) {
+        if (r == 0 && (fsync(fd) || rename(draft, path)))
+            r = complain(STATUS_ERROR, "cannot write %s: %s", path, strerror(errno));
+        close(fd);
+        if (r)
+            unlink(draft);
+    }
+    return r;
+}
+
+int snapshot_export(const struct arguments *arguments)
+{
+    const char *vm = arguments->names[1], *name = arguments->names[2], *path = arguments->names[3];
+    struct stored_snapshot *list = NULL;
+    unsigned count = 0;
+    struct error err = {0};
+    int lock = snapshot_store_lock(vm, false, &err);
+    int r = lock < 0 || snapshot_store_list(vm, &list, &count, &err) ? complain(STATUS_ERROR, "%s", err.text) : 0;
+    const struct stored_snapshot *snapshot = r == 0 ? snapshot_store_by_name(list, count, name) : NULL;
+    if (r == 0 && !snapshot)
+        r = complain(STATUS_ERROR, "%s has no snapshot named %s", vm, name);
+    if (r == 0 && is_standard(path) && isatty(STDOUT_FILENO))
+        r = complain(STATUS_USAGE, "snapshot: standard output is a terminal; give a file");
+    if (r == 0)
+        r = write_archive(list, count, snapshot, path);
+    if (lock >= 0)
+        close(lock);
+    snapshot_store_free(list, count);
+    return r;
+}
+
+/* ---- import ---- */
+
+struct import {
+    struct archive *in;
+    const char *path, *wanted_vm; /* NULL: the machine's own name */
+    char vm[STORE_NAME_BYTES], name[STORE_NAME_BYTES], memory[STORE_NAME_BYTES];
+    json_t *meta; /* of the one under way; NULL: none is */
+    bool known;   /* it is there already: its files are passed over */
+    bool has_state, has_memory;
+    int lock;
+    unsigned count;
+};
+
+static int bad(const struct import *import, const char *what)
+{
+    return complain(STATUS_ERROR, "%s is no exported snapshot: %s", import->path, what);
+}
+
+/* The one under way is complete. */
+static int finish_one(struct import *import)
+{
+    struct error err = {0};
+    int r = 0;
+    if (!import->meta)
+        return 0;
+    if (!import->known && (!import->has_state || !import->has_memory))
+        r = bad(import, "files are missing");
+    else if (!import->known && snapshot_store_commit(import->vm, import->name, import->meta, &err))
+        r = complain(STATUS_ERROR, "%s", err.text);
+    if (r == 0)
+        printf("%s/%s%s\n", import->vm, import->name, import->known ? " (there already)" : "");
+    json_decref(import->meta);
+    import->meta = NULL;
+    import->count++;
+    return r;
+}
+
+static json_t *read_meta(struct import *import)
+{
+    char *text = malloc(META_BYTES_MAX);
+    ssize_t n = text ? archive_read_data(import->in, text, META_BYTES_MAX) : -1;
+    json_t *meta = n > 0 && n < (ssize_t)META_BYTES_MAX ? json_loadb(text, (size_t)n, JSON_REJECT_DUPLICATES, NULL) : NULL;
+    free(text);
+    return meta;
+}
+
+static int take_lock(struct import *import, const char *vm)
+{
+    struct error err = {0};
+    if (import->lock >= 0)
+        return strcmp(vm, import->vm) == 0 ? 0 : bad(import, "snapshots of several machines");
+    snprintf(import->vm, sizeof import->vm, "%s", vm);
+    import->lock = snapshot_store_lock(vm, true, &err);
+    return import->lock < 0 ? complain(STATUS_ERROR, "%s", err.text) : 0;
+}
+
+/* snapshot.json begins a snapshot. */
+static int begin_one(struct import *import, const char *name)
+{
+    struct stored_snapshot *list;
+    unsigned count;
+    struct error err = {0};
+    int r = finish_one(import);
+    json_t *meta = r ? NULL : read_meta(import);
+    const char *vm = import->wanted_vm ? import->wanted_vm : json_string_value(json_object_get(meta, "vm")), *id = json_string_value(json_object_get(meta, "id"));
+    const char *memory = json_string_value(json_object_get(meta, "memory"));
+    if (r)
+        return r;
+    import->meta = meta;
+    if (!vm || !instance_name_valid(vm) || !id || !memory || !instance_name_valid(memory) || strcmp(memory, "state") == 0)
+        return bad(import, "its description is damaged");
+    r = take_lock(import, vm);
+    if (r)
+        return r;
+    strcpy(import->name, name);
+    strcpy(import->memory, memory);
+    import->has_state = import->has_memory = false;
+    vm = import->vm; /* the other one goes */
+    json_object_set_new(meta, "vm", json_string(vm));
+    json_object_set_new(meta, "name", json_string(name));
+    if (snapshot_store_list(vm, &list, &count, &err))
+        return complain(STATUS_ERROR, "%s", err.text);
+    const struct stored_snapshot *there = snapshot_store_by_name(list, count, name);
+    import->known = there && strcmp(there->id, id) == 0;
+    snapshot_store_free(list, count);
+    return !import->known && snapshot_store_begin(vm, name, &err) ? complain(STATUS_ERROR, "%s", err.text) : 0;
+}
+
+static int take_file(struct import *import, const char *file, int64_t size)
+{
+    char path[STORE_PATH_BYTES + 4 * STORE_NAME_BYTES];
+    struct error err = {0};
+    bool *has = strcmp(file, "state") == 0 ? &import->has_state : &import->has_memory;
+    if (import->known)
+        return 0;
+    if (*has)
+        return bad(import, "a file comes twice");
+    *has = true;
+    if (snapshot_store_directory(import->vm, path, &err))
+        return complain(STATUS_ERROR, "%s", err.text);
+    size_t length = strlen(path);
+    snprintf(path + length, sizeof path - length, "/.new-%s/%s", import->name, file);
+    int fd = open(path, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
+    int r = fd < 0 ? complain(STATUS_ERROR, "cannot write %s: %s", path, strerror(errno)) : 0;
+    if (r == 0 && archive_read_data_into_fd(import->in, fd) != ARCHIVE_OK)
+        r = complain(STATUS_ERROR, "cannot read %s or write %s: %s", import->path, path, archive_error_string(import->in));
+    if (r == 0 && ftruncate(fd, size)) /* the hole at the end */
+        r = complain(STATUS_ERROR, "cannot write %s: %s", path, strerror(errno));
+    if (fd >= 0)
+        close(fd);
+    return r;
+}
+
+/* NAME/FILE */
+static int take_entry(struct import *import, struct archive_entry *entry)
+{
+    char name[STORE_NAME_BYTES];
+    const char *path = archive_entry_pathname(entry), *slash = path ? strchr(path, '/') : NULL;
+    if (!slash || (size_t)(slash - path) >= sizeof name || archive_entry_filetype(entry) != AE_IFREG || archive_entry_hardlink(entry) || !archive_entry_size_is_set(entry) || archive_entry_size(entry) < 0)
+        return bad(import, "an entry that does not belong there");
+    snprintf(name, sizeof name, "%.*s", (int)(slash - path), path);
+    if (!instance_name_valid(name))
+        return bad(import, "an entry that does not belong there");
+    if (strcmp(slash + 1, "snapshot.json") == 0)
+        return begin_one(import, name);
+    if (!import->meta || strcmp(name, import->name) != 0 || (strcmp(slash + 1, "state") != 0 && strcmp(slash + 1, import->memory) != 0))
+        return bad(import, "an entry that does not belong there");
+    return take_file(import, slash + 1, archive_entry_size(entry));
+}
+
+static int read_archive(struct import *import)
+{
+    struct archive_entry *entry;
+    int r = 0, code = ARCHIVE_OK;
+    while (r == 0 && (code = archive_read_next_header(import->in, &entry)) == ARCHIVE_OK)
+        r = take_entry(import, entry);
+    if (r == 0 && code != ARCHIVE_EOF)
+        r = complain(STATUS_ERROR, "cannot read %s: %s", import->path, archive_error_string(import->in));
+    if (r == 0)
+        r = finish_one(import);
+    if (r == 0 && !import->count)
+        r = bad(import, "there is nothing in it");
+    return r;
+}
+
+int snapshot_import(const struct arguments *arguments)
+{
+    struct import import = {.in = archive_read_new(), .path = arguments->names[1], .wanted_vm = arguments->name_count > 2 ? arguments->names[2] : NULL, .lock = -1};
+    if (!import.in)
+        return complain(STATUS_ERROR, "out of memory");
+    archive_read_support_format_tar(import.in);
+    int r = 0;
+    if (archive_read_open_filename(import.in, is_standard(import.path) ? NULL : import.path, BLOCK_BYTES) != ARCHIVE_OK)
+        r = complain(STATUS_ERROR, "cannot read %s: %s", import.path, archive_error_string(import.in));
+    if (r == 0)
+        r = read_archive(&import);
+    if (import.meta && !import.known && import.lock >= 0)
+        snapshot_store_abort(import.vm, import.name);
+    json_decref(import.meta);
+    archive_read_free(import.in);
+    if (import.lock >= 0)
+        close(import.lock);
+    return r;
+}
