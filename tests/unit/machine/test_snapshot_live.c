@@ -108,7 +108,7 @@ static void layers(void **state)
     struct machine *machine = start(&f, &config, "bt");
     for (unsigned i = 0; i < LAYERS; i++) {
         layer_make(&layer[i]);
-        run_for_ms(40);
+        run_for_ms(2);
         must(save(machine, &layer[i], i ? &layer[i - 1] : NULL, i == 2 || i == 3, i >= 3, &made, &err), &err);
         assert_int_equal(made.has_parent, i > 0);
         assert_true(made.pages >= 1 && made.rounds >= 1 && made.memory_bytes > 0 && made.state_bytes > 0);
@@ -175,8 +175,8 @@ static void failure(void **state)
     must(save(machine, &layer[0], NULL, 0, false, &made, &err), &err);
     for (int zstd = 0; zstd < 2; zstd++) {
         layer_make(&bad);
-        run_for_ms(40);
-        assert_int_equal(ftruncate(bad.memory, 16384), 0);
+        run_for_ms(2);
+        assert_int_equal(ftruncate(bad.memory, 64), 0);
         assert_int_equal(fcntl(bad.memory, F_ADD_SEALS, F_SEAL_GROW), 0); /* a full disk */
         assert_true(save(machine, &bad, &layer[0], zstd, false, &made, &err) < 0);
         assert_non_null(strstr(err.text, "cannot write the memory"));
