@@ -14,10 +14,14 @@
 #include <stdlib.h>
 #include <unistd.h>
 
-SANDBOX_ALLOW(IN_WORKER, preadv);
-SANDBOX_ALLOW(IN_WORKER, pwritev);
-SANDBOX_ALLOW(IN_WORKER, fdatasync);
-SANDBOX_ALLOW(IN_WORKER, fallocate);
+/* API threads make the workers of disks that are plugged, and what those may not, these may not either. */
+SANDBOX_ALLOW(IN_WORKER | IN_API, preadv);
+SANDBOX_ALLOW(IN_WORKER | IN_API, pwritev);
+SANDBOX_ALLOW(IN_WORKER | IN_API, fdatasync);
+SANDBOX_ALLOW(IN_WORKER | IN_API, fallocate);
+SANDBOX_ALLOW(IN_API, clone3);
+SANDBOX_ALLOW(IN_API, set_robust_list);
+SANDBOX_ALLOW(IN_API, rseq);
 
 #define WORKERS 4u
 

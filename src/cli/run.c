@@ -10,6 +10,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <termios.h>
 #include <unistd.h>
 
@@ -21,6 +22,9 @@
 
 SANDBOX_ALLOW(IN_MAIN, rt_sigtimedwait);
 SANDBOX_ALLOW(IN_MAIN, unlink);
+/* The terminal as it was, before the program dies of a signal in whatever thread (guard_terminal). */
+SANDBOX_ALLOW_IF(IN_ALL, ioctl, ARG_IS(1, TCSETS));
+SANDBOX_ALLOW(IN_ALL, rt_sigaction);
 
 /* Options of the machine come as --key value, --key=value or, for flags, --key. How many arguments were used, 0 after a message. */
 static int take_machine_option(struct run *run, char **argv)
@@ -254,6 +258,8 @@ static void open_control(struct run *run)
     listen_fd = instance_listen(run->instance, "api.sock", &err);
     if (listen_fd < 0)
         r = listen_fd;
+    else
+        machine_broker_socket(run->config.broker, listen_fd);
     struct vm_control_options options = {.instance = run->instance, .supervisor = run->supervisor, .restarts = run->restarts,
                                          .snapshots = run->snapshots[0] ? run->snapshots : NULL};
     if (r == 0)
@@ -312,6 +318,7 @@ int run_vm(struct run *run)
     int status = STATUS_USAGE;
     if (run->config.sandbox)
         doppel_sandbox_begin();
+    machine_start_broker(&run->config);
     char directory[INSTANCE_PATH_BYTES];
     if (run->instance) {
         snprintf(directory, sizeof directory, "%s", instance_path(run->instance));
@@ -419,6 +426,7 @@ int run_main(int argc, char **argv)
         }
     }
     machine_config_init(&run.config);
+    run.config.sandbox = true;
     json_t *arguments = json_array();
     block_signals();
     int status = parse_options(&run, argc, argv, arguments);

@@ -36,7 +36,8 @@ struct serve {
     struct vm_control *control; /* NULL: not listed by doppel ps */
     struct http_server *server, *own_server; /* for tools; in the directory of virtual machines */
     enum machine_end end;
-    atomic_bool over; /* the signals' thread is to end */
+    struct machine_config sandbox_config; /* its parts about the sandbox */
+    atomic_bool over, started; /* the signals' thread is to end; to shut itself in */
 };
 
 #define VALUE(name, argument, field, help) {name, argument, help, offsetof(struct serve, field)}
@@ -59,7 +60,7 @@ static const struct serve_option {
     FLAG("boot-timer", boot_timer, "log how long the guest took until its init said so"),
     FLAG("enable-pci", pci, "devices on PCI instead of memory-mapped virtio"),
     VALUE("engine", "auto|bt|kvm|interp", engine, "how guest code runs (default auto)"),
-    VALUE("sandbox", "on|off", sandbox, "shut the machine's threads in before the guest runs (default off)"),
+    VALUE("sandbox", "on|off", sandbox, "shut the program in before the guest runs: system calls, paths, user, network (default on)"),
     VALUE("http-api-max-payload-size", "BYTES", body_max, "largest body of a request (default 51200)"),
     VALUE("mmds-size-limit", "BYTES", mmds_max, "largest metadata (default: as the body)"),
     VALUE("start-time-us", "US", start_us, "when the process was started, by the monotonic clock; for metrics"),
@@ -172,12 +173,29 @@ static void *signal_main(void *arg)
         int taken = sigwaitinfo(&set, NULL);
         if (atomic_load(&serve->over))
             return NULL;
+        if (taken == SIGUSR2 && atomic_load(&serve->started))
+            machine_shut_in_or_stop(api_machine(serve->api), IN_MAIN);
         if (taken == SIGTERM || taken == SIGINT || taken == SIGHUP)
             api_stop(serve->api);
     }
 }
 
 /* ---- life ---- */
+
+static void shut_in_server(void *machine)
+{
+    machine_shut_in_or_stop(machine, IN_API);
+}
+
+/* Once there is a machine; the main thread and the signals' see to themselves. */
+static void shut_in_all(void *ctx, struct machine *machine)
+{
+    struct serve *serve = ctx;
+    struct http_server *servers[] = {serve->server, serve->own_server};
+    for (unsigned i = 0; i < 2; i++)
+        if (servers[i] && http_server_post(servers[i], shut_in_server, machine))
+            machine_stop(machine, MACHINE_ERROR);
+}
 
 static int configure_log(struct serve *serve, struct error *err)
 {
@@ -197,8 +215,10 @@ static int open_server(struct serve *serve, size_t body_bytes_max, struct error 
 {
     struct http_options http = {.path = serve->api_sock, .body_bytes_max = body_bytes_max, .answered = api_answered, .answered_ctx = serve->api};
     int r = http_server_create(&serve->server, &http, err);
-    if (r == 0)
+    if (r == 0) {
+        machine_broker_socket(serve->sandbox_config.broker, http_server_socket(serve->server));
         r = http_server_add_routes(serve->server, api_routes, serve->api);
+    }
     return r || !serve->control ? r : vm_control_add_routes(serve->control, serve->server);
 }
 
@@ -214,6 +234,8 @@ static void open_control(struct serve *serve)
     json_decref(vm);
     if (r == 0) {
         r = listen_fd = instance_listen(instance, "api.sock", &err);
+        if (listen_fd >= 0)
+            machine_broker_socket(serve->sandbox_config.broker, listen_fd);
         snprintf(serve->directory, sizeof serve->directory, "%s", instance_path(instance));
         if (r >= 0)
             r = vm_control_create(&serve->control, &(struct vm_control_options){.instance = instance}, &err);
@@ -235,7 +257,7 @@ static int start(struct serve *serve, struct error *err)
 {
     uint64_t body_max = HTTP_BODY_BYTES_DEFAULT, mmds_max = 0;
     struct api_options api = {.id = serve->id, .app_name = "Doppel", .engine = serve->engine, .pci = serve->pci, .boot_timer = serve->boot_timer,
-                              .sandbox = serve->sandbox && strcmp(serve->sandbox, "on") == 0};
+                              .sandbox = !serve->sandbox || strcmp(serve->sandbox, "on") == 0};
     if (number(serve->body_max, "http-api-max-payload-size", &body_max) || number(serve->mmds_max, "mmds-size-limit", &mmds_max) ||
         number(serve->start_us, "start-time-us", &api.start_time_us) || number(serve->start_cpu_us, "start-time-cpu-us", &api.start_time_cpu_us) ||
         number(serve->parent_us, "parent-cpu-time-us", &api.parent_cpu_time_us))
@@ -243,8 +265,13 @@ static int start(struct serve *serve, struct error *err)
     api.mmds_bytes_max = mmds_max ? mmds_max : body_max;
     if (api.sandbox)
         doppel_sandbox_begin(); /* while there is one thread */
+    serve->sandbox_config.sandbox = api.sandbox;
+    api.broker = machine_start_broker(&serve->sandbox_config);
     open_control(serve);
     api.control = serve->control;
+    api.api_socket = serve->no_api ? NULL : serve->api_sock;
+    api.started = shut_in_all;
+    api.started_ctx = serve;
     api.own_directory = serve->control ? serve->directory : NULL;
     if (api_create(&serve->api, &api, err))
         return SERVE_ERROR;
@@ -266,7 +293,13 @@ static int wait_for_end(struct serve *serve)
     pthread_t signals;
     if (pthread_create(&signals, NULL, signal_main, serve))
         return complain(SERVE_ERROR, "cannot start a thread: too little memory, or too many of them (ulimit -u)");
-    enum machine_end end = serve->end = api_wait(serve->api);
+    struct machine *machine = api_wait_started(serve->api);
+    if (machine) {
+        atomic_store(&serve->started, true);
+        pthread_kill(signals, SIGUSR2);
+        machine_shut_in_or_stop(machine, IN_MAIN);
+    }
+    enum machine_end end = serve->end = machine ? machine_wait(machine) : MACHINE_STOPPED;
     atomic_store(&serve->over, true);
     pthread_kill(signals, SIGUSR2);
     pthread_join(signals, NULL);

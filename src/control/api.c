@@ -192,6 +192,8 @@ void api_set_machine(struct api *api, struct machine *machine)
         machine_stop(machine, MACHINE_STOPPED);
     pthread_cond_broadcast(&api->changed);
     pthread_mutex_unlock(&api->lock);
+    if (api->options.started)
+        api->options.started(api->options.started_ctx, machine);
     api_metrics_attach(api->metrics, machine);
 }
 
@@ -217,14 +219,14 @@ int api_start(struct api *api, struct error *err)
     return 0;
 }
 
-enum machine_end api_wait(struct api *api)
+struct machine *api_wait_started(struct api *api)
 {
     pthread_mutex_lock(&api->lock);
     while (!api->machine && !api->stopped)
         pthread_cond_wait(&api->changed, &api->lock);
     struct machine *machine = api->machine;
     pthread_mutex_unlock(&api->lock);
-    return machine ? machine_wait(machine) : MACHINE_STOPPED;
+    return machine;
 }
 
 void api_stop(struct api *api)

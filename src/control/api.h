@@ -2,7 +2,7 @@
  * The API that tools for micro VMs speak, over one virtual machine: first one in the making (a configuration, kept as the JSON that GET /vm/config shows),
  * after InstanceStart a machine that runs. docs/api.md says what of the description is answered how.
  *
- * Threading: api_create, api_load_file and api_start before the HTTP server runs, on any one thread; the handlers on the server's thread, one at a time. api_wait and
+ * Threading: api_create, api_load_file and api_start before the HTTP server runs, on any one thread; the handlers on the server's thread, one at a time. api_wait_started and
  * api_stop from any thread.
  *
  * A handler of a device is one function and one line in api_endpoints.def:
@@ -41,6 +41,10 @@ struct api_options {
     bool pci;              /* virtio over PCI, else over memory-mapped registers */
     bool boot_timer;       /* log how long the guest took to its init */
     bool sandbox;          /* the machine's threads shut themselves in */
+    int broker;            /* machine_config.broker; without a sandbox -1 */
+    const char *api_socket;    /* machine_config.api_socket */
+    void (*started)(void *ctx, struct machine *machine); /* the machine was, on the thread that did it. Optional */
+    void *started_ctx;
     const char *own_directory; /* that stays writable then (machine_config.own_directory); NULL: none */
     struct vm_control *control; /* looks after the machine; detached by its owner before api_destroy. NULL: nobody does */
     size_t mmds_bytes_max; /* 0: METADATA_BYTES_DEFAULT */
@@ -65,7 +69,7 @@ int api_configure(struct api *api, const char *section, const json_t *body, stru
 int api_start(struct api *api, struct error *err) __attribute__((warn_unused_result));
 
 /* Waits until a machine was started and has ended, or api_stop. MACHINE_STOPPED: nothing was started. */
-enum machine_end api_wait(struct api *api);
+struct machine *api_wait_started(struct api *api);
 /* Ends the machine, or the waiting for one. */
 void api_stop(struct api *api);
 /* NULL before the start. Stays until api_destroy. */

@@ -169,6 +169,8 @@ int api_build_config(struct api *api, struct machine_config *config, struct erro
     config->transport = api->options.pci ? TRANSPORT_PCI : TRANSPORT_MMIO;
     config->sandbox = api->options.sandbox;
     config->own_directory = api->options.own_directory;
+    config->broker = api->options.broker;
+    config->api_socket = api->options.api_socket;
     config->boot_timer = api->options.boot_timer;
     config->on_reset = ON_RESET_EXIT;
     config->on_panic = ON_PANIC_IGNORE; /* it resets by itself, or stays for a look, as its command line says */

@@ -196,13 +196,17 @@ static void *metrics_main(void *arg)
 {
     struct api_metrics *metrics = arg;
     struct timespec next;
+    bool inside = false;
     clock_gettime(CLOCK_MONOTONIC, &next);
+    next.tv_sec += INTERVAL_S;
     pthread_mutex_lock(&metrics->lock);
     while (!metrics->ending) {
-        next.tv_sec += INTERVAL_S;
-        while (!metrics->ending && pthread_cond_timedwait(&metrics->wake, &metrics->lock, &next) == 0)
-            continue;
-        if (write_line(metrics))
+        if (metrics->machine && !inside)
+            machine_shut_in_or_stop(metrics->machine, IN_WORKER); /* it only writes to what is open */
+        inside = metrics->machine;
+        bool due = pthread_cond_timedwait(&metrics->wake, &metrics->lock, &next) == ETIMEDOUT || metrics->ending;
+        next.tv_sec += due ? INTERVAL_S : 0;
+        if (due && write_line(metrics))
             LOG_GUEST(LOG_WARNING, "a line of metrics was lost");
     }
     pthread_mutex_unlock(&metrics->lock);
@@ -237,6 +241,7 @@ void api_metrics_attach(struct api_metrics *metrics, struct machine *machine)
 {
     pthread_mutex_lock(&metrics->lock);
     metrics->machine = machine;
+    pthread_cond_broadcast(&metrics->wake);
     pthread_mutex_unlock(&metrics->lock);
 }
 

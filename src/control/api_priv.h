@@ -41,7 +41,7 @@ struct api {
 
 /* What is checked and done for each call, whoever makes it. `id` is "" without one in the path. */
 int api_execute(struct api *api, const struct api_endpoint *endpoint, const char *id, const json_t *body, json_t **answer, struct error *err);
-/* A machine was started: calls and api_wait know it from now on. */
+/* A machine was started: calls and api_wait_started know it from now on. */
 void api_set_machine(struct api *api, struct machine *machine);
 /* The endpoint that PUTs a section of the full configuration; NULL: there is none of that name. */
 const struct api_endpoint *api_endpoint_of_section(const char *section);

@@ -239,6 +239,8 @@ int api_put_snapshot_load(struct api_request *request, struct error *err)
         r = machine_config_set(&api->config, "engine", api->options.engine, err);
     api->config.sandbox = api->options.sandbox;
     api->config.own_directory = api->options.own_directory;
+    api->config.broker = api->options.broker;
+    api->config.api_socket = api->options.api_socket;
     api->config.metadata.service = api->mmds; /* of no concern to a machine without metadata */
     if (r == 0 && !(configuration = describe(api, &api->config)))
         r = error_set(err, -ENOMEM, "out of memory");

@@ -20,21 +20,21 @@
 #include "util/log.h"
 #include "util/sandbox_rules.h"
 
-/* The library's sockets and this file's loop. */
+/* The library's sockets and this file's loop. The main thread sends the last replies. */
 SANDBOX_ALLOW(IN_API, epoll_wait);
 SANDBOX_ALLOW(IN_API, epoll_ctl);
 SANDBOX_ALLOW(IN_API, timerfd_settime);
-SANDBOX_ALLOW(IN_API, accept4);
-SANDBOX_ALLOW(IN_API, recvfrom);
-SANDBOX_ALLOW(IN_API, sendto);
-SANDBOX_ALLOW(IN_API, sendmsg);
-SANDBOX_ALLOW(IN_API, shutdown);
-SANDBOX_ALLOW(IN_API, setsockopt);
+SANDBOX_ALLOW(IN_API | IN_MAIN, accept4);
+SANDBOX_ALLOW(IN_API | IN_MAIN, recvfrom);
+SANDBOX_ALLOW(IN_API | IN_MAIN, sendto);
+SANDBOX_ALLOW(IN_API | IN_MAIN, sendmsg);
+SANDBOX_ALLOW(IN_API | IN_MAIN, shutdown);
+SANDBOX_ALLOW(IN_API | IN_MAIN, setsockopt);
 SANDBOX_ALLOW(IN_API, getsockopt);
 SANDBOX_ALLOW(IN_API, fcntl);
 SANDBOX_ALLOW(IN_API, poll);
 SANDBOX_ALLOW(IN_API, read);
-SANDBOX_ALLOW(IN_API, writev);
+SANDBOX_ALLOW(IN_API | IN_MAIN, writev);
 SANDBOX_ALLOW(IN_API, close);
 
 #define SPARE_CONNECTIONS 4u
@@ -457,6 +457,11 @@ int http_server_create(struct http_server **out, const struct http_options *opti
     }
     *out = server;
     return 0;
+}
+
+int http_server_socket(const struct http_server *server)
+{
+    return server->listen_fd;
 }
 
 int http_server_add_routes(struct http_server *server, const struct http_route *routes, void *ctx)

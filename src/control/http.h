@@ -55,6 +55,8 @@ struct http_options {
 };
 
 int http_server_create(struct http_server **server, const struct http_options *options, struct error *err) __attribute__((warn_unused_result));
+/* Its descriptor that listens, until the start. */
+int http_server_socket(const struct http_server *server);
 /* Before the start. `routes` (ended by a NULL method) and `ctx` (the handlers') must outlive the server. The first match counts. */
 int http_server_add_routes(struct http_server *server, const struct http_route *routes, void *ctx) __attribute__((warn_unused_result));
 int http_server_start(struct http_server *server, struct error *err) __attribute__((warn_unused_result));

@@ -409,8 +409,6 @@ static void say_last_words(void *ctx)
     vm_console_drain(control->console);
     write_events(control);
     write_state(control, "ended", reason ? reason : "error", words->status);
-    instance_close(control->instance, words->keep);
-    control->instance = NULL;
     loop_stop(control->loop);
 }
 
@@ -422,5 +420,6 @@ void vm_control_destroy(struct vm_control *control, enum machine_end end, int st
     if (loop_post(control->loop, say_last_words, &words))
         loop_stop(control->loop);
     pthread_join(control->thread, NULL);
+    instance_close(control->instance, keep); /* here, because the control's thread may write in the directory and not remove it */
     release(control);
 }

@@ -35,6 +35,7 @@ void machine_config_init(struct machine_config *config)
     memset(config, 0, sizeof *config);
     config->memory_bytes = 512ull << 20;
     config->cpus = 1;
+    config->broker = -1;
     config->input_fd = STDIN_FILENO;
     config->output_fd = STDOUT_FILENO;
 }

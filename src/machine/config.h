@@ -133,6 +133,8 @@ struct machine_config {
     bool sandbox;
     const char *snapshots_directory; /* borrowed: where snapshots of it are made, which control threads may do in the sandbox, too; NULL: nowhere */
     const char *own_directory; /* borrowed: where the program keeps what it tells of the machine; NULL: nowhere */
+    int broker;       /* that opens files once the sandbox has closed (machine_start_broker); -1: none */
+    const char *api_socket; /* borrowed: removed at the end, as the directory is; NULL: none */
     char *sandbox_omit; /* for tests: a rule to leave out, see sandbox_config.omit */
     enum engine_direct direct;
     enum engine_irqchip irqchip;

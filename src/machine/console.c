@@ -26,7 +26,6 @@ SANDBOX_ALLOW(IN_LOOP | IN_VCPU | IN_MAIN, poll);
 SANDBOX_ALLOW(IN_LOOP | IN_VCPU | IN_MAIN, sendto); /* what is connected already */
 SANDBOX_ALLOW(IN_LOOP, accept4);
 SANDBOX_ALLOW(IN_LOOP, close);
-SANDBOX_ALLOW_IF(IN_MAIN, ioctl, ARG_IS(1, TCSETS)); /* the terminal as it was */
 SANDBOX_ALLOW_IF(IN_MAIN, ioctl, ARG_IS(1, TCGETS));
 
 #define ESCAPE 0x01 /* Ctrl-A */

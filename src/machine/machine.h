@@ -44,6 +44,12 @@ void machine_destroy(struct machine *machine);
 int machine_shut_in(struct machine *machine, unsigned kind, struct error *err) __attribute__((warn_unused_result));
 /* The same; when it cannot, the machine ends. */
 void machine_shut_in_or_stop(struct machine *machine, unsigned kind);
+/*
+ * With a sandbox, a process that opens files for IN_API threads: those that clients of control sockets name (sandbox/broker.h). First thing, with one thread. A descriptor, which is in the
+ * configuration then; -1: none. machine_broker_socket: for each socket that listens, before the machine is created.
+ */
+int machine_start_broker(struct machine_config *config);
+void machine_broker_socket(int broker, int listener);
 
 /* From any thread. Paused before its start, a machine starts paused. -ECANCELED: another thread resumed it before it had stopped. */
 void machine_power_button(struct machine *machine);

@@ -76,14 +76,22 @@ static unsigned choose_slot(const struct machine *machine, unsigned first, unsig
 
 /* ---- making them ---- */
 
-static int create_disk(struct machine *machine, unsigned index, struct error *err)
+/* In the sandbox threads do the I/O of what is opened late: making an io_uring would open more than files. */
+static int open_disk(struct machine *machine, const struct disk_config *disk, const char *path, struct block **block, struct error *err)
+{
+    struct block_config file = {.path = path, .format = disk->format, .readonly = disk->readonly, .io = machine->loop_started && machine->sandbox ? "threads" : NULL};
+    return block_open(block, &file, machine->loop, err);
+}
+
+/* `opened` is taken over on success; NULL: the file is opened here. */
+static int create_disk(struct machine *machine, unsigned index, struct block *opened, struct error *err)
 {
     struct disk_config *disk = &machine->own_config.disk[index];
     struct machine_disk *made = &machine->disk[index];
-    struct block_config file = {.path = disk->path, .format = disk->format, .readonly = disk->readonly};
-    int r = block_open(&made->block, &file, machine->loop, err);
+    int r = opened ? 0 : open_disk(machine, disk, disk->path, &made->block, err);
     if (r)
         return r;
+    made->block = opened ? opened : made->block;
     if (!disk->slot)
         disk->slot = choose_slot(machine, SLOT_DISK, CONFIG_DISKS_MAX);
     struct virtio_blk_config config = {.block = made->block,
@@ -94,7 +102,8 @@ static int create_disk(struct machine *machine, unsigned index, struct error *er
                                        .slot = disk->slot ? (int)disk->slot : -1};
     r = machine_make_device(machine, "virtio-blk", RANK_DISK, &config, &made->device, err);
     if (r) {
-        block_close(made->block);
+        if (!opened)
+            block_close(made->block);
         *made = (struct machine_disk){0};
         return r;
     }
@@ -132,7 +141,7 @@ int machine_create_disks(struct machine *machine, struct error *err)
 {
     for (int root = 1; root >= 0; root--)
         for (unsigned i = 0; i < machine->own_config.disk_count; i++) {
-            int r = machine->own_config.disk[i].root == root ? create_disk(machine, i, err) : 0;
+            int r = machine->own_config.disk[i].root == root ? create_disk(machine, i, NULL, err) : 0;
             if (r)
                 return r;
         }
@@ -210,8 +219,10 @@ int machine_pmem_limit(struct machine *machine, const char *id, const struct buc
     return r ? error_set(err, r, "there is no persistent memory \"%s\"", id) : 0;
 }
 
+/* Files are opened on the thread that asks, which a broker helps (sandbox/broker.h); the loop's opens nothing once it has begun. */
 struct plug_request {
     const char *id, *text;
+    struct block *block; /* opened; NULL: the same file again. Taken over when all is well */
 };
 
 /* The same file is only looked at again: it is locked by us. */
@@ -223,12 +234,11 @@ static int replace_medium(struct machine *machine, void *ctx, struct error *err)
         return error_set(err, -ENODEV, "there is no disk \"%s\"", request->id);
     struct disk_config *disk = &machine->own_config.disk[index];
     struct machine_disk *made = &machine->disk[index];
-    struct block_config file = {.path = request->text, .format = disk->format, .readonly = disk->readonly};
-    struct block *block = made->block;
+    struct block *block = request->block ? request->block : made->block;
     char *path = strdup(request->text);
     if (!path)
         return error_set(err, -ENOMEM, "out of memory");
-    int r = block_holds(block, path) ? block_refresh(block, err) : block_open(&block, &file, machine->loop, err);
+    int r = request->block ? 0 : block_refresh(block, err);
     if (r) {
         free(path);
         return r;
@@ -242,23 +252,35 @@ static int replace_medium(struct machine *machine, void *ctx, struct error *err)
     return 0;
 }
 
-/* Back ends are opened on the loop's thread, which by then could not and would be stopped for trying. */
-static int can_open(const struct machine *machine, struct error *err)
+static int finish_plug(struct machine *machine, int (*run)(struct machine *machine, void *ctx, struct error *err), struct plug_request *request, struct error *err)
 {
-    return machine->sandbox ? error_set(err, -EPERM, "the sandbox lets this virtual machine open nothing more; start it with --sandbox off for that") : 0;
+    int r = machine_call_still(machine, run, request, err);
+    if (r && request->block) {
+        pthread_mutex_lock(&machine->device_lock);
+        block_close(request->block);
+        pthread_mutex_unlock(&machine->device_lock);
+    }
+    return r;
 }
 
 int machine_disk_replace(struct machine *machine, const char *id, const char *path, struct error *err)
 {
-    int r = can_open(machine, err);
-    return r ? r : machine_call_still(machine, replace_medium, &(struct plug_request){id, path}, err);
+    struct plug_request request = {.id = id, .text = path};
+    pthread_mutex_lock(&machine->device_lock);
+    int index = find_disk(machine, id), r = 0;
+    if (index < 0)
+        r = error_set(err, -ENODEV, "there is no disk \"%s\"", id);
+    else if (!block_holds(machine->disk[index].block, path))
+        r = open_disk(machine, &machine->own_config.disk[index], path, &request.block, err);
+    pthread_mutex_unlock(&machine->device_lock);
+    return r ? r : finish_plug(machine, replace_medium, &request, err);
 }
 
 /* ---- plugging ---- */
 
 static int can_plug(const struct machine *machine, struct error *err)
 {
-    return machine->hotplug ? can_open(machine, err) : error_set(err, -ENOTSUP, "devices are plugged into a running machine by PCI, which this one does not have");
+    return machine->hotplug ? 0 : error_set(err, -ENOTSUP, "devices are plugged into a running machine by PCI, which this one does not have");
 }
 
 /* Frees a disk's texts and closes the gap that it leaves. */
@@ -315,7 +337,7 @@ static int plug_disk(struct machine *machine, void *ctx, struct error *err)
     config->disk[index].root = false; /* too late to be that */
     r = check_id(machine, config->disk[index].id, err);
     if (r == 0)
-        r = create_disk(machine, index, err);
+        r = create_disk(machine, index, request->block, err);
     if (r) {
         drop_disk_config(machine, index);
         return r;
@@ -352,11 +374,24 @@ static int plug_net(struct machine *machine, void *ctx, struct error *err)
 
 int machine_disk_add(struct machine *machine, const char *text, struct error *err)
 {
-    return machine_call_still(machine, plug_disk, &(struct plug_request){.text = text}, err);
+    struct plug_request request = {.text = text};
+    struct machine_config config;
+    machine_config_init(&config);
+    int r = can_plug(machine, err);
+    if (r == 0)
+        r = machine_config_set(&config, "disk", text, err);
+    pthread_mutex_lock(&machine->device_lock);
+    if (r == 0)
+        r = open_disk(machine, &config.disk[0], config.disk[0].path, &request.block, err);
+    pthread_mutex_unlock(&machine->device_lock);
+    machine_config_clear(&config);
+    return r ? r : finish_plug(machine, plug_disk, &request, err);
 }
 
 int machine_net_add(struct machine *machine, const char *text, struct error *err)
 {
+    if (machine->sandbox && (strncmp(text, "user", 4) != 0 || !machine->user_network))
+        return error_set(err, -EPERM, "in the sandbox only user networking can be plugged, and only where there was some at the start; --sandbox off does without");
     return machine_call_still(machine, plug_net, &(struct plug_request){.text = text}, err);
 }
 

@@ -153,6 +153,7 @@ struct machine {
     struct machine_trace *live_trace; /* machine_trace.c; NULL: nobody has asked yet */
     uint64_t tsc_khz;
     struct sandbox *sandbox; /* NULL: off */
+    bool user_network;       /* the loop's thread may do it */
 
     /* Running: guarded by run_lock, signalled through run_changed. */
     pthread_mutex_t run_lock;

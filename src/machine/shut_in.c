@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "machine/machine_priv.h"
+#include "sandbox/broker.h"
 #include "util/log.h"
 
 static bool uses_user_network(const struct machine_config *config)
@@ -40,10 +41,11 @@ static bool enter(void *ctx, unsigned kind)
 int machine_make_sandbox(struct machine *machine, struct error *err)
 {
     const struct machine_config *config = machine->config;
-    const char *const removed[] = {config->own_directory, config->pid_file, socket_path(config->console), socket_path(config->virtio_console), socket_path(config->debug_console)};
+    const char *const removed[] = {config->own_directory, config->pid_file, config->api_socket, config->vsock.path, socket_path(config->console), socket_path(config->virtio_console),
+                                   socket_path(config->debug_console)};
     char directory[sizeof removed / sizeof *removed][PATH_MAX];
-    struct sandbox_path paths[sizeof removed / sizeof *removed + 3 + CONFIG_SHARES_MAX];
-    struct sandbox_config sandbox = {.paths = paths, .omit = config->sandbox_omit};
+    struct sandbox_path paths[sizeof removed / sizeof *removed + 4 + CONFIG_SHARES_MAX];
+    struct sandbox_config sandbox = {.paths = paths, .broker = config->broker, .omit = config->sandbox_omit};
     if (!config->sandbox)
         return 0;
     for (unsigned i = 0; i < sizeof removed / sizeof *removed; i++) {
@@ -51,12 +53,14 @@ int machine_make_sandbox(struct machine *machine, struct error *err)
         if (*directory[i])
             paths[sandbox.path_count++] = (struct sandbox_path){directory[i], true, IN_MAIN};
     }
+    paths[sandbox.path_count++] = (struct sandbox_path){"/proc", false, IN_API}; /* statistics; what is another process's needs more than a path */
     if (config->own_directory)
         paths[sandbox.path_count++] = (struct sandbox_path){config->own_directory, true, IN_API};
     if (config->snapshots_directory)
         paths[sandbox.path_count++] = (struct sandbox_path){config->snapshots_directory, true, IN_API};
     if (uses_user_network(config)) {
         sandbox.needs |= SANDBOX_NET_USER;
+        machine->user_network = true;
         sandbox.host_network = true;
         paths[sandbox.path_count++] = (struct sandbox_path){"/etc/resolv.conf", false, IN_LOOP};
     }
@@ -82,6 +86,20 @@ bool machine_enter_sandbox(struct machine *machine, unsigned kind)
     log_error("%s", err.text);
     machine_stop(machine, MACHINE_ERROR);
     return false;
+}
+
+int machine_start_broker(struct machine_config *config)
+{
+    if (!config->sandbox)
+        return -1;
+    int broker = broker_start();
+    return config->broker = broker < 0 ? -1 : broker;
+}
+
+void machine_broker_socket(int broker, int listener)
+{
+    if (broker >= 0 && broker_add_socket(broker, listener))
+        log_warning("sandbox: files that this socket's clients name cannot be opened later");
 }
 
 int machine_shut_in(struct machine *machine, unsigned kind, struct error *err)

@@ -14,6 +14,11 @@
 #include "machine/machine_priv.h"
 #include "memory/ram_file.h"
 #include "state/inputs.h"
+#include "util/sandbox_rules.h"
+
+SANDBOX_ALLOW(IN_API, fsync);
+SANDBOX_ALLOW(IN_API, rename);
+SANDBOX_ALLOW(IN_API, unlink);
 
 /* ---- files that appear when they are complete ---- */
 

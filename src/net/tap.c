@@ -21,7 +21,7 @@
 #include "util/sandbox_rules.h"
 
 SANDBOX_ALLOW(IN_LOOP, writev);
-SANDBOX_ALLOW_IF(IN_LOOP, ioctl, ARG_IS(1, TUNSETOFFLOAD));
+SANDBOX_ALLOW_IF(IN_LOOP | IN_VCPU, ioctl, ARG_IS(1, TUNSETOFFLOAD));
 
 #define TUN_PATH "/dev/net/tun"
 #define TAP_EXAMPLE "tap:tap0"

@@ -44,6 +44,7 @@ SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, poll);
 SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, ioctl);
 SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, fcntl);
 SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, close);
+SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, getppid); /* the library's random numbers, for a card that is plugged */
 /* It looks for the host's name servers now and then; Landlock lets this one file be found. */
 SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, openat);
 SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, newfstatat);

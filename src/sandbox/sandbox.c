@@ -11,6 +11,7 @@
 #include <linux/filter.h>
 #include <linux/landlock.h>
 #include <linux/mount.h>
+#include <linux/seccomp.h>
 #include <linux/securebits.h>
 #include <sched.h>
 #include <signal.h>
@@ -21,8 +22,15 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "sandbox/broker.h"
 #include "sandbox/sandbox_priv.h"
 #include "util/log.h"
+
+/* Threads that an API thread makes shut themselves in further. */
+SANDBOX_ALLOW(IN_API, capget);
+SANDBOX_ALLOW(IN_API, landlock_restrict_self);
+SANDBOX_ALLOW_IF(IN_API, prctl, ARG_IS(0, PR_GET_NO_NEW_PRIVS));
+SANDBOX_ALLOW_IF(IN_API, seccomp, ARG_IS(0, SECCOMP_SET_MODE_FILTER));
 
 #define NOBODY 65534u
 #define REFER (1ull << 13) /* LANDLOCK_ACCESS_FS_REFER; not in all headers */
@@ -32,6 +40,7 @@ struct sandbox {
     struct sock_fprog filter[SANDBOX_KINDS];
     int landlock[SANDBOX_KINDS]; /* rule sets; -1: the kernel has none */
     int empty_root, network;     /* descriptors; -1: not available or not wanted */
+    int broker;                  /* -1: none */
     bool drop_user;
     unsigned outside; /* kinds that stay in the host's root directory, as who they are: they use the user's files or sockets */
 };
@@ -228,10 +237,19 @@ static void tell_missing(const struct sandbox *sandbox, const struct sandbox_con
         strcat(text, " its own network,");
     if (sandbox->landlock[0] < 0)
         strcat(text, " Landlock,");
+    if (sandbox->broker < 0 && config->broker >= 0)
+        strcat(text, " a broker for files,");
     if (*text) {
         text[strlen(text) - 1] = '\0';
         log_info("sandbox: this host does not let the program have%s; the rest of the sandbox is in place", text);
     }
+}
+
+/* It reads the program's memory. Once threads of it have become somebody else, that takes a capability. */
+static int choose_broker(const struct sandbox *sandbox, const struct sandbox_config *config)
+{
+    bool works = broker_close_doors(config->broker, landlock_version() >= 1);
+    return works && (!sandbox->drop_user || has_capability(CAP_SYS_PTRACE)) ? config->broker : -1;
 }
 
 int sandbox_create(struct sandbox **out, const struct sandbox_config *config, struct error *err)
@@ -247,12 +265,13 @@ int sandbox_create(struct sandbox **out, const struct sandbox_config *config, st
     sandbox->drop_user = geteuid() == 0 && has_capability(CAP_SETUID) && has_capability(CAP_SETGID);
     sandbox->empty_root = has_capability(CAP_SYS_ADMIN) && has_capability(CAP_SYS_CHROOT) ? make_empty_root(config) : -1;
     sandbox->network = !config->host_network && has_capability(CAP_SYS_ADMIN) ? make_empty_network() : -1;
+    sandbox->broker = choose_broker(sandbox, config);
     for (unsigned n = 0; n < SANDBOX_KINDS && r == 0; n++) {
-        r = filter_make(&sandbox->filter[n], 1u << n, config->needs, config->omit);
+        r = filter_make(&sandbox->filter[n], 1u << n, config->needs, config->omit, 1u << n == IN_API && sandbox->broker >= 0);
         if (r)
             error_set(err, r, "sandbox: cannot make the filter of system calls: %s; --sandbox off does without", strerror(-r));
         else
-            r = landlock_make(1u << n, config, sandbox->empty_root, &sandbox->landlock[n], err);
+            r = 1u << n == IN_API && config->broker >= 0 && sandbox->broker < 0 ? 0 : landlock_make(1u << n, config, sandbox->empty_root, &sandbox->landlock[n], err);
     }
     if (r == 0)
         r = filter_catch();
@@ -310,12 +329,23 @@ static bool leave_capabilities(void)
     return syscall(SYS_capset, &header, none) == 0 && prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0;
 }
 
+/* Made by a thread that is. */
+static bool is_inside(void)
+{
+    struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
+    struct __user_cap_data_struct data[2] = {{0}};
+    return syscall(SYS_capget, &header, data) == 0 && !data[0].effective && !data[1].effective && prctl(PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0) == 1;
+}
+
 int sandbox_enter(const struct sandbox *sandbox, unsigned kind, struct error *err)
 {
     unsigned number = (unsigned)__builtin_ctz(kind);
     const char *what = NULL;
+    int listener = kind == IN_API && sandbox->broker >= 0 ? 1 : 0;
     filter_note_kind(kind);
-    if (!leave_network(sandbox))
+    if (is_inside())
+        what = NULL; /* all that is left is to give up more */
+    else if (!leave_network(sandbox))
         what = "its own network";
     else if (!(kind & sandbox->outside) && !leave_root(sandbox))
         what = "an empty root directory";
@@ -323,9 +353,11 @@ int sandbox_enter(const struct sandbox *sandbox, unsigned kind, struct error *er
         what = "another user";
     else if (!leave_capabilities())
         what = "no capabilities";
-    else if (sandbox->landlock[number] >= 0 && syscall(SYS_landlock_restrict_self, sandbox->landlock[number], 0))
+    if (!what && sandbox->landlock[number] >= 0 && syscall(SYS_landlock_restrict_self, sandbox->landlock[number], 0))
         what = "restricted paths";
-    else if (filter_load(&sandbox->filter[number]))
+    if (!what && (listener = filter_load(&sandbox->filter[number], listener)) < 0)
         what = "a filter of system calls";
+    if (!what && listener > 0 && broker_serve(sandbox->broker, listener) < 0)
+        what = "a broker for files";
     return what ? error_set(err, -errno, "sandbox: a thread (%s) cannot have %s: %s", sandbox_kind_name(kind), what, strerror(errno)) : 0;
 }

@@ -30,6 +30,7 @@ struct sandbox_config {
     bool host_network; /* a back end needs it */
     const struct sandbox_path *paths;
     unsigned path_count;
+    int broker;       /* broker_start's, -1: none */
     const char *omit; /* "THREAD:CALL": for tests: a rule that is left out; NULL: none */
 };
 

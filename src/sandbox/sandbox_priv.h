@@ -8,9 +8,11 @@
 
 struct sock_fprog;
 
-int filter_make(struct sock_fprog *program, unsigned kind, unsigned needs, const char *omit);
+/* `broker`: what a broker does waits for it, instead of happening. */
+int filter_make(struct sock_fprog *program, unsigned kind, unsigned needs, const char *omit, bool broker);
 void filter_free(struct sock_fprog *program);
-int filter_load(const struct sock_fprog *program); /* for the calling thread */
+/* For the calling thread. `listen`: a descriptor for the broker is returned. */
+int filter_load(const struct sock_fprog *program, bool listen);
 void filter_note_kind(unsigned kind);
 int filter_catch(void); /* SIGSYS, for the process */
 

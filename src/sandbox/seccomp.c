@@ -43,7 +43,7 @@ SANDBOX_ALLOW(IN_ALL, write);  /* to what is open; errors are printed */
 
 extern const struct sandbox_rule __start_sandbox_allow[], __stop_sandbox_allow[];
 
-static const char *const kind_names[SANDBOX_KINDS] = {"main", "loop", "vcpu", "worker", "share", "api"};
+static const char *const kind_names[SANDBOX_KINDS] = {"main", "loop", "vcpu", "worker", "share", "api", "broker"};
 
 const struct sandbox_rule *sandbox_rules(unsigned *count)
 {
@@ -92,7 +92,37 @@ static int export_program(scmp_filter_ctx filter, struct sock_fprog *program)
     return r;
 }
 
-int filter_make(struct sock_fprog *program, unsigned kind, unsigned needs, const char *omit)
+/* What the broker does (broker.c, perform): all of it, or what is relative to the working directory, which is what paths without a descriptor are. */
+static const struct {
+    int number;
+    bool by_directory;
+} brokered[] = {{SYS_recvfrom}, {SYS_openat, true}, {SYS_newfstatat, true}, {SYS_rename}, {SYS_unlink}};
+
+static bool is_brokered(int number)
+{
+    for (size_t n = 0; n < sizeof brokered / sizeof *brokered; n++)
+        if (brokered[n].number == number)
+            return true;
+    return false;
+}
+
+static int add_brokered(scmp_filter_ctx filter)
+{
+    int r = 0;
+    for (size_t n = 0; r == 0 && n < sizeof brokered / sizeof *brokered; n++) {
+        const struct scmp_arg_cmp descriptor = SCMP_A0(SCMP_CMP_LT, 1ull << 31), none = SCMP_A0(SCMP_CMP_GE, 1ull << 31); /* AT_FDCWD is negative */
+        if (!brokered[n].by_directory) {
+            r = seccomp_rule_add(filter, SCMP_ACT_NOTIFY, brokered[n].number, 0);
+            continue;
+        }
+        r = seccomp_rule_add_array(filter, SCMP_ACT_ALLOW, brokered[n].number, 1, &descriptor);
+        if (r == 0)
+            r = seccomp_rule_add_array(filter, SCMP_ACT_NOTIFY, brokered[n].number, 1, &none);
+    }
+    return r;
+}
+
+int filter_make(struct sock_fprog *program, unsigned kind, unsigned needs, const char *omit, bool broker)
 {
     unsigned count;
     const struct sandbox_rule *rules = sandbox_rules(&count);
@@ -102,11 +132,13 @@ int filter_make(struct sock_fprog *program, unsigned kind, unsigned needs, const
         r = seccomp_attr_set(filter, SCMP_FLTATR_CTL_OPTIMIZE, 2); /* a tree: the wanted call is found in few steps */
     for (unsigned n = 0; r == 0 && n < count; n++) {
         const struct sandbox_rule *rule = &rules[n];
-        if (rule->threads & kind && (rule->needs & needs) == rule->needs && !is_omitted(omit, kind, rule))
+        if (rule->threads & kind && (rule->needs & needs) == rule->needs && !is_omitted(omit, kind, rule) && !(broker && is_brokered(rule->number)))
             r = add_rule(filter, rule);
         if (r == -EEXIST)
             r = 0;
     }
+    if (r == 0 && broker)
+        r = add_brokered(filter);
     if (r == 0)
         r = export_program(filter, program);
     if (filter)
@@ -120,12 +152,12 @@ void filter_free(struct sock_fprog *program)
     program->filter = NULL;
 }
 
-int filter_load(const struct sock_fprog *program)
+int filter_load(const struct sock_fprog *program, bool listen)
 {
     /* Without SPEC_ALLOW older kernels slow down all that the thread does from here on. */
-    if (syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_SPEC_ALLOW, program) == 0)
-        return 0;
-    return -errno;
+    const unsigned flags = SECCOMP_FILTER_FLAG_SPEC_ALLOW | (listen ? SECCOMP_FILTER_FLAG_NEW_LISTENER : 0);
+    int r = (int)syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, flags, program);
+    return r < 0 ? -errno : r;
 }
 
 /* ---- when a rule is missing ---- */

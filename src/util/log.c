@@ -12,8 +12,11 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <time.h>
 #include <unistd.h>
+
+#include "util/sandbox_rules.h"
 
 #define LOG_LIMIT_WINDOW_NS 10000000000ull
 #define LOG_LIMIT_LINES 10u
@@ -50,6 +53,8 @@ void log_set_raw_terminal(bool raw)
 {
     atomic_store_explicit(&log_raw_terminal, raw, memory_order_relaxed);
 }
+
+SANDBOX_ALLOW_IF(IN_ALL, prctl, ARG_IS(0, PR_GET_NAME)); /* the thread's, in lines of the file */
 
 static void log_write(int fd, const char *data, size_t size_bytes)
 {

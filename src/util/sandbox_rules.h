@@ -21,7 +21,8 @@
 #define IN_WORKER 8u  /* blocking disk I/O */
 #define IN_SHARE 16u  /* shared directories */
 #define IN_API 32u    /* answers control requests */
-#define SANDBOX_KINDS 6
+#define IN_BROKER 64u /* opens files for the API's (sandbox/broker.h) */
+#define SANDBOX_KINDS 7
 #define IN_GUEST (IN_LOOP | IN_VCPU | IN_WORKER)
 #define IN_ALL ((1u << SANDBOX_KINDS) - 1)
 

@@ -34,8 +34,8 @@ def until(terminal, condition):
 
 
 def hotplug():
-    """A disk and a network card come, are used, and go."""
-    with started("--net", "none"), tempfile.TemporaryDirectory() as folder:
+    """A disk and a network card come, are used, and go, all inside the sandbox: a broker opens what is plugged."""
+    with started("--net", "user"), tempfile.TemporaryDirectory() as folder:
         with open(f"{folder}/image", "wb") as image:
             image.write(b"plugged" + bytes((8 << 20) - 7))
         with Guest(["--recent", "vm"], "attached", command="console") as terminal:
@@ -43,13 +43,13 @@ def hotplug():
             for _ in range(2):
                 command("plug", "--disk", f"{folder}/image,id=extra", "vm")
                 command("plug", "--net", "user,id=card", "vm")
-                until(terminal, "test -b /dev/vda -a -d /sys/class/net/eth0")
+                until(terminal, "test -b /dev/vda -a -d /sys/class/net/eth1")
                 assert terminal.run("head -c 7 /dev/vda") == "plugged"
-                terminal.run("dd if=/dev/urandom of=/dev/vda bs=64k seek=1 count=64 conv=fsync 2>/dev/null && ip link set eth0 up && udhcpc -q -n -i eth0 && ping -c 1 10.0.2.2", 60)
+                terminal.run("dd if=/dev/urandom of=/dev/vda bs=64k seek=1 count=64 conv=fsync 2>/dev/null && ip link set eth0 down && ip link set eth1 up && udhcpc -q -n -i eth1 && ping -c 1 10.0.2.2", 60)
                 for name in "extra", "card":
                     command("unplug", "vm", name)
-                until(terminal, "test ! -e /dev/vda -a ! -d /sys/class/net/eth0")
-                until(terminal, "test ! -e /sys/bus/pci/devices/0000:00:0b.0 -a ! -e /sys/bus/pci/devices/0000:00:03.0")
+                until(terminal, "test ! -e /dev/vda -a ! -d /sys/class/net/eth1")
+                until(terminal, "test ! -e /sys/bus/pci/devices/0000:00:0b.0 -a ! -e /sys/bus/pci/devices/0000:00:04.0")
             complaints = terminal.run("dmesg | grep -E 'BUG:|Oops|Call Trace|I/O error|ACPI Error|ACPI BIOS Error' || true")
             assert not complaints, f"the kernel complains:\n{complaints}"
             command("stop", "-t", "60", "vm", seconds=100)

@@ -203,7 +203,7 @@ static int attempt_status(unsigned kind, unsigned needs, const struct sandbox_pa
     pid_t pid = fork();
     assert_true(pid >= 0);
     if (pid == 0) {
-        struct sandbox_config config = {.needs = needs, .host_network = needs & SANDBOX_NET_USER, .paths = paths, .path_count = path_count};
+        struct sandbox_config config = {.broker = -1, .needs = needs, .host_network = needs & SANDBOX_NET_USER, .paths = paths, .path_count = path_count};
         struct injected injected = {.kind = kind, .run = run};
         struct error err = {0};
         pthread_t thread;
