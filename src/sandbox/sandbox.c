@@ -41,7 +41,7 @@ struct sandbox {
     int landlock[SANDBOX_KINDS]; /* rule sets; -1: the kernel has none */
     int empty_root, network;     /* descriptors; -1: not available or not wanted */
     int broker;                  /* -1: none */
-    bool drop_user;
+    bool drop_user, filters;
     unsigned outside; /* kinds that stay in the host's root directory, as who they are: they use the user's files or sockets */
 };
 
@@ -230,7 +230,7 @@ static bool has_capability(unsigned capability)
 
 static void tell_missing(const struct sandbox *sandbox, const struct sandbox_config *config)
 {
-    char text[128] = "";
+    char text[160] = "";
     if (sandbox->empty_root < 0)
         strcat(text, " an empty root directory,");
     if (sandbox->network < 0 && !config->host_network)
@@ -239,6 +239,8 @@ static void tell_missing(const struct sandbox *sandbox, const struct sandbox_con
         strcat(text, " Landlock,");
     if (sandbox->broker < 0 && config->broker >= 0)
         strcat(text, " a broker for files,");
+    if (!sandbox->filters)
+        strcat(text, " filters of system calls,");
     if (*text) {
         text[strlen(text) - 1] = '\0';
         log_info("sandbox: this host does not let the program have%s; the rest of the sandbox is in place", text);
@@ -248,7 +250,7 @@ static void tell_missing(const struct sandbox *sandbox, const struct sandbox_con
 /* It reads the program's memory. Once threads of it have become somebody else, that takes a capability. */
 static int choose_broker(const struct sandbox *sandbox, const struct sandbox_config *config)
 {
-    bool works = broker_close_doors(config->broker, landlock_version() >= 1);
+    bool works = sandbox->filters && broker_close_doors(config->broker, landlock_version() >= 1);
     return works && (!sandbox->drop_user || has_capability(CAP_SYS_PTRACE)) ? config->broker : -1;
 }
 
@@ -263,8 +265,11 @@ int sandbox_create(struct sandbox **out, const struct sandbox_config *config, st
         sandbox->landlock[n] = -1;
     sandbox->outside = ~IN_GUEST | (config->needs & SANDBOX_VSOCK ? IN_LOOP : 0);
     sandbox->drop_user = geteuid() == 0 && has_capability(CAP_SETUID) && has_capability(CAP_SETGID);
-    sandbox->empty_root = has_capability(CAP_SYS_ADMIN) && has_capability(CAP_SYS_CHROOT) ? make_empty_root(config) : -1;
+    /* Each thread gets a root directory of its own by unshare, which containers' filters may refuse whatever the capabilities. */
+    bool unshares = has_capability(CAP_SYS_ADMIN) && has_capability(CAP_SYS_CHROOT) && unshare(CLONE_FS) == 0;
+    sandbox->empty_root = unshares ? make_empty_root(config) : -1;
     sandbox->network = !config->host_network && has_capability(CAP_SYS_ADMIN) ? make_empty_network() : -1;
+    sandbox->filters = filter_possible();
     sandbox->broker = choose_broker(sandbox, config);
     for (unsigned n = 0; n < SANDBOX_KINDS && r == 0; n++) {
         r = filter_make(&sandbox->filter[n], 1u << n, config->needs, config->omit, 1u << n == IN_API && sandbox->broker >= 0);
@@ -355,7 +360,7 @@ int sandbox_enter(const struct sandbox *sandbox, unsigned kind, struct error *er
         what = "no capabilities";
     if (!what && sandbox->landlock[number] >= 0 && syscall(SYS_landlock_restrict_self, sandbox->landlock[number], 0))
         what = "restricted paths";
-    if (!what && (listener = filter_load(&sandbox->filter[number], listener)) < 0)
+    if (!what && sandbox->filters && (listener = filter_load(&sandbox->filter[number], listener)) < 0)
         what = "a filter of system calls";
     if (!what && listener > 0 && broker_serve(sandbox->broker, listener) < 0)
         what = "a broker for files";

@@ -13,6 +13,7 @@ int filter_make(struct sock_fprog *program, unsigned kind, unsigned needs, const
 void filter_free(struct sock_fprog *program);
 /* For the calling thread. `listen`: a descriptor for the broker is returned. */
 int filter_load(const struct sock_fprog *program, bool listen);
+bool filter_possible(void); /* the host lets processes have filters */
 void filter_note_kind(unsigned kind);
 int filter_catch(void); /* SIGSYS, for the process */
 

@@ -152,6 +152,12 @@ void filter_free(struct sock_fprog *program)
     program->filter = NULL;
 }
 
+bool filter_possible(void)
+{
+    const uint32_t action = SECCOMP_RET_TRAP;
+    return syscall(SYS_seccomp, SECCOMP_GET_ACTION_AVAIL, 0, &action) == 0;
+}
+
 int filter_load(const struct sock_fprog *program, bool listen)
 {
     /* Without SPEC_ALLOW older kernels slow down all that the thread does from here on. */
