@@ -323,6 +323,7 @@ int run_vm(struct run *run)
     if (run->instance) {
         snprintf(directory, sizeof directory, "%s", instance_path(run->instance));
         run->config.own_directory = directory;
+        snapshot_store_tidy();
         if (snapshot_store_directory(instance_name(run->instance), run->snapshots, NULL))
             run->snapshots[0] = '\0'; /* there will be none of it */
         run->config.snapshots_directory = run->snapshots[0] ? run->snapshots : NULL;

@@ -59,6 +59,7 @@ static int list_snapshots(const struct arguments *arguments)
     struct stored_snapshot *list;
     unsigned count;
     struct error err = {0};
+    snapshot_store_tidy();
     if (snapshot_store_list(arguments->name_count > 1 ? arguments->names[1] : NULL, &list, &count, &err))
         return complain(STATUS_ERROR, "%s", err.text);
     if (arguments->value[SNAPSHOT_JSON]) {

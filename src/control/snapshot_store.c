@@ -67,6 +67,27 @@ int snapshot_store_directory(const char *vm, char path[STORE_PATH_BYTES], struct
     return mkdir(path, 0700) && errno != EEXIST ? error_set(err, -errno, "cannot make the directory %s: %s", path, strerror(errno)) : 0;
 }
 
+/* The lock that its processes hold as long as one lives (instance.h), which a new machine has before its directory here is made. */
+static bool is_alive(const char *vm)
+{
+    int lock = instance_open(vm, "lock", O_RDONLY);
+    bool alive = lock >= 0 && flock(lock, LOCK_SH | LOCK_NB) && errno == EWOULDBLOCK;
+    if (lock >= 0)
+        close(lock);
+    return alive;
+}
+
+void snapshot_store_tidy(void)
+{
+    char root[STORE_PATH_BYTES];
+    DIR *entries = snapshot_store_root(root, NULL) == 0 ? opendir(root) : NULL;
+    for (struct dirent *entry; entries && (entry = readdir(entries));)
+        if (instance_name_valid(entry->d_name) && !is_alive(entry->d_name))
+            unlinkat(dirfd(entries), entry->d_name, AT_REMOVEDIR); /* if nothing is in it */
+    if (entries)
+        closedir(entries);
+}
+
 int snapshot_store_open(const char *vm, struct error *err)
 {
     char path[STORE_PATH_BYTES];

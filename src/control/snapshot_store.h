@@ -30,6 +30,8 @@
 int snapshot_store_root(char path[STORE_PATH_BYTES], struct error *err) __attribute__((warn_unused_result));
 /* The machine's directory in it, made when it is missing. */
 int snapshot_store_directory(const char *vm, char path[STORE_PATH_BYTES], struct error *err) __attribute__((warn_unused_result));
+/* Removes empty directories of machines that are no more; those in a sandbox cannot do that themselves. */
+void snapshot_store_tidy(void);
 
 struct stored_snapshot {
     char vm[STORE_NAME_BYTES], name[STORE_NAME_BYTES];

@@ -76,7 +76,11 @@ def tree():
         for name, text in (("three", "abcd"), ("branch", "abcx"), ("full", "abcxy")):
             run("snapshot", "restore", "vm", name, "--key-file", "key")
             assert knows("vm", text)
-        run("kill", "vm")
+        start(KEEPS, name="passing")
+        assert os.path.isdir(f"{folder}/data/doppel/snapshots/passing")
+        run("kill", "vm", "passing")
+        run("snapshot", "list")
+        assert not os.path.exists(f"{folder}/data/doppel/snapshots/passing")
         run("snapshot", "restore", "vm", "three", "--as", "other")
         assert knows("other", "abcd") and state("vm") == "ended"
         for wrong in (["create", "vm"], ["create", "other", "a/b"], ["create", "other", ".x"], ["restore", "other", "three"], ["delete", "vm", "nothing"], ["show", "vm", "x"],
