@@ -333,6 +333,23 @@ static void remove_tree(int parent, const char *name)
     unlinkat(parent, name, AT_REMOVEDIR);
 }
 
+/* In a snapshot that is one, what its description does not name: a merge that was killed leaves a memory file, before its end the new one, after it the old one. */
+static void sweep_files(int vm_dir, const char *name)
+{
+    int dir = openat(vm_dir, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    json_t *meta = dir >= 0 ? read_meta(dir) : NULL;
+    const char *memory = json_string_value(json_object_get(meta, "memory"));
+    DIR *entries = memory ? fdopendir(dir) : NULL;
+    for (struct dirent *entry; entries && (entry = readdir(entries));)
+        if (strncmp(entry->d_name, "memory", 6) == 0 && strcmp(entry->d_name, memory) != 0)
+            unlinkat(dir, entry->d_name, 0);
+    if (entries)
+        closedir(entries);
+    else if (dir >= 0)
+        close(dir);
+    json_decref(meta);
+}
+
 /* Of commands that were killed: with the exclusive lock, nobody works on them. */
 void snapshot_store_sweep(int vm_dir)
 {
@@ -343,6 +360,8 @@ void snapshot_store_sweep(int vm_dir)
     for (struct dirent *entry; entries && (entry = readdir(entries));)
         if (strncmp(entry->d_name, STORE_NEW, strlen(STORE_NEW)) == 0 || strncmp(entry->d_name, STORE_OLD, strlen(STORE_OLD)) == 0)
             remove_tree(vm_dir, entry->d_name);
+        else if (instance_name_valid(entry->d_name))
+            sweep_files(vm_dir, entry->d_name);
     if (entries)
         closedir(entries);
 }

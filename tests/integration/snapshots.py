@@ -69,8 +69,13 @@ def tree():
         assert set(snapshots("vm")) == set(there)
         assert run("snapshot", "delete", "vm", "s1", "--key-file", "key").strip() == "vm/s1"
         run("snapshot", "delete", "vm", "one", "--key-file", "key")
+        left = pathlib.Path(f"{folder}/data/doppel/snapshots/vm/three/memory")  # as if it had been killed just before its end
+        left.write_text("x")
         now = snapshots("vm")
         assert {name: (s["kind"], s["encrypted"]) for name, s in now.items()} == {"three": ("full", False), "branch": ("full", True), "full": ("full", False)}
+        run("snapshot", "create", "vm", "last")
+        run("snapshot", "delete", "vm", "last")
+        assert not left.exists()
         run("snapshot", "restore", "vm", "branch", status=1)
         assert "branch/state" in run.errors and state("vm") == "running"
         for name, text in (("three", "abcd"), ("branch", "abcx"), ("full", "abcxy")):
