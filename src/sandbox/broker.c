@@ -24,7 +24,6 @@
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <sys/un.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include "sandbox/broker_names.h"
@@ -237,8 +236,23 @@ static void take_call(struct broker *broker, int listener)
     (void)ioctl(listener, SECCOMP_IOCTL_NOTIF_SEND, &answer);
 }
 
+/* The broker gives up what it does not need either; not before there is a guest, because making filters takes as long as a client waits for the first answer. */
+static bool confine(void)
+{
+    struct sock_fprog filter;
+    if (filter_make(&filter, IN_BROKER, 0, NULL, false) || prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+        return false;
+    int listener = filter_load(&filter, true); /* can there be one on this host? */
+    if (listener >= 0)
+        close(listener);
+    else
+        (void)filter_load(&filter, false);
+    filter_free(&filter);
+    return listener >= 0;
+}
+
 /* The program is not confined yet, and asks whether all is well. */
-static bool can_work(struct broker *broker, uintptr_t probe, bool listens)
+static bool can_work(struct broker *broker, uintptr_t probe)
 {
     uint64_t here = 0;
     struct iovec to = {&here, sizeof here}, from = {(void *)probe, sizeof here};
@@ -246,10 +260,10 @@ static bool can_work(struct broker *broker, uintptr_t probe, bool listens)
     bool gets = fd >= 0 || errno == EBADF;
     if (fd >= 0)
         close(fd);
-    return listens && gets && process_vm_readv(broker->program, &to, 1, &from, 1, 0) == sizeof here;
+    return gets && process_vm_readv(broker->program, &to, 1, &from, 1, 0) == sizeof here;
 }
 
-static void take_message(struct broker *broker, bool listens)
+static void take_message(struct broker *broker)
 {
     union {
         char bytes[CMSG_SPACE(sizeof(int))];
@@ -273,7 +287,7 @@ static void take_message(struct broker *broker, bool listens)
     if (packet.kind == MESSAGE_SOCKET && !broker->closed && broker->socket_count < SOCKETS_MAX) {
         broker->socket[broker->socket_count++] = packet.name;
     } else if (packet.kind == MESSAGE_DOORS && !broker->closed) {
-        char answer = can_work(broker, packet.probe, listens);
+        char answer = confine() && can_work(broker, packet.probe);
         broker->closed = true;
         broker->confined = packet.length;
         (void)!send(broker->control, &answer, 1, MSG_NOSIGNAL);
@@ -292,9 +306,8 @@ static void drop_listener(struct broker *broker, unsigned i)
 }
 
 /* Signals of the terminal are not for this process, and nothing of the program's is kept open by it. */
-static struct broker *settle(int control, pid_t program, bool *listens)
+static struct broker *settle(int control, pid_t program)
 {
-    struct sock_fprog filter;
     int fd = dup2(control, 0);
     struct broker *broker = calloc(1, sizeof *broker);
     setsid();
@@ -306,22 +319,12 @@ static struct broker *settle(int control, pid_t program, bool *listens)
     broker->pidfd = (int)syscall(SYS_pidfd_open, program, 0);
     broker->wait[broker->wait_count++] = (struct pollfd){.fd = broker->control = 0, .events = POLLIN};
     prctl(PR_SET_NAME, "doppel-broker");
-    if (broker->pidfd < 0 || filter_make(&filter, IN_BROKER, 0, NULL, false) || prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
-        return NULL;
-    int listener = filter_load(&filter, true); /* can there be one on this host? */
-    *listens = listener >= 0;
-    if (listener >= 0)
-        close(listener);
-    else if (filter_load(&filter, false) < 0)
-        return NULL;
-    filter_free(&filter);
-    return broker;
+    return broker->pidfd < 0 ? NULL : broker;
 }
 
 static _Noreturn void broker_main(int control, pid_t program)
 {
-    bool listens = false;
-    struct broker *broker = settle(control, program, &listens);
+    struct broker *broker = settle(control, program);
     pid_t own = getpid();
     if (broker && send(broker->control, &own, sizeof own, MSG_NOSIGNAL) < 0)
         _exit(1);
@@ -335,7 +338,7 @@ static _Noreturn void broker_main(int control, pid_t program)
                 drop_listener(broker, i);
         }
         if (broker->wait[0].revents)
-            take_message(broker, listens);
+            take_message(broker);
     }
     _exit(1);
 }
@@ -362,18 +365,15 @@ static int tell(int broker, const struct message_packet *packet, int fd)
 
 int broker_start(void)
 {
-    int pair[2], status;
+    int pair[2];
     pid_t program = getpid();
     if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair))
         return -errno;
     pid_t pid = fork();
-    if (pid == 0) { /* twice, so that it is nobody's child to be waited for */
-        if (fork() == 0)
-            broker_main(pair[1], program);
-        _exit(0);
-    }
+    if (pid == 0)
+        broker_main(pair[1], program);
     close(pair[1]);
-    if (pid < 0 || waitpid(pid, &status, 0) != pid) {
+    if (pid < 0) {
         close(pair[0]);
         return -EAGAIN;
     }
