@@ -150,6 +150,8 @@ struct engine_irqchip_ops {
     /* One local APIC, while vCPUs stand still and no message is under way. 0 or -errno. */
     int (*get)(struct vcpu *vcpu, struct apic_state *state);
     int (*set)(struct vcpu *vcpu, const struct apic_state *state);
+    /* Before a state is saved: what others sent to a vCPU that stood still already, and starts it (INIT, startup), becomes its state. 0 or -errno. */
+    int (*arrive)(struct vcpu *vcpu);
 };
 
 struct engine_ops {

@@ -102,6 +102,14 @@ int machine_apics_give(struct machine *machine)
     return r;
 }
 
+int machine_apics_arrive(struct machine *machine)
+{
+    int r = 0;
+    for (unsigned i = 0; machine->irqchip && i < machine->cpu_count && r == 0; i++)
+        r = machine->irqchip->arrive(machine->vcpu[i].vcpu);
+    return r;
+}
+
 int machine_apics_take(struct machine *machine)
 {
     int r = 0;

@@ -816,7 +816,11 @@ int machine_state(struct machine *machine, struct state_io *io)
     if (state_loading(io))
         machine_hold_messages(machine);
     state_begin(io, "machine", 1);
-    int r = cpuid_state(machine->cpuid, io);
+    int r = state_loading(io) ? 0 : machine_apics_arrive(machine);
+    if (r)
+        state_fail(io, "the engine does not tell the processors' state");
+    else
+        r = cpuid_state(machine->cpuid, io);
     for (unsigned i = 0; i < machine->part_count && r == 0; i++)
         if (machine->part[i].state)
             r = machine->part[i].state(machine->part[i].object, io);

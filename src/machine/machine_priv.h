@@ -292,6 +292,7 @@ void machine_release_messages(struct machine *machine);
 void machine_connect_doorbells(struct machine *machine);
 /* Local APICs' states to the engine, if it has them, and back for as long as they are saved. vCPUs stand still. 0 or -errno. */
 int machine_apics_give(struct machine *machine);
+int machine_apics_arrive(struct machine *machine); /* first of all, when saving */
 int machine_apics_take(struct machine *machine);
 void machine_apics_rest(struct machine *machine);
 

@@ -81,10 +81,10 @@ static int apic_get(struct vcpu *v, struct apic_state *state)
     struct kvm_lapic_state page;
     struct kvm_sregs2 sregs;
     struct one_msr deadline = {.header.nmsrs = 1, .entry.index = MSR_TSC_DEADLINE};
-    int r = kvm_call(c->fd, KVM_GET_LAPIC, &page);
+    /* The deadline first: one that passes now is seen twice, the other way round it would not be seen at all. */
+    int r = ioctl(c->fd, KVM_GET_MSRS, &deadline) == 1 ? 0 : -EIO;
+    r = r ? r : kvm_call(c->fd, KVM_GET_LAPIC, &page);
     r = r ? r : kvm_call(c->fd, KVM_GET_SREGS2, &sregs);
-    if (r == 0 && ioctl(c->fd, KVM_GET_MSRS, &deadline) != 1)
-        r = -EIO;
     if (r)
         return r;
     *state = (struct apic_state){.base = sregs.apic_base, .tsc_deadline = deadline.entry.data};
@@ -121,11 +121,19 @@ static int apic_set(struct vcpu *v, const struct apic_state *state)
     return r;
 }
 
+/* KVM keeps INIT and startup until the processor runs or is asked for its state. Registers changed from outside are yet to go in, and win. */
+static int arrive(struct vcpu *v)
+{
+    struct kvm_cpu *c = (struct kvm_cpu *)v;
+    return c->stale ? 0 : kvm_state_pull(c);
+}
+
 static const struct engine_irqchip_ops split_ops = {
     .message = message,
     .level_pin = level_pin,
     .get = apic_get,
     .set = apic_set,
+    .arrive = arrive,
 };
 
 const struct engine_irqchip_ops *kvm_irqchip(struct engine *e)

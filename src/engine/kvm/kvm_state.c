@@ -291,7 +291,8 @@ int kvm_state_pull(struct kvm_cpu *c)
     struct kvm_image image = {.xsave = c->xsave};
     enum cpu_activity activity = c->v.cpu.activity;
     kvm_image_from(&image, c->engine, &c->v.cpu); /* which MSRs */
-    int r = CALL(c, KVM_GET_REGS, &image.regs);
+    int r = CALL(c, KVM_GET_MP_STATE, &image.mp); /* takes INIT and startup messages, which change registers */
+    r = r ? r : CALL(c, KVM_GET_REGS, &image.regs);
     r = r ? r : CALL(c, KVM_GET_SREGS2, &image.sregs);
     r = r ? r : CALL(c, KVM_GET_XCRS, &image.xcrs);
     r = r ? r : CALL(c, c->engine->xsave_bytes > CPU_XSAVE_BYTES ? KVM_GET_XSAVE2 : KVM_GET_XSAVE, image.xsave);
@@ -299,7 +300,6 @@ int kvm_state_pull(struct kvm_cpu *c)
     r = r ? r : CALL(c, KVM_GET_DEBUGREGS, &image.debug);
     r = r ? r : transfer_tsc_offset(c, &image.tsc_offset, KVM_GET_DEVICE_ATTR);
     r = r ? r : CALL(c, KVM_GET_VCPU_EVENTS, &image.events);
-    r = r ? r : CALL(c, KVM_GET_MP_STATE, &image.mp);
     if (r)
         return r;
     kvm_image_to(&image, &c->v.cpu);

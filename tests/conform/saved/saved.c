@@ -13,6 +13,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "engine/engine.h"
 #include "machine/machine.h"
 #include "util/log.h"
 
@@ -158,6 +159,19 @@ static bool parse(struct run *run, int argc, char **argv)
     return run->kernel && run->engine_count;
 }
 
+#define SKIPPED 77
+
+static bool have_engines(const struct run *run)
+{
+    struct error err = {0};
+    for (unsigned i = 0; i < run->engine_count; i++)
+        if (!engine_find(run->engine[i], NULL, &err)) {
+            printf("skipped: %s\n", err.text);
+            return false;
+        }
+    return true;
+}
+
 int main(int argc, char **argv)
 {
     struct run run;
@@ -165,7 +179,9 @@ int main(int argc, char **argv)
         fprintf(stderr, "conform_saved KERNEL [--hops N] [--rounds N] [--seed S] [--engines bt,interp] [--verbose]\n");
         return 2;
     }
-    log_set_level(LOG_WARNING);
+    if (!have_engines(&run))
+        return SKIPPED;
+    log_set_level(LOG_ERROR);
     snprintf(run.folder, sizeof run.folder, "%s/doppel-saved-XXXXXX", access("/dev/shm", W_OK) == 0 ? "/dev/shm" : "/tmp");
     if (!mkdtemp(run.folder))
         return 1;
