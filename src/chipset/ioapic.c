@@ -117,6 +117,15 @@ void ioapic_eoi(struct ioapic *ioapic, uint8_t vector)
     }
 }
 
+void ioapic_end_unserved(struct ioapic *ioapic, bool (*served)(void *ctx, uint8_t vector), void *ctx)
+{
+    for (unsigned pin = 0; pin < PINS; pin++) {
+        uint8_t vector = ioapic->rte[pin] & RTE_VECTOR;
+        if ((ioapic->rte[pin] & RTE_REMOTE_IRR) && !served(ctx, vector))
+            ioapic_eoi(ioapic, vector);
+    }
+}
+
 /* ---- Registers ---- */
 
 static void entry_write(struct ioapic *ioapic, unsigned pin, bool high, uint32_t value)

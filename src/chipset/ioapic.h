@@ -35,5 +35,9 @@ void ioapic_set_pin(void *ioapic, unsigned pin, bool level);
 
 /* A processor's EOI broadcast for a level-triggered vector (lapic_ops.eoi). */
 void ioapic_eoi(struct ioapic *ioapic, uint8_t vector);
+/*
+ * After loading: an interrupt that no processor has any more, requested or in service, was ended, and its EOI was on the way when the state was saved (it can wait in the host's kernel).
+ */
+void ioapic_end_unserved(struct ioapic *ioapic, bool (*served)(void *ctx, uint8_t vector), void *ctx);
 
 #endif

@@ -225,6 +225,18 @@ void lapic_inject_nmi(struct lapic_set *set, unsigned cpu)
     lapic_unlock(&set->apics[cpu]);
 }
 
+bool lapic_has_vector(struct lapic_set *set, uint8_t vector)
+{
+    bool has = false;
+    for (unsigned cpu = 0; cpu < set->cpu_count && !has; cpu++) {
+        struct lapic *apic = &set->apics[cpu];
+        lapic_lock(apic);
+        has = bits_test(apic->irr, vector) || bits_test(apic->isr, vector);
+        lapic_unlock(apic);
+    }
+    return has;
+}
+
 struct msi_target lapic_msi_target(struct lapic_set *set)
 {
     return (struct msi_target){.send = lapic_send_msi, .ctx = set};

@@ -63,6 +63,8 @@ void lapic_cr8_write(struct lapic_set *set, unsigned cpu, uint8_t value);
 /* The 8259's INTR output is wired to LINT0 of every processor (only the enabled one takes it). */
 void lapic_set_extint(struct lapic_set *set, bool level);
 void lapic_inject_nmi(struct lapic_set *set, unsigned cpu);
+/* Some APIC has it requested or in service. */
+bool lapic_has_vector(struct lapic_set *set, uint8_t vector);
 
 /* What firmware leaves behind and a kernel that is booted without any expects: software-enabled, LINT0 ExtINT on processor 0, LINT1 NMI. */
 void lapic_set_virtual_wire(struct lapic_set *set, unsigned cpu);

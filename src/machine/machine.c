@@ -797,12 +797,19 @@ static int vcpu_state(struct vcpu_thread *cpu, struct state_io *io)
     return r;
 }
 
+static bool is_served(void *ctx, uint8_t vector)
+{
+    return lapic_has_vector(ctx, vector);
+}
+
 static int apics_state(struct machine *machine, struct state_io *io)
 {
     int r = state_loading(io) ? 0 : machine_apics_take(machine);
     if (r)
         state_fail(io, "the engine does not tell the local APICs' state");
     int done = lapic_state(machine->lapics, io);
+    if (state_loading(io) && done == 0)
+        ioapic_end_unserved(machine->ioapic, is_served, machine->lapics);
     if (state_loading(io) && done == 0 && machine_apics_give(machine)) {
         done = -EINVAL;
         state_fail(io, "the engine does not take the local APICs' state");

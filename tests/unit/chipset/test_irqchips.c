@@ -286,6 +286,30 @@ static void test_ioapic_registers(void **state)
     assert_int_equal(rig->messages, 0);
 }
 
+static bool is_0x50(void *ctx, uint8_t vector)
+{
+    return vector == 0x50;
+}
+
+/* An EOI that got lost on the way is made good; one that is still to come is waited for. */
+static void test_ioapic_unserved(void **state)
+{
+    struct rig *rig = *state;
+    reg_write(rig, 0x30, 0x8050); /* pins 16 and 17, level */
+    reg_write(rig, 0x32, 0x8051);
+    ioapic_set_pin(rig->ioapic, 16, true);
+    ioapic_set_pin(rig->ioapic, 17, true);
+    assert_int_equal(rig->messages, 2);
+    ioapic_end_unserved(rig->ioapic, is_0x50, NULL);
+    assert_int_equal(rig->messages, 3);
+    assert_int_equal(rig->data & 0xff, 0x51);
+    ioapic_set_pin(rig->ioapic, 17, false);
+    ioapic_end_unserved(rig->ioapic, is_0x50, NULL);
+    assert_int_equal(rig->messages, 3);
+    assert_int_equal(reg_read(rig, 0x30), 0xC050);
+    assert_int_equal(reg_read(rig, 0x32), 0x8051);
+}
+
 static void test_ioapic_edge(void **state)
 {
     struct rig *rig = *state;
@@ -434,7 +458,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         T(test_pic_basic),        T(test_pic_slave_and_spurious), T(test_pic_rotation), T(test_pic_special_mask),
         T(test_pic_aeoi_and_poll), T(test_pic_level),             T(test_pic_state),    T(test_ioapic_registers),
-        T(test_ioapic_edge),      T(test_ioapic_level),           T(test_ioapic_state), T(test_random_accesses),
+        T(test_ioapic_edge),      T(test_ioapic_level),           T(test_ioapic_state), T(test_ioapic_unserved), T(test_random_accesses),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
