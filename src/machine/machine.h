@@ -186,13 +186,18 @@ struct snapshot_files {
     const char *const *below;
     unsigned below_count;
     const struct chunk_secret *secret; /* for what is encrypted; NULL: nothing is */
+    bool whole; /* read all memory before the guest runs; otherwise pages come when they are touched, and the files stay in use */
 };
 int machine_snapshot_save(struct machine *machine, const struct snapshot_files *files, struct error *err) __attribute__((warn_unused_result));
 /* Fills an initialised, empty configuration with the one a snapshot was made with. */
 int machine_snapshot_config(const struct snapshot_files *files, struct machine_config *config, struct error *err) __attribute__((warn_unused_result));
 /* Whether all the files are there, complete and of one snapshot; the contents of memory are not looked at. */
 int machine_snapshot_check(const struct snapshot_files *files, struct error *err) __attribute__((warn_unused_result));
-/* As machine_create, in the state of the snapshot. `config` is the snapshot's; what the guest does not see (back ends, engine, consoles) may have been changed. */
+/*
+ * As machine_create, in the state of the snapshot. Memory is not read yet (but for `whole`, and under engines of the host): a raw memory file is mapped and shared with
+ * all machines that were loaded from it; chunk files are read page by page. Nobody may write or truncate them while a machine uses them; replacing (rename) and removing them
+ * is fine. `config` is the snapshot's; what the guest does not see (back ends, engine, consoles) may have been changed.
+ */
 int machine_snapshot_load(struct machine **machine, const struct machine_config *config, const struct snapshot_files *files, struct error *err)
     __attribute__((warn_unused_result));
 

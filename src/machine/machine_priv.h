@@ -263,8 +263,8 @@ int snapshot_encode(struct machine *machine, const struct chunk_id *id, struct s
 void snapshot_set_base(struct machine *machine, const struct chunk_id *id);
 /* Marks in PhysMap all that the guest wrote; what it writes from now on is noted anew. Everything stands still. */
 int snapshot_collect(struct machine *machine, uint64_t *pages, struct error *err);
-/* Memory from a chunk file and those below it. */
-int snapshot_read_layers(struct machine *machine, const struct snapshot_files *files, struct error *err);
+/* Memory, or where its pages are to come from. */
+int snapshot_read_memory(struct machine *machine, const struct snapshot_files *files, struct error *err);
 /* Whether these are files of such memory, without reading it. */
 int snapshot_check_layers(uint64_t ram_bytes, const struct snapshot_files *files, struct error *err);
 /* A state file's bytes, whatever they are wrapped in; the caller frees. */

@@ -8,6 +8,7 @@
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -19,6 +20,8 @@
 SANDBOX_ALLOW(IN_API, fsync);
 SANDBOX_ALLOW(IN_API, rename);
 SANDBOX_ALLOW(IN_API, unlink);
+SANDBOX_ALLOW(IN_API | IN_MAIN, flock);
+SANDBOX_ALLOW(IN_API | IN_MAIN, copy_file_range);
 
 /* ---- files that appear when they are complete ---- */
 
@@ -45,18 +48,45 @@ static int new_file_open(struct new_file *file, const char *path, struct error *
     return r;
 }
 
-/* An existing regular file of this size, to be written over where it is; else a new one. */
+/* What is not a hole. */
+static int copy_file(int to, int from, uint64_t size_bytes)
+{
+    if (ftruncate(to, (off_t)size_bytes) < 0)
+        return -errno;
+    for (off_t at = 0; (uint64_t)at < size_bytes;) {
+        off_t data = lseek(from, at, SEEK_DATA), hole = data < 0 ? -1 : lseek(from, data, SEEK_HOLE);
+        if (data < 0 && errno == ENXIO)
+            return 0;
+        data = data < 0 ? at : data;
+        hole = hole < 0 ? (off_t)size_bytes : hole;
+        for (off_t out = data; data < hole;)
+            if (copy_file_range(from, &data, to, &out, (size_t)(hole - data), 0) <= 0)
+                return errno ? -errno : -EIO;
+        at = hole;
+    }
+    return 0;
+}
+
+/* An existing regular file of this size, to be written over where it is (in a copy, when machines have its pages); else a new one. */
 static int new_file_update(struct new_file *file, const char *path, uint64_t size_bytes, struct error *err)
 {
     struct stat st;
     int fd = open(path, O_RDWR | O_CLOEXEC);
-    if (fd >= 0 && fstat(fd, &st) == 0 && S_ISREG(st.st_mode) && (uint64_t)st.st_size == size_bytes) {
+    bool same = fd >= 0 && fstat(fd, &st) == 0 && S_ISREG(st.st_mode) && (uint64_t)st.st_size == size_bytes;
+    if (same && flock(fd, LOCK_EX | LOCK_NB) == 0) {
         *file = (struct new_file){.path = path, .fd = fd, .in_place = true};
         return 0;
     }
+    int r = new_file_open(file, path, err);
+    if (r == 0 && same) {
+        errno = 0;
+        r = copy_file(file->fd, fd, size_bytes);
+        if (r)
+            error_set(err, r, "cannot copy %s, which other machines use: %s", path, strerror(-r));
+    }
     if (fd >= 0)
         close(fd);
-    return new_file_open(file, path, err);
+    return r;
 }
 
 static int new_file_commit(struct new_file *file, struct error *err)
@@ -292,19 +322,6 @@ int machine_snapshot_check(const struct snapshot_files *files, struct error *err
     return r ? r : snapshot_check_layers(header.ram_bytes, files, err);
 }
 
-static int read_memory(struct machine *machine, const struct snapshot_files *files, struct error *err)
-{
-    int fd = open(files->memory, O_RDONLY | O_CLOEXEC);
-    if (fd < 0)
-        return error_set(err, -errno, "cannot read %s: %s", files->memory, strerror(errno));
-    bool raw = !files->below_count && !chunk_file_is(fd);
-    int r = raw ? ram_file_read(machine->memory, fd, err) : 0;
-    close(fd);
-    if (r)
-        error_prefix(err, "%s", files->memory);
-    return raw ? r : snapshot_read_layers(machine, files, err);
-}
-
 /* Memory before the parts: some look at what they left there. */
 static int begin_from(struct machine *machine, void *ctx, struct error *err)
 {
@@ -322,7 +339,7 @@ static int begin_from(struct machine *machine, void *ctx, struct error *err)
         r = error_set(err, -EINVAL, "%s: the guest's memory has %llu bytes, not %llu", files->state, (unsigned long long)header.ram_bytes,
                       (unsigned long long)physmap_ram_bytes(machine->memory));
     if (r == 0)
-        r = read_memory(machine, files, err);
+        r = snapshot_read_memory(machine, files, err);
     for (unsigned i = 0; i < machine->cpu_count; i++)
         machine->vcpu[i].vcpu->trace = machine_vcpu_trace(machine, i);
     if (r == 0 && machine_state(machine, io))

@@ -1,16 +1,25 @@
 /*
- * What loading a snapshot reads that is not raw: state files that are compressed or encrypted, and memory in layers (state/chunk_file.h). The lowest layer is a raw file or
- * a chunk file with all pages; the others are laid upon it, from the lowest to the highest. Threading: no vCPU runs.
+ * What loading a snapshot reads: state files that are compressed or encrypted, and memory in layers (state/chunk_file.h). The lowest layer is a raw file or a chunk file with
+ * all pages; the others are laid upon it. Usually nothing of memory is read: the raw file is shared, and what chunk files have comes from a page source made of them. An flock() tells
+ * those who would write to a raw file in place that it is in use (snapshot.c).
+ * Threading: no vCPU runs while loading. The source is constant, and may be asked by any thread.
  */
 #include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include "machine/machine_priv.h"
+#include "memory/page_source.h"
 #include "memory/ram_file.h"
+#include "util/sandbox_rules.h"
+
+SANDBOX_ALLOW(IN_GUEST | IN_SHARE | IN_MAIN, pread64); /* from the files' descriptors, for pages that are touched */
+
+_Static_assert(CHUNK_BYTES % PAGE_SOURCE_BYTES == 0, "what is fetched at once is in one chunk");
 
 #define STATE_FILE_BYTES_MAX (256ull << 20)
 
@@ -111,28 +120,138 @@ static int check_order(const struct snapshot_files *files, unsigned level, const
     return 0;
 }
 
-static int read_from(struct machine *machine, const struct snapshot_files *files, unsigned level, const struct chunk_id *wanted, struct error *err)
+/* ---- all layers ---- */
+
+struct layers {
+    unsigned count; /* chunk files, the highest first */
+    int raw_fd;     /* what they lie upon, -1: nothing */
+    struct chunk_reader *reader[];
+};
+
+static void layers_close(void *ctx)
 {
-    struct chunk_reader *reader;
-    int fd, r = open_layer(physmap_ram_bytes(machine->memory), files, level, &reader, &fd, err);
+    struct layers *layers = ctx;
+    for (unsigned i = 0; i < layers->count; i++)
+        chunk_reader_close(layers->reader[i]);
+    if (layers->raw_fd >= 0)
+        close(layers->raw_fd);
+    free(layers);
+}
+
+static int layers_open(const struct machine *machine, const struct snapshot_files *files, struct layers **out, struct error *err)
+{
+    struct layers *layers = calloc(1, sizeof *layers + (files->below_count + 1) * sizeof layers->reader[0]);
+    const struct chunk_id *wanted = NULL;
+    bool more = true;
+    int r = 0;
+    if (!layers)
+        return error_set(err, -ENOMEM, "out of memory");
+    layers->raw_fd = -1;
+    for (unsigned level = 0; r == 0 && more; level++) {
+        struct chunk_reader *reader;
+        r = open_layer(physmap_ram_bytes(machine->memory), files, level, &reader, &layers->raw_fd, err);
+        if (r == 0 && reader)
+            layers->reader[layers->count++] = reader;
+        if (r == 0)
+            r = check_order(files, level, reader, wanted, err);
+        more = r == 0 && reader && chunk_reader_info(reader)->layer;
+        wanted = more ? &chunk_reader_info(reader)->base : NULL;
+    }
     if (r)
-        return r;
-    r = check_order(files, level, reader, wanted, err);
-    if (r == 0 && reader && chunk_reader_info(reader)->layer)
-        r = read_from(machine, files, level + 1, &chunk_reader_info(reader)->base, err);
-    if (r == 0 && reader)
-        r = read_chunks(machine, reader, err);
-    else if (r == 0 && ram_file_read(machine->memory, fd, err))
-        r = error_prefix(err, "%s", level ? files->below[level - 1] : files->memory);
-    chunk_reader_close(reader);
-    if (fd >= 0)
-        close(fd);
+        layers_close(layers);
+    else
+        *out = layers;
     return r;
 }
 
-int snapshot_read_layers(struct machine *machine, const struct snapshot_files *files, struct error *err)
+static const char *raw_path(const struct snapshot_files *files, const struct layers *layers)
 {
-    return read_from(machine, files, 0, NULL, err);
+    return layers->count ? files->below[layers->count - 1] : files->memory;
+}
+
+static int read_whole(struct machine *machine, const struct snapshot_files *files, const struct layers *layers, struct error *err)
+{
+    int r = 0;
+    if (layers->raw_fd >= 0 && (r = ram_file_read(machine->memory, layers->raw_fd, err)))
+        r = error_prefix(err, "%s", raw_path(files, layers));
+    for (unsigned n = layers->count; r == 0 && n > 0; n--)
+        r = read_chunks(machine, layers->reader[n - 1], err);
+    return r;
+}
+
+/* ---- page by page ---- */
+
+/* What page_source asks for is in one chunk. Of each page the highest layer counts. */
+static int layers_fetch(void *ctx, uint64_t offset, void *data, uint64_t bytes, struct error *err)
+{
+    const struct layers *layers = ctx;
+    uint64_t chunk = offset / CHUNK_BYTES;
+    unsigned first = (unsigned)(offset % CHUNK_BYTES / PAGE_SIZE_BYTES), count = (unsigned)(bytes / PAGE_SIZE_BYTES);
+    uint64_t left = (count < CHUNK_PAGES ? (1ull << count) - 1 : ~0ull) << first;
+    int r = 0;
+    for (unsigned n = 0; r == 0 && left && n < layers->count; n++) {
+        uint64_t here = chunk_reader_present(layers->reader[n], chunk, NULL) & left;
+        if (here)
+            r = chunk_reader_read(layers->reader[n], chunk, here, (uint8_t *)data - offset % CHUNK_BYTES, err);
+        left &= ~here;
+    }
+    return r;
+}
+
+/* Pages that chunk files have. Those that are zero need no reading where nothing lies below. */
+static void layers_pages(const struct layers *layers, uint64_t chunks, uint64_t *pages)
+{
+    for (uint64_t chunk = 0; chunk < chunks; chunk++) {
+        uint64_t seen = 0;
+        for (unsigned n = 0; n < layers->count; n++) {
+            uint64_t zero, present = chunk_reader_present(layers->reader[n], chunk, &zero) & ~seen;
+            seen |= present;
+            pages[chunk] |= layers->raw_fd >= 0 ? present : present & ~zero;
+        }
+    }
+}
+
+/* Takes `layers` over by a success. */
+static int use_source(struct machine *machine, struct layers *layers, struct error *err)
+{
+    const struct page_source source = {layers_fetch, layers_close, layers};
+    uint64_t chunks = (physmap_ram_bytes(machine->memory) + CHUNK_BYTES - 1) / CHUNK_BYTES;
+    uint64_t *pages = calloc(chunks, sizeof *pages);
+    if (!pages)
+        return error_set(err, -ENOMEM, "out of memory");
+    layers_pages(layers, chunks, pages);
+    int r = physmap_set_source(machine->memory, &source, pages, err);
+    free(pages);
+    return r;
+}
+
+static int use_lazily(struct machine *machine, const struct snapshot_files *files, struct layers *layers, struct error *err)
+{
+    if (layers->raw_fd >= 0) {
+        const char *path = raw_path(files, layers);
+        if (flock(layers->raw_fd, LOCK_SH | LOCK_NB) < 0 && errno == EWOULDBLOCK)
+            return error_set(err, -EBUSY, "%s is being written by another program", path);
+        int r = physmap_share(machine->memory, layers->raw_fd, err);
+        if (r)
+            return error_prefix(err, "%s", path);
+    }
+    if (layers->count)
+        return use_source(machine, layers, err);
+    layers_close(layers);
+    return 0;
+}
+
+int snapshot_read_memory(struct machine *machine, const struct snapshot_files *files, struct error *err)
+{
+    struct layers *layers = NULL;
+    bool whole = files->whole || strcmp(machine->engine_ops->name, "kvm") == 0; /* the host's kernel looks for pages by itself */
+    int r = layers_open(machine, files, &layers, err);
+    if (r)
+        return r;
+    r = whole ? read_whole(machine, files, layers, err) : use_lazily(machine, files, layers, err);
+    if (r || whole)
+        layers_close(layers);
+    return r;
 }
 
 int snapshot_check_layers(uint64_t ram_bytes, const struct snapshot_files *files, struct error *err)

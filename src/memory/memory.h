@@ -78,6 +78,11 @@ void *physmap_get(struct physmap *map, gpa_t gpa, uint64_t length_bytes, enum ph
  */
 int physmap_map(struct physmap *map, void *at, int prot) __attribute__((warn_unused_result));
 void physmap_unmap(struct physmap *map, void *at);
+/*
+ * Takes the right to write from pages of a writable mapping, or gives it back (page aligned). Not by mprotect(): what is mapped there may change with the states of pages. For one
+ * mapping of the map. 0 or -errno, -ENOMEM when the host grants no more mappings; giving back all of it needs none.
+ */
+int physmap_guard(struct physmap *map, void *at, uint64_t offset, uint64_t length_bytes, bool on) __attribute__((warn_unused_result));
 /* The RAM's file, for mapping it in another process: its offsets are those of physmap_offset below physmap_ram_bytes. Only private pages are in it. Stays the map's. */
 int physmap_fd(const struct physmap *map);
 /* Offset of [gpa, +length) in a linear mapping; false when the range is not all in one range of RAM. */

@@ -53,6 +53,7 @@ void pages_destroy(struct pages *pages)
     free((void *)pages->remote);
     free((void *)pages->shared);
     free((void *)pages->touched);
+    free((void *)pages->guarded);
     free(pages->fetching);
     pthread_cond_destroy(&pages->arrived);
     pthread_mutex_destroy(&pages->lock);
@@ -104,15 +105,16 @@ static int bits_make(struct pages *pages)
     pages->shared = calloc(words(pages), sizeof *pages->shared);
     pages->touched = calloc(words(pages), sizeof *pages->touched);
     pages->fetching = calloc(words(pages), sizeof *pages->fetching);
-    return pages->remote && pages->shared && pages->touched && pages->fetching ? 0 : -ENOMEM;
+    pages->guarded = calloc(words(pages), sizeof *pages->guarded);
+    return pages->remote && pages->shared && pages->touched && pages->guarded && pages->fetching ? 0 : -ENOMEM;
 }
 
 /* ---- windows ---- */
 
-static int map_range(const struct pages_window *window, uint64_t first, uint64_t count, bool file, int fd)
+static int map_range(const struct pages_window *window, uint64_t first, uint64_t count, bool writable, int fd)
 {
     uint8_t *at = window->at + first * PAGE_SIZE_BYTES;
-    int prot = file ? window->prot & ~PROT_WRITE : window->prot;
+    int prot = writable ? window->prot : window->prot & ~PROT_WRITE;
     if (mmap(at, count * PAGE_SIZE_BYTES, prot, MAP_SHARED | MAP_NORESERVE | MAP_FIXED, fd, (off_t)(first * PAGE_SIZE_BYTES)) == MAP_FAILED)
         return -errno;
     /* A core dump of the VMM is about the VMM. Kernels without the advice lose nothing. With the same advice as around it, it becomes one with its neighbours. */
@@ -120,12 +122,35 @@ static int map_range(const struct pages_window *window, uint64_t first, uint64_t
     return 0;
 }
 
+/* The end of the run of pages from `page` on, below `end`, whose bits are so. */
+static uint64_t run_end(const _Atomic uint64_t *bits, uint64_t page, uint64_t end, bool set)
+{
+    while (page < end && is_set(bits, page) == set)
+        page++;
+    return page;
+}
+
+/* Guarded pages are never writable, not even between two calls: a store that nobody notices would be one that translations of them miss. */
+static int window_show_ram(const struct pages *pages, unsigned i, uint64_t first, uint64_t end)
+{
+    int r = 0;
+    if (i != pages->guarding)
+        return map_range(&pages->window[i], first, end - first, true, pages->ram_fd);
+    while (r == 0 && first < end) {
+        bool guarded = is_set(pages->guarded, first);
+        uint64_t stop = run_end(pages->guarded, first, end, guarded);
+        r = map_range(&pages->window[i], first, stop - first, !guarded, pages->ram_fd);
+        first = stop;
+    }
+    return r;
+}
+
 /* All windows show RAM's file there. Counts islands of private pages among shared ones. */
 static int show_ram(struct pages *pages, uint64_t first, uint64_t count)
 {
     uint64_t end = first + count;
     for (unsigned i = 0; i < PAGES_WINDOWS_MAX; i++) {
-        int r = pages->window[i].at ? map_range(&pages->window[i], first, count, false, pages->ram_fd) : 0;
+        int r = pages->window[i].at ? window_show_ram(pages, i, first, end) : 0;
         if (r)
             return r;
     }
@@ -138,14 +163,6 @@ static int show_ram(struct pages *pages, uint64_t first, uint64_t count)
     return 0;
 }
 
-/* The end of the run of pages from `page` on, below `end`, that are shared or not. */
-static uint64_t run_end(const struct pages *pages, uint64_t page, uint64_t end, bool shared)
-{
-    while (page < end && is_set(pages->shared, page) == shared)
-        page++;
-    return page;
-}
-
 int pages_window_add(struct pages *pages, void *at, int prot)
 {
     pthread_mutex_lock(&pages->lock);
@@ -153,12 +170,12 @@ int pages_window_add(struct pages *pages, void *at, int prot)
     unsigned i = 0;
     while (i < PAGES_WINDOWS_MAX && pages->window[i].at)
         i++;
-    int r = i == PAGES_WINDOWS_MAX ? -ENOSPC : map_range(&window, 0, pages->page_count, false, pages->ram_fd);
+    int r = i == PAGES_WINDOWS_MAX ? -ENOSPC : map_range(&window, 0, pages->page_count, true, pages->ram_fd);
     for (uint64_t page = 0; r == 0 && pages->shared_left && page < pages->page_count;) {
-        uint64_t first = run_end(pages, page, pages->page_count, false);
-        page = run_end(pages, first, pages->page_count, true);
+        uint64_t first = run_end(pages->shared, page, pages->page_count, false);
+        page = run_end(pages->shared, first, pages->page_count, true);
         if (page > first)
-            r = map_range(&window, first, page - first, true, pages->file_fd);
+            r = map_range(&window, first, page - first, false, pages->file_fd);
     }
     if (r == 0)
         pages->window[i] = window;
@@ -173,6 +190,31 @@ void pages_window_remove(struct pages *pages, const void *at)
         if (pages->window[i].at == at)
             pages->window[i].at = NULL;
     pthread_mutex_unlock(&pages->lock);
+}
+
+int pages_guard(struct pages *pages, const void *at, uint64_t offset, uint64_t bytes, bool on)
+{
+    uint64_t first = offset / PAGE_SIZE_BYTES, end = first + bytes / PAGE_SIZE_BYTES;
+    int r = 0;
+    pthread_mutex_lock(&pages->lock);
+    for (unsigned i = 0; i < PAGES_WINDOWS_MAX; i++)
+        if (pages->window[i].at == at)
+            pages->guarding = i;
+    const struct pages_window *window = &pages->window[pages->guarding];
+    for (uint64_t page = first; r == 0 && page < end;) { /* what is shared cannot be stored to anyway */
+        uint64_t from = run_end(pages->shared, page, end, true);
+        page = run_end(pages->shared, from, end, false);
+        if (page > from && mprotect(window->at + from * PAGE_SIZE_BYTES, (page - from) * PAGE_SIZE_BYTES, on ? window->prot & ~PROT_WRITE : window->prot) < 0)
+            r = -errno;
+    }
+    for (uint64_t word = first / 64; r == 0 && word <= (end - 1) / 64; word++) {
+        if (on)
+            atomic_fetch_or(&pages->guarded[word], word_bits(word, first, end - 1));
+        else
+            atomic_fetch_and(&pages->guarded[word], ~word_bits(word, first, end - 1));
+    }
+    pthread_mutex_unlock(&pages->lock);
+    return r;
 }
 
 /* ---- where pages come from ---- */
@@ -204,7 +246,7 @@ int pages_share(struct pages *pages, int fd, struct error *err)
     pages->islands = 0;
     for (unsigned i = 0; r == 0 && i < PAGES_WINDOWS_MAX; i++)
         if (pages->window[i].at)
-            r = map_range(&pages->window[i], 0, pages->page_count, true, pages->file_fd);
+            r = map_range(&pages->window[i], 0, pages->page_count, false, pages->file_fd);
     if (r)
         return error_set(err, r, "cannot map it: %s", strerror(-r));
     for (uint64_t word = 0; word < words(pages); word++)
@@ -484,8 +526,8 @@ int pages_forget(struct pages *pages, uint64_t offset, uint64_t bytes)
             pthread_cond_wait(&pages->arrived, &pages->lock);
     pages->remote_left -= clear(pages->remote, first, end - first);
     for (uint64_t page = first; r == 0 && page < end;) {
-        uint64_t from = run_end(pages, page, end, false);
-        page = run_end(pages, from, end, true);
+        uint64_t from = run_end(pages->shared, page, end, false);
+        page = run_end(pages->shared, from, end, true);
         if (page > from && (r = show_ram(pages, from, page - from)))
             r = fail_at(pages, r, "cannot map the guest's memory", from);
     }

@@ -27,9 +27,11 @@ struct pages {
     struct pages_window window[PAGES_WINDOWS_MAX]; /* the first is PhysMap's own; free ones have no address */
     /* A bit a page, NULL before there is anything but private pages. Bits of remote and shared go under the lock, when the page is ready for whoever sees it. */
     _Atomic uint64_t *remote, *shared, *touched;
+    _Atomic uint64_t *guarded; /* not to be stored to through window `guarding`, under the lock */
     uint64_t *fetching;
     uint64_t remote_left, shared_left, islands, mappings_max;
     struct page_source source;
+    unsigned guarding;
     bool has_source, failed;
     uint32_t vector_components; /* vector_save.h */
     void (*on_failure)(void *ctx, const char *text);
@@ -41,6 +43,9 @@ void pages_destroy(struct pages *pages);
 /* RAM's mappings, over what is there; 0 or -errno. */
 int pages_window_add(struct pages *pages, void *at, int prot);
 void pages_window_remove(struct pages *pages, const void *at);
+
+/* Takes the right to write from pages of a writable window, or gives it back; one window has such pages. */
+int pages_guard(struct pages *pages, const void *at, uint64_t offset, uint64_t bytes, bool on);
 
 int pages_share(struct pages *pages, int fd, struct error *err);
 int pages_set_source(struct pages *pages, const struct page_source *source, const uint64_t *remote, struct error *err);

@@ -386,6 +386,16 @@ void physmap_unmap(struct physmap *map, void *at)
     pages_window_remove(&map->pages, at);
 }
 
+int physmap_guard(struct physmap *map, void *at, uint64_t offset, uint64_t length_bytes, bool on)
+{
+    uint64_t ram = map->has_states ? in_ram(map, offset, length_bytes) : 0;
+    int ret = ram ? pages_guard(&map->pages, at, offset, ram, on) : 0;
+
+    if (ret == 0 && length_bytes > ram && mprotect((uint8_t *)at + offset + ram, length_bytes - ram, on ? PROT_READ : PROT_READ | PROT_WRITE) < 0)
+        ret = -errno;
+    return ret;
+}
+
 bool physmap_take(struct physmap *map, gpa_t gpa, uint64_t length_bytes, enum physmap_intent intent, uint64_t *offset)
 {
     return ram_offset(map, gpa, length_bytes, offset) && is_ready(map, *offset, length_bytes, intent);

@@ -104,7 +104,7 @@ static void pages_release(struct bt_engine *e)
     for (uint32_t n = 0; n < e->page_count; n++)
         if (is_present(e, e->page_store[n].offset))
             flags_set_present(e, e->page_store[n].offset, false);
-    if (e->protected_pages && mprotect(e->layout.window_w, e->layout.ram_bytes, PROT_READ | PROT_WRITE))
+    if (e->protected_pages && physmap_guard(e->interp.memory, e->layout.window_w, 0, e->layout.ram_bytes, false))
         assert(!"one protection for a whole mapping needs no memory");
     e->protected_pages = 0;
 }
@@ -162,7 +162,7 @@ static bool page_protect(struct bt_engine *e, uint64_t ram_offset)
     if (!direct_release(e, ram_offset))
         return false;
     flags_set_present(e, ram_offset, true);
-    if (mprotect(e->layout.window_w + ram_offset, PAGE_SIZE_BYTES, PROT_READ)) { /* the host's limit of mappings: a flush makes room */
+    if (physmap_guard(e->interp.memory, e->layout.window_w, ram_offset, PAGE_SIZE_BYTES, true)) { /* the host's limit of mappings: a flush makes room */
         flags_set_present(e, ram_offset, false);
         return false;
     }
@@ -545,7 +545,7 @@ static bool page_drop(struct bt_engine *e, uint64_t ram_offset)
     if ((*flags & BT_CODE_THRASH) != BT_CODE_THRASH)
         __atomic_store_n(flags, *flags + THRASH_ONE, __ATOMIC_RELAXED);
     __atomic_store_n(&e->invalidations, e->invalidations + 1, __ATOMIC_SEQ_CST); /* before the kick: who reads the old number is kicked after its reset */
-    if (mprotect(e->layout.window_w + ram_offset, PAGE_SIZE_BYTES, PROT_READ | PROT_WRITE) == 0) {
+    if (physmap_guard(e->interp.memory, e->layout.window_w, ram_offset, PAGE_SIZE_BYTES, false) == 0) {
         e->protected_pages--;
         return dropped;
     }
