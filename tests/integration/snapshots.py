@@ -137,8 +137,6 @@ def faults():
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         assert list(snapshots("vm")) == ["one"] and knows("vm", "ab")
         run("snapshot", "create", "vm", "two", "--incremental")
-        run("snapshot", "restore", "vm", "two")
-        assert knows("vm", "ab")
 
         for name in ("one/memory", "two/memory", "two/state", "two/snapshot.json"):
             file = place / name
@@ -151,6 +149,8 @@ def faults():
                 assert name.split("/")[1] in run.errors or "two" in run.errors, run.errors
                 assert state("vm") == "running"  # as if nothing had been asked
             file.write_bytes(good)
+        assert knows("vm", "ab")
+        run("snapshot", "restore", "vm", "two")
         assert knows("vm", "ab")
 
         for _ in range(8):  # the command, then the machine itself
@@ -178,6 +178,11 @@ def faults():
         command.wait()
         run("snapshot", "restore", "vm", "two")
         assert knows("vm", "ab")
+        run("snapshot", "create", "vm", "mapped")
+        run("snapshot", "restore", "vm", "mapped")
+        os.truncate(place / "mapped/memory", 0)  # under the guest, whose code it is
+        wait_for("end", lambda: state("vm") != "running")
+        assert "was cut short" in run("logs", "--messages", "vm")
 
 
 if __name__ == "__main__":

@@ -66,8 +66,17 @@ static bool in_arena(uintptr_t address)
     return false;
 }
 
+/* Somebody cut a file that guest memory is mapped from: what it had is lost, and the process with it. At least it is said. */
+static void tell_of_lost_file(void)
+{
+    static const char text[] = "doppel: a file that the guest's memory is mapped from (a snapshot's memory, or persistent memory) was cut short: the guest cannot go on\n";
+    (void)!write(STDERR_FILENO, text, sizeof text - 1);
+}
+
 static void chain(int sig, siginfo_t *info, void *context)
 {
+    if (sig == SIGBUS && info->si_code == BUS_ADRERR)
+        tell_of_lost_file();
     unsigned n = 0;
     while (n < SIGNALS - 1 && signals[n] != sig)
         n++;
