@@ -24,6 +24,7 @@
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <sys/un.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "sandbox/broker_names.h"
@@ -365,15 +366,18 @@ static int tell(int broker, const struct message_packet *packet, int fd)
 
 int broker_start(void)
 {
-    int pair[2];
+    int pair[2], status;
     pid_t program = getpid();
     if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair))
         return -errno;
     pid_t pid = fork();
-    if (pid == 0)
-        broker_main(pair[1], program);
+    if (pid == 0) { /* twice, so that it is nobody's child: the program's children are guest processes */
+        if (fork() == 0)
+            broker_main(pair[1], program);
+        _exit(0);
+    }
     close(pair[1]);
-    if (pid < 0) {
+    if (pid < 0 || waitpid(pid, &status, 0) != pid) {
         close(pair[0]);
         return -EAGAIN;
     }

@@ -130,13 +130,19 @@ int filter_make(struct sock_fprog *program, unsigned kind, unsigned needs, const
     int r = filter ? 0 : -ENOMEM;
     if (r == 0)
         r = seccomp_attr_set(filter, SCMP_FLTATR_CTL_OPTIMIZE, 2); /* a tree: the wanted call is found in few steps */
+    bool opens = broker;
     for (unsigned n = 0; r == 0 && n < count; n++) {
         const struct sandbox_rule *rule = &rules[n];
-        if (rule->threads & kind && (rule->needs & needs) == rule->needs && !is_omitted(omit, kind, rule) && !(broker && is_brokered(rule->number)))
+        if (rule->threads & kind && (rule->needs & needs) == rule->needs && !is_omitted(omit, kind, rule) && !(broker && is_brokered(rule->number))) {
             r = add_rule(filter, rule);
+            opens |= rule->number == SYS_openat;
+        }
         if (r == -EEXIST)
             r = 0;
     }
+    /* The C library's free() looks into /proc/sys/vm/overcommit_memory when it gives an arena's memory back, and does without. */
+    if (r == 0 && !opens)
+        r = seccomp_rule_add(filter, SCMP_ACT_ERRNO(EACCES), SYS_openat, 0);
     if (r == 0 && broker)
         r = add_brokered(filter);
     if (r == 0)

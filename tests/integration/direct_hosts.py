@@ -72,11 +72,11 @@ def is_alive(pid):
 class Guest:
     """One run. said: the messages; stops: of direct execution; done: the guest got to the end and was right."""
 
-    def __init__(self, append, before=None, wrapper=()):
+    def __init__(self, append, before=None, wrapper=(), options=()):
         self.folder = tempfile.TemporaryDirectory()
         os.chmod(self.folder.name, 0o777)
         self.console = os.path.join(self.folder.name, "console")
-        line = [*wrapper, DOPPEL, "run", "--kernel", PROGRAM, "--memory", "128M", "--engine", "bt", "--direct", "always", "--console", "file:" + self.console, "--on-reset", "exit", "--stats",
+        line = [*wrapper, DOPPEL, "run", "--kernel", PROGRAM, "--memory", "128M", "--engine", "bt", "--direct", "always", "--console", "file:" + self.console, "--on-reset", "exit", "--stats", *options,
                 "--append", "direct " + append]
         self.process = subprocess.Popen(line, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=before)
 
@@ -138,7 +138,7 @@ def direct(guest, what):
 
 def denied():
     for call, argument, action, mention in DENIED:
-        guest = Guest(SHORT, lambda: deny(call, argument, action)).end()
+        guest = Guest(SHORT, lambda: deny(call, argument, action), options=["--sandbox", "off"]).end()  # which has more to say about such hosts
         what = f"{call}{'' if argument is None else f'({argument:#x})'} that ends with {action:#x}"
         if mention:
             translated(guest, what, mention)
