@@ -505,6 +505,18 @@ int direct_child_flush(struct direct_child *child)
 
 /* ---- running ---- */
 
+/*
+ * Linux takes a debug exception without a cause in DR6 for INT1. Hypervisors that have to deliver an exception twice may lose the cause; a breakpoint's then looks like INT1, but RIP is
+ * at the instruction, not behind one.
+ */
+static bool is_behind_int1(const struct direct_child *child, uint64_t rip)
+{
+    uint64_t at = rip - 1;
+    errno = 0;
+    long word = ptrace(PTRACE_PEEKTEXT, child->pid, at & ~7ull, NULL);
+    return !errno && (uint8_t)((uint64_t)word >> 8 * (at & 7)) == 0xf1;
+}
+
 /* A signal of the processor's making. Those that somebody sent say nothing about the code, whichever they are. */
 static enum direct_stop stop_of_signal(struct direct_child *child, int signal, struct user_regs_struct *regs)
 {
@@ -520,7 +532,9 @@ static enum direct_stop stop_of_signal(struct direct_child *child, int signal, s
             child->fault_address = (uint64_t)(uintptr_t)info.si_addr;
         return DIRECT_FAULT;
     case SIGTRAP:
-        return info.si_code == TRAP_HWBKPT ? DIRECT_FAULT : info.si_code == TRAP_TRACE ? DIRECT_STEP : DIRECT_TRAP;
+        if (info.si_code == TRAP_HWBKPT || (info.si_code == TRAP_BRKPT && !is_behind_int1(child, regs->rip)))
+            return DIRECT_FAULT;
+        return info.si_code == TRAP_TRACE ? DIRECT_STEP : DIRECT_TRAP;
     case SIGSYS: /* a vsyscall: it has returned already, to where the jump there was to return */
         regs->rip = (uint64_t)(uintptr_t)info.si_call_addr;
         regs->rsp -= 8;
