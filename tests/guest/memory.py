@@ -121,7 +121,7 @@ def balloon():
         vm.until("new statistics", lambda: abs(vm.command("balloon")["total_memory"] / 1024 - free) < 2048)
         print({name: value for name, value in vm.command("balloon").items() if "_" in name})
         # Memory goes and comes while programs use it.
-        vm.type("/extra/churn 3 120 2; echo done''.\n")
+        vm.type("/extra/churn 3 60 2; echo done''.\n")
         for size in [380, 100, 350, 10]:
             vm.command(f"inflate {size}")
             vm.until("it follows", lambda: abs(vm.command("balloon")["actual"] - size * 256) < 30 * 256, 20)
