@@ -42,9 +42,9 @@ struct exec {
 
 static bool add_variable(struct exec *exec, const char *text)
 {
-    const char *value = strchr(text, '=');
-    char *both = NULL;
-    if (!value && getenv(text) && asprintf(&both, "%s=%s", text, getenv(text)) >= 0)
+    const char *value = strchr(text, '=') ? NULL : getenv(text);
+    char *both;
+    if (value && asprintf(&both, "%s=%s", text, value) >= 0)
         text = both;
     if (!strchr(text, '=') || *text == '=' || exec->request.variable_count == AGENT_ARGUMENTS_MAX)
         return false;

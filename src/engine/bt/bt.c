@@ -738,7 +738,9 @@ static int bt_vcpu_create(struct engine *engine, const struct vcpu_config *confi
         bt_vcpu_destroy(&b->c.v);
         return error_set(err, rc, "cannot create vCPU %u: %s", config->index, strerror(-rc));
     }
-    rc = direct_create(b, e->direct);
+    rc = fault_vcpu_create(b);
+    if (rc == 0)
+        rc = direct_create(b, e->direct);
     if (rc) {
         bt_vcpu_destroy(&b->c.v);
         return error_set(err, rc, "no memory for vCPU %u", config->index);

@@ -560,10 +560,11 @@ enum bt_exit bt_enter(struct bt_vcpu *b);
 int fault_install(struct error *err) __attribute__((warn_unused_result)); /* signal handlers, once per process */
 int fault_engine_add(struct bt_engine *e);  /* its TC and windows are now known to the handlers; -ENOSPC */
 void fault_engine_remove(struct bt_engine *e);
-/* Signal stack and mask of the calling thread for running translated code; undone by fault_thread_leave. */
+int fault_vcpu_create(struct bt_vcpu *b);   /* a signal stack for the thread that will run it; 0 or -ENOMEM */
+void fault_vcpu_destroy(struct bt_vcpu *b);
+/* Signal stack and mask of the calling thread for running translated code; undone by fault_thread_leave. 0 or -errno. */
 int fault_thread_enter(struct bt_vcpu *b);
 void fault_thread_leave(struct bt_vcpu *b);
-void fault_vcpu_destroy(struct bt_vcpu *b); /* frees its signal stack */
 
 /* ---- report.c ---- */
 

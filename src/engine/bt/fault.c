@@ -347,7 +347,7 @@ void fault_engine_remove(struct bt_engine *e)
 
 /* ---- threads ---- */
 
-static int stack_create(struct bt_vcpu *b)
+int fault_vcpu_create(struct bt_vcpu *b)
 {
     uint8_t *stack = mmap(NULL, STACK_BYTES + BT_GUARD_BYTES, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (stack == MAP_FAILED)
@@ -377,9 +377,7 @@ static void mask_set(const uint64_t *mask, uint64_t *old)
 int fault_thread_enter(struct bt_vcpu *b)
 {
     static const uint64_t blocked = ~(SIGNAL_BIT(SIGSEGV) | SIGNAL_BIT(SIGBUS) | SIGNAL_BIT(SIGFPE) | SIGNAL_BIT(SIGILL) | SIGNAL_BIT(SIGTRAP) | SIGNAL_BIT(SIGSYS));
-    int rc = b->signal_stack ? 0 : stack_create(b);
-    if (rc)
-        return rc;
+    int rc = 0;
     stack_t stack = {.ss_sp = (uint8_t *)b->signal_stack + BT_GUARD_BYTES, .ss_size = STACK_BYTES, .ss_flags = (int)SS_AUTODISARM};
     mask_set(&blocked, &thread.mask);
     if (sigaltstack(&stack, &thread.stack)) {

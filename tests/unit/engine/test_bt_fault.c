@@ -140,6 +140,7 @@ static int setup(void **state)
     t.site = (struct bt_site){.tc_offset = 0x20, .page_offset = 0x123, .spilled = SCRATCH, .v_memory = BT_NO_REGISTER, .v_stack = BT_NO_REGISTER};
     assert_int_equal(fault_install(NULL), 0);
     assert_int_equal(fault_engine_add(&t.e), 0);
+    assert_int_equal(fault_vcpu_create(&t.b), 0);
     assert_int_equal(fault_thread_enter(&t.b), 0);
     return 0;
 }
