@@ -20,6 +20,8 @@
 #define BASELINE 13
 #define INK 0xd0d0d0u
 #define PAPER 0x101010u
+#define ESC 0x1b
+#define DEL 0x7f
 
 struct vm_screen {
     pthread_mutex_t lock; /* innermost */
@@ -28,6 +30,7 @@ struct vm_screen {
     VTerm *terminal;      /* NULL: nobody has asked */
     VTermScreen *cells;
     bool hidden; /* the cursor */
+    bool escape; /* an escape sequence lacks its final byte */
 };
 
 struct vm_screen *vm_screen_create(void)
@@ -48,13 +51,36 @@ void vm_screen_destroy(struct vm_screen *screen)
     free(screen);
 }
 
-/* Answers that a terminal gives to questions are dropped: nobody types them. */
-static void write_terminal(struct vm_screen *screen, const void *data, size_t size_bytes)
+/*
+ * Device control strings (ECMA-48 8.3.27) only ask for settings, and libvterm 0.1 answers unknown ones by printing an integer as a string: they become operating system
+ * commands, which have the same shape and end. libvterm takes control and intermediate characters between the two bytes that begin one.
+ */
+static char without_control_strings(struct vm_screen *screen, char byte)
 {
-    char answer[256];
-    vterm_input_write(screen->terminal, data, size_bytes);
-    while (vterm_output_read(screen->terminal, answer, sizeof answer))
-        continue;
+    if (byte == ESC)
+        screen->escape = true;
+    else if (byte >= '0' && byte != DEL) {
+        if (screen->escape && byte == 'P')
+            byte = ']';
+        screen->escape = false;
+    }
+    return byte;
+}
+
+/* Answers that a terminal gives to questions are dropped: nobody types them. */
+static void write_terminal(struct vm_screen *screen, const char *data, size_t size_bytes)
+{
+    char part[256];
+    while (size_bytes) {
+        size_t count = size_bytes < sizeof part ? size_bytes : sizeof part;
+        for (size_t i = 0; i < count; i++)
+            part[i] = without_control_strings(screen, data[i]);
+        vterm_input_write(screen->terminal, part, count);
+        while (vterm_output_read(screen->terminal, part, sizeof part))
+            continue;
+        data += count;
+        size_bytes -= count;
+    }
 }
 
 void vm_screen_feed(struct vm_screen *screen, const char *data, size_t size_bytes)
