@@ -71,7 +71,8 @@ void mem_fetch_mmio(struct icpu *c, gva_t gva, uint8_t *to, unsigned length);
 /* decode.c: a decoder of what guests are offered. */
 void decoder_init(ZydisDecoder *decoder, unsigned code_bits);
 
-static inline uint64_t block_load64(const uint8_t *p)
+/* Code lies anywhere; the processor loads it in one piece all the same. */
+__attribute__((no_sanitize("alignment"))) static inline uint64_t block_load64(const uint8_t *p)
 {
     return *(const volatile uint64_t *)p;
 }

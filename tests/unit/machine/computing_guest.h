@@ -12,14 +12,20 @@
 #include "engine/engine.h"
 #include "machine/machine.h"
 
+#ifndef ROUNDS /* long enough to be stopped several times on the way, with what engines are usable */
+#ifdef __SANITIZE_ADDRESS__
+#define ROUNDS 10000000u
+#else
 #define ROUNDS 60000000u
+#endif
+#endif
 #define PAGES 1024u
-
+#define BYTE(value, n) (uint8_t)((value) >> 8 * (n))
 
 /* x = x * 1664525 + 1013904223, mixed into one of 1024 pages, ROUNDS times; then a sum over the pages goes to port 0xE9, and the power off. */
 static const uint8_t computes[] = {
     0x31, 0xc0,                               /*    xor eax,eax */
-    0xbe, 0x00, 0x87, 0x93, 0x03,             /*    mov esi,ROUNDS */
+    0xbe, BYTE(ROUNDS, 0), BYTE(ROUNDS, 1), BYTE(ROUNDS, 2), BYTE(ROUNDS, 3), /* mov esi,ROUNDS */
     0x69, 0xc0, 0x0d, 0x66, 0x19, 0x00,       /* 1: imul eax,eax,1664525 */
     0x05, 0x5f, 0xf3, 0x6e, 0x3c,             /*    add eax,1013904223 */
     0x89, 0xc2, 0xc1, 0xea, 0x08,             /*    mov edx,eax; shr edx,8 */
