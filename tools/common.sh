@@ -10,7 +10,7 @@ BUILD_PACKAGES="gcc libc6-dev meson ninja-build pkg-config libzydis-dev libjanss
     liblzma-dev libzstd-dev liblz4-dev zlib1g-dev libmicrohttpd-dev libvterm-dev libseccomp-dev libncurses-dev libssl-dev libxxhash-dev libarchive-dev"
 DEMO_PACKAGES="busybox-static cpio kmod"
 DEBIAN_PACKAGES="mmdebstrap e2fsprogs"
-TEST_PACKAGES="libcmocka-dev g++ clang libclang-rt-14-dev llvm busybox-static cpio kmod expect socat e2fsprogs mmdebstrap python3 iproute2 curl binutils acpica-tools"
+TEST_PACKAGES="libcmocka-dev g++ clang libclang-rt-14-dev llvm busybox-static cpio kmod expect socat e2fsprogs mmdebstrap python3 iproute2 curl binutils acpica-tools qemu-utils"
 
 say() {
     printf '\033[1m==>\033[0m %s\n' "$*" >&2

@@ -8,12 +8,18 @@
 
 #include <assert.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
+#include <unistd.h>
+
+#include "block/qcow2.h"
+#include "util/log.h"
 
 #define SECTOR_BYTES 512u
 
-static const struct block_ops *const formats[] = {&block_raw_ops};
+static const struct block_ops *const formats[] = {&block_raw_ops, &block_qcow2_ops};
 
 static void complete_later(void *ctx)
 {
@@ -27,37 +33,85 @@ static void complete_later(void *ctx)
     }
 }
 
-static const struct block_ops *find_format(const char *name, struct error *err)
+static bool path_ends(const char *path, const char *end)
 {
+    size_t length = strlen(path), end_length = strlen(end);
+
+    return length > end_length && !strcasecmp(path + length - end_length, end);
+}
+
+/* Does the image begin as its format's do? What a guest can write into a raw disk must not decide how the disk is opened: for formats by content only. */
+static bool looks_like_qcow2(const char *path)
+{
+    uint8_t magic[QCOW2_MAGIC_BYTES];
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
+    bool yes = fd >= 0 && pread(fd, magic, sizeof(magic), 0) == (ssize_t)sizeof(magic) && !memcmp(magic, qcow2_magic, sizeof(magic));
+
+    if (fd >= 0)
+        close(fd);
+    return yes;
+}
+
+static const struct block_ops *find_format(struct block_config *config, struct error *err)
+{
+    const char *name = config->format;
+
+    if (name && !strcmp(name, "auto")) {
+        if (config->backing == BLOCK_BACKING_NEAR)
+            config->backing = BLOCK_BACKING_NONE;
+        return looks_like_qcow2(config->path) ? &block_qcow2_ops : &block_raw_ops;
+    }
+    if (!name && path_ends(config->path, ".qcow2"))
+        return &block_qcow2_ops;
+    if (!name && looks_like_qcow2(config->path))
+        log_warning("disk %s: begins like a qcow2 image, but is used as a raw one; add format=qcow2 if it is not", config->path);
     if (!name)
         return &block_raw_ops;
     for (unsigned i = 0; i < sizeof(formats) / sizeof(formats[0]); i++) {
         if (!strcmp(formats[i]->name, name))
             return formats[i];
     }
-    error_set(err, -EINVAL, "unknown disk image format \"%s\"; use \"raw\"", name);
+    error_set(err, -EINVAL, "unknown disk image format \"%s\"; use \"raw\", \"qcow2\" or \"auto\"", name);
     return NULL;
 }
 
-int block_open(struct block **out, const struct block_config *config, struct loop *loop, struct error *err)
+struct block *block_create(const char *path, struct loop *loop)
 {
-    const struct block_ops *ops = find_format(config->format, err);
+    struct block *block = calloc(1, sizeof(*block));
+
+    if (!block)
+        return NULL;
+    block->loop = loop;
+    block->path = strdup(path);
+    block->completion = loop_event_create(loop, complete_later, block);
+    if (block->path && block->completion)
+        return block;
+    block_close(block);
+    return NULL;
+}
+
+int block_open_beneath(struct block **out, const struct block_config *wanted, const struct block_below *below, struct loop *loop, struct error *err)
+{
+    struct block_config config = *wanted;
+    const struct block_ops *ops = find_format(&config, err);
     struct block *block;
     int ret;
 
     *out = NULL;
     if (!ops)
         return -EINVAL;
-    block = calloc(1, sizeof(*block));
+    block = block_create(config.path, loop);
     if (!block)
-        return error_set(err, -ENOMEM, "disk %s: no memory", config->path);
-    block->loop = loop;
-    block->path = strdup(config->path);
-    block->completion = loop_event_create(loop, complete_later, block);
-    if (!block->path || !block->completion)
-        ret = error_set(err, -ENOMEM, "disk %s: no memory", config->path);
-    else
-        ret = ops->open(block, config, err);
+        return error_set(err, -ENOMEM, "disk %s: no memory", config.path);
+    if (below) {
+        block->beneath = true;
+        block->depth = below->depth;
+        block->above = below->above;
+        block->io = below->io;
+        if (block->io)
+            block->io->users++;
+    }
+    ret = ops->open(block, &config, err);
     if (ret < 0) {
         block_close(block);
         return ret;
@@ -65,6 +119,21 @@ int block_open(struct block **out, const struct block_config *config, struct loo
     block->ops = ops;
     *out = block;
     return 0;
+}
+
+int block_open(struct block **out, const struct block_config *config, struct loop *loop, struct error *err)
+{
+    return block_open_beneath(out, config, NULL, loop, err);
+}
+
+const char *block_format(const struct block *block)
+{
+    return block->ops->name;
+}
+
+int block_settle(struct block *block)
+{
+    return block->readonly ? 0 : block->ops->settle(block);
 }
 
 void block_close(struct block *block)
@@ -76,6 +145,7 @@ void block_close(struct block *block)
         block->ops->close(block);
     if (block->completion)
         loop_event_destroy(block->completion);
+    block_io_put(block->io);
     free(block->path);
     free(block);
 }
@@ -177,6 +247,12 @@ static int check_request(const struct block *block, const struct block_request *
     for (unsigned i = 0; i < request->iov_count; i++)
         vector_bytes += request->iov[i].iov_len;
     return vector_bytes == request->length_bytes ? 0 : -EINVAL;
+}
+
+void block_submit_unchecked(struct block *block, struct block_request *request)
+{
+    block->in_flight++;
+    block->ops->submit(block, request);
 }
 
 void block_submit(struct block *block, struct block_request *request)

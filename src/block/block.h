@@ -26,15 +26,24 @@ struct block_request {
     struct iovec *iov; /* read and write */
     unsigned iov_count;
     void (*done)(struct block_request *request, int result); /* 0 or -errno (-ENOSPC, -EIO, ...) */
+    void *user; /* the submitter's */
     /* Private to the back end that has the request. */
     void *backend_private[4];
 };
 
+/* Which files an image may name as its backing file. What an image says is its author's choice, and he may have had the host's secrets in mind. */
+enum block_backing {
+    BLOCK_BACKING_NEAR, /* files in the image's directory or below it */
+    BLOCK_BACKING_ANY,
+    BLOCK_BACKING_NONE,
+};
+
 struct block_config {
     const char *path;
-    const char *format; /* "raw"; NULL: raw */
+    const char *format; /* "raw", "qcow2" or "auto" (by content; names no backing file then unless `backing` is BLOCK_BACKING_ANY); NULL: by the path's end, else raw */
     bool readonly;
     const char *io; /* "auto" (or NULL), "uring", "threads" */
+    enum block_backing backing;
 };
 
 /* Opens and locks (F_OFD_SETLK: one writer or many readers) the image. `err` names the path and the remedy: missing, a directory, in use by another VM, not a multiple of 512, no permission. */
@@ -45,6 +54,15 @@ uint64_t block_size_bytes(const struct block *block);
 bool block_readonly(const struct block *block);
 bool block_can_discard(const struct block *block);
 void block_submit(struct block *block, struct block_request *request);
+const char *block_format(const struct block *block); /* "raw", "qcow2" */
+/*
+ * Overlays. An overlay file made by image_create is put on top of `below`, which becomes its backing file as it is (whatever name the overlay has for it): it is
+ * brought up to date on the host's disk, frozen, and belongs to the overlay from then on. On the loop's thread or with the guard; nothing of `below` is in flight. Opens nothing; `fd` is taken over
+ * also on failure, after which `below` is as before.
+ */
+int block_overlay(struct block **overlay, struct block *below, const char *path, int fd, struct error *err) __attribute__((warn_unused_result));
+/* What was written is in the files, for others who open them. Nothing is in flight; waits for the host. */
+int block_settle(struct block *block);
 /* Whether `path` names the same file now. */
 bool block_holds(const struct block *block, const char *path);
 /* The file may have another size than when it was opened. Nothing is in flight. */

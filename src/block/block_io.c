@@ -18,8 +18,10 @@ int block_io_create(struct block_io **io, const char *name, struct loop *loop, s
         if (!automatic && strcmp(name, kinds[i]->name))
             continue;
         ret = kinds[i]->create(io, loop);
-        if (ret == 0)
+        if (ret == 0) {
+            (*io)->users = 1;
             return 0;
+        }
         if (!automatic)
             return error_set(err, ret, "disk I/O by \"%s\" does not work here: %s; use \"auto\"", name, strerror(-ret));
         log_debug("disk I/O by %s does not work here: %s", kinds[i]->name, strerror(-ret));
@@ -27,4 +29,10 @@ int block_io_create(struct block_io **io, const char *name, struct loop *loop, s
     if (automatic)
         return error_set(err, ret, "cannot set up disk I/O: %s", strerror(-ret));
     return error_set(err, -EINVAL, "unknown kind of disk I/O \"%s\"; use \"auto\", \"uring\" or \"threads\"", name);
+}
+
+void block_io_put(struct block_io *io)
+{
+    if (io && --io->users == 0)
+        io->ops->destroy(io);
 }

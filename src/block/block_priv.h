@@ -19,9 +19,13 @@ struct block_ops {
     int (*refresh)(struct block *block, struct error *err); /* sets size_bytes anew */
     /* `request` is inside the image and allowed; ends by block_complete or block_complete_later. */
     void (*submit)(struct block *block, struct block_request *request);
+    /* What was written is on the host's disk, for others who open the file; nothing is in flight. Waits for the host. */
+    int (*settle)(struct block *block);
+    /* From now on nobody writes it, and others may open it for reading; or the other way round. Nothing is in flight. */
+    int (*freeze)(struct block *block, bool freeze, struct error *err);
 };
 
-extern const struct block_ops block_raw_ops;
+extern const struct block_ops block_raw_ops, block_qcow2_ops;
 
 struct block {
     const struct block_ops *ops;
@@ -30,11 +34,32 @@ struct block {
     char *path;
     uint64_t size_bytes;
     bool readonly, can_discard;
+    bool beneath;        /* under a format: of any size, zeroes after its end; writes may make it longer */
+    unsigned depth;      /* images above it in a chain */
+    const struct block *above;
+    struct block_io *io; /* of the file, shared by all files of a chain */
     unsigned in_flight;
     struct block_counters counters;
     struct loop_event *completion; /* for block_complete_later */
     struct block_request *later;   /* linked by backend_private[0] */
 };
+
+/* How an image is opened beneath another one. */
+struct block_below {
+    struct block_io *io;       /* shared; NULL: an own one */
+    const struct block *above; /* of which it is the backing file; NULL: none */
+    unsigned depth;            /* images above it */
+};
+
+struct block *block_create(const char *path, struct loop *loop); /* NULL: no memory */
+int block_open_beneath(struct block **block, const struct block_config *config, const struct block_below *below, struct loop *loop, struct error *err)
+    __attribute__((warn_unused_result));
+/* A raw file for a format to keep its clusters in. `fd` is taken over also on failure; -1: config->path is opened. */
+int block_open_file(struct block **block, const struct block_config *config, int fd, struct block_io *io, struct loop *loop, struct error *err)
+    __attribute__((warn_unused_result));
+int block_raw_fd(const struct block *block);
+/* Like block_submit without its checks: an offset may be behind the end of a file beneath. */
+void block_submit_unchecked(struct block *block, struct block_request *request);
 
 /* Ends a request. Not from inside submit: the caller of block_submit does not expect `done` yet. */
 void block_complete(struct block *block, struct block_request *request, int result);
@@ -66,6 +91,7 @@ TAILQ_HEAD(block_task_list, block_task);
 
 struct block_io {
     const struct block_io_ops *ops;
+    unsigned users; /* files of a chain */
 };
 
 struct block_io_ops {
@@ -81,5 +107,6 @@ extern const struct block_io_ops block_io_threads_ops;
 
 /* `name` NULL or "auto": io_uring where it works, else threads. -EINVAL: no such back end. */
 int block_io_create(struct block_io **io, const char *name, struct loop *loop, struct error *err) __attribute__((warn_unused_result));
+void block_io_put(struct block_io *io); /* the last user destroys it; nothing of it is in flight then */
 
 #endif

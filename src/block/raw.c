@@ -25,7 +25,6 @@
 
 struct raw {
     int fd;
-    struct block_io *io;
     int flush_error; /* sticky */
     bool full_logged, error_logged;
     bool no_punch, no_zero_range; /* the host's file system cannot do it */
@@ -166,13 +165,12 @@ static int prepare(struct raw_request *r)
 
 static void go_on(struct raw_request *r)
 {
-    struct raw *raw = r->block->private;
     int ret = prepare(r);
 
     if (ret < 0)
         finish(r, ret);
     else
-        raw->io->ops->submit(raw->io, &r->task);
+        r->block->io->ops->submit(r->block->io, &r->task);
 }
 
 /* fallocate said no: true when there is another way, which go_on will take. */
@@ -185,6 +183,24 @@ static bool fall_back(struct raw *raw, const struct block_task *task, int64_t re
     else
         raw->no_zero_range = true;
     return true;
+}
+
+/* Behind the end of the file. */
+static int clear_rest(struct raw_request *r)
+{
+    while (r->done_bytes < r->request->length_bytes) {
+        uint64_t bytes = 0;
+        int ret = remaining_vectors(r);
+
+        if (ret < 0)
+            return ret;
+        for (unsigned i = 0; i < r->task.iov_count; i++) {
+            memset(r->task.iov[i].iov_base, 0, r->task.iov[i].iov_len);
+            bytes += r->task.iov[i].iov_len;
+        }
+        r->done_bytes += bytes;
+    }
+    return 0;
 }
 
 static void raw_task_done(struct block_task *task, int64_t result)
@@ -211,7 +227,9 @@ static void raw_task_done(struct block_task *task, int64_t result)
             go_on(r);
             return;
         }
-        if (r->done_bytes < request->length_bytes)
+        if (r->done_bytes < request->length_bytes && task->kind == TASK_READ && r->block->beneath && clear_rest(r) == 0)
+            result = 0;
+        else if (r->done_bytes < request->length_bytes)
             result = task->kind == TASK_READ ? -EIO : -ENOSPC; /* the file was cut; the device is full */
     }
     if (result < 0) {
@@ -245,7 +263,7 @@ static void raw_submit(struct block *block, struct block_request *request)
         block_complete_later(block, request, -ENOMEM);
         return;
     }
-    raw->io->ops->submit(raw->io, &r->task);
+    block->io->ops->submit(block->io, &r->task);
 }
 
 /* ---- opening ---- */
@@ -269,7 +287,7 @@ static int open_error(const char *path, bool readonly, int code, struct error *e
     }
 }
 
-static int find_size(int fd, const char *path, uint64_t *size_bytes, struct error *err)
+static int find_size(int fd, const char *path, bool beneath, uint64_t *size_bytes, struct error *err)
 {
     struct stat st;
 
@@ -284,6 +302,10 @@ static int find_size(int fd, const char *path, uint64_t *size_bytes, struct erro
     } else if (ioctl(fd, BLKGETSIZE64, size_bytes) < 0) {
         int ret = -errno;
         return error_set(err, ret, "disk %s: cannot find the device's size: %s", path, strerror(-ret));
+    }
+    if (beneath && *size_bytes <= INT64_MAX - SECTOR_BYTES) { /* its last bytes may be less than a sector */
+        *size_bytes = (*size_bytes + SECTOR_BYTES - 1) / SECTOR_BYTES * SECTOR_BYTES;
+        return 0;
     }
     if (*size_bytes == 0)
         return error_set(err, -EINVAL, "disk %s: is empty; give it a size with: truncate -s 10G %s", path, path);
@@ -314,34 +336,36 @@ static void raw_close(struct block *block)
 
     if (!raw)
         return;
-    if (raw->io)
-        raw->io->ops->destroy(raw->io);
     if (raw->fd >= 0)
         close(raw->fd);
     free(raw);
     block->private = NULL;
 }
 
-static int raw_open(struct block *block, const struct block_config *config, struct error *err)
+static int raw_open_fd(struct block *block, const struct block_config *config, int fd, struct error *err)
 {
     struct raw *raw = calloc(1, sizeof(*raw));
     int ret;
 
-    if (!raw)
+    if (!raw) {
+        if (fd >= 0)
+            close(fd);
         return error_set(err, -ENOMEM, "disk %s: no memory", config->path);
+    }
     block->private = raw;
-    /* O_NONBLOCK: somebody may name a pipe. */
-    raw->fd = open(config->path, (config->readonly ? O_RDONLY : O_RDWR) | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
+    raw->fd = fd;
+    if (fd < 0) /* O_NONBLOCK: somebody may name a pipe */
+        raw->fd = open(config->path, (config->readonly ? O_RDONLY : O_RDWR) | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
     if (raw->fd < 0)
         ret = open_error(config->path, config->readonly, -errno, err);
     else
-        ret = find_size(raw->fd, config->path, &block->size_bytes, err);
+        ret = find_size(raw->fd, config->path, block->beneath, &block->size_bytes, err);
     if (ret == 0)
         ret = lock_image(raw->fd, config->path, config->readonly, err);
     if (ret == 0 && fcntl(raw->fd, F_SETFL, 0) < 0) /* with O_NONBLOCK io_uring gives up instead of waiting */
         ret = open_error(config->path, config->readonly, -errno, err);
-    if (ret == 0)
-        ret = block_io_create(&raw->io, config->io, block->loop, err);
+    if (ret == 0 && !block->io)
+        ret = block_io_create(&block->io, config->io, block->loop, err);
     if (ret < 0) {
         raw_close(block);
         return ret;
@@ -349,6 +373,62 @@ static int raw_open(struct block *block, const struct block_config *config, stru
     block->readonly = config->readonly;
     block->can_discard = !config->readonly;
     return 0;
+}
+
+static int raw_open(struct block *block, const struct block_config *config, struct error *err)
+{
+    return raw_open_fd(block, config, -1, err);
+}
+
+int block_open_file(struct block **out, const struct block_config *config, int fd, struct block_io *io, struct loop *loop, struct error *err)
+{
+    struct block *block = block_create(config->path, loop);
+    int ret;
+
+    *out = NULL;
+    if (!block) {
+        if (fd >= 0)
+            close(fd);
+        return error_set(err, -ENOMEM, "disk %s: no memory", config->path);
+    }
+    block->beneath = true;
+    block->io = io;
+    if (io)
+        io->users++;
+    ret = raw_open_fd(block, config, fd, err);
+    if (ret < 0) {
+        block_close(block);
+        return ret;
+    }
+    block->ops = &block_raw_ops;
+    *out = block;
+    return 0;
+}
+
+int block_raw_fd(const struct block *block)
+{
+    const struct raw *raw = block->private;
+
+    return raw->fd;
+}
+
+static int raw_freeze(struct block *block, bool freeze, struct error *err)
+{
+    const struct raw *raw = block->private;
+    int ret = lock_image(raw->fd, block->path, freeze, err);
+
+    if (ret == 0) {
+        block->readonly = freeze;
+        block->can_discard = !freeze;
+    }
+    return ret;
+}
+
+static int raw_settle(struct block *block)
+{
+    const struct raw *raw = block->private;
+
+    return raw->flush_error ? raw->flush_error : fdatasync(raw->fd) < 0 ? -errno : 0;
 }
 
 static bool raw_holds(const struct block *block, const char *path)
@@ -363,7 +443,7 @@ static int raw_refresh(struct block *block, struct error *err)
 {
     const struct raw *raw = block->private;
     uint64_t size_bytes;
-    int ret = find_size(raw->fd, block->path, &size_bytes, err);
+    int ret = find_size(raw->fd, block->path, block->beneath, &size_bytes, err);
 
     if (ret == 0)
         block->size_bytes = size_bytes;
@@ -377,4 +457,6 @@ const struct block_ops block_raw_ops = {
     .holds = raw_holds,
     .refresh = raw_refresh,
     .submit = raw_submit,
+    .settle = raw_settle,
+    .freeze = raw_freeze,
 };

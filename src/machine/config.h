@@ -8,6 +8,7 @@
 #include <stdint.h>
 
 #include "arch/cpuid.h"
+#include "block/block.h"
 #include "engine/engine.h"
 #include "fs/fs.h"
 #include "state/state.h"
@@ -34,6 +35,7 @@ struct disk_config {
     unsigned slot;  /* its PCI slot; 0: the machine chooses */
     bool writeback; /* offers the guest flushes; off: they cost nothing and keep nothing ("Unsafe") */
     struct rate_limit_config limit;
+    enum block_backing backing; /* which backing files its image may name */
 };
 
 /* What the API adds to a network card; `spec` (machine_config.net) says the rest. */

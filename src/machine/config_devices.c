@@ -67,9 +67,20 @@ static int disk_readonly(struct disk_config *disk, const char *value, struct err
 
 static int disk_format(struct disk_config *disk, const char *value, struct error *err)
 {
-    if (strcmp(value, "raw") != 0)
-        return error_set(err, -EINVAL, "--disk: format \"%s\" is not supported; convert the image: qemu-img convert -O raw %s disk.raw", value, disk->path);
+    if (strcmp(value, "raw") != 0 && strcmp(value, "qcow2") != 0 && strcmp(value, "auto") != 0)
+        return error_set(err, -EINVAL, "--disk: format \"%s\" is none of raw, qcow2 and auto; convert the image: qemu-img convert -O qcow2 %s disk.qcow2", value, disk->path);
     return config_replace(&disk->format, value, err);
+}
+
+static int disk_backing(struct disk_config *disk, const char *value, struct error *err)
+{
+    static const char *const names[] = {[BLOCK_BACKING_NEAR] = "near", [BLOCK_BACKING_ANY] = "any", [BLOCK_BACKING_NONE] = "none"};
+    for (unsigned i = 0; i < sizeof names / sizeof *names; i++)
+        if (strcmp(value, names[i]) == 0) {
+            disk->backing = (enum block_backing)i;
+            return 0;
+        }
+    return error_set(err, -EINVAL, "--disk: backing=%s is none of near (files in the image's directory), any and none", value);
 }
 
 static int disk_serial(struct disk_config *disk, const char *value, struct error *err)
@@ -116,6 +127,7 @@ static const struct {
 } disk_properties[] = {
     {"readonly", disk_readonly}, {"format", disk_format}, {"serial", disk_serial}, {"id", disk_id},
     {"root", disk_root},         {"cache", disk_cache},   {"bps", disk_bps},       {"iops", disk_iops},
+    {"backing", disk_backing},
 };
 
 static int set_disk_property(struct disk_config *disk, char *word, struct error *err)
@@ -125,7 +137,7 @@ static int set_disk_property(struct disk_config *disk, char *word, struct error 
     for (size_t i = 0; i < sizeof disk_properties / sizeof *disk_properties; i++)
         if (strlen(disk_properties[i].name) == length && memcmp(disk_properties[i].name, word, length) == 0)
             return disk_properties[i].set(disk, value ? value + 1 : "", err);
-    return error_set(err, -EINVAL, "--disk: unknown property \"%s\"; known are readonly, format=, serial=, id=, root, cache=, bps=, iops= "
+    return error_set(err, -EINVAL, "--disk: unknown property \"%s\"; known are readonly, format=, backing=, serial=, id=, root, cache=, bps=, iops= "
                      "(a comma in a file name is written twice)", word);
 }
 

@@ -65,6 +65,19 @@ static void disks_state(struct machine_config *config, struct state_io *io)
     }
 }
 
+/* What was added to disks later. */
+static void disk_files_state(struct machine_config *config, struct state_io *io)
+{
+    if (!state_begin_optional(io, "disk-files", 1))
+        return;
+    for (unsigned i = 0; i < config->disk_count; i++) {
+        unsigned backing = config->disk[i].backing;
+        choice_state(io, &backing, BLOCK_BACKING_NONE + 1);
+        config->disk[i].backing = (enum block_backing)backing;
+    }
+    (void)!state_end(io); /* the section around it fails, too */
+}
+
 static void nets_state(struct machine_config *config, struct state_io *io)
 {
     count_state(io, &config->net_count, CONFIG_NETS_MAX);
@@ -164,6 +177,7 @@ int machine_config_state(struct machine_config *config, struct state_io *io)
     nets_state(config, io);
     files_state(config, io);
     others_state(config, io);
+    disk_files_state(config, io);
     if (state_loading(io)) {
         if (cpus < 1 || cpus > CONFIG_CPUS_MAX || config->memory_bytes < CONFIG_MEMORY_MIN_BYTES || config->memory_bytes > CONFIG_MEMORY_MAX_BYTES ||
             config->memory_bytes % 4096)

@@ -17,7 +17,7 @@
 static int open_pmem(struct machine *machine, unsigned index, struct physmap_file *file, struct error *err)
 {
     const struct pmem_config *pmem = &machine->config->pmem[index];
-    const struct block_config block = {.path = pmem->path, .readonly = pmem->readonly};
+    const struct block_config block = {.path = pmem->path, .format = "raw", .readonly = pmem->readonly};
     int r = block_open(&machine->pmem[index], &block, machine->loop, err);
     if (r)
         return r;

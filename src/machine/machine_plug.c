@@ -79,7 +79,7 @@ static unsigned choose_slot(const struct machine *machine, unsigned first, unsig
 /* In the sandbox threads do the I/O of what is opened late: making an io_uring would open more than files. */
 static int open_disk(struct machine *machine, const struct disk_config *disk, const char *path, struct block **block, struct error *err)
 {
-    struct block_config file = {.path = path, .format = disk->format, .readonly = disk->readonly, .io = machine->loop_started && machine->sandbox ? "threads" : NULL};
+    struct block_config file = {.path = path, .format = disk->format, .readonly = disk->readonly, .backing = disk->backing, .io = machine->loop_started && machine->sandbox ? "threads" : NULL};
     return block_open(block, &file, machine->loop, err);
 }
 

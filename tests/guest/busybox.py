@@ -136,13 +136,16 @@ def shell_of(cpus):
 
 
 def mmio():
-    """Everything on memory-mapped registers, in a machine without PCI; also after a reset."""
+    """Everything on memory-mapped registers, in a machine without PCI; also after a reset. The disk is an overlay."""
     with tempfile.TemporaryDirectory() as folder:
         images = [f"{folder}/disk{n}.img" for n in range(2)]
         for image in images:
             make_disk(image)
+        before = open(images[1], "rb").read()
+        overlay = f"{folder}/disk.qcow2"
+        host("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", "disk1.img", overlay)
         port = free_port()
-        with busybox("--transport", "mmio", "--disk", f"{images[0]},serial=other", "--disk", f"{images[1]},serial=testdisk,root",
+        with busybox("--transport", "mmio", "--disk", f"{images[0]},serial=other", "--disk", f"{overlay},serial=testdisk,root",
                      "--net", f"user,forward=tcp:{port}:80") as vm:
             vm.run("test ! -d /proc/bus/pci/00 && grep -q root=/dev/vda /proc/cmdline")
             assert vm.run("ls -d /sys/devices/platform/LNRO0005:0?/virtio* | wc -l") == "4"
@@ -156,7 +159,10 @@ def mmio():
             assert not complaints, f"the kernel complains:\n{complaints}"
             vm.type("poweroff\n")
             vm.finish(0)
-        check_disk(images[1], "data", digest)
+        host("qemu-img", "check", "-q", overlay)
+        host("qemu-img", "convert", "-f", "qcow2", "-O", "raw", overlay, f"{folder}/after.img")
+        check_disk(f"{folder}/after.img", "data", digest)
+        assert open(images[1], "rb").read() == before, "the backing file was written to"
 
 
 def limits():

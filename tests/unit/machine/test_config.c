@@ -40,7 +40,7 @@ static void refusals(void **state)
         {"cpus", "0", "1 to"},             {"cpus", "two", "two"},       {"cpus", "65", "1 to"},
         {"engine", "warp", "interp"},      {"on-reset", "x", "restart"}, {"console", "tty", "stdio"},
         {"console", "file:", "stdio"},     {"disk", "", "file name"},    {"disk", "a,sector=1", "sector=1"},
-        {"disk", "a,format=qcow2", "raw"}, {"disk", "a,serial=123456789012345678901", "20"},
+        {"disk", "a,format=vmdk", "raw"}, {"disk", "a,backing=some", "near"}, {"disk", "a,serial=123456789012345678901", "20"},
         {"disk", "a,root=1", "no value"},  {"disk", "a,cache=none", "writeback"}, {"disk", "a,bps=fast", "bps=fast"}, {"disk", "a,iops=0", "iops=0"},
         {"disk", "a,bps=", "bps="},        {"disk", "a,id=", "1 to 64"}, {"disk", "a,id=../x", "letters"}, {"disk", "a,bps=99999999999T", "bps="},
         {"net", "user,id=a b", "letters"}, {"net", "user,tx-bps=x", "tx-bps=x"}, {"net", "user,id=x,colour=red", "colour"}, {"transport", "isa", "mmio"},
