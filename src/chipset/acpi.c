@@ -340,6 +340,8 @@ int acpi_build(struct physmap *memory, const struct acpi_config *config, gpa_t *
     assert(!builder.out.overflow); /* 255 processors need less than half of it */
     write_rsdp(image, xsdt);
     memcpy(image + FACS_OFFSET, &facs, sizeof(facs));
+    if (config->generation)
+        memcpy(image + (ACPI_GENERATION_ID - ACPI_TABLES_BASE), config->generation, sizeof(*config->generation));
     rc = physmap_write(memory, ACPI_TABLES_BASE, image, ACPI_TABLES_BYTES);
     if (rc < 0)
         error_set(err, rc, "no guest RAM at 0x%llx for the ACPI tables: give the machine at least 1 MiB", ACPI_TABLES_BASE);

@@ -9,11 +9,14 @@
 #include <stdint.h>
 
 #include "chipset/chipset.h"
+#include "chipset/vmgenid.h"
 #include "memory/memory.h"
 #include "util/error.h"
 
 #define ACPI_TABLES_BASE 0xE0000ull
 #define ACPI_TABLES_BYTES 0x10000ull
+/* In the FACS's page, which is memory that no OS uses and that is cached as any other. */
+#define ACPI_GENERATION_ID (ACPI_TABLES_BASE + ACPI_TABLES_BYTES - 0x800)
 
 /* A memory-mapped virtio device: a page of registers, an IOAPIC pin (level, high, may be shared). */
 struct acpi_virtio {
@@ -30,6 +33,7 @@ struct acpi_config {
     bool no_pci;        /* no host bridge and no ECAM */
     struct acpi_virtio virtio[CHIPSET_VIRTIO_MMIO_PLACES];
     unsigned virtio_count;
+    const struct vmgenid_guid *generation; /* what is at ACPI_GENERATION_ID; NULL: no such device */
 };
 
 /* *rsdp: where the RSDP is, for boot_config. */

@@ -154,6 +154,38 @@ static void write_hotplug_event(struct aml *aml, uint32_t slots)
     aml_close(aml);
 }
 
+/* Microsoft's "Virtual Machine Generation ID": ADDR tells where it is, in two halves. The shorter name is what drivers with nine characters look for. */
+static void write_generation_id(struct aml *aml)
+{
+    aml_device(aml, "VGEN");
+    aml_name(aml, "_HID");
+    aml_string(aml, "DPPL0001");
+    aml_name(aml, "_CID");
+    aml_package(aml, 2);
+    aml_string(aml, "VM_Gen_Counter");
+    aml_string(aml, "VMGENCTR");
+    aml_close(aml);
+    aml_name(aml, "_DDN");
+    aml_string(aml, "VM_Gen_Counter");
+    aml_name(aml, "_UID");
+    aml_integer(aml, 0);
+    aml_name(aml, "ADDR");
+    aml_package(aml, 2);
+    aml_integer(aml, ACPI_GENERATION_ID & 0xFFFFFFFF);
+    aml_integer(aml, ACPI_GENERATION_ID >> 32);
+    aml_close(aml);
+    aml_close(aml);
+}
+
+static void write_generation_event(struct aml *aml)
+{
+    aml_scope(aml, "\\_GPE");
+    aml_method(aml, "_E02", 0); /* CHIPSET_GPE_GENERATION */
+    aml_notify(aml, "\\_SB.VGEN", 0x80);
+    aml_close(aml);
+    aml_close(aml);
+}
+
 static void write_pci(struct aml *aml, uint32_t hotplug)
 {
     aml_device(aml, "PCI0");
@@ -259,11 +291,15 @@ void acpi_write_dsdt(struct aml *aml, const struct acpi_config *config)
     }
     if (config->hpet)
         write_hpet(aml);
+    if (config->generation)
+        write_generation_id(aml);
     write_processors(aml, config->cpu_count);
     aml_close(aml);
 
     if (config->hotplug && !config->no_pci)
         write_hotplug_event(aml, config->hotplug);
+    if (config->generation)
+        write_generation_event(aml);
 
     aml_name(aml, "\\_S5");
     aml_package(aml, 4);

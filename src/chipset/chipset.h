@@ -27,6 +27,7 @@
 #define CHIPSET_GPE_PORT 0x620        /* GPE0 block: a byte of status, a byte of enable */
 #define CHIPSET_GPE_BYTES 2
 #define CHIPSET_GPE_HOTPLUG 1         /* its bit for the PCI hot-plug controller */
+#define CHIPSET_GPE_GENERATION 2      /* its bit for another generation ID, see vmgenid.h */
 #define CHIPSET_HOTPLUG_PORT 0x640    /* pci_hotplug.h */
 #define CHIPSET_HOTPLUG_BYTES 12
 #define CHIPSET_RESET_PORT 0xCF9

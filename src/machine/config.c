@@ -191,6 +191,14 @@ static int set_transport(struct machine_config *config, const char *key, const c
     return r;
 }
 
+static int set_generation_id(struct machine_config *config, const char *key, const char *value, struct error *err)
+{
+    config->has_generation_id = strcmp(value, "auto") != 0;
+    if (config->has_generation_id && vmgenid_parse(value, &config->generation_id))
+        return error_set(err, -EINVAL, "--%s: \"%s\" is neither auto nor a GUID such as 324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87", key, value);
+    return 0;
+}
+
 static int set_irqchip(struct machine_config *config, const char *key, const char *value, struct error *err)
 {
     static const char *const words[] = {"auto", "user", "split", NULL}; /* enum engine_irqchip */
@@ -333,6 +341,7 @@ static const struct {
     {"balloon", config_set_balloon},
     {"pmem", config_set_pmem},
     {"memory-hotplug", config_set_memory_hotplug},
+    {"vm-generation-id", set_generation_id},
     {"engine", set_engine},
     {"direct", set_direct},
     {"kvm-irqchip", set_irqchip},

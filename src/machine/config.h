@@ -9,6 +9,7 @@
 
 #include "arch/cpuid.h"
 #include "block/block.h"
+#include "chipset/vmgenid.h"
 #include "engine/engine.h"
 #include "fs/fs.h"
 #include "state/state.h"
@@ -124,6 +125,8 @@ struct machine_config {
     struct rate_limit_config entropy_limit;
     struct bucket_config serial_limit;
     enum virtio_transport transport;
+    bool has_generation_id; /* else one is drawn when the machine is made */
+    struct vmgenid_guid generation_id;
     bool boot_timer; /* log when a guest's init says that it is there (boot_timer.c) */
     struct processor_config processor; /* a snapshot has the table made of it instead */
     char *engine, *console, *virtio_console, *debug_console;

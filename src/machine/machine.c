@@ -62,6 +62,16 @@ PART_ADAPTERS(i8042)
 PART_ADAPTERS(uart)
 PART_ADAPTERS(pci_host)
 
+static int part_vmgenid_state(void *object, struct state_io *io)
+{
+    return vmgenid_state(object, io);
+}
+
+static void part_vmgenid_destroy(void *object)
+{
+    vmgenid_destroy(object);
+}
+
 static void part_pvpanic_destroy(void *object)
 {
     pvpanic_destroy(object);
@@ -326,6 +336,18 @@ static int create_timers_and_power(struct machine *machine)
     return 0;
 }
 
+/* Of no snapshot yet: what the configuration says, or just any. */
+static int create_generation_id(struct machine *machine)
+{
+    struct vmgenid_config vmgenid = {.memory = machine->memory, .pm = machine->pm, .guid = machine->config->generation_id};
+    int r = machine->config->has_generation_id ? 0 : vmgenid_draw(&vmgenid.guid);
+    if (r == 0)
+        r = vmgenid_create(&machine->vmgenid, &vmgenid);
+    if (r == 0)
+        machine_add_part(machine, &(struct machine_part){.name = "vmgenid", .object = machine->vmgenid, .state = part_vmgenid_state, .destroy = part_vmgenid_destroy});
+    return r;
+}
+
 static int create_ports(struct machine *machine)
 {
     token_bucket_init(&machine->serial_bucket, &machine->config->serial_limit, inputs_now_ns());
@@ -402,6 +424,8 @@ static int create_chipset(struct machine *machine, struct error *err)
     if (r == 0)
         r = create_timers_and_power(machine);
     if (r == 0)
+        r = create_generation_id(machine);
+    if (r == 0)
         r = create_ports(machine);
     if (r == 0)
         r = machine->config->transport == TRANSPORT_MMIO ? create_mmio(machine) : create_pci(machine);
@@ -414,7 +438,7 @@ static int build_tables(struct machine *machine, gpa_t *rsdp, struct error *err)
 {
     const struct virtio_mmio_host *mmio = &machine->mmio;
     struct acpi_config acpi = {.cpu_count = machine->cpu_count, .hpet = true, .com1 = true, .pvpanic = true, .no_pci = !machine->pci,
-                               .hotplug = machine_hotplug_slots()};
+                               .hotplug = machine_hotplug_slots(), .generation = vmgenid_get(machine->vmgenid)};
     for (unsigned i = 0; i < mmio->device_count; i++)
         acpi.virtio[acpi.virtio_count++] = (struct acpi_virtio){.address = (uint32_t)virtio_mmio_address(mmio, i),
                                                                 .gsi = mmio->line[virtio_mmio_line(mmio, i)].pin};

@@ -24,6 +24,7 @@
 #include "chipset/pvpanic.h"
 #include "chipset/rtc.h"
 #include "chipset/uart.h"
+#include "chipset/vmgenid.h"
 #include "device/device.h"
 #include "device/virtio_mmio.h"
 #include "engine/engine.h"
@@ -114,6 +115,7 @@ struct machine {
     struct i8042 *i8042;
     struct uart *com1;
     struct pvpanic *pvpanic;
+    struct vmgenid *vmgenid;
     struct debugcon *debugcon;
     struct msi_target msi;
     uint64_t started_us, started_cpu_us; /* boot_timer.c */

@@ -110,6 +110,7 @@ static void test_tables(void **state)
     check_tables(&(struct acpi_config){.cpu_count = 1, .no_i8042 = true}, 5);
     check_tables(&(struct acpi_config){.cpu_count = 4, .hpet = true, .com1 = true, .com2 = true, .pvpanic = true}, 10);
     check_tables(&(struct acpi_config){.cpu_count = 255, .com1 = true}, 7);
+    check_tables(&(struct acpi_config){.cpu_count = 1, .no_i8042 = true, .generation = &(struct vmgenid_guid){{1}}}, 6);
 }
 
 static void test_virtio(void **state)
