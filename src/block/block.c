@@ -131,6 +131,13 @@ const char *block_format(const struct block *block)
     return block->ops->name;
 }
 
+int block_dup(const struct block *block)
+{
+    int fd = fcntl(block->ops == &block_qcow2_ops ? block_raw_fd(qcow2_file(block)) : block_raw_fd(block), F_DUPFD_CLOEXEC, 3);
+
+    return fd < 0 ? -errno : fd;
+}
+
 int block_settle(struct block *block)
 {
     return block->readonly ? 0 : block->ops->settle(block);

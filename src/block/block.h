@@ -55,12 +55,18 @@ bool block_readonly(const struct block *block);
 bool block_can_discard(const struct block *block);
 void block_submit(struct block *block, struct block_request *request);
 const char *block_format(const struct block *block); /* "raw", "qcow2" */
+/* An empty qcow2 image in an empty file, on the host's disk when this returns. `backing` NULL: none; otherwise its name and format as the image will tell them. */
+int block_image_format(int fd, const char *path, uint64_t size_bytes, const char *backing, const char *backing_format, struct error *err) __attribute__((warn_unused_result));
 /*
- * Overlays. An overlay file made by image_create is put on top of `below`, which becomes its backing file as it is (whatever name the overlay has for it): it is
- * brought up to date on the host's disk, frozen, and belongs to the overlay from then on. On the loop's thread or with the guard; nothing of `below` is in flight. Opens nothing; `fd` is taken over
- * also on failure, after which `below` is as before.
+ * Overlays. An image made by block_image_format is put on top of `below`, which becomes its backing file as it is, whatever name the image has for it: `below` is
+ * brought up to date on the host's disk, frozen (others may open it for reading then), and belongs to the overlay from then on. With the guard; nothing of `below` is in flight. Opens nothing;
+ * `fd` is taken over also on failure, after which `below` is as before.
  */
 int block_overlay(struct block **overlay, struct block *below, const char *path, int fd, struct error *err) __attribute__((warn_unused_result));
+/* Takes an overlay away that nothing was written to; what was below is as before block_overlay. */
+struct block *block_overlay_undo(struct block *overlay);
+/* A descriptor of its file that is the caller's, or -errno: to bring the file up to date on the host's disk beforehand, which takes time. */
+int block_dup(const struct block *block);
 /* What was written is in the files, for others who open them. Nothing is in flight; waits for the host. */
 int block_settle(struct block *block);
 /* Whether `path` names the same file now. */

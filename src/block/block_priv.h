@@ -57,7 +57,7 @@ int block_open_beneath(struct block **block, const struct block_config *config, 
 /* A raw file for a format to keep its clusters in. `fd` is taken over also on failure; -1: config->path is opened. */
 int block_open_file(struct block **block, const struct block_config *config, int fd, struct block_io *io, struct loop *loop, struct error *err)
     __attribute__((warn_unused_result));
-int block_raw_fd(const struct block *block);
+int block_raw_fd(const struct block *block); /* of a raw one */
 /* Like block_submit without its checks: an offset may be behind the end of a file beneath. */
 void block_submit_unchecked(struct block *block, struct block_request *request);
 

@@ -254,6 +254,13 @@ static int qcow2_open(struct block *block, const struct block_config *config, st
     return ret;
 }
 
+const struct block *qcow2_file(const struct block *block)
+{
+    const struct qcow2 *image = block->private;
+
+    return image->file;
+}
+
 static bool qcow2_holds(const struct block *block, const char *path)
 {
     const struct qcow2 *image = block->private;
@@ -305,6 +312,7 @@ int block_overlay(struct block **out, struct block *below, const char *path, int
     const struct block_config config = {.path = path, .format = "qcow2"};
     struct block *block = block_create(path, below->loop);
     struct qcow2 *image = NULL;
+    bool frozen_before = below->readonly;
     int ret;
 
     *out = NULL;
@@ -333,10 +341,24 @@ int block_overlay(struct block **out, struct block *below, const char *path, int
         return ret;
     }
     image->backing = below;
+    image->frozen_before = frozen_before;
     image->opened = true;
     block->ops = &block_qcow2_ops;
     *out = block;
     return 0;
+}
+
+struct block *block_overlay_undo(struct block *overlay)
+{
+    struct qcow2 *image = overlay->private;
+    struct block *below = image->backing;
+    struct error err;
+
+    image->backing = NULL;
+    if (!image->frozen_before && below->ops->freeze(below, false, &err) < 0)
+        log_error("%s", err.text); /* it cannot be locked for writing any more; the guest sees a disk that refuses */
+    block_close(overlay);
+    return below;
 }
 
 /* ---- new images ---- */
@@ -403,4 +425,13 @@ int qcow2_format(int fd, uint64_t size_bytes, const char *backing, const char *b
     if (ret == 0)
         ret = write_at(fd, &reftable, sizeof(reftable), cluster_bytes);
     return ret ? ret : write_at(fd, header, sizeof(header), 0);
+}
+
+int block_image_format(int fd, const char *path, uint64_t size_bytes, const char *backing, const char *backing_format, struct error *err)
+{
+    int ret = qcow2_format(fd, size_bytes, backing, backing_format);
+
+    if (ret == 0 && fsync(fd) < 0)
+        ret = -errno;
+    return ret ? error_set(err, ret, "cannot make the image %s: %s", path, strerror(-ret)) : 0;
 }

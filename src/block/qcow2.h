@@ -125,6 +125,7 @@ struct qcow2 {
     uint8_t *unpacked;    /* the compressed cluster read last, by its entry; 0: none */
     uint64_t unpacked_entry;
     bool writable;
+    bool frozen_before; /* what an overlay was put on was read-only already */
     bool opened; /* it was opened to the end: closing writes what is left */
     bool broken; /* the image contradicts itself: nothing is written any more */
 
@@ -234,6 +235,7 @@ struct qcow2_op {
     struct qcow2_part part;
 };
 
+const struct block *qcow2_file(const struct block *block);
 void qcow2_wait(struct qcow2_op *op);
 void qcow2_wake_all(struct qcow2 *image);
 uint64_t qcow2_oldest_sequence(const struct qcow2 *image);

@@ -454,13 +454,18 @@ static void blk_destroy(struct device *disk)
     free(disk);
 }
 
-void virtio_blk_set_block(struct device *disk, struct block *block)
+void virtio_blk_exchange(struct device *disk, struct block *block)
 {
     struct block_counters counters;
 
     block_get_counters(disk->block, &counters);
     block_set_counters(block, &counters); /* they are the disk's */
     disk->block = block;
+}
+
+void virtio_blk_set_block(struct device *disk, struct block *block)
+{
+    virtio_blk_exchange(disk, block);
     virtio_config_changed(&disk->virtio);
 }
 

@@ -22,6 +22,8 @@ struct virtio_blk_config {
 
 /* Another medium, or the same one with another size: the driver is told. Nothing is in flight; the old back end is the caller's again. */
 void virtio_blk_set_block(struct device *device, struct block *block);
+/* The same medium by another way (an overlay): the driver notices nothing. Nothing is in flight. */
+void virtio_blk_exchange(struct device *device, struct block *block);
 /* Changes the limit; NULL leaves one as it is. Device lock held. */
 void virtio_blk_set_limit(struct device *device, const struct bucket_config *bandwidth, const struct bucket_config *ops);
 

@@ -50,6 +50,7 @@ static void each_text(struct machine_config *config, void (*visit)(char **text, 
     for (unsigned i = 0; i < config->disk_count; i++) {
         visit(&config->disk[i].path, ctx);
         visit(&config->disk[i].format, ctx);
+        visit(&config->disk[i].origin, ctx);
         visit(&config->disk[i].serial, ctx);
         visit(&config->disk[i].id, ctx);
         visit(&config->disk[i].partuuid, ctx);

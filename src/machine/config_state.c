@@ -73,6 +73,7 @@ static void disk_files_state(struct machine_config *config, struct state_io *io)
     for (unsigned i = 0; i < config->disk_count; i++) {
         unsigned backing = config->disk[i].backing;
         choice_state(io, &backing, BLOCK_BACKING_NONE + 1);
+        state_string(io, &config->disk[i].origin);
         config->disk[i].backing = (enum block_backing)backing;
     }
     (void)!state_end(io); /* the section around it fails, too */

@@ -133,6 +133,26 @@ int machine_pmem_limit(struct machine *machine, const char *id, const struct buc
     __attribute__((warn_unused_result));
 /* Another file, or the same one with another size. What was in flight is finished in the old one; the guest is told of the new size. */
 int machine_disk_replace(struct machine *machine, const char *id, const char *path, struct error *err) __attribute__((warn_unused_result));
+/*
+ * Overlays on disks (machine_disks.c): at one moment, with nothing in flight, the file of each becomes the backing file of a new image, and is not written any more. What the guest
+ * writes from then on goes there. On failure all disks are as before. The snapshot lock is held meanwhile: -EBUSY.
+ */
+struct machine_disk_info {
+    char *path, *format, *origin; /* path and origin (the file that the user named) are absolute */
+    char *id; /* as machine_devices tells it */
+    uint64_t size_bytes;
+};
+/* All that the guest can write. Freed by machine_disks_free. */
+int machine_disks(struct machine *machine, struct machine_disk_info **disks, unsigned *count, struct error *err) __attribute__((warn_unused_result));
+void machine_disks_free(struct machine_disk_info *disks, unsigned count);
+struct machine_overlay {
+    const char *below; /* the disk's present file, as machine_disks told it */
+    const char *path;  /* absolute */
+    int fd;            /* made by block_image_format, of the disk's size, with `below` as backing file; taken over also on failure */
+};
+int machine_disks_overlay(struct machine *machine, struct machine_overlay *overlays, unsigned count, struct error *err) __attribute__((warn_unused_result));
+/* The same for one disk, and a file that is made here: it must not exist. Gone again on failure. */
+int machine_disk_snapshot(struct machine *machine, const char *id, const char *path, struct error *err) __attribute__((warn_unused_result));
 /* Plugs a device in; `text` is as for --disk or --net. -ENOTSUP: the machine has no PCI. */
 int machine_disk_add(struct machine *machine, const char *text, struct error *err) __attribute__((warn_unused_result));
 int machine_net_add(struct machine *machine, const char *text, struct error *err) __attribute__((warn_unused_result));

@@ -249,6 +249,10 @@ static int replace_medium(struct machine *machine, void *ctx, struct error *err)
     made->block = block;
     free(disk->path);
     disk->path = path;
+    if (request->block) {
+        free(disk->origin);
+        disk->origin = NULL;
+    }
     return 0;
 }
 
@@ -288,7 +292,7 @@ static void drop_disk_config(struct machine *machine, unsigned index)
 {
     struct machine_config *config = &machine->own_config;
     struct disk_config *disk = &config->disk[index];
-    char *const texts[] = {disk->path, disk->format, disk->serial, disk->id, disk->partuuid};
+    char *const texts[] = {disk->path, disk->format, disk->serial, disk->id, disk->partuuid, disk->origin};
     for (size_t i = 0; i < sizeof texts / sizeof *texts; i++)
         free(texts[i]);
     unsigned after = --config->disk_count - index;

@@ -259,6 +259,12 @@ void machine_park(struct vcpu_thread *cpu); /* on the vCPU's thread, after REQUE
 int machine_call_still(struct machine *machine, int (*run)(struct machine *machine, void *ctx, struct error *err), void *ctx, struct error *err)
     __attribute__((warn_unused_result));
 
+/* machine_disks.c */
+/* What the guest has written so far goes to the host's disks while it runs, so that little is left for the moment when it does not. */
+void machine_disks_write_back(struct machine *machine);
+/* All or none. Everything stands still. */
+int machine_overlay_still(struct machine *machine, struct machine_overlay *overlays, unsigned count, struct error *err);
+
 /* snapshot.c, snapshot_live.c, snapshot_load.c */
 /* The state file's content; *io is the caller's, also after a failure. Everything stands still. */
 int snapshot_encode(struct machine *machine, const struct chunk_id *id, struct state_io **io, struct error *err);

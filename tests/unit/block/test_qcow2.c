@@ -537,6 +537,68 @@ static void test_stops(void **state)
         stop_once(f, n, n % 3 == 0 ? "cluster_size=4k" : n % 3 == 1 ? "cluster_size=64k" : "cluster_size=512", n % 2 ? "zlib" : NULL);
 }
 
+/* ---- overlays ---- */
+
+static int make_overlay(const struct fixture *f, const char *name, uint64_t bytes, const char *backing, const char *format, char path[192])
+{
+    struct error err;
+    int fd;
+
+    snprintf(path, 192, "%s/%s", f->dir, name);
+    fd = open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+    assert_true(fd >= 0);
+    assert_int_equal(block_image_format(fd, path, bytes, backing, format, &err), 0);
+    return fd;
+}
+
+/* A chain that grows under a disk that is in use; each file stays as it was at its moment. */
+static void test_overlays(void **state)
+{
+    struct fixture *f = *state;
+    char path[192], before[192], copy[200];
+    struct block_config config = {.path = f->path, .format = "raw", .io = "threads"};
+    struct block *other, *below;
+    struct error err;
+
+    shell("truncate -s %llu %s", (unsigned long long)SECTORS * SECTOR, f->path);
+    assert_int_equal(block_open(&f->block, &config, f->loop, NULL), 0);
+    snprintf(path, sizeof(path), "%s", f->path);
+    for (unsigned i = 0; i < 4; i++) {
+        char name[32];
+
+        assert_true(work(f, 150));
+        snprintf(before, sizeof(before), "%s", path);
+        snprintf(name, sizeof(name), "over%u.qcow2", i);
+        below = f->block;
+        if (block_overlay(&f->block, below, path, make_overlay(f, name, SECTORS * SECTOR, before, i ? "qcow2" : "raw", path), &err))
+            fail_msg("%s", err.text);
+        snprintf(copy, sizeof(copy), "%s.then", before);
+        shell("cp %s %s", before, copy);
+        /* Others may read what is frozen, and write no more than we. */
+        config = (struct block_config){.path = before, .format = i ? "qcow2" : "raw", .readonly = true};
+        assert_int_equal(block_open(&other, &config, f->loop, NULL), 0);
+        block_close(other);
+        config.readonly = false;
+        assert_int_equal(block_open(&other, &config, f->loop, &err), -EBUSY);
+        assert_true(work(f, 150));
+        shell("cmp %s %s", before, copy);
+    }
+    /* One that is of no use leaves all as it is, and so does one that is taken away. */
+    assert_int_equal(block_overlay(&other, f->block, path, make_overlay(f, "small.qcow2", SECTOR, path, "qcow2", before), &err), -EINVAL);
+    assert_true(work(f, 50));
+    assert_int_equal(block_overlay(&other, f->block, before, make_overlay(f, "undone.qcow2", SECTORS * SECTOR, path, "qcow2", before), &err), 0);
+    assert_ptr_equal(block_overlay_undo(other), f->block);
+    assert_true(work(f, 150));
+    close_image(f);
+    snprintf(f->path, sizeof(f->path), "%.120s", path);
+    assert_int_equal(check_image(f->path), 0);
+    read_back(f, false);
+    open_image(f, "threads");
+    assert_true(work(f, 50));
+    close_image(f);
+    read_back(f, false);
+}
+
 /* ---- images that are refused ---- */
 
 static void expect_refusal(struct fixture *f, const struct block_config *config, int code, const char *words)
@@ -706,6 +768,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_random, setup, teardown),  cmocka_unit_test_setup_teardown(test_stops, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_overlays, setup, teardown),
         cmocka_unit_test_setup_teardown(test_fields, setup, teardown),  cmocka_unit_test_setup_teardown(test_backing, setup, teardown),
         cmocka_unit_test_setup_teardown(test_formats, setup, teardown), cmocka_unit_test_setup_teardown(test_damage, setup, teardown),
     };
