@@ -69,6 +69,8 @@ struct loop {
     int epoll_fd, timer_fd, wake_fd;
     pthread_mutex_t *guard;
     atomic_bool stop;
+    bool held; /* lock; set on the loop's thread */
+    pthread_cond_t released;
     _Atomic unsigned always_ready; /* descriptors of that kind that want events */
 
     bool (*thread_enter)(void *ctx, unsigned kind); /* lock */
@@ -129,6 +131,24 @@ static void guard_release(struct loop *loop)
         pthread_mutex_unlock(loop->guard);
 }
 
+/* For a callback, which may have to wait for the end of a hold. False: the loop ends before; the guard is not taken then. */
+static bool guard_take_for_callback(struct loop *loop)
+{
+    for (;;) {
+        guard_take(loop);
+        pthread_mutex_lock(&loop->lock);
+        bool held = loop->held;
+        if (held)
+            guard_release(loop);
+        while (loop->held && !atomic_load(&loop->stop))
+            pthread_cond_wait(&loop->released, &loop->lock);
+        bool over = loop->held;
+        pthread_mutex_unlock(&loop->lock);
+        if (!held || over)
+            return !held;
+    }
+}
+
 /* Makes the wait end. Called with `lock` held. */
 static void wake_locked(struct loop *loop)
 {
@@ -162,6 +182,7 @@ int loop_create(struct loop **out, pthread_mutex_t *guard)
     LIST_INIT(&loop->events);
     TAILQ_INIT(&loop->queue);
     pthread_mutex_init(&loop->lock, NULL);
+    pthread_cond_init(&loop->released, NULL);
 
     int rc = 0;
     loop->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
@@ -213,6 +234,7 @@ void loop_destroy(struct loop *loop)
         close(loop->timer_fd);
     if (loop->epoll_fd >= 0)
         close(loop->epoll_fd);
+    pthread_cond_destroy(&loop->released);
     pthread_mutex_destroy(&loop->lock);
     free(loop->heap);
     free(loop);
@@ -317,7 +339,8 @@ void loop_fd_remove(struct loop_fd *source)
 static void source_run(struct loop_fd *source, unsigned events)
 {
     struct loop *loop = source->loop;
-    guard_take(loop);
+    if (!guard_take_for_callback(loop))
+        return;
     if (!source->dead && (events & (source->events | LOOP_HANGUP)))
         source->fn(source->ctx, events & (source->events | LOOP_HANGUP));
     guard_release(loop);
@@ -488,8 +511,7 @@ static void run_timers(struct loop *loop)
     bool due = budget > 0 && loop->heap[0]->deadline_ns <= now;
     pthread_mutex_unlock(&loop->lock);
 
-    while (due && budget-- > 0) {
-        guard_take(loop);
+    while (due && budget-- > 0 && guard_take_for_callback(loop)) {
         pthread_mutex_lock(&loop->lock);
         struct loop_timer *timer = loop->heap_count > 0 ? loop->heap[0] : NULL;
         if (timer && timer->deadline_ns <= now)
@@ -579,8 +601,7 @@ static void run_queue(struct loop *loop)
     size_t budget = loop->queued_count;
     pthread_mutex_unlock(&loop->lock);
 
-    while (budget-- > 0) {
-        guard_take(loop);
+    while (budget-- > 0 && guard_take_for_callback(loop)) {
         pthread_mutex_lock(&loop->lock);
         struct loop_event *event = TAILQ_FIRST(&loop->queue);
         if (event)
@@ -683,6 +704,15 @@ void loop_stop(struct loop *loop)
 {
     atomic_store(&loop->stop, true);
     pthread_mutex_lock(&loop->lock);
+    pthread_cond_broadcast(&loop->released);
     wake_locked(loop);
+    pthread_mutex_unlock(&loop->lock);
+}
+
+void loop_hold(struct loop *loop, bool on)
+{
+    pthread_mutex_lock(&loop->lock);
+    loop->held = on;
+    pthread_cond_broadcast(&loop->released);
     pthread_mutex_unlock(&loop->lock);
 }

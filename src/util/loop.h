@@ -34,6 +34,8 @@ int loop_run(struct loop *loop);
 /* One round: waits at most timeout_ms (-1: no limit) and runs what is due. For tests. */
 int loop_run_once(struct loop *loop, int timeout_ms);
 void loop_stop(struct loop *loop);
+/* On, from a callback: no other callback runs after it until it is off again (any thread), or at all if the loop is stopped before. */
+void loop_hold(struct loop *loop, bool on);
 
 int loop_fd_add(struct loop *loop, int fd, unsigned events, loop_fd_fn *fn, void *ctx, struct loop_fd **out)
     __attribute__((warn_unused_result));
