@@ -183,7 +183,7 @@ static void write_state(const struct run *run, const char *state, int status)
 static bool is_wanted(const struct run *run, int status, bool over)
 {
     bool failed = status != STATUS_SHUTDOWN && status != STATUS_RESET;
-    if (over || status == STATUS_STOPPED || instance_unwanted(run->instance))
+    if (over || status == STATUS_STOPPED || status == STATUS_MIGRATED || instance_unwanted(run->instance))
         return false;
     return run->restart == RESTART_ALWAYS || (failed && (!run->restarts_max || run->restarts < run->restarts_max));
 }

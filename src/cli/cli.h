@@ -13,6 +13,7 @@ enum exit_status {
     STATUS_RESET = 3,    /* the guest reset, with --on-reset exit */
     STATUS_CRASH = 4,    /* the guest died: triple fault, or panic with --on-panic exit */
     STATUS_STOPPED = 5,  /* stopped from outside: Ctrl-A x or a second SIGTERM */
+    STATUS_MIGRATED = 6, /* it runs elsewhere */
 };
 
 struct cli_option {
@@ -41,6 +42,8 @@ enum {
     SNAPSHOT_INCREMENTAL, SNAPSHOT_FULL, SNAPSHOT_COMPRESS, SNAPSHOT_ENCRYPT, SNAPSHOT_KEY_FILE, SNAPSHOT_KEY_COMMAND, SNAPSHOT_DESCRIPTION, SNAPSHOT_NO_DISKS, SNAPSHOT_TREE,
     SNAPSHOT_JSON, SNAPSHOT_AS
 };
+enum { MIGRATE_DOWNTIME, MIGRATE_CANCEL, MIGRATE_STATUS };
+enum { RECEIVE_LISTEN, RECEIVE_NAME, RECEIVE_ENGINE };
 enum { TOP_DELAY, TOP_BATCH, TOP_COUNT };
 
 /* How many names of virtual machines a command takes. */
@@ -83,6 +86,8 @@ int trace_main(int argc, char **argv);
 int unplug_main(int argc, char **argv);
 int metadata_main(int argc, char **argv);
 int rm_main(int argc, char **argv);
+int migrate_main(int argc, char **argv);
+int receive_main(int argc, char **argv);
 int snapshot_main(int argc, char **argv);
 int stats_main(int argc, char **argv);
 int top_main(int argc, char **argv);

@@ -19,6 +19,7 @@ static const struct {
     {STATUS_RESET, "the guest reset, with --on-reset exit"},
     {STATUS_CRASH, "the guest died: triple fault, or a panic with --on-panic exit"},
     {STATUS_STOPPED, "stopped from outside: Ctrl-A x, SIGHUP or a second SIGTERM"},
+    {STATUS_MIGRATED, "it was migrated, and runs elsewhere"},
 };
 #define STATUS_COUNT (sizeof statuses / sizeof *statuses)
 

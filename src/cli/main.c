@@ -71,6 +71,18 @@ static const struct cli_option snapshot_options[] = {
     [SNAPSHOT_AS] = {"as", 0, "NAME", "restore: as a virtual machine of this name"},
     {0},
 };
+static const struct cli_option migrate_options[] = {
+    [MIGRATE_DOWNTIME] = {"downtime", 0, "TIME", "how long the guest may stand still, as in 50ms (the default) or 2s: what is written faster than it can be sent is sent again until the rest goes in that time"},
+    [MIGRATE_CANCEL] = {"cancel", 0, NULL, "give up the migration that is under way; the machine goes on here"},
+    [MIGRATE_STATUS] = {"status", 0, NULL, "print how far it is, as JSON"},
+    {0},
+};
+static const struct cli_option receive_options[] = {
+    [RECEIVE_LISTEN] = {"listen", 0, "unix:PATH", "where to wait for it"},
+    [RECEIVE_NAME] = {"name", 0, "NAME", "name of the virtual machine here (default: the one it has there)"},
+    [RECEIVE_ENGINE] = {"engine", 0, "ENGINE", "run it by this engine (default: as there)"},
+    {0},
+};
 static const struct cli_option stats_options[] = {
     [STATS_JSON] = {"json", 0, NULL, "all counters, as JSON"},
     {0},
@@ -118,6 +130,8 @@ const struct subcommand subcommands[] = {
     {"rm", rm_main, "[OPTIONS] NAME...", "remove what ended virtual machines left behind", NAMES_SOME, rm_options},
     {"snapshot", snapshot_main, "create VM [NAME] | list [VM] | show VM NAME | restore VM NAME | delete VM NAME... | diff VM NAME NAME | export VM NAME FILE | import FILE [VM]",
      "keep states of virtual machines and go back to them", NAMES_OWN, snapshot_options},
+    {"migrate", migrate_main, "[OPTIONS] VM unix:PATH", "move a running virtual machine to where doppel receive waits", NAMES_SOME, migrate_options},
+    {"receive", receive_main, "--listen unix:PATH [OPTIONS]", "wait for a virtual machine that migrates, and run it in the background; prints its name", NAMES_NONE, receive_options},
     {"stats", stats_main, "[OPTIONS] [NAME...]", "print what virtual machines use", NAMES_ANY, stats_options},
     {"top", top_main, "[OPTIONS] [NAME...]", "watch what virtual machines use", NAMES_ANY, top_options},
     {"events", events_main, "[OPTIONS] [NAME...]", "print what happened to virtual machines", NAMES_ANY, events_options},

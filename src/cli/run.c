@@ -228,6 +228,8 @@ static int status_of(enum machine_end end)
         return STATUS_CRASH;
     case MACHINE_STOPPED:
         return STATUS_STOPPED;
+    case MACHINE_MIGRATED:
+        return STATUS_MIGRATED;
     default:
         return STATUS_ERROR;
     }
@@ -285,7 +287,18 @@ static int start_machine(struct run *run, struct error *err)
         if (why.code || http_server_start(run->server, &why))
             complain(0, "this virtual machine cannot be reached by doppel's commands: %s", why.text);
     }
-    return machine_start(run->machine, err);
+    if (!run->incoming)
+        return machine_start(run->machine, err);
+    int r = machine_pause(run->machine, err);
+    if (r == 0)
+        r = machine_start(run->machine, err);
+    if (r)
+        machine_incoming_refuse(run->incoming, err->text);
+    else
+        r = machine_receive_go(run->machine, run->incoming, err);
+    machine_incoming_close(run->incoming);
+    run->incoming = NULL;
+    return r;
 }
 
 /* Waits for the machine's end with a thread that takes signals. */
@@ -304,6 +317,8 @@ static int wait_for_end(struct run *run, enum machine_end *end)
 
 static int make_machine(struct run *run, struct error *err)
 {
+    if (run->incoming)
+        return machine_receive(&run->machine, &run->config, run->incoming, err);
     if (run->from)
         return machine_snapshot_load(&run->machine, &run->config, run->from, err);
     return machine_create(&run->machine, &run->config, err);

@@ -24,6 +24,7 @@ struct run {
     bool keep;    /* its directory stays */
     const struct snapshot_files *from; /* it begins with this snapshot, but not when it is brought back; NULL: with its kernel */
     int from_lock;                     /* held until these were read; with `from` only */
+    struct machine_incoming *incoming; /* it comes from elsewhere; NULL: it does not, or is there */
     char snapshots[1024];              /* where snapshots of it are made; "": nowhere */
 
     struct machine *machine;

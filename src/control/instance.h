@@ -7,6 +7,7 @@
  *     state.json      what it does: state, process id with start time, how it ended
  *     api.sock        HTTP (docs/openapi-doppel-v1.yaml)
  *     console.sock    bytes to and from the console
+ *     migrate.sock    connections to where it is to go on, as descriptors
  *     console.log     what the console said (console.log.1: before that)
  *     messages.log    what Doppel said, of a VM in the background
  *     events.log      events, one JSON object a line

@@ -324,6 +324,9 @@ static void release(struct vm_control *control)
         close(control->proc);
     if (control->snapshots_fd >= 0)
         close(control->snapshots_fd);
+    if (control->migrate_fd >= 0)
+        close(control->migrate_fd);
+    pthread_mutex_destroy(&control->migration_lock);
     pthread_rwlock_destroy(&control->machine_lock);
     pthread_mutex_destroy(&control->event_lock);
     free(control);
@@ -350,6 +353,8 @@ static int start(struct vm_control *control, struct error *err)
     r = vm_console_create(&control->console, control, err);
     if (r)
         return r;
+    if (control->instance && (control->migrate_fd = instance_listen(control->instance, "migrate.sock", err)) < 0)
+        return control->migrate_fd;
     write_state(control, control->state, NULL, 0);
     r = pthread_create(&control->thread, NULL, control_main, control);
     if (r)
@@ -371,10 +376,12 @@ int vm_control_create(struct vm_control **out, const struct vm_control_options *
     control->proc = open("/proc", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     control->event_log = -1;
     control->snapshots_fd = options->snapshots ? open(options->snapshots, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC) : -1;
+    control->migrate_fd = -1;
     control->state = "starting";
     control->created_ms = wall_ms();
     control->next_event = 1;
     pthread_rwlock_init(&control->machine_lock, NULL);
+    pthread_mutex_init(&control->migration_lock, NULL);
     pthread_mutex_init(&control->event_lock, NULL);
     vm_streams_init(&control->streams);
     control->streams.gone = stream_gone;

@@ -87,8 +87,11 @@ struct vm_control {
     int proc; /* a descriptor of /proc; -1: none */
     uint64_t created_ms;
     int snapshots_fd; /* where snapshots of it are made; -1: nowhere */
-    atomic_bool snapshot_under_way;
+    atomic_bool snapshot_under_way; /* or a migration */
     _Atomic uint64_t snapshot_pages, snapshot_pages_expected;
+    int migrate_fd; /* where connections of migrations come in; -1: nowhere */
+    pthread_mutex_t migration_lock; /* guards `migration`. Innermost */
+    struct machine_migration *migration; /* under way; NULL: none */
     struct loop *loop;
     struct loop_event *noted;      /* events have come */
     struct loop_timer *stop_timer; /* the guest's time to shut down is over */
@@ -128,6 +131,9 @@ void vm_log_append(const struct vm_control *control, const char *file, int *fd, 
 
 /* doppel_v1_snapshot.c */
 http_handler_fn vm_post_snapshot, vm_get_snapshot;
+
+/* doppel_v1_migrate.c */
+http_handler_fn vm_post_migration, vm_get_migration, vm_cancel_migration;
 
 /* doppel_v1_stats.c */
 json_t *vm_statistics(struct vm_control *control, struct machine *machine);

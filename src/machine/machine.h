@@ -29,6 +29,7 @@ enum machine_end {
     MACHINE_CRASH,
     MACHINE_STOPPED,
     MACHINE_ERROR,
+    MACHINE_MIGRATED, /* runs elsewhere */
 };
 
 /* `config` is copied; what is changed while the machine runs is in its own copy, and in snapshots. Loads the kernel; nothing runs yet. */
@@ -252,5 +253,41 @@ int machine_snapshot_compare(const struct snapshot_files *a, const struct snapsh
                              struct error *err) __attribute__((warn_unused_result));
 /* The snapshot that was last made of the machine, or that it was loaded from: what marks of written pages are counted from. False: there is none. */
 bool machine_snapshot_base(struct machine *machine, struct chunk_id *id);
+
+/*
+ * Live migration (migrate_out.c, migrate_in.c; docs/migration.md). The guest runs until what is left goes in about half of downtime_ns; then it stands still, and goes on at the other end of the
+ * stream. 0: it does, and this machine has ended (MACHINE_MIGRATED) without touching its files again. After a failure it runs here as before, but for `unknown`. On a thread of the caller's;
+ * one migration or live snapshot at a time (-EBUSY).
+ */
+struct stream;
+struct machine_migration {
+    struct stream *stream;  /* machine_migration_open's */
+    const char *about;      /* for who takes it there; may be NULL. At most STATE_STRING_BYTES_MAX */
+    uint64_t downtime_ns;   /* wanted; afterwards: what it was */
+    _Atomic int phase;      /* 0 at first */
+    _Atomic uint64_t pages_sent, pages_left, bytes_sent; /* any thread may look */
+    uint64_t duration_ns;
+    unsigned rounds;
+    bool unknown; /* the other side was told to run the guest and did not answer: it is paused here, until somebody resumes or ends it */
+};
+/* Takes the descriptor of a connection over, also after a failure. -ENOMEM */
+int machine_migration_open(struct machine_migration *migration, int fd) __attribute__((warn_unused_result));
+void machine_migration_close(struct machine_migration *migration);
+int machine_migrate(struct machine *machine, struct machine_migration *migration, struct error *err) __attribute__((warn_unused_result));
+/* From any thread, between machine_migration_open and machine_migration_close. -EALREADY: the guest is handed over, or about to be. */
+int machine_migration_cancel(struct machine_migration *migration) __attribute__((warn_unused_result));
+
+/* The other end. Takes the descriptor of a connection over; fills an initialised, empty configuration with the one that the machine has there. It names files: opening them is the caller's decision. */
+struct machine_incoming;
+int machine_incoming_open(struct machine_incoming **incoming, int fd, struct machine_config *config, struct error *err) __attribute__((warn_unused_result));
+const char *machine_incoming_about(const struct machine_incoming *incoming); /* foreign text */
+void machine_incoming_refuse(struct machine_incoming *incoming, const char *reason); /* the other side is told, and goes on */
+void machine_incoming_close(struct machine_incoming *incoming); /* NULL: nothing */
+/*
+ * As machine_create, with the memory and state that come; takes as long as they do. Then machine_pause, machine_start, and machine_receive_go: the guest is taken over and runs (unless it was
+ * paused). A failure of either is told to the other side, which goes on; the machine is to be destroyed then, as it has not run.
+ */
+int machine_receive(struct machine **machine, const struct machine_config *config, struct machine_incoming *incoming, struct error *err) __attribute__((warn_unused_result));
+int machine_receive_go(struct machine *machine, struct machine_incoming *incoming, struct error *err) __attribute__((warn_unused_result));
 
 #endif

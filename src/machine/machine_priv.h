@@ -275,6 +275,22 @@ int snapshot_collect(struct machine *machine, uint64_t *pages, struct error *err
 int snapshot_read_memory(struct machine *machine, const struct snapshot_files *files, struct error *err);
 /* Whether these are files of such memory, without reading it. */
 int snapshot_check_layers(uint64_t ram_bytes, const struct snapshot_files *files, struct error *err);
+/* Reads what snapshot_encode made into a machine whose memory is there already. `name` is for messages. */
+int snapshot_decode(struct machine *machine, const void *data, size_t size, const char *name, struct error *err);
+/*
+ * The rounds of machine_snapshot_live with another end. put, on the caller's thread and in the last round on the loop's: pages of one chunk (state/chunk_file.h), from `data`, where the chunk is in
+ * RAM; the guest may be writing to them. is_last: whether what the guest wrote lately, `count` pages, goes now that
+ * everything stands still, since still_since_ns; `must`: there are no more rounds. finish, on the loop's thread: all is sent but the state; what it
+ * returns is the result, and the guest goes on afterwards unless it has seen to something else.
+ */
+struct snapshot_sink {
+    int (*put)(void *ctx, uint64_t chunk, uint64_t pages, const uint8_t *data, struct error *err);
+    bool (*is_last)(void *ctx, uint64_t count, uint64_t still_since_ns, bool must);
+    int (*finish)(void *ctx, struct state_io *state, struct error *err);
+    void *ctx;
+    unsigned rounds_max;
+};
+int snapshot_to_sink(struct machine *machine, struct machine_snapshot *snapshot, const struct snapshot_sink *sink, struct error *err);
 /* A state file's bytes, whatever they are wrapped in; the caller frees. */
 int snapshot_read_state(const struct snapshot_files *files, char **data, size_t *size, struct error *err);
 

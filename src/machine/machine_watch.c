@@ -14,7 +14,7 @@ const struct machine_event_info machine_event_table[MACHINE_EVENT_COUNT] = {
 
 const char *machine_end_name(enum machine_end end)
 {
-    static const char *const names[] = {NULL, "shutdown", "reset", "crash", "stopped", "error"};
+    static const char *const names[] = {NULL, "shutdown", "reset", "crash", "stopped", "error", "migrated"};
     return names[end];
 }
 

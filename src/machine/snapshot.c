@@ -363,6 +363,31 @@ static int begin_from(struct machine *machine, void *ctx, struct error *err)
     return r;
 }
 
+int snapshot_decode(struct machine *machine, const void *data, size_t size, const char *name, struct error *err)
+{
+    struct snapshot_header header = {0};
+    struct machine_config saved;
+    struct state_io *io = state_reader_create(data, size);
+    machine_config_init(&saved);
+    int r = io ? header_state(&header, io) : -ENOMEM;
+    if (r == 0)
+        r = machine_config_state(&saved, io);
+    if (r == 0 && header.ram_bytes != physmap_ram_bytes(machine->memory)) {
+        state_fail(io, "the guest's memory has another size");
+        r = -EINVAL;
+    }
+    for (unsigned i = 0; i < machine->cpu_count; i++)
+        machine->vcpu[i].vcpu->trace = machine_vcpu_trace(machine, i);
+    if (r == 0)
+        r = machine_state(machine, io);
+    if (r)
+        error_set(err, -EINVAL, "%s: %s", name, io ? state_error(io) : "out of memory");
+    free(header.version);
+    machine_config_clear(&saved);
+    state_io_destroy(io);
+    return r ? -EINVAL : 0;
+}
+
 int machine_snapshot_load(struct machine **machine, const struct machine_config *config, const struct snapshot_files *files, struct error *err)
 {
     return machine_create_with(machine, config, begin_from, (void *)(uintptr_t)files, err);

@@ -2,6 +2,7 @@
  * Snapshots of a machine that runs meanwhile (machine.h). Pages are written while the guest runs. Then it stands still for as long as it takes to see which of them it has
  * written since; when these are few, they are copied and the state is encoded at the same time, otherwise they are written in another round. Nothing goes to a file while the guest
  * stands still, unless it writes more in each round than there is room for.
+ * The same rounds also go to a sink instead of files: another host's memory (migrate_out.c). The last pages are then sent while the guest stands still, and the sink decides what comes after.
  * Invariants: `taken` has every mark that was taken since the base; after a failure they are marks again.
  * Threading: the caller's thread writes, with the snapshot lock; `look` runs on the loop's.
  */
@@ -27,6 +28,7 @@ _Static_assert(CHUNK_PAGES == 64 && CHUNK_PAGE_BYTES == PAGE_SIZE_BYTES, "a word
 struct live {
     struct machine *machine;
     struct machine_snapshot *snapshot;
+    const struct snapshot_sink *sink; /* NULL: files */
     struct chunk_writer *writer; /* NULL: the memory file is raw */
     uint64_t ram_bytes, words; /* a word has a chunk's pages */
     uint64_t *taken, *todo;    /* marks that were taken; pages to be written now */
@@ -34,7 +36,7 @@ struct live {
     uint64_t room_pages;
     bool first, last, copied; /* the file is still empty: holes are zero; it is the last round in any case; the last pages are in `room` */
     struct state_io *state;
-    uint64_t expected;
+    uint64_t expected, still_since_ns;
 };
 
 static uint64_t count_pages(const uint64_t *pages, uint64_t words)
@@ -71,6 +73,8 @@ static int write_chunk(struct live *live, uint64_t chunk, uint64_t pages, const 
     int r = 0;
     unsigned n = 0;
     live->snapshot->pages += (uint64_t)__builtin_popcountll(pages);
+    if (live->sink)
+        return live->sink->put(live->sink->ctx, chunk, pages, data, err);
     if (live->writer)
         return chunk_writer_put(live->writer, chunk, pages, data, packed, err);
     for (uint64_t left = pages; r == 0 && left; left &= left - 1, n++) {
@@ -147,19 +151,23 @@ static int look(struct machine *machine, void *ctx, struct error *err)
     uint64_t count = count_pages(live->todo, live->words);
     for (uint64_t i = 0; i < live->words; i++)
         live->taken[i] |= live->todo[i];
-    if (live->snapshot->rounds == 0 || (count > FEW_PAGES && !live->last))
+    if (live->snapshot->rounds == 0)
         return 0;
-    live->last = true;
-    if (count <= live->room_pages)
+    live->last = live->sink ? live->sink->is_last(live->sink->ctx, count, live->still_since_ns, live->last) : live->last || count <= FEW_PAGES;
+    if (!live->last)
+        return 0;
+    if (!live->sink && count <= live->room_pages)
         r = copy_pages(live, err);
     else
         r = write_round(live, false, err);
-    return r ? r : snapshot_encode(machine, &live->snapshot->id, &live->state, err);
+    if (r == 0)
+        r = snapshot_encode(machine, &live->snapshot->id, &live->state, err);
+    return r == 0 && live->sink ? live->sink->finish(live->sink->ctx, live->state, err) : r;
 }
 
 static int look_while_still(struct live *live, struct error *err)
 {
-    uint64_t begin_ns = loop_now_ns();
+    uint64_t begin_ns = live->still_since_ns = loop_now_ns();
     memset(live->todo, 0, live->words * sizeof *live->todo);
     int r = machine_call_still(live->machine, look, live, err);
     uint64_t pause_ns = loop_now_ns() - begin_ns;
@@ -184,7 +192,7 @@ static int write_memory(struct live *live, struct error *err)
         r = write_round(live, true, err);
         live->first = false;
         snapshot->rounds++;
-        live->last = snapshot->rounds == ROUNDS_MAX || (snapshot->rounds > 2 && count > before / 4 * 3);
+        live->last = snapshot->rounds == (live->sink ? live->sink->rounds_max : ROUNDS_MAX) || (snapshot->rounds > 2 && count > before / 4 * 3);
         before = count;
         if (r == 0)
             r = look_while_still(live, err);
@@ -270,7 +278,7 @@ static int prepare(struct live *live, struct error *err)
         return r;
     live->ram_bytes = physmap_ram_bytes(machine->memory);
     live->words = (live->ram_bytes + CHUNK_BYTES - 1) / CHUNK_BYTES;
-    live->room_pages = live->ram_bytes / PAGE_SIZE_BYTES < ROOM_PAGES ? live->ram_bytes / PAGE_SIZE_BYTES : ROOM_PAGES;
+    live->room_pages = live->sink ? 1 : live->ram_bytes / PAGE_SIZE_BYTES < ROOM_PAGES ? live->ram_bytes / PAGE_SIZE_BYTES : ROOM_PAGES;
     live->first = true;
     live->taken = calloc(live->words, sizeof *live->taken);
     live->todo = calloc(live->words, sizeof *live->todo);
@@ -288,7 +296,7 @@ static int prepare(struct live *live, struct error *err)
     if (snapshot->layer && (!snapshot->has_parent || memcmp(&base, &snapshot->parent, sizeof base) != 0))
         return error_set(err, -ESTALE, "what the guest wrote since that snapshot is not known: another one was made or loaded since, or none at all");
     snapshot->parent = base;
-    return begin_memory_file(live, err);
+    return live->sink ? 0 : begin_memory_file(live, err);
 }
 
 static void release(struct live *live)
@@ -301,9 +309,9 @@ static void release(struct live *live)
     free(live->todo);
 }
 
-int machine_snapshot_live(struct machine *machine, struct machine_snapshot *snapshot, struct error *err)
+int snapshot_to_sink(struct machine *machine, struct machine_snapshot *snapshot, const struct snapshot_sink *sink, struct error *err)
 {
-    struct live live = {.machine = machine, .snapshot = snapshot};
+    struct live live = {.machine = machine, .snapshot = snapshot, .sink = sink};
     uint64_t begin_ns = loop_now_ns();
     if (pthread_mutex_trylock(&machine->snapshot_lock))
         return error_set(err, -EBUSY, "another snapshot is being made");
@@ -312,9 +320,9 @@ int machine_snapshot_live(struct machine *machine, struct machine_snapshot *snap
     int r = prepare(&live, err);
     if (r == 0)
         r = write_memory(&live, err);
-    if (r == 0)
+    if (r == 0 && !sink)
         r = end_memory_file(&live, err);
-    if (r == 0)
+    if (r == 0 && !sink)
         r = write_state_file(&live, err);
     live.expected = 0;
     tell_progress(&live);
@@ -326,4 +334,9 @@ int machine_snapshot_live(struct machine *machine, struct machine_snapshot *snap
     release(&live);
     snapshot->duration_ns = loop_now_ns() - begin_ns;
     return r;
+}
+
+int machine_snapshot_live(struct machine *machine, struct machine_snapshot *snapshot, struct error *err)
+{
+    return snapshot_to_sink(machine, snapshot, NULL, err);
 }

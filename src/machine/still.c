@@ -190,6 +190,8 @@ int machine_resume(struct machine *machine, struct error *err)
     pthread_cond_broadcast(&machine->run_changed);
     pthread_mutex_unlock(&machine->run_lock);
     if (was_paused)
+        loop_hold(machine->loop, false); /* of a migration that nobody knows the end of (migrate_out.c) */
+    if (was_paused)
         machine_tell(machine, MACHINE_EVENT_RESUMED, NULL);
     return was_paused ? 0 : error_set(err, -EALREADY, "the virtual machine is not paused");
 }

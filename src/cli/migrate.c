@@ -1,0 +1,307 @@
+/*
+ * doppel migrate and doppel receive: the two ends of a live migration (docs/migration.md). Connections are made and taken here. The machine that goes gets its connection through a socket in its
+ * directory (control/doppel_v1_migrate.c); the machine that comes is made by this process's child, which then is its process as with doppel run --detach.
+ * Threading: requests to a machine that take long have a thread of their own, so that progress can be shown meanwhile.
+ */
+#include <errno.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "cli/arguments.h"
+#include "cli/run.h"
+#include "control/client.h"
+
+#define ANSWER_MS 10000
+#define MIGRATE_MS (24 * 3600 * 1000)
+#define PROGRESS_MS 200
+#define DOWNTIME_MS_MAX 60000ul
+#define UNIX_PREFIX "unix:"
+
+/* ---- addresses ---- */
+
+static int unix_address(const char *command, const char *text, struct sockaddr_un *address)
+{
+    *address = (struct sockaddr_un){.sun_family = AF_UNIX};
+    if (strncmp(text, UNIX_PREFIX, strlen(UNIX_PREFIX)) != 0)
+        return complain(STATUS_USAGE, "%s: \"%s\" is not unix:PATH", command, text);
+    text += strlen(UNIX_PREFIX);
+    if (!*text || strlen(text) >= sizeof address->sun_path)
+        return complain(STATUS_USAGE, "%s: a socket's path has 1 to %zu characters", command, sizeof address->sun_path - 1);
+    strcpy(address->sun_path, text);
+    return 0;
+}
+
+static int connect_to(const char *text, int *fd)
+{
+    struct sockaddr_un address;
+    int r = unix_address("migrate", text, &address);
+    if (r)
+        return r;
+    *fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (*fd >= 0 && connect(*fd, (struct sockaddr *)&address, sizeof address) == 0)
+        return 0;
+    return complain(STATUS_ERROR, "migrate: cannot connect to %s: %s", text, strerror(errno));
+}
+
+/* The first who connects; the socket then goes. */
+static int wait_for_one(const char *text, int *fd)
+{
+    struct sockaddr_un address;
+    struct stat st;
+    int r = unix_address("receive", text, &address);
+    if (r)
+        return r;
+    int listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (listener >= 0 && lstat(address.sun_path, &st) == 0 && S_ISSOCK(st.st_mode) && connect(listener, (struct sockaddr *)&address, sizeof address) && errno == ECONNREFUSED)
+        unlink(address.sun_path); /* of one that was killed */
+    if (listener < 0 || fchmod(listener, 0600) || bind(listener, (struct sockaddr *)&address, sizeof address) || listen(listener, 1)) {
+        r = complain(STATUS_ERROR, "receive: cannot listen at %s: %s", text, strerror(errno));
+    } else {
+        fprintf(stderr, "doppel: waiting for a virtual machine at %s\n", text);
+        do
+            *fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+        while (*fd < 0 && (errno == EINTR || errno == ECONNABORTED));
+        if (*fd < 0)
+            r = complain(STATUS_ERROR, "receive: %s", strerror(errno));
+        unlink(address.sun_path);
+    }
+    if (listener >= 0)
+        close(listener);
+    return r;
+}
+
+/* ---- migrate ---- */
+
+struct migrate {
+    const char *name;
+    json_t *body, *answer;
+    struct error err;
+    int result;
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    bool done;
+};
+
+/* A byte with the descriptor. The connection stays open until the machine has taken it: with it, what is on its way would go. */
+static int hand_over_connection(const char *vm, int fd, int *through)
+{
+    union {
+        struct cmsghdr header;
+        char space[CMSG_SPACE(sizeof(int))];
+    } control = {.header = {.cmsg_len = CMSG_LEN(sizeof fd), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS}};
+    struct iovec part = {.iov_base = (char[]){0}, .iov_len = 1};
+    struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control};
+    memcpy(CMSG_DATA(&control.header), &fd, sizeof fd);
+    *through = instance_connect(vm, "migrate.sock");
+    if (*through < 0)
+        return complain(STATUS_ERROR, "%s cannot be migrated: its socket does not answer: %s", vm, strerror(-*through));
+    return sendmsg(*through, &message, MSG_NOSIGNAL) == 1 ? 0 : complain(STATUS_ERROR, "%s cannot be given the connection: %s", vm, strerror(errno));
+}
+
+static void *request_main(void *arg)
+{
+    struct migrate *migrate = arg;
+    int r = client_request(migrate->name, "POST", "/doppel/v1/migration", migrate->body, MIGRATE_MS, &migrate->answer, &migrate->err);
+    pthread_mutex_lock(&migrate->lock);
+    migrate->result = r;
+    migrate->done = true;
+    pthread_cond_signal(&migrate->changed);
+    pthread_mutex_unlock(&migrate->lock);
+    return NULL;
+}
+
+static void show_progress(const char *name)
+{
+    json_t *answer;
+    if (client_request(name, "GET", "/doppel/v1/migration", NULL, ANSWER_MS, &answer, NULL))
+        return;
+    if (json_is_true(json_object_get(answer, "under_way")))
+        fprintf(stderr, "\r%s: %lld MiB sent, %lld MiB left   ", name, (long long)json_integer_value(json_object_get(answer, "bytes")) >> 20,
+                (long long)json_integer_value(json_object_get(answer, "pages_left")) / 256);
+    json_decref(answer);
+}
+
+static void wait_with_progress(struct migrate *migrate)
+{
+    pthread_mutex_lock(&migrate->lock);
+    while (!migrate->done) {
+        struct timespec until;
+        clock_gettime(CLOCK_MONOTONIC, &until);
+        until.tv_nsec += PROGRESS_MS * 1000000l;
+        until.tv_sec += until.tv_nsec / 1000000000;
+        until.tv_nsec %= 1000000000;
+        if (pthread_cond_timedwait(&migrate->changed, &migrate->lock, &until) != ETIMEDOUT)
+            continue;
+        pthread_mutex_unlock(&migrate->lock);
+        show_progress(migrate->name);
+        pthread_mutex_lock(&migrate->lock);
+    }
+    pthread_mutex_unlock(&migrate->lock);
+    fprintf(stderr, "\r\033[K");
+}
+
+static int request_migration(struct migrate *migrate)
+{
+    pthread_t thread;
+    pthread_condattr_t monotonic;
+    pthread_mutex_init(&migrate->lock, NULL);
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    pthread_cond_init(&migrate->changed, &monotonic);
+    if (!isatty(STDERR_FILENO) || pthread_create(&thread, NULL, request_main, migrate)) {
+        request_main(migrate);
+    } else {
+        wait_with_progress(migrate);
+        pthread_join(thread, NULL);
+    }
+    return migrate->result ? complain(STATUS_ERROR, "%s: %s", migrate->name, migrate->err.text) : 0;
+}
+
+static void print_result(const struct migrate *migrate, const char *to)
+{
+    double downtime = (double)json_integer_value(json_object_get(migrate->answer, "downtime_ns")), duration = (double)json_integer_value(json_object_get(migrate->answer, "duration_ns"));
+    printf("%s runs at %s: %.2f s, %lld MiB in %d rounds, still for %.1f ms\n", migrate->name, to, duration / 1e9, (long long)json_integer_value(json_object_get(migrate->answer, "bytes")) >> 20,
+           (int)json_integer_value(json_object_get(migrate->answer, "rounds")) + 1, downtime / 1e6);
+}
+
+/* 50, 50ms, 2s */
+static int read_downtime(const char *text, unsigned long *ms)
+{
+    char *end;
+    *ms = 50;
+    if (!text)
+        return 0;
+    unsigned long value = strtoul(text, &end, 10);
+    unsigned long unit = strcmp(end, "s") == 0 ? 1000 : 1;
+    if (text[0] < '0' || text[0] > '9' || (*end && strcmp(end, "s") != 0 && strcmp(end, "ms") != 0) || value < 1 || value > DOWNTIME_MS_MAX / unit)
+        return complain(STATUS_USAGE, "migrate: --downtime: \"%s\" is not a time as in 50ms or 2s, at most %lu s", text, DOWNTIME_MS_MAX / 1000);
+    *ms = value * unit;
+    return 0;
+}
+
+static int start_migration(const struct arguments *arguments, const struct instance_info *vm)
+{
+    struct migrate migrate = {.name = vm->name};
+    unsigned long downtime_ms;
+    int fd = -1, through = -1, r = read_downtime(arguments->value[MIGRATE_DOWNTIME], &downtime_ms);
+    if (r == 0)
+        r = connect_to(arguments->names[1], &fd);
+    if (r == 0)
+        r = hand_over_connection(vm->name, fd, &through);
+    if (fd >= 0)
+        close(fd);
+    if (r == 0) {
+        migrate.body = json_pack("{s:i, s:{s:s, s:O*, s:O*}}", "downtime_ms", (int)downtime_ms, "about", "name", vm->name, "arguments", json_object_get(vm->vm, "arguments"), "directory",
+                                 json_object_get(vm->vm, "directory"));
+        r = request_migration(&migrate);
+    }
+    if (through >= 0)
+        close(through);
+    if (r == 0)
+        print_result(&migrate, arguments->names[1]);
+    json_decref(migrate.body);
+    json_decref(migrate.answer);
+    return r;
+}
+
+static int show_status(const struct instance_info *vm)
+{
+    struct error err = {0};
+    json_t *answer;
+    if (client_request(vm->name, "GET", "/doppel/v1/migration", NULL, ANSWER_MS, &answer, &err))
+        return complain(STATUS_ERROR, "%s", err.text);
+    json_dumpf(answer, stdout, JSON_INDENT(2));
+    putchar('\n');
+    json_decref(answer);
+    return 0;
+}
+
+int migrate_main(int argc, char **argv)
+{
+    struct arguments arguments;
+    struct instance_info vm;
+    struct error err = {0};
+    int r = parse_arguments(argc, argv, &arguments);
+    if (r)
+        return r < 0 ? 0 : r;
+    bool status = arguments.value[MIGRATE_STATUS], cancel = arguments.value[MIGRATE_CANCEL];
+    if (arguments.name_count != (status || cancel ? 1 : 2) || (status && cancel))
+        return complain(STATUS_USAGE, "migrate: usage: doppel migrate [OPTIONS] VM unix:PATH, or doppel migrate --status|--cancel VM");
+    if (instance_find(arguments.names[0], &vm, &err))
+        return complain(STATUS_ERROR, "%s", err.text);
+    if (vm.life != INSTANCE_ALIVE)
+        r = complain(STATUS_ERROR, "%s is not running", vm.name);
+    else if (status)
+        r = show_status(&vm);
+    else if (cancel)
+        r = client_request(vm.name, "DELETE", "/doppel/v1/migration", NULL, ANSWER_MS, NULL, &err) ? complain(STATUS_ERROR, "%s", err.text) : 0;
+    else
+        r = start_migration(&arguments, &vm);
+    instance_info_clear(&vm);
+    return r;
+}
+
+/* ---- receive ---- */
+
+/* What the source tells about its machine is foreign text. *stored: arguments that doppel start may use, or none. */
+static void read_about(const struct run *run, json_t **about, json_t **stored)
+{
+    *about = json_loads(machine_incoming_about(run->incoming), JSON_REJECT_DUPLICATES, NULL);
+    json_t *list = json_object_get(*about, "arguments"), *argument;
+    size_t i;
+    bool good = json_is_array(list);
+    json_array_foreach(list, i, argument)
+        good = good && json_is_string(argument) && strlen(json_string_value(argument)) == json_string_length(argument);
+    *stored = good ? list : NULL;
+}
+
+static int start_incoming(struct run *run, const struct arguments *arguments)
+{
+    json_t *about, *stored;
+    read_about(run, &about, &stored);
+    const char *name = json_string_value(json_object_get(about, "name")), *directory = json_string_value(json_object_get(about, "directory"));
+    run->name = arguments->value[RECEIVE_NAME] ? arguments->value[RECEIVE_NAME] : name && instance_name_valid(name) ? name : NULL;
+    if (directory && chdir(directory)) /* its files may all have whole paths */
+        fprintf(stderr, "doppel: it was started in %s, where one cannot go here\n", directory);
+    int r = run_again(run, stored);
+    json_decref(about);
+    if (r)
+        machine_incoming_refuse(run->incoming, "the machine cannot be made there; doppel receive says why");
+    return r;
+}
+
+int receive_main(int argc, char **argv)
+{
+    struct arguments arguments;
+    struct run run = {.ready_fd = -1, .log_fd = -1, .detach = true};
+    struct error err = {0};
+    int fd = -1, r = parse_arguments(argc, argv, &arguments);
+    if (r)
+        return r < 0 ? 0 : r;
+    if (!arguments.value[RECEIVE_LISTEN])
+        return complain(STATUS_USAGE, "receive: where? --listen unix:PATH");
+    if (arguments.value[RECEIVE_NAME] && !instance_name_valid(arguments.value[RECEIVE_NAME]))
+        return complain(STATUS_USAGE, "receive: \"%s\" is no name for a virtual machine", arguments.value[RECEIVE_NAME]);
+    r = wait_for_one(arguments.value[RECEIVE_LISTEN], &fd);
+    if (r)
+        return r;
+    machine_config_init(&run.config);
+    if (machine_incoming_open(&run.incoming, fd, &run.config, &err)) {
+        r = complain(STATUS_ERROR, "receive: %s", err.text);
+    } else {
+        run.config.sandbox = true;
+        if (arguments.value[RECEIVE_ENGINE] && machine_config_set(&run.config, "engine", arguments.value[RECEIVE_ENGINE], &err))
+            r = complain(STATUS_USAGE, "%s", err.text);
+        else
+            r = start_incoming(&run, &arguments);
+    }
+    machine_incoming_close(run.incoming);
+    machine_config_clear(&run.config);
+    return r;
+}

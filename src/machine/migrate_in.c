@@ -1,0 +1,182 @@
+/*
+ * The target of a migration (machine.h, migrate_priv.h): a machine is made from what HELLO says, filled with pages and state, and runs when the source has sent GO. The source counts as hostile:
+ * everything it sends is bounded and checked, like a snapshot.
+ * Threading: one thread from the beginning to the end, the one that makes and starts the machine.
+ */
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "machine/migrate_priv.h"
+
+#define HELLO_NS 30000000000ull
+#define SILENCE_NS 60000000000ull  /* between two messages while the guest runs on the other side */
+#define GO_NS 30000000000ull
+
+struct machine_incoming {
+    struct stream *stream;
+    struct migrate_hello hello;
+    uint8_t *hello_body; /* io's */
+    struct state_io *io; /* behind the configuration */
+    uint8_t *state;
+    size_t state_bytes, state_capacity;
+};
+
+void machine_incoming_close(struct machine_incoming *incoming)
+{
+    if (!incoming)
+        return;
+    state_io_destroy(incoming->io);
+    stream_destroy(incoming->stream);
+    free(incoming->hello.version);
+    free(incoming->hello.about);
+    free(incoming->hello_body);
+    free(incoming->state);
+    free(incoming);
+}
+
+void machine_incoming_refuse(struct machine_incoming *incoming, const char *reason)
+{
+    struct error ignored = {0};
+    stream_set_deadline(incoming->stream, loop_now_ns() + 1000000000ull);
+    if (stream_put(incoming->stream, MIGRATE_FAILED, reason, strnlen(reason, MIGRATE_REASON_BYTES), NULL, 0, &ignored) == 0)
+        (void)!stream_flush(incoming->stream, &ignored);
+}
+
+const char *machine_incoming_about(const struct machine_incoming *incoming)
+{
+    return incoming->hello.about ? incoming->hello.about : "";
+}
+
+static int read_hello(struct machine_incoming *incoming, struct machine_config *config, struct error *err)
+{
+    const uint8_t *body;
+    size_t size;
+    stream_set_deadline(incoming->stream, loop_now_ns() + HELLO_NS);
+    int r = migrate_expect(incoming->stream, MIGRATE_HELLO, &body, &size, err);
+    if (r)
+        return r;
+    incoming->hello_body = malloc(size + 1);
+    if (!incoming->hello_body)
+        return error_set(err, -ENOMEM, "out of memory");
+    memcpy(incoming->hello_body, body, size);
+    incoming->io = state_reader_create(incoming->hello_body, size);
+    r = incoming->io ? migrate_hello_state(&incoming->hello, incoming->io) : -ENOMEM;
+    if (r == 0)
+        r = machine_config_state(config, incoming->io);
+    return r ? error_set(err, r, "what the other side says of its machine: %s", incoming->io ? state_error(incoming->io) : "out of memory") : 0;
+}
+
+int machine_incoming_open(struct machine_incoming **out, int fd, struct machine_config *config, struct error *err)
+{
+    struct machine_incoming *incoming = calloc(1, sizeof *incoming);
+    if (incoming)
+        incoming->stream = stream_create(fd, "the migration's source");
+    if (!incoming || !incoming->stream) {
+        free(incoming);
+        return error_set(err, -ENOMEM, "out of memory");
+    }
+    int r = read_hello(incoming, config, err);
+    if (r) {
+        machine_incoming_refuse(incoming, err->text);
+        machine_incoming_close(incoming);
+        return r;
+    }
+    *out = incoming;
+    return 0;
+}
+
+/* ---- pages and state ---- */
+
+static int take_state(struct machine_incoming *incoming, const uint8_t *body, size_t size, bool *last, struct error *err)
+{
+    if (size < 1 || body[0] > 1 || incoming->state_bytes + size > MIGRATE_STATE_BYTES_MAX)
+        return error_set(err, -EPROTO, "the state is not as it should be, or larger than any");
+    size_t needed = incoming->state_bytes + size - 1;
+    if (needed > incoming->state_capacity) {
+        uint8_t *more = realloc(incoming->state, 2 * needed);
+        if (!more)
+            return error_set(err, -ENOMEM, "out of memory");
+        incoming->state = more;
+        incoming->state_capacity = 2 * needed;
+    }
+    if (size > 1)
+        memcpy(incoming->state + incoming->state_bytes, body + 1, size - 1);
+    incoming->state_bytes = needed;
+    *last = body[0] == 0;
+    return 0;
+}
+
+static int receive_all(struct machine *machine, struct machine_incoming *incoming, struct error *err)
+{
+    uint64_t ram_bytes = physmap_ram_bytes(machine->memory);
+    uint8_t *ram = physmap_get(machine->memory, 0, PAGE_SIZE_BYTES, PHYSMAP_WRITE);
+    bool last = false;
+    while (!last) {
+        const uint8_t *body;
+        size_t size;
+        unsigned type;
+        stream_set_deadline(incoming->stream, loop_now_ns() + SILENCE_NS);
+        int r = stream_get(incoming->stream, &type, &body, &size, err);
+        if (r == 0 && type == MIGRATE_PAGES && !incoming->state_bytes)
+            r = migrate_take_pages(ram, ram_bytes, body, size, err);
+        else if (r == 0 && type == MIGRATE_STATE)
+            r = take_state(incoming, body, size, &last, err);
+        else if (r == 0)
+            r = migrate_unexpected(type, body, size, err);
+        if (r)
+            return r;
+    }
+    return 0;
+}
+
+/* The machine is complete and has no thread yet. */
+static int begin_incoming(struct machine *machine, void *ctx, struct error *err)
+{
+    struct machine_incoming *incoming = ctx;
+    if (incoming->hello.ram_bytes != physmap_ram_bytes(machine->memory))
+        return error_set(err, -EINVAL, "the guest's memory has %llu bytes there and %llu here", (unsigned long long)incoming->hello.ram_bytes,
+                         (unsigned long long)physmap_ram_bytes(machine->memory));
+    if (cpuid_state(machine->cpuid, incoming->io))
+        return error_set(err, -EINVAL, "the guest's processor cannot be made here: %s", state_error(incoming->io));
+    int r = stream_put(incoming->stream, MIGRATE_WELCOME, DOPPEL_VERSION, strlen(DOPPEL_VERSION), NULL, 0, err);
+    if (r == 0)
+        r = stream_flush(incoming->stream, err);
+    if (r == 0)
+        r = receive_all(machine, incoming, err);
+    return r ? r : snapshot_decode(machine, incoming->state, incoming->state_bytes, "the state that came", err);
+}
+
+int machine_receive(struct machine **machine, const struct machine_config *config, struct machine_incoming *incoming, struct error *err)
+{
+    struct error own = {0};
+    int r = machine_create_with(machine, config, begin_incoming, incoming, &own);
+    if (r) {
+        machine_incoming_refuse(incoming, own.text);
+        error_set(err, r, "%s", own.text);
+    }
+    return r;
+}
+
+int machine_receive_go(struct machine *machine, struct machine_incoming *incoming, struct error *err)
+{
+    const uint8_t *body;
+    size_t size;
+    stream_set_deadline(incoming->stream, loop_now_ns() + GO_NS);
+    int r = stream_put(incoming->stream, MIGRATE_READY, NULL, 0, NULL, 0, err);
+    if (r == 0)
+        r = stream_flush(incoming->stream, err);
+    if (r == 0)
+        r = migrate_expect(incoming->stream, MIGRATE_GO, &body, &size, err);
+    if (r == 0 && (size != 1 || body[0] > 1))
+        r = error_set(err, -EPROTO, "the message that lets the guest go is not as it should be");
+    if (r)
+        return r;
+    /* From here on the guest is this machine's: nobody else will run it, so nothing that happens to the connection matters any more. */
+    struct error ignored = {0};
+    if (!body[0])
+        (void)!machine_resume(machine, &ignored);
+    if (stream_put(incoming->stream, MIGRATE_STARTED, NULL, 0, NULL, 0, &ignored) == 0)
+        (void)!stream_flush(incoming->stream, &ignored);
+    return 0;
+}

@@ -1,0 +1,238 @@
+/*
+ * The source of a migration (machine.h, migrate_priv.h). Pages go while the guest runs, in the rounds of snapshot_live.c; the last ones, the state and the handover on the loop's thread
+ * while everything stands still. Whatever fails before GO was sent leaves the guest running here.
+ * Invariants: once GO may have been sent (phase HANDED_OVER) this process runs the guest no more by itself, and no callback of its devices runs (loop_hold).
+ * Threading: the caller's thread, and the loop's in the last round; `phase` is whoever's changes it first.
+ */
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "machine/migrate_priv.h"
+#include "util/log.h"
+
+#define ANSWER_NS 30000000000ull   /* for all that is asked while the guest runs: making a machine takes a while */
+#define HANDOVER_NS 10000000000ull /* the guest stands still meanwhile */
+#define RATE_FIRST (256ull << 20)  /* bytes a second, as long as none was measured */
+#define FEW_PAGES_MIN 64u
+#define ROUNDS_MAX 40u
+
+enum { MOVING, CANCELLED, HANDED_OVER };
+
+struct source {
+    struct machine *machine;
+    struct machine_migration *migration;
+    struct stream *stream;
+    struct machine_snapshot rounds;
+    uint64_t began_ns, sending_ns; /* since when pages go */
+    uint64_t still_ns;             /* when the guest stood still for good */
+    uint64_t packed[CHUNK_BYTES / sizeof(uint64_t)];
+};
+
+/* ---- pages ---- */
+
+static bool is_zero(const uint64_t *page)
+{
+    uint64_t any = 0;
+    for (unsigned i = 0; i < PAGE_SIZE_BYTES / sizeof *page; i++)
+        any |= page[i];
+    return any == 0;
+}
+
+/* A copy is looked at and sent: the guest may be writing. */
+static int put_pages(void *ctx, uint64_t chunk, uint64_t pages, const uint8_t *data, struct error *err)
+{
+    struct source *source = ctx;
+    uint8_t head[MIGRATE_PAGES_HEAD_BYTES];
+    uint64_t zero = 0, *to = source->packed;
+    for (uint64_t left = pages; left; left &= left - 1) {
+        unsigned page = (unsigned)__builtin_ctzll(left);
+        memcpy(to, data + page * PAGE_SIZE_BYTES, PAGE_SIZE_BYTES);
+        if (is_zero(to))
+            zero |= 1ull << page;
+        else
+            to += PAGE_SIZE_BYTES / sizeof *to;
+    }
+    stream_put_number(head, chunk, 8);
+    stream_put_number(head + 8, pages, 8);
+    stream_put_number(head + 16, zero, 8);
+    stream_set_deadline(source->stream, source->still_ns ? source->still_ns + HANDOVER_NS : loop_now_ns() + ANSWER_NS);
+    return stream_put(source->stream, MIGRATE_PAGES, head, sizeof head, source->packed, (size_t)((uint8_t *)to - (uint8_t *)source->packed), err);
+}
+
+/* As many as go in half of the time that the guest may stand still; the rest is for the state. */
+static bool is_last(void *ctx, uint64_t count, uint64_t still_since_ns, bool must)
+{
+    struct source *source = ctx;
+    uint64_t took_ns = still_since_ns - source->sending_ns, sent = stream_bytes_sent(source->stream);
+    double rate = took_ns > 1000000 && sent ? (double)sent * 1e9 / (double)took_ns : RATE_FIRST;
+    uint64_t few = (uint64_t)(rate * (double)source->migration->downtime_ns / 2e9) / PAGE_SIZE_BYTES;
+    if (count > (few > FEW_PAGES_MIN ? few : FEW_PAGES_MIN) && !must)
+        return false;
+    source->still_ns = still_since_ns;
+    return true;
+}
+
+/* ---- the handover ---- */
+
+static int send_state(struct source *source, struct state_io *state, struct error *err)
+{
+    size_t size, done = 0;
+    const uint8_t *data = state_writer_data(state, &size);
+    int r = 0;
+    do {
+        size_t piece = size - done < STREAM_BODY_BYTES_MAX - 1 ? size - done : STREAM_BODY_BYTES_MAX - 1;
+        const uint8_t more = done + piece < size;
+        r = stream_put(source->stream, MIGRATE_STATE, &more, 1, data + done, piece, err);
+        done += piece;
+    } while (r == 0 && done < size);
+    return r ? r : stream_flush(source->stream, err);
+}
+
+/* The guest is the target's, or nobody knows. Either way no device of this machine does anything more by itself. */
+static void stay_still(struct source *source, bool certain)
+{
+    struct machine *machine = source->machine;
+    loop_hold(machine->loop, true);
+    if (certain) {
+        machine_stop(machine, MACHINE_MIGRATED);
+        return;
+    }
+    pthread_mutex_lock(&machine->run_lock);
+    machine->paused = true;
+    pthread_mutex_unlock(&machine->run_lock);
+    machine_tell(machine, MACHINE_EVENT_PAUSED, "migration");
+}
+
+/* On the loop's thread; everything stands still. */
+static int hand_over(void *ctx, struct state_io *state, struct error *err)
+{
+    struct source *source = ctx;
+    struct machine_migration *migration = source->migration;
+    const uint8_t *body;
+    size_t size;
+    int expected = MOVING;
+    stream_set_deadline(source->stream, source->still_ns + HANDOVER_NS);
+    int r = send_state(source, state, err);
+    if (r == 0)
+        r = migrate_expect(source->stream, MIGRATE_READY, &body, &size, err);
+    if (r)
+        return r;
+    if (!atomic_compare_exchange_strong(&migration->phase, &expected, HANDED_OVER))
+        return error_set(err, -ECANCELED, "the migration was cancelled");
+    const uint8_t paused = machine_is_paused(source->machine);
+    r = stream_put(source->stream, MIGRATE_GO, &paused, 1, NULL, 0, err);
+    if (r == 0)
+        r = stream_flush(source->stream, err);
+    if (r == 0)
+        r = migrate_expect(source->stream, MIGRATE_STARTED, &body, &size, err);
+    migration->downtime_ns = loop_now_ns() - source->still_ns;
+    migration->unknown = r != 0;
+    stay_still(source, r == 0);
+    return r ? error_prefix(err, "the guest was handed over, but the other side did not say that it runs; it is paused here. Look there: if it does not run, doppel resume lets it go on here, else doppel kill ends it") : 0;
+}
+
+/* ---- all of it ---- */
+
+static int send_hello(struct source *source, struct error *err)
+{
+    struct machine *machine = source->machine;
+    struct migrate_hello hello = {.version = (char *)DOPPEL_VERSION, .ram_bytes = physmap_ram_bytes(machine->memory), .about = (char *)source->migration->about};
+    struct state_io *io = state_writer_create();
+    size_t size = 0;
+    if (!io)
+        return error_set(err, -ENOMEM, "out of memory");
+    pthread_mutex_lock(&machine->device_lock);
+    struct machine_config config = *machine->config;
+    int r = migrate_hello_state(&hello, io);
+    if (r == 0)
+        r = machine_config_state(&config, io);
+    if (r == 0)
+        r = cpuid_state(machine->cpuid, io);
+    pthread_mutex_unlock(&machine->device_lock);
+    if (r)
+        error_set(err, r, "cannot describe the machine: %s", state_error(io));
+    const void *data = state_writer_data(io, &size);
+    if (r == 0)
+        r = stream_put(source->stream, MIGRATE_HELLO, data, size, NULL, 0, err);
+    state_io_destroy(io);
+    return r ? r : stream_flush(source->stream, err);
+}
+
+/* So that the other side says why it ends. */
+static void send_reason(struct source *source, const struct error *err)
+{
+    struct error ignored = {0};
+    stream_set_deadline(source->stream, loop_now_ns() + 1000000000ull);
+    if (stream_put(source->stream, MIGRATE_FAILED, err->text, strnlen(err->text, MIGRATE_REASON_BYTES), NULL, 0, &ignored) == 0)
+        (void)!stream_flush(source->stream, &ignored);
+}
+
+static void tell_progress(void *ctx, uint64_t pages, uint64_t pages_expected)
+{
+    struct source *source = ctx;
+    atomic_store(&source->migration->pages_sent, pages);
+    atomic_store(&source->migration->pages_left, pages_expected - pages);
+    atomic_store(&source->migration->bytes_sent, stream_bytes_sent(source->stream));
+}
+
+static int move(struct source *source, struct error *err)
+{
+    const struct snapshot_sink sink = {.put = put_pages, .is_last = is_last, .finish = hand_over, .ctx = source, .rounds_max = ROUNDS_MAX};
+    const uint8_t *body;
+    size_t size;
+    source->rounds = (struct machine_snapshot){.without_disks = true, .progress = tell_progress, .ctx = source};
+    stream_set_deadline(source->stream, loop_now_ns() + ANSWER_NS);
+    int r = send_hello(source, err);
+    if (r == 0)
+        r = migrate_expect(source->stream, MIGRATE_WELCOME, &body, &size, err);
+    source->sending_ns = loop_now_ns();
+    return r ? r : snapshot_to_sink(source->machine, &source->rounds, &sink, err);
+}
+
+int machine_migration_open(struct machine_migration *migration, int fd)
+{
+    migration->stream = stream_create(fd, "the migration's target");
+    return migration->stream ? 0 : -ENOMEM;
+}
+
+void machine_migration_close(struct machine_migration *migration)
+{
+    stream_destroy(migration->stream);
+    migration->stream = NULL;
+}
+
+int machine_migrate(struct machine *machine, struct machine_migration *migration, struct error *err)
+{
+    struct error own = {0};
+    struct source *source = calloc(1, sizeof *source);
+    if (!source)
+        return error_set(err, -ENOMEM, "out of memory");
+    *source = (struct source){.machine = machine, .migration = migration, .stream = migration->stream, .began_ns = loop_now_ns()};
+    machine_tell(machine, MACHINE_EVENT_MIGRATING, NULL);
+    int r = move(source, &own);
+    if (r && atomic_load(&migration->phase) == CANCELLED)
+        r = error_set(&own, -ECANCELED, "the migration was cancelled");
+    if (r && !migration->unknown)
+        send_reason(source, &own);
+    if (r) {
+        machine_tell(machine, MACHINE_EVENT_MIGRATION_FAILED, own.text);
+        log_warning("migration: %s", own.text);
+        error_set(err, r, "%s", own.text);
+    }
+    migration->duration_ns = loop_now_ns() - source->began_ns;
+    migration->rounds = source->rounds.rounds;
+    atomic_store(&migration->pages_sent, source->rounds.pages);
+    atomic_store(&migration->bytes_sent, stream_bytes_sent(source->stream));
+    free(source);
+    return r;
+}
+
+int machine_migration_cancel(struct machine_migration *migration)
+{
+    int expected = MOVING;
+    if (!atomic_compare_exchange_strong(&migration->phase, &expected, CANCELLED))
+        return expected == CANCELLED ? 0 : -EALREADY;
+    stream_cut(migration->stream);
+    return 0;
+}

@@ -1,0 +1,50 @@
+/*
+ * Moving a running machine to another process or host, inside: what the frames of the stream (state/stream.h) say; docs/formats.md and docs/migration.md have it for people.
+ *
+ *     source                                   target
+ *     HELLO  configuration, processor     ->   makes such a machine, or says why it cannot (FAILED)
+ *                                         <-   WELCOME
+ *     PAGES, in rounds; the guest runs    ->
+ *     the guest stands still
+ *     PAGES, STATE                        ->   loads it
+ *                                         <-   READY: nothing is left that could fail
+ *     GO: the source never runs it again  ->   runs it
+ *                                         <-   STARTED
+ *
+ * Before GO the source may go on at any time, and the target must not run the guest. After GO it is the other way round. Who sends GO and hears nothing more cannot know whether it
+ * arrived: the source then keeps the guest paused, until somebody who has looked at the target decides.
+ */
+#ifndef DOPPEL_MACHINE_MIGRATE_PRIV_H
+#define DOPPEL_MACHINE_MIGRATE_PRIV_H
+
+#include "machine/machine_priv.h"
+#include "state/stream.h"
+
+enum migrate_message { MIGRATE_HELLO = 1, MIGRATE_WELCOME, MIGRATE_PAGES, MIGRATE_STATE, MIGRATE_READY, MIGRATE_GO, MIGRATE_STARTED, MIGRATE_FAILED };
+
+/*
+ * PAGES: u64 chunk, u64 pages that are meant, u64 of these all zero, then those that are not. A page may come again.
+ * STATE: u8 1: more comes, 0: the last piece; then a piece of the state. GO: u8 1: the guest is to stay paused. FAILED: the reason, text.
+ */
+#define MIGRATE_PAGES_HEAD_BYTES 24u
+#define MIGRATE_STATE_BYTES_MAX (64u << 20)
+#define MIGRATE_REASON_BYTES 400u
+
+struct migrate_hello {
+    char *version; /* of the program */
+    uint64_t ram_bytes;
+    char *about;
+};
+
+/* The first section of HELLO; "config" and "cpuid" follow. */
+int migrate_hello_state(struct migrate_hello *hello, struct state_io *io);
+
+/* The next message must be this one; the other side's reason when it is FAILED. */
+int migrate_expect(struct stream *stream, unsigned type, const uint8_t **body, size_t *size_bytes, struct error *err);
+/* The error for a message that is not the one expected. */
+int migrate_unexpected(unsigned type, const uint8_t *body, size_t size_bytes, struct error *err);
+
+/* Puts a PAGES message where it belongs in RAM of ram_bytes at `ram`, and zeroes the pages that it says are zero. */
+int migrate_take_pages(uint8_t *ram, uint64_t ram_bytes, const uint8_t *body, size_t size_bytes, struct error *err);
+
+#endif
