@@ -25,6 +25,7 @@
 SANDBOX_ALLOW(IN_LOOP | IN_VCPU | IN_MAIN, poll);
 SANDBOX_ALLOW(IN_LOOP | IN_VCPU | IN_MAIN, sendto); /* what is connected already */
 SANDBOX_ALLOW(IN_LOOP, accept4);
+SANDBOX_ALLOW_IF(IN_LOOP, fcntl, ARG_IS(1, F_DUPFD_CLOEXEC)); /* of a client */
 SANDBOX_ALLOW(IN_LOOP, close);
 SANDBOX_ALLOW_IF(IN_MAIN, ioctl, ARG_IS(1, TCGETS));
 
