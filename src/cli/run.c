@@ -23,8 +23,8 @@
 SANDBOX_ALLOW(IN_MAIN, rt_sigtimedwait);
 SANDBOX_ALLOW(IN_MAIN, unlink);
 /* The terminal as it was, before the program dies of a signal in whatever thread (guard_terminal). */
-SANDBOX_ALLOW_IF(IN_ALL, ioctl, ARG_IS(1, TCSETS));
-SANDBOX_ALLOW(IN_ALL, rt_sigaction);
+SANDBOX_ALLOW_IF(IN_PROGRAM, ioctl, ARG_IS(1, TCSETS));
+SANDBOX_ALLOW(IN_PROGRAM, rt_sigaction);
 
 /* Options of the machine come as --key value, --key=value or, for flags, --key. How many arguments were used, 0 after a message. */
 static int take_machine_option(struct run *run, char **argv)
@@ -331,6 +331,8 @@ int run_vm(struct run *run)
     const char *pid_file = run->config.pid_file;
     bool ran = false;
     int status = STATUS_USAGE;
+    if (run->config.sandbox_omit && strcmp(run->config.sandbox_omit, "list") == 0)
+        return machine_print_sandbox_rules(), STATUS_SHUTDOWN;
     if (run->config.sandbox)
         doppel_sandbox_begin();
     machine_start_broker(&run->config);

@@ -41,6 +41,7 @@ struct api_options {
     bool pci;              /* virtio over PCI, else over memory-mapped registers */
     bool boot_timer;       /* log how long the guest took to its init */
     bool sandbox;          /* the machine's threads shut themselves in */
+    const char *sandbox_omit; /* machine_config.sandbox_omit */
     int broker;            /* machine_config.broker; without a sandbox -1 */
     const char *api_socket;    /* machine_config.api_socket */
     void (*started)(void *ctx, struct machine *machine); /* the machine was, on the thread that did it. Optional */

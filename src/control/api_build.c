@@ -168,6 +168,8 @@ int api_build_config(struct api *api, struct machine_config *config, struct erro
     config->cpus = (unsigned)api_integer(machine, "vcpu_count");
     config->transport = api->options.pci ? TRANSPORT_PCI : TRANSPORT_MMIO;
     config->sandbox = api->options.sandbox;
+    if (api->options.sandbox_omit && !(config->sandbox_omit = strdup(api->options.sandbox_omit)))
+        return error_set(err, -ENOMEM, "out of memory");
     config->own_directory = api->options.own_directory;
     config->broker = api->options.broker;
     config->api_socket = api->options.api_socket;

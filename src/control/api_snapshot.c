@@ -238,6 +238,8 @@ int api_put_snapshot_load(struct api_request *request, struct error *err)
     if (r == 0 && api->options.engine)
         r = machine_config_set(&api->config, "engine", api->options.engine, err);
     api->config.sandbox = api->options.sandbox;
+    if (api->options.sandbox_omit && !(api->config.sandbox_omit = strdup(api->options.sandbox_omit)))
+        r = error_set(err, -ENOMEM, "out of memory");
     api->config.own_directory = api->options.own_directory;
     api->config.broker = api->options.broker;
     api->config.api_socket = api->options.api_socket;

@@ -19,9 +19,6 @@ SANDBOX_ALLOW(IN_API, openat);
 /* A thread that begins and ends. */
 SANDBOX_ALLOW(IN_API, rseq);
 SANDBOX_ALLOW(IN_API, set_robust_list);
-SANDBOX_ALLOW(IN_API, madvise);
-SANDBOX_ALLOW(IN_API, exit);
-SANDBOX_ALLOW_IF(IN_API, mprotect, ARG_LACKS(2, PROT_EXEC));
 
 #define ZSTD_LEVEL_MAX 19
 #define COMPRESSION_THREADS 4u

@@ -21,7 +21,6 @@
 #include "util/sandbox_rules.h"
 
 SANDBOX_ALLOW_WITH(SANDBOX_VSOCK, IN_LOOP, readv);
-SANDBOX_ALLOW_WITH(SANDBOX_VSOCK, IN_LOOP, poll);
 
 /* 5.10.2 */
 enum { QUEUE_RX, QUEUE_TX, QUEUE_EVENT, QUEUES };

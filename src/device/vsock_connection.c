@@ -17,7 +17,6 @@
 
 SANDBOX_ALLOW_WITH(SANDBOX_VSOCK, IN_LOOP, sendmsg);
 SANDBOX_ALLOW_WITH(SANDBOX_VSOCK, IN_LOOP, shutdown);
-SANDBOX_ALLOW_WITH(SANDBOX_VSOCK, IN_VCPU, epoll_ctl); /* a vCPU resets the device */
 
 /* ---- The table ---- */
 

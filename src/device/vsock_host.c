@@ -20,13 +20,9 @@
 #include "util/log.h"
 #include "util/sandbox_rules.h"
 
-SANDBOX_ALLOW_WITH(SANDBOX_VSOCK, IN_MAIN, newfstatat); /* is the socket still ours to remove? */
 SANDBOX_ALLOW_WITH_IF(SANDBOX_VSOCK, IN_LOOP, socket, ARG_IS(0, AF_UNIX));
 SANDBOX_ALLOW_WITH(SANDBOX_VSOCK, IN_LOOP, connect);
-SANDBOX_ALLOW_WITH(SANDBOX_VSOCK, IN_LOOP, accept4);
 SANDBOX_ALLOW_WITH(SANDBOX_VSOCK, IN_LOOP, recvfrom);
-SANDBOX_ALLOW_WITH(SANDBOX_VSOCK, IN_LOOP, sendto);
-SANDBOX_ALLOW_WITH(SANDBOX_VSOCK, IN_LOOP | IN_VCPU, close); /* a vCPU resets the device */
 
 #define BACKLOG 128
 #define ACCEPT_BATCH 16u

@@ -51,6 +51,8 @@ void machine_shut_in_or_stop(struct machine *machine, unsigned kind);
  */
 int machine_start_broker(struct machine_config *config);
 void machine_broker_socket(int broker, int listener);
+/* For tests: all rules of the sandbox to standard output (sandbox_rule_name), one a line and kind of thread; as often as they are said. */
+void machine_print_sandbox_rules(void);
 
 /* From any thread. Paused before its start, a machine starts paused. -ECANCELED: another thread resumed it before it had stopped. */
 void machine_power_button(struct machine *machine);

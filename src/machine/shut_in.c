@@ -92,7 +92,7 @@ int machine_start_broker(struct machine_config *config)
 {
     if (!config->sandbox)
         return -1;
-    int broker = broker_start();
+    int broker = broker_start(config->sandbox_omit);
     return config->broker = broker < 0 ? -1 : broker;
 }
 
@@ -110,4 +110,17 @@ int machine_shut_in(struct machine *machine, unsigned kind, struct error *err)
 void machine_shut_in_or_stop(struct machine *machine, unsigned kind)
 {
     (void)!machine_enter_sandbox(machine, kind);
+}
+
+void machine_print_sandbox_rules(void)
+{
+    unsigned count;
+    const struct sandbox_rule *rules = sandbox_rules(&count);
+    char name[SANDBOX_RULE_NAME_BYTES];
+    for (unsigned n = 0; n < count; n++)
+        for (unsigned kind = 1; kind < 1u << SANDBOX_KINDS; kind <<= 1)
+            if (rules[n].threads & kind) {
+                sandbox_rule_name(name, &rules[n], kind);
+                puts(name);
+            }
 }

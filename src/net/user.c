@@ -9,11 +9,13 @@
  */
 #include <arpa/inet.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
 #include <slirp/libslirp.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/queue.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -30,8 +32,6 @@ SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, connect);
 SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, bind);
 SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, listen);
 SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, accept);
-SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, accept4);
-SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, sendto);
 SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, sendmsg);
 SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, recvfrom);
 SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, recvmsg);
@@ -40,10 +40,9 @@ SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, setsockopt);
 SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, getsockopt);
 SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, getsockname);
 SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, getpeername);
-SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, poll);
-SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, ioctl);
-SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, fcntl);
-SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, close);
+SANDBOX_ALLOW_WITH_IF(SANDBOX_NET_USER, IN_LOOP, ioctl, ARG_IS(1, FIONREAD));
+SANDBOX_ALLOW_WITH_IF(SANDBOX_NET_USER, IN_LOOP, fcntl, ARG_IS(1, F_GETFL));
+SANDBOX_ALLOW_WITH_IF(SANDBOX_NET_USER, IN_LOOP, fcntl, ARG_IS(1, F_SETFL));
 SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, getppid); /* the library's random numbers, for a card that is plugged */
 /* It looks for the host's name servers now and then; Landlock lets this one file be found. */
 SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, openat);

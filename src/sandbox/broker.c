@@ -65,6 +65,7 @@ struct message_packet {
 
 struct broker {
     int control, pidfd;
+    const char *omit;
     pid_t program;
     bool closed, confined;
     struct sockaddr_un socket[SOCKETS_MAX];
@@ -238,10 +239,10 @@ static void take_call(struct broker *broker, int listener)
 }
 
 /* The broker gives up what it does not need either; not before there is a guest, because making filters takes as long as a client waits for the first answer. */
-static bool confine(void)
+static bool confine(const char *omit)
 {
     struct sock_fprog filter;
-    if (filter_make(&filter, IN_BROKER, 0, NULL, false) || prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+    if (filter_make(&filter, IN_BROKER, 0, omit, false) || prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
         return false;
     int listener = filter_load(&filter, true); /* can there be one on this host? */
     if (listener >= 0)
@@ -288,7 +289,7 @@ static void take_message(struct broker *broker)
     if (packet.kind == MESSAGE_SOCKET && !broker->closed && broker->socket_count < SOCKETS_MAX) {
         broker->socket[broker->socket_count++] = packet.name;
     } else if (packet.kind == MESSAGE_DOORS && !broker->closed) {
-        char answer = confine() && can_work(broker, packet.probe);
+        char answer = confine(broker->omit) && can_work(broker, packet.probe);
         broker->closed = true;
         broker->confined = packet.length;
         (void)!send(broker->control, &answer, 1, MSG_NOSIGNAL);
@@ -307,15 +308,19 @@ static void drop_listener(struct broker *broker, unsigned i)
 }
 
 /* Signals of the terminal are not for this process, and nothing of the program's is kept open by it. */
-static struct broker *settle(int control, pid_t program)
+static struct broker *settle(int control, pid_t program, const char *omit)
 {
+    bool says = omit && strncmp(omit, "broker:", 7) == 0;
     int fd = dup2(control, 0);
     struct broker *broker = calloc(1, sizeof *broker);
     setsid();
-    if (fd < 0 || close_range(1, ~0u, 0) || !broker || !(broker->names = broker_names_create()))
+    if (fd < 0 || close_range(says ? STDERR_FILENO + 1 : 1, ~0u, 0) || !broker || !(broker->names = broker_names_create()))
         return NULL;
     for (int number = 1; number < NSIG; number++)
         signal(number, SIG_DFL);
+    filter_note_kind(IN_BROKER);
+    (void)filter_catch();
+    broker->omit = omit;
     broker->program = program;
     broker->pidfd = (int)syscall(SYS_pidfd_open, program, 0);
     broker->wait[broker->wait_count++] = (struct pollfd){.fd = broker->control = 0, .events = POLLIN};
@@ -323,9 +328,9 @@ static struct broker *settle(int control, pid_t program)
     return broker->pidfd < 0 ? NULL : broker;
 }
 
-static _Noreturn void broker_main(int control, pid_t program)
+static _Noreturn void broker_main(int control, pid_t program, const char *omit)
 {
-    struct broker *broker = settle(control, program);
+    struct broker *broker = settle(control, program, omit);
     pid_t own = getpid();
     if (broker && send(broker->control, &own, sizeof own, MSG_NOSIGNAL) < 0)
         _exit(1);
@@ -364,7 +369,7 @@ static int tell(int broker, const struct message_packet *packet, int fd)
     return sendmsg(broker, &message, MSG_NOSIGNAL) < 0 ? -errno : 0;
 }
 
-int broker_start(void)
+int broker_start(const char *omit)
 {
     int pair[2], status;
     pid_t program = getpid();
@@ -373,7 +378,7 @@ int broker_start(void)
     pid_t pid = fork();
     if (pid == 0) { /* twice, so that it is nobody's child: the program's children are guest processes */
         if (fork() == 0)
-            broker_main(pair[1], program);
+            broker_main(pair[1], program, omit);
         _exit(0);
     }
     close(pair[1]);

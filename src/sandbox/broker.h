@@ -9,8 +9,8 @@
 
 #include <stdbool.h>
 
-/* Single-threaded. A descriptor that the broker lives as long as, or -errno. */
-int broker_start(void);
+/* Single-threaded. A descriptor that the broker lives as long as, or -errno. `omit`: sandbox_config.omit; a broker that lacks a rule says so on standard error. */
+int broker_start(const char *omit);
 /* `listener` is a socket that control clients connect to. Before broker_close_doors. */
 int broker_add_socket(int broker, int listener);
 /* No more sockets from here on. `confined`: the callers have limits of their own, for what was not named. True: it can do its work on this host. */

@@ -31,7 +31,7 @@ struct sandbox_config {
     const struct sandbox_path *paths;
     unsigned path_count;
     int broker;       /* broker_start's, -1: none */
-    const char *omit; /* "THREAD:CALL": for tests: a rule that is left out; NULL: none */
+    const char *omit; /* a sandbox_rule_name: for tests: this rule is left out; NULL: none */
 };
 
 /* True when namespaces were entered. Single-threaded; before anything is opened or made. */
@@ -43,8 +43,11 @@ int sandbox_enter(const struct sandbox *sandbox, unsigned kind, struct error *er
 /* Threads that have entered stay as they are. */
 void sandbox_destroy(struct sandbox *sandbox);
 
-/* All rules there are, NULL-terminated list not: for tests and docs. */
+/* All rules there are: for tests and docs. */
 const struct sandbox_rule *sandbox_rules(unsigned *count);
+#define SANDBOX_RULE_NAME_BYTES 128
+/* What tests call a rule of one kind of thread: "loop:socket(0=0x2)[user]", or without a condition of the argument (ARGUMENT&MASK=VALUE) or of the configuration. */
+void sandbox_rule_name(char name[SANDBOX_RULE_NAME_BYTES], const struct sandbox_rule *rule, unsigned kind);
 const char *sandbox_kind_name(unsigned kind);
 
 #endif

@@ -20,26 +20,25 @@
 #include "sandbox/sandbox_priv.h"
 
 /* What the C library does by itself, in any thread. */
-SANDBOX_ALLOW(IN_ALL, futex);
-SANDBOX_ALLOW(IN_ALL, rt_sigreturn);
-SANDBOX_ALLOW(IN_ALL, rt_sigprocmask);
-SANDBOX_ALLOW(IN_ALL, brk);
-SANDBOX_ALLOW_IF(IN_ALL, mmap, ARG_LACKS(2, PROT_EXEC));
-SANDBOX_ALLOW_IF(IN_ALL, mprotect, ARG_LACKS(2, PROT_EXEC));
-SANDBOX_ALLOW(IN_ALL, munmap);
-SANDBOX_ALLOW(IN_ALL, mremap);
-SANDBOX_ALLOW(IN_ALL, madvise);
-SANDBOX_ALLOW(IN_ALL, sched_yield);
-SANDBOX_ALLOW(IN_ALL, clock_gettime);
-SANDBOX_ALLOW(IN_ALL, exit);
+SANDBOX_ALLOW(IN_PROGRAM, futex);
+SANDBOX_ALLOW(IN_PROGRAM, rt_sigprocmask);
+SANDBOX_ALLOW(IN_PROGRAM, brk);
+SANDBOX_ALLOW_IF(IN_PROGRAM, mmap, ARG_LACKS(2, PROT_EXEC));
+SANDBOX_ALLOW_IF(IN_PROGRAM, mprotect, ARG_LACKS(2, PROT_EXEC));
+SANDBOX_ALLOW(IN_PROGRAM, munmap);
+SANDBOX_ALLOW(IN_PROGRAM, mremap);
+SANDBOX_ALLOW(IN_PROGRAM, madvise);
+SANDBOX_ALLOW(IN_PROGRAM, sched_getaffinity); /* malloc wants the number of processors, for its arenas */
+SANDBOX_ALLOW(IN_PROGRAM, clock_gettime);     /* where the kernel's page for it does not know the time */
+SANDBOX_ALLOW(IN_PROGRAM, exit);
+SANDBOX_ALLOW(IN_ALL & ~IN_SHARE, restart_syscall); /* waits that have an end, after SIGSTOP and SIGCONT */
+/* abort(). */
+SANDBOX_ALLOW(IN_PROGRAM, getpid);
+SANDBOX_ALLOW(IN_PROGRAM, gettid);
+SANDBOX_ALLOW(IN_PROGRAM, tgkill); /* only this process can be meant: see add_rule */
+/* A call without a rule is told of. */
+SANDBOX_ALLOW(IN_ALL, write); /* to what is open; errors are printed, too */
 SANDBOX_ALLOW(IN_ALL, exit_group);
-SANDBOX_ALLOW(IN_ALL, restart_syscall);
-SANDBOX_ALLOW(IN_ALL, getpid);
-SANDBOX_ALLOW(IN_ALL, gettid);
-SANDBOX_ALLOW(IN_ALL, getrandom); /* malloc wants some */
-SANDBOX_ALLOW(IN_ALL, sched_getaffinity); /* and the number of processors, for its arenas */
-SANDBOX_ALLOW(IN_ALL, tgkill); /* only this process can be meant: see add_rule */
-SANDBOX_ALLOW(IN_ALL, write);  /* to what is open; errors are printed */
 
 extern const struct sandbox_rule __start_sandbox_allow[], __stop_sandbox_allow[];
 
@@ -56,10 +55,25 @@ const char *sandbox_kind_name(unsigned kind)
     return kind && kind < 1u << SANDBOX_KINDS ? kind_names[__builtin_ctz(kind)] : "?";
 }
 
+void sandbox_rule_name(char name[SANDBOX_RULE_NAME_BYTES], const struct sandbox_rule *rule, unsigned kind)
+{
+    static const char *const needs[] = {"user", "vsock", "direct", "kvm"};
+    size_t size = SANDBOX_RULE_NAME_BYTES, at = (size_t)snprintf(name, size, "%s:%s", sandbox_kind_name(kind), rule->name);
+    if (rule->argument >= 0 && rule->mask == ~0ull)
+        at += (size_t)snprintf(name + at, size - at, "(%d=%#llx)", rule->argument, (unsigned long long)rule->value);
+    else if (rule->argument >= 0)
+        at += (size_t)snprintf(name + at, size - at, "(%d&%#llx=%#llx)", rule->argument, (unsigned long long)rule->mask, (unsigned long long)rule->value);
+    for (unsigned n = 0; n < sizeof needs / sizeof *needs; n++)
+        if (rule->needs >> n & 1)
+            at += (size_t)snprintf(name + at, size - at, "[%s]", needs[n]);
+}
+
 static bool is_omitted(const char *omit, unsigned kind, const struct sandbox_rule *rule)
 {
-    const char *colon = omit ? strchr(omit, ':') : NULL;
-    return colon && strncmp(omit, sandbox_kind_name(kind), (size_t)(colon - omit)) == 0 && strcmp(colon + 1, rule->name) == 0;
+    char name[SANDBOX_RULE_NAME_BYTES];
+    if (omit)
+        sandbox_rule_name(name, rule, kind);
+    return omit && strcmp(omit, name) == 0;
 }
 
 static int add_rule(scmp_filter_ctx filter, const struct sandbox_rule *rule)
@@ -130,19 +144,24 @@ int filter_make(struct sock_fprog *program, unsigned kind, unsigned needs, const
     int r = filter ? 0 : -ENOMEM;
     if (r == 0)
         r = seccomp_attr_set(filter, SCMP_FLTATR_CTL_OPTIMIZE, 2); /* a tree: the wanted call is found in few steps */
-    bool opens = broker;
+    bool opens = broker, clones = false;
     for (unsigned n = 0; r == 0 && n < count; n++) {
         const struct sandbox_rule *rule = &rules[n];
-        if (rule->threads & kind && (rule->needs & needs) == rule->needs && !is_omitted(omit, kind, rule) && !(broker && is_brokered(rule->number))) {
+        if (!(rule->threads & kind) || (rule->needs & needs) != rule->needs || (broker && is_brokered(rule->number)))
+            continue;
+        opens |= rule->number == SYS_openat;
+        clones |= rule->number == SYS_clone;
+        if (!is_omitted(omit, kind, rule))
             r = add_rule(filter, rule);
-            opens |= rule->number == SYS_openat;
-        }
         if (r == -EEXIST)
             r = 0;
     }
     /* The C library's free() looks into /proc/sys/vm/overcommit_memory when it gives an arena's memory back, and does without. */
     if (r == 0 && !opens)
         r = seccomp_rule_add(filter, SCMP_ACT_ERRNO(EACCES), SYS_openat, 0);
+    /* Its flags are in memory, where a filter cannot look; the C library does with clone. */
+    if (r == 0 && clones)
+        r = seccomp_rule_add(filter, SCMP_ACT_ERRNO(ENOSYS), SYS_clone3, 0);
     if (r == 0 && broker)
         r = add_brokered(filter);
     if (r == 0)
@@ -200,6 +219,20 @@ static void append_number(char *line, size_t size, unsigned long number)
     append(line, size, at);
 }
 
+/* Of the calls that some thread makes. */
+static void append_name(char *line, size_t size, int number)
+{
+    unsigned count;
+    const struct sandbox_rule *rules = sandbox_rules(&count);
+    for (unsigned n = 0; n < count; n++)
+        if (rules[n].number == number) {
+            append(line, size, " (");
+            append(line, size, rules[n].name);
+            append(line, size, ")");
+            return;
+        }
+}
+
 /* Only what a signal handler may do, and what every filter allows. */
 static void forbidden(int number, siginfo_t *info, void *context)
 {
@@ -207,6 +240,7 @@ static void forbidden(int number, siginfo_t *info, void *context)
     append(line, sizeof line, thread_kind ? sandbox_kind_name(thread_kind) : "?");
     append(line, sizeof line, ") tried system call ");
     append_number(line, sizeof line, (unsigned long)info->si_syscall);
+    append_name(line, sizeof line, info->si_syscall);
     append(line, sizeof line, ", which it never makes: stopped\n");
     (void)!write(STDERR_FILENO, line, strlen(line));
     _exit(SANDBOX_EXIT_STATUS);

@@ -6,6 +6,7 @@
  */
 #include <errno.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -15,8 +16,7 @@
 #include "state/inputs.h"
 #include "util/sandbox_rules.h"
 
-SANDBOX_ALLOW(IN_API, clone3);
-SANDBOX_ALLOW(IN_API, clone);
+SANDBOX_ALLOW_IF(IN_API, clone, ARG_HAS(0, CLONE_THREAD));
 
 enum job_state { JOB_FREE, JOB_READY, JOB_TAKEN };
 

@@ -14,6 +14,10 @@
 #include <time.h>
 #include <x86intrin.h>
 
+#include "util/sandbox_rules.h"
+
+SANDBOX_ALLOW(IN_LOOP | IN_API, getrandom);
+
 #define NS_PER_SECOND 1000000000ull
 #define TSC_MEASURE_NS 20000000ull
 #define TSC_KHZ_LOWEST 100000ull    /* 100 MHz: below and above these limits a leaf is taken for nonsense */

@@ -54,7 +54,7 @@ void log_set_raw_terminal(bool raw)
     atomic_store_explicit(&log_raw_terminal, raw, memory_order_relaxed);
 }
 
-SANDBOX_ALLOW_IF(IN_ALL, prctl, ARG_IS(0, PR_GET_NAME)); /* the thread's, in lines of the file */
+SANDBOX_ALLOW_IF(IN_PROGRAM, prctl, ARG_IS(0, PR_GET_NAME)); /* the thread's, in lines of the file */
 
 static void log_write(int fd, const char *data, size_t size_bytes)
 {

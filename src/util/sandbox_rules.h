@@ -25,6 +25,7 @@
 #define SANDBOX_KINDS 7
 #define IN_GUEST (IN_LOOP | IN_VCPU | IN_WORKER)
 #define IN_ALL ((1u << SANDBOX_KINDS) - 1)
+#define IN_PROGRAM (IN_ALL & ~IN_BROKER) /* where there is more than one thread */
 
 /* What rules may depend on. A set; 0: nothing. */
 #define SANDBOX_NET_USER 1u /* user networking: the loop makes connections for the guest */

@@ -35,24 +35,29 @@
 
 /* Making a process, in it before it is ready, and driving it. The filter of the thread is its, too, under its own. */
 #define ALLOW(call) SANDBOX_ALLOW_WITH(SANDBOX_DIRECT, IN_VCPU, call)
+#define ALLOW_IF(call, ...) SANDBOX_ALLOW_WITH_IF(SANDBOX_DIRECT, IN_VCPU, call, __VA_ARGS__)
 ALLOW(memfd_create);
 ALLOW(ftruncate);
+ALLOW(getrandom);
 ALLOW(vfork);
-ALLOW(fcntl);
+ALLOW_IF(fcntl, ARG_IS(1, F_DUPFD));
+ALLOW_IF(fcntl, ARG_IS(1, F_DUPFD_CLOEXEC));
 ALLOW(dup2);
-ALLOW(close);
-SANDBOX_ALLOW_WITH_IF(SANDBOX_DIRECT, IN_VCPU, execveat, ARG_HAS(4, AT_EMPTY_PATH));
+ALLOW_IF(execveat, ARG_HAS(4, AT_EMPTY_PATH));
 ALLOW(mmap); /* code, too */
 ALLOW(close_range);
 ALLOW(setsid);
-ALLOW(prctl);
+ALLOW_IF(prctl, ARG_IS(0, PR_SET_PDEATHSIG));
+ALLOW_IF(prctl, ARG_IS(0, PR_SET_TSC));
+ALLOW_IF(prctl, ARG_IS(0, PR_SET_NO_NEW_PRIVS));
 ALLOW(seccomp);
 ALLOW(ptrace);
 ALLOW(wait4);
 ALLOW(prlimit64);
 SANDBOX_ALLOW_WITH_IF(SANDBOX_DIRECT, IN_VCPU | IN_MAIN, kill, ARG_IS(1, SIGKILL));
-SANDBOX_ALLOW_WITH_IF(SANDBOX_DIRECT, IN_ALL, kill, ARG_IS(1, SIGUSR1)); /* a kick may come from anywhere */
+SANDBOX_ALLOW_WITH_IF(SANDBOX_DIRECT, IN_PROGRAM, kill, ARG_IS(1, SIGUSR1)); /* a kick may come from anywhere */
 #undef ALLOW
+#undef ALLOW_IF
 
 #define PAGE 4096u
 #ifndef MFD_EXEC

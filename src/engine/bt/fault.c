@@ -22,6 +22,7 @@
 #include "util/sandbox_rules.h"
 
 SANDBOX_ALLOW(IN_VCPU, sigaltstack);
+SANDBOX_ALLOW(IN_VCPU, rt_sigreturn);
 
 #ifndef SS_AUTODISARM /* in <linux/signal.h>, which <signal.h> does not bear */
 #define SS_AUTODISARM (1u << 31)

@@ -8,6 +8,9 @@
 #include <sched.h>
 
 #include "engine/interp/op_priv.h"
+#include "util/sandbox_rules.h"
+
+SANDBOX_ALLOW(IN_VCPU, sched_yield); /* PAUSE */
 
 static uint64_t *rip(struct icpu *c)
 {

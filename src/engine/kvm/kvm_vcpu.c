@@ -20,11 +20,10 @@
 #include "util/log.h"
 #include "util/sandbox_rules.h"
 
-SANDBOX_ALLOW_WITH(SANDBOX_KVM, IN_ALL, ioctl); /* on the descriptors of /dev/kvm that are open; interrupts come from any thread */
+SANDBOX_ALLOW_WITH_IF(SANDBOX_KVM, IN_PROGRAM, ioctl, 1, 0xff00, KVMIO << 8); /* on the descriptors of /dev/kvm that are open; interrupts come from any thread */
 SANDBOX_ALLOW_WITH(SANDBOX_KVM, IN_VCPU, timer_create);
 SANDBOX_ALLOW_WITH(SANDBOX_KVM, IN_VCPU, timer_settime);
 SANDBOX_ALLOW_WITH(SANDBOX_KVM, IN_MAIN, timer_delete);
-SANDBOX_ALLOW_WITH(SANDBOX_KVM, IN_MAIN, close);
 
 #define KICK_SIGNAL SIGURG /* ignored unless handled, so one that comes late harms nobody */
 #define SETTLE_NS 50000

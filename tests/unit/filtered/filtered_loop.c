@@ -1,0 +1,38 @@
+/* The loop's rounds on a thread of kind IN_LOOP, and threads of back ends in what they enter in a machine. */
+#include "filtered.h"
+
+#include "util/loop.h"
+
+/* What other parts of the program have rules for. */
+SANDBOX_ALLOW(IN_LOOP, accept4);
+SANDBOX_ALLOW(IN_LOOP, close);
+SANDBOX_ALLOW(IN_LOOP, poll);
+SANDBOX_ALLOW(IN_LOOP, sendto);
+
+int __real_loop_run_once(struct loop *loop, int timeout_ms);
+int __wrap_loop_run_once(struct loop *loop, int timeout_ms);
+bool __wrap_loop_thread_enter(struct loop *loop, unsigned kind);
+
+struct round {
+    struct loop *loop;
+    int timeout_ms, result;
+};
+
+static void run_once(void *ctx)
+{
+    struct round *round = ctx;
+    round->result = __real_loop_run_once(round->loop, round->timeout_ms);
+}
+
+int __wrap_loop_run_once(struct loop *loop, int timeout_ms)
+{
+    struct round round = {loop, timeout_ms, 0};
+    filtered_call(IN_LOOP, run_once, &round);
+    return round.result;
+}
+
+bool __wrap_loop_thread_enter(struct loop *loop, unsigned kind)
+{
+    filtered_enter(kind);
+    return true;
+}
