@@ -44,6 +44,8 @@ enum {
 };
 enum { MIGRATE_DOWNTIME, MIGRATE_CANCEL, MIGRATE_STATUS };
 enum { RECEIVE_LISTEN, RECEIVE_NAME, RECEIVE_ENGINE };
+enum { EXPORT_COMPRESS };
+enum { IMPORT_DIRECTORY };
 enum { TOP_DELAY, TOP_BATCH, TOP_COUNT };
 
 /* How many names of virtual machines a command takes. */
@@ -89,6 +91,8 @@ int rm_main(int argc, char **argv);
 int migrate_main(int argc, char **argv);
 int receive_main(int argc, char **argv);
 int snapshot_main(int argc, char **argv);
+int export_main(int argc, char **argv);
+int import_main(int argc, char **argv);
 int stats_main(int argc, char **argv);
 int top_main(int argc, char **argv);
 

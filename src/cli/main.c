@@ -83,6 +83,14 @@ static const struct cli_option receive_options[] = {
     [RECEIVE_ENGINE] = {"engine", 0, "ENGINE", "run it by this engine (default: as there)"},
     {0},
 };
+static const struct cli_option export_options[] = {
+    [EXPORT_COMPRESS] = {"compress", 0, "zstd[=LEVEL]", "compress it, LEVEL from 1 to 19 (default 3)"},
+    {0},
+};
+static const struct cli_option import_options[] = {
+    [IMPORT_DIRECTORY] = {"directory", 0, "DIR", "where its files go: a directory that is not there yet (default: one named as it is, see docs/bundles.md)"},
+    {0},
+};
 static const struct cli_option stats_options[] = {
     [STATS_JSON] = {"json", 0, NULL, "all counters, as JSON"},
     {0},
@@ -132,6 +140,8 @@ const struct subcommand subcommands[] = {
      "keep states of virtual machines and go back to them", NAMES_OWN, snapshot_options},
     {"migrate", migrate_main, "[OPTIONS] VM unix:PATH", "move a running virtual machine to where doppel receive waits", NAMES_SOME, migrate_options},
     {"receive", receive_main, "--listen unix:PATH [OPTIONS]", "wait for a virtual machine that migrates, and run it in the background; prints its name", NAMES_NONE, receive_options},
+    {"export", export_main, "[OPTIONS] VM|VM/SNAPSHOT FILE", "put a virtual machine into one file, with kernel, disks and (of a snapshot) its state; - is standard output", NAMES_SOME, export_options},
+    {"import", import_main, "[OPTIONS] FILE [NAME]", "unpack such a file, or an OVF appliance, and print the configuration for run --config", NAMES_OWN, import_options},
     {"stats", stats_main, "[OPTIONS] [NAME...]", "print what virtual machines use", NAMES_ANY, stats_options},
     {"top", top_main, "[OPTIONS] [NAME...]", "watch what virtual machines use", NAMES_ANY, top_options},
     {"events", events_main, "[OPTIONS] [NAME...]", "print what happened to virtual machines", NAMES_ANY, events_options},

@@ -14,6 +14,7 @@
 #include "cli/arguments.h"
 #include "cli/run.h"
 #include "cli/snapshot.h"
+#include "control/bundle.h"
 #include "control/client.h"
 #include "control/snapshot_store.h"
 #include "doppel/doppel.h"
@@ -284,6 +285,8 @@ static int start_from(const struct stored_snapshot *snapshot, struct snapshot_ch
         return complain(STATUS_ERROR, "%s was started in %s, where one cannot go: %s", snapshot->vm, directory, strerror(errno));
     machine_config_init(&run.config);
     int r = machine_snapshot_check(&chain->files, &err) || machine_snapshot_config(&chain->files, &run.config, &err) ? complain(STATUS_ERROR, "%s", err.text) : 0;
+    if (r == 0 && json_object_get(snapshot->meta, "files") && bundle_set_paths(&run.config, json_object_get(snapshot->meta, "files"), &err)) /* it came in a bundle */
+        r = complain(STATUS_ERROR, "%s/%s: %s", snapshot->vm, snapshot->name, err.text);
     if (r == 0 && instance_read(name, &old, NULL) == 0) { /* its place is taken: by now it is known that the snapshot is complete */
         if (old.life == INSTANCE_ALIVE && end_by_force(&old))
             r = complain(STATUS_ERROR, "%s, which runs, does not end", name);

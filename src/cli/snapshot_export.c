@@ -12,6 +12,7 @@
 #include <archive.h>
 #include <archive_entry.h>
 
+#include "cli/archive_files.h"
 #include "cli/snapshot.h"
 
 #define BLOCK_BYTES (256u << 10)
@@ -24,64 +25,14 @@ static bool is_standard(const char *path)
 
 /* ---- export ---- */
 
-/* Where there is data, so that holes stay holes. */
-static void note_holes(int fd, off_t size, struct archive_entry *entry)
-{
-    off_t at = 0, hole;
-    bool any = false;
-    while (at < size && (at = lseek(fd, at, SEEK_DATA)) >= 0) {
-        hole = lseek(fd, at, SEEK_HOLE);
-        hole = hole < 0 ? size : hole;
-        archive_entry_sparse_add_entry(entry, at, hole - at);
-        any = true;
-        at = hole;
-    }
-    if (!any && size > 0)
-        archive_entry_sparse_add_entry(entry, size, 0);
-    lseek(fd, 0, SEEK_SET);
-}
-
-static int put_data(struct archive *out, int fd, off_t size, const char *path)
-{
-    uint8_t *block = malloc(BLOCK_BYTES);
-    int r = block ? 0 : complain(STATUS_ERROR, "out of memory");
-    for (off_t done = 0; r == 0 && done < size;) {
-        ssize_t n = read(fd, block, BLOCK_BYTES);
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n <= 0)
-            r = complain(STATUS_ERROR, "cannot read %s: %s", path, n < 0 ? strerror(errno) : "it shrank meanwhile");
-        else if (archive_write_data(out, block, (size_t)n) < n)
-            r = complain(STATUS_ERROR, "cannot write the export: %s", archive_error_string(out));
-        done += n > 0 ? n : 0;
-    }
-    free(block);
-    return r;
-}
-
 static int put_file(struct archive *out, const struct stored_snapshot *snapshot, const char *file)
 {
     char path[STORE_PATH_BYTES + STORE_NAME_BYTES], name[2 * STORE_NAME_BYTES];
     struct stat st;
     snprintf(path, sizeof path, "%s/%s", snapshot->path, file);
     snprintf(name, sizeof name, "%s/%s", snapshot->name, file);
-    int fd = open(path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC), r = 0;
-    struct archive_entry *entry = archive_entry_new();
-    if (fd < 0 || fstat(fd, &st) || !entry) {
-        r = complain(STATUS_ERROR, "cannot read %s: %s", path, strerror(errno));
-    } else {
-        archive_entry_set_pathname(entry, name);
-        archive_entry_set_filetype(entry, AE_IFREG);
-        archive_entry_set_perm(entry, 0600);
-        archive_entry_set_mtime(entry, st.st_mtime, 0);
-        archive_entry_set_size(entry, st.st_size);
-        note_holes(fd, st.st_size, entry);
-        if (archive_write_header(out, entry) != ARCHIVE_OK)
-            r = complain(STATUS_ERROR, "cannot write the export: %s", archive_error_string(out));
-        else
-            r = put_data(out, fd, st.st_size, path);
-    }
-    archive_entry_free(entry);
+    int fd = open(path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
+    int r = fd < 0 || fstat(fd, &st) ? complain(STATUS_ERROR, "cannot read %s: %s", path, strerror(errno)) : archive_put_file(out, fd, (uint64_t)st.st_size, st.st_mtime, name, path);
     if (fd >= 0)
         close(fd);
     return r;
@@ -101,6 +52,11 @@ static int put_snapshot(struct archive *out, const struct stored_snapshot *list,
     for (unsigned i = 0; r == 0 && i < 3; i++)
         r = put_file(out, snapshot, files[i]);
     return r;
+}
+
+int snapshot_put(struct archive *out, const struct stored_snapshot *list, unsigned count, const struct stored_snapshot *snapshot)
+{
+    return put_snapshot(out, list, count, snapshot, 0);
 }
 
 static int write_archive(const struct stored_snapshot *list, unsigned count, const struct stored_snapshot *snapshot, const char *path)
@@ -152,7 +108,7 @@ int snapshot_export(const struct arguments *arguments)
 
 /* ---- import ---- */
 
-struct import {
+struct snapshot_import {
     struct archive *in;
     const char *path, *wanted_vm; /* NULL: the machine's own name */
     char vm[STORE_NAME_BYTES], name[STORE_NAME_BYTES], memory[STORE_NAME_BYTES];
@@ -161,15 +117,16 @@ struct import {
     bool has_state, has_memory;
     int lock;
     unsigned count;
+    const json_t *changes; /* members that snapshot.json gets; NULL: none */
 };
 
-static int bad(const struct import *import, const char *what)
+static int bad(const struct snapshot_import *import, const char *what)
 {
     return complain(STATUS_ERROR, "%s is no exported snapshot: %s", import->path, what);
 }
 
 /* The one under way is complete. */
-static int finish_one(struct import *import)
+static int finish_one(struct snapshot_import *import)
 {
     struct error err = {0};
     int r = 0;
@@ -187,7 +144,7 @@ static int finish_one(struct import *import)
     return r;
 }
 
-static json_t *read_meta(struct import *import)
+static json_t *read_meta(struct snapshot_import *import)
 {
     char *text = malloc(META_BYTES_MAX);
     ssize_t n = text ? archive_read_data(import->in, text, META_BYTES_MAX) : -1;
@@ -196,7 +153,7 @@ static json_t *read_meta(struct import *import)
     return meta;
 }
 
-static int take_lock(struct import *import, const char *vm)
+static int take_lock(struct snapshot_import *import, const char *vm)
 {
     struct error err = {0};
     if (import->lock >= 0)
@@ -207,7 +164,7 @@ static int take_lock(struct import *import, const char *vm)
 }
 
 /* snapshot.json begins a snapshot. */
-static int begin_one(struct import *import, const char *name)
+static int begin_one(struct snapshot_import *import, const char *name)
 {
     struct stored_snapshot *list;
     unsigned count;
@@ -230,6 +187,8 @@ static int begin_one(struct import *import, const char *name)
     vm = import->vm; /* the other one goes */
     json_object_set_new(meta, "vm", json_string(vm));
     json_object_set_new(meta, "name", json_string(name));
+    if (import->changes)
+        json_object_update(meta, (json_t *)import->changes);
     if (snapshot_store_list(vm, &list, &count, &err))
         return complain(STATUS_ERROR, "%s", err.text);
     const struct stored_snapshot *there = snapshot_store_by_name(list, count, name);
@@ -238,7 +197,7 @@ static int begin_one(struct import *import, const char *name)
     return !import->known && snapshot_store_begin(vm, name, &err) ? complain(STATUS_ERROR, "%s", err.text) : 0;
 }
 
-static int take_file(struct import *import, const char *file, int64_t size)
+static int take_file(struct snapshot_import *import, const char *file, int64_t size)
 {
     char path[STORE_PATH_BYTES + 4 * STORE_NAME_BYTES];
     struct error err = {0};
@@ -264,7 +223,7 @@ static int take_file(struct import *import, const char *file, int64_t size)
 }
 
 /* NAME/FILE */
-static int take_entry(struct import *import, struct archive_entry *entry)
+int snapshot_import_entry(struct snapshot_import *import, struct archive_entry *entry)
 {
     char name[STORE_NAME_BYTES];
     const char *path = archive_entry_pathname(entry), *slash = path ? strchr(path, '/') : NULL;
@@ -280,12 +239,12 @@ static int take_entry(struct import *import, struct archive_entry *entry)
     return take_file(import, slash + 1, archive_entry_size(entry));
 }
 
-static int read_archive(struct import *import)
+static int read_archive(struct snapshot_import *import)
 {
     struct archive_entry *entry;
     int r = 0, code = ARCHIVE_OK;
     while (r == 0 && (code = archive_read_next_header(import->in, &entry)) == ARCHIVE_OK)
-        r = take_entry(import, entry);
+        r = snapshot_import_entry(import, entry);
     if (r == 0 && code != ARCHIVE_EOF)
         r = complain(STATUS_ERROR, "cannot read %s: %s", import->path, archive_error_string(import->in));
     if (r == 0)
@@ -295,9 +254,32 @@ static int read_archive(struct import *import)
     return r;
 }
 
+struct snapshot_import *snapshot_import_begin(struct archive *in, const char *path, const char *vm, const json_t *changes)
+{
+    struct snapshot_import *import = malloc(sizeof *import);
+    if (import)
+        *import = (struct snapshot_import){.in = in, .path = path, .wanted_vm = vm, .changes = changes, .lock = -1};
+    return import;
+}
+
+int snapshot_import_end(struct snapshot_import *import, bool good, const char *last, unsigned *count)
+{
+    int r = good ? finish_one(import) : 0;
+    if (good && r == 0 && strcmp(import->name, last) != 0)
+        r = bad(import, "the last snapshot is missing");
+    if (import->meta && !import->known && import->lock >= 0)
+        snapshot_store_abort(import->vm, import->name);
+    json_decref(import->meta);
+    if (import->lock >= 0)
+        close(import->lock);
+    *count = import->count;
+    free(import);
+    return r;
+}
+
 int snapshot_import(const struct arguments *arguments)
 {
-    struct import import = {.in = archive_read_new(), .path = arguments->names[1], .wanted_vm = arguments->name_count > 2 ? arguments->names[2] : NULL, .lock = -1};
+    struct snapshot_import import = {.in = archive_read_new(), .path = arguments->names[1], .wanted_vm = arguments->name_count > 2 ? arguments->names[2] : NULL, .lock = -1};
     if (!import.in)
         return complain(STATUS_ERROR, "out of memory");
     archive_read_support_format_tar(import.in);
