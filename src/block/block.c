@@ -16,6 +16,9 @@
 
 #include "block/qcow2.h"
 #include "util/log.h"
+#include "util/sandbox_rules.h"
+
+SANDBOX_ALLOW(IN_API, pread64); /* what format a disk has that is plugged */
 
 #define SECTOR_BYTES 512u
 
