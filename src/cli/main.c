@@ -71,14 +71,22 @@ static const struct cli_option snapshot_options[] = {
     [SNAPSHOT_AS] = {"as", 0, "NAME", "restore: as a virtual machine of this name"},
     {0},
 };
+#define WIRE_SECURITY_OPTIONS                                                                                                        \
+    [WIRE_INSECURE] = {"insecure", 0, NULL, "over TCP, not encrypted: whoever is on the way can read and change the guest"},       \
+    [WIRE_KEY_FILE] = {"key-file", 0, "FILE", "over TCP, by TLS with a secret of 16 bytes or more that both sides have"},          \
+    [WIRE_CERT] = {"cert", 0, "FILE", "over TCP, by TLS with certificates: this side's own (PEM)"},                                \
+    [WIRE_CERT_KEY] = {"cert-key", 0, "FILE", "its private key"},                                                                   \
+    [WIRE_CA] = {"ca", 0, "FILE", "who has to have signed the other side's certificate"}
 static const struct cli_option migrate_options[] = {
+    WIRE_SECURITY_OPTIONS,
     [MIGRATE_DOWNTIME] = {"downtime", 0, "TIME", "how long the guest may stand still, as in 50ms (the default) or 2s: what is written faster than it can be sent is sent again until the rest goes in that time"},
     [MIGRATE_CANCEL] = {"cancel", 0, NULL, "give up the migration that is under way; the machine goes on here"},
     [MIGRATE_STATUS] = {"status", 0, NULL, "print how far it is, as JSON"},
     {0},
 };
 static const struct cli_option receive_options[] = {
-    [RECEIVE_LISTEN] = {"listen", 0, "unix:PATH", "where to wait for it"},
+    WIRE_SECURITY_OPTIONS,
+    [RECEIVE_LISTEN] = {"listen", 0, "ADDRESS", "where to wait for it: HOST:PORT, [IPV6]:PORT or unix:PATH; port 0 takes a free one (default 0.0.0.0:4446)"},
     [RECEIVE_NAME] = {"name", 0, "NAME", "name of the virtual machine here (default: the one it has there)"},
     [RECEIVE_ENGINE] = {"engine", 0, "ENGINE", "run it by this engine (default: as there)"},
     {0},
@@ -138,8 +146,8 @@ const struct subcommand subcommands[] = {
     {"rm", rm_main, "[OPTIONS] NAME...", "remove what ended virtual machines left behind", NAMES_SOME, rm_options},
     {"snapshot", snapshot_main, "create VM [NAME] | list [VM] | show VM NAME | restore VM NAME | delete VM NAME... | diff VM NAME NAME | export VM NAME FILE | import FILE [VM]",
      "keep states of virtual machines and go back to them", NAMES_OWN, snapshot_options},
-    {"migrate", migrate_main, "[OPTIONS] VM unix:PATH", "move a running virtual machine to where doppel receive waits", NAMES_SOME, migrate_options},
-    {"receive", receive_main, "--listen unix:PATH [OPTIONS]", "wait for a virtual machine that migrates, and run it in the background; prints its name", NAMES_NONE, receive_options},
+    {"migrate", migrate_main, "[OPTIONS] VM HOST[:PORT]|unix:PATH", "move a running virtual machine to where doppel receive waits", NAMES_SOME, migrate_options},
+    {"receive", receive_main, "[OPTIONS]", "wait for a virtual machine that migrates, and run it in the background; prints its name", NAMES_NONE, receive_options},
     {"export", export_main, "[OPTIONS] VM|VM/SNAPSHOT FILE", "put a virtual machine into one file, with kernel, disks and (of a snapshot) its state; - is standard output", NAMES_SOME, export_options},
     {"import", import_main, "[OPTIONS] FILE [NAME]", "unpack such a file, or an OVF appliance, and print the configuration for run --config", NAMES_OWN, import_options},
     {"stats", stats_main, "[OPTIONS] [NAME...]", "print what virtual machines use", NAMES_ANY, stats_options},

@@ -8,72 +8,49 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
-#include <sys/stat.h>
-#include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "cli/arguments.h"
 #include "cli/run.h"
+#include "cli/wire.h"
 #include "control/client.h"
 
 #define ANSWER_MS 10000
 #define MIGRATE_MS (24 * 3600 * 1000)
 #define PROGRESS_MS 200
 #define DOWNTIME_MS_MAX 60000ul
-#define UNIX_PREFIX "unix:"
 
-/* ---- addresses ---- */
+/* ---- connections ---- */
 
-static int unix_address(const char *command, const char *text, struct sockaddr_un *address)
+static struct wire_security security_of(const struct arguments *arguments)
 {
-    *address = (struct sockaddr_un){.sun_family = AF_UNIX};
-    if (strncmp(text, UNIX_PREFIX, strlen(UNIX_PREFIX)) != 0)
-        return complain(STATUS_USAGE, "%s: \"%s\" is not unix:PATH", command, text);
-    text += strlen(UNIX_PREFIX);
-    if (!*text || strlen(text) >= sizeof address->sun_path)
-        return complain(STATUS_USAGE, "%s: a socket's path has 1 to %zu characters", command, sizeof address->sun_path - 1);
-    strcpy(address->sun_path, text);
-    return 0;
+    return (struct wire_security){.insecure = arguments->value[WIRE_INSECURE] != NULL,
+                                  .key_file = arguments->value[WIRE_KEY_FILE],
+                                  .cert_file = arguments->value[WIRE_CERT],
+                                  .cert_key_file = arguments->value[WIRE_CERT_KEY],
+                                  .ca_file = arguments->value[WIRE_CA]};
 }
 
-static int connect_to(const char *text, int *fd)
+/* The first who connects and is recognised; nobody else is listened to then. */
+static int wait_for_one(const struct arguments *arguments, struct wire *wire)
 {
-    struct sockaddr_un address;
-    int r = unix_address("migrate", text, &address);
-    if (r)
-        return r;
-    *fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    if (*fd >= 0 && connect(*fd, (struct sockaddr *)&address, sizeof address) == 0)
-        return 0;
-    return complain(STATUS_ERROR, "migrate: cannot connect to %s: %s", text, strerror(errno));
-}
-
-/* The first who connects; the socket then goes. */
-static int wait_for_one(const char *text, int *fd)
-{
-    struct sockaddr_un address;
-    struct stat st;
-    int r = unix_address("receive", text, &address);
-    if (r)
-        return r;
-    int listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    if (listener >= 0 && lstat(address.sun_path, &st) == 0 && S_ISSOCK(st.st_mode) && connect(listener, (struct sockaddr *)&address, sizeof address) && errno == ECONNREFUSED)
-        unlink(address.sun_path); /* of one that was killed */
-    if (listener < 0 || fchmod(listener, 0600) || bind(listener, (struct sockaddr *)&address, sizeof address) || listen(listener, 1)) {
-        r = complain(STATUS_ERROR, "receive: cannot listen at %s: %s", text, strerror(errno));
-    } else {
-        fprintf(stderr, "doppel: waiting for a virtual machine at %s\n", text);
-        do
-            *fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
-        while (*fd < 0 && (errno == EINTR || errno == ECONNABORTED));
-        if (*fd < 0)
-            r = complain(STATUS_ERROR, "receive: %s", strerror(errno));
-        unlink(address.sun_path);
-    }
-    if (listener >= 0)
-        close(listener);
-    return r;
+    const struct wire_security security = security_of(arguments);
+    const char *address = arguments->value[RECEIVE_LISTEN] ? arguments->value[RECEIVE_LISTEN] : WIRE_LISTEN;
+    char shown[WIRE_ADDRESS_BYTES];
+    struct error err = {0};
+    if (wire_check(address, &security, &err))
+        return complain(STATUS_USAGE, "receive: %s", err.text);
+    int listener = wire_listen(address, shown, &err), r;
+    if (listener < 0)
+        return complain(STATUS_ERROR, "receive: %s", err.text);
+    fprintf(stderr, "doppel: waiting for a virtual machine at %s\n", shown);
+    while ((r = wire_accept(wire, listener, address, &security, &err)) == -EPROTO)
+        complain(0, "receive: %s", err.text); /* a stranger */
+    close(listener);
+    if (strncmp(address, "unix:", 5) == 0)
+        unlink(address + 5);
+    return r ? complain(STATUS_ERROR, "receive: %s", err.text) : 0;
 }
 
 /* ---- migrate ---- */
@@ -189,20 +166,29 @@ static int start_migration(const struct arguments *arguments, const struct insta
 {
     struct migrate migrate = {.name = vm->name};
     unsigned long downtime_ms;
-    int fd = -1, through = -1, r = read_downtime(arguments->value[MIGRATE_DOWNTIME], &downtime_ms);
+    const struct wire_security security = security_of(arguments);
+    struct wire wire = {.fd = -1};
+    struct error err = {0};
+    int through = -1, r = read_downtime(arguments->value[MIGRATE_DOWNTIME], &downtime_ms);
+    if (r == 0 && wire_check(arguments->names[1], &security, &err))
+        r = complain(STATUS_USAGE, "migrate: %s", err.text);
+    if (r == 0 && wire_connect(&wire, arguments->names[1], &security, &err))
+        r = complain(STATUS_ERROR, "migrate: %s", err.text);
     if (r == 0)
-        r = connect_to(arguments->names[1], &fd);
-    if (r == 0)
-        r = hand_over_connection(vm->name, fd, &through);
-    if (fd >= 0)
-        close(fd);
+        r = hand_over_connection(vm->name, wire.fd, &through);
+    if (wire.fd >= 0)
+        close(wire.fd); /* it is the machine's */
+    wire.fd = -1;
     if (r == 0) {
-        migrate.body = json_pack("{s:i, s:{s:s, s:O*, s:O*}}", "downtime_ms", (int)downtime_ms, "about", "name", vm->name, "arguments", json_object_get(vm->vm, "arguments"), "directory",
+        char instance[INSTANCE_PATH_BYTES] = "";
+        (void)!instance_path_of(vm->name, "", instance, NULL);
+        migrate.body = json_pack("{s:i, s:{s:s, s:s, s:O*, s:O*}}", "downtime_ms", (int)downtime_ms, "about", "name", vm->name, "instance", instance, "arguments", json_object_get(vm->vm, "arguments"), "directory",
                                  json_object_get(vm->vm, "directory"));
         r = request_migration(&migrate);
     }
     if (through >= 0)
         close(through);
+    wire_close(&wire);
     if (r == 0)
         print_result(&migrate, arguments->names[1]);
     json_decref(migrate.body);
@@ -232,7 +218,7 @@ int migrate_main(int argc, char **argv)
         return r < 0 ? 0 : r;
     bool status = arguments.value[MIGRATE_STATUS], cancel = arguments.value[MIGRATE_CANCEL];
     if (arguments.name_count != (status || cancel ? 1 : 2) || (status && cancel))
-        return complain(STATUS_USAGE, "migrate: usage: doppel migrate [OPTIONS] VM unix:PATH, or doppel migrate --status|--cancel VM");
+        return complain(STATUS_USAGE, "migrate: usage: doppel migrate [OPTIONS] VM HOST[:PORT]|unix:PATH, or doppel migrate --status|--cancel VM");
     if (instance_find(arguments.names[0], &vm, &err))
         return complain(STATUS_ERROR, "%s", err.text);
     if (vm.life != INSTANCE_ALIVE)
@@ -261,12 +247,24 @@ static void read_about(const struct run *run, json_t **about, json_t **stored)
     *stored = good ? list : NULL;
 }
 
+/* A vsock socket in the directory that the machine had there is made in the one that it gets here. */
+static void forget_own_vsock(struct vsock_config *vsock, const char *instance)
+{
+    size_t length = instance ? strlen(instance) : 0;
+    if (!length || !vsock->present || !vsock->path || strncmp(vsock->path, instance, length) != 0)
+        return;
+    free(vsock->path);
+    vsock->path = NULL;
+    vsock->present = false;
+}
+
 static int start_incoming(struct run *run, const struct arguments *arguments)
 {
     json_t *about, *stored;
     read_about(run, &about, &stored);
     const char *name = json_string_value(json_object_get(about, "name")), *directory = json_string_value(json_object_get(about, "directory"));
     run->name = arguments->value[RECEIVE_NAME] ? arguments->value[RECEIVE_NAME] : name && instance_name_valid(name) ? name : NULL;
+    forget_own_vsock(&run->config.vsock, json_string_value(json_object_get(about, "instance")));
     if (directory && chdir(directory)) /* its files may all have whole paths */
         fprintf(stderr, "doppel: it was started in %s, where one cannot go here\n", directory);
     int r = run_again(run, stored);
@@ -281,18 +279,17 @@ int receive_main(int argc, char **argv)
     struct arguments arguments;
     struct run run = {.ready_fd = -1, .log_fd = -1, .detach = true};
     struct error err = {0};
-    int fd = -1, r = parse_arguments(argc, argv, &arguments);
+    struct wire wire = {.fd = -1};
+    int r = parse_arguments(argc, argv, &arguments);
     if (r)
         return r < 0 ? 0 : r;
-    if (!arguments.value[RECEIVE_LISTEN])
-        return complain(STATUS_USAGE, "receive: where? --listen unix:PATH");
     if (arguments.value[RECEIVE_NAME] && !instance_name_valid(arguments.value[RECEIVE_NAME]))
         return complain(STATUS_USAGE, "receive: \"%s\" is no name for a virtual machine", arguments.value[RECEIVE_NAME]);
-    r = wait_for_one(arguments.value[RECEIVE_LISTEN], &fd);
+    r = wait_for_one(&arguments, &wire);
     if (r)
         return r;
     machine_config_init(&run.config);
-    if (machine_incoming_open(&run.incoming, fd, &run.config, &err)) {
+    if (machine_incoming_open(&run.incoming, wire.fd, &run.config, &err)) {
         r = complain(STATUS_ERROR, "receive: %s", err.text);
     } else {
         run.config.sandbox = true;
@@ -302,6 +299,8 @@ int receive_main(int argc, char **argv)
             r = start_incoming(&run, &arguments);
     }
     machine_incoming_close(run.incoming);
+    wire.fd = -1; /* closed with it */
     machine_config_clear(&run.config);
+    wire_close(&wire);
     return r;
 }

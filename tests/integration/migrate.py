@@ -30,12 +30,21 @@ def knows(name, text):
 
 
 @contextlib.contextmanager
-def receiver(*options):
+def tcp_receiver(*options):
+    """doppel receive at a free port, and its address."""
+    with receiver(*options, listen="127.0.0.1:0", shown=r"127\.0\.0\.1:\d+") as process:
+        yield process, process.address
+
+
+@contextlib.contextmanager
+def receiver(*options, listen="unix:there", shown="unix:there"):
     """doppel receive, ready to be connected to; ended, if it has not by itself."""
-    process = subprocess.Popen([doppel, "receive", "--listen", "unix:there", *options], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([doppel, "receive", "--listen", listen, *options], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         line = process.stderr.readline()
-        assert line == "doppel: waiting for a virtual machine at unix:there\n", line
+        found = re.fullmatch(rf"doppel: waiting for a virtual machine at ({shown})\n", line)
+        assert found, line
+        process.address = found[1]
         yield process
     finally:
         if process.poll() is None:
@@ -81,5 +90,48 @@ def move():
         run("rm", "fourth", "third", "second", "vm")
 
 
+def certificates():
+    """An authority and two who are signed by it, and one that is signed by itself: files NAME.pem and NAME.key."""
+    def openssl(*arguments):
+        subprocess.run(["openssl", *arguments], check=True, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+    for name in "authority", "stranger":
+        openssl("req", "-x509", *key, "-keyout", f"{name}.key", "-out", f"{name}.pem", "-subj", f"/CN={name}", "-days", "2")
+    for name in "one", "other":
+        openssl("req", *key, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
+        openssl("x509", "-req", "-in", f"{name}.csr", "-CA", "authority.pem", "-CAkey", "authority.key", "-CAcreateserial", "-out", f"{name}.pem", "-days", "2")
+
+
+def signed(name):
+    return ["--cert", f"{name}.pem", "--cert-key", f"{name}.key", "--ca", "authority.pem"]
+
+
+def tcp():
+    """Over TCP: with a secret, with certificates, as it is. Whoever has others is a stranger, and the receiver goes on waiting for the right one."""
+    with runtime():
+        certificates()
+        for name in "key", "other-key":
+            with open(name, "wb") as file:
+                file.write(os.urandom(32))
+        with open("short", "wb") as file:
+            file.write(b"0123456789")
+        run("receive", "--listen", "127.0.0.1:0", status=2)
+        run("receive", "--listen", "127.0.0.1:0", "--key-file", "short", status=2)
+        start(KEEPS, name="vm0")
+        run("migrate", "vm0", "127.0.0.1:1", status=2)
+        type_in("vm0", "ab")
+        ways = (["--key-file", "key"], ["--key-file", "key"], ["--key-file", "other-key"]), (signed("one"), signed("other"), signed("stranger")), (["--insecure"], ["--insecure"], None)
+        for n, (here, there, wrong) in enumerate(ways):
+            with tcp_receiver("--name", f"vm{n + 1}", *there) as (process, address):
+                if wrong:
+                    run("migrate", f"vm{n}", address, *wrong, status=1)
+                    knows(f"vm{n}", "ab")
+                run("migrate", f"vm{n}", address, *here)
+                assert finish(process) == f"vm{n + 1}"
+            knows(f"vm{n + 1}", "ab")
+        run("kill", "vm3")
+        run("rm", "vm3", "vm2", "vm1", "vm0")
+
+
 if __name__ == "__main__":
-    {"move": move}[sys.argv[2]]()
+    {"move": move, "tcp": tcp}[sys.argv[2]]()
