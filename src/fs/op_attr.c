@@ -24,7 +24,8 @@ SANDBOX_ALLOW(IN_SHARE, fchmodat);
 SANDBOX_ALLOW(IN_SHARE, fchownat);
 SANDBOX_ALLOW(IN_SHARE, utimensat);
 SANDBOX_ALLOW(IN_SHARE, ftruncate);
-SANDBOX_ALLOW(IN_SHARE, faccessat);
+SANDBOX_ALLOW(IN_SHARE, faccessat); /* other C libraries, and older kernels */
+SANDBOX_ALLOW(IN_SHARE, faccessat2);
 SANDBOX_ALLOW(IN_SHARE, fgetxattr);
 SANDBOX_ALLOW(IN_SHARE, flistxattr);
 SANDBOX_ALLOW(IN_SHARE, fsetxattr);

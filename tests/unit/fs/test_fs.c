@@ -137,6 +137,23 @@ static void setattr(uint64_t node, const struct fuse_setattr_in *in, int expecte
     assert_int_equal(client_send(&c, &(struct request){.opcode = FUSE_SETATTR, .node = node, .arg = in, .arg_bytes = sizeof(*in)}), expected);
 }
 
+/* Calls of the host that little else makes. */
+static void test_rarer(void **state)
+{
+    uint64_t node, handle, pipe;
+    struct fuse_access_in access = {.mask = R_OK | W_OK};
+
+    assert_int_equal(client_create(&c, ROOT, "f", O_RDWR | O_CREAT, 0600, &node, &handle), 0);
+    for (uint32_t flags = 0; flags <= FUSE_FSYNC_FDATASYNC; flags++) {
+        struct fuse_fsync_in sync = {.fh = handle, .fsync_flags = flags};
+        assert_int_equal(client_send(&c, &(struct request){.opcode = FUSE_FSYNC, .node = node, .arg = &sync, .arg_bytes = sizeof(sync)}), 0);
+    }
+    assert_int_equal(client_send(&c, &(struct request){.opcode = FUSE_ACCESS, .node = node, .arg = &access, .arg_bytes = sizeof(access)}), 0);
+    assert_int_equal(client_mknod(&c, ROOT, "pipe", S_IFIFO | 0600, &pipe), 0);
+    setattr(node, &(struct fuse_setattr_in){.valid = FATTR_GID, .gid = c.gid + 1}, geteuid() == 0 ? 0 : -EPERM);
+    assert_int_equal(client_release(&c, node, handle), 0);
+}
+
 static void test_attributes(void **state)
 {
     uint64_t node, handle, link;
@@ -481,7 +498,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, start, stop)
-        TEST(test_init), TEST(test_files), TEST(test_append), TEST(test_attributes), TEST(test_owners), TEST(test_privileged), TEST(test_directories),
+        TEST(test_init), TEST(test_files), TEST(test_append), TEST(test_attributes), TEST(test_rarer), TEST(test_owners), TEST(test_privileged), TEST(test_directories),
         TEST(test_few_descriptors), TEST(test_readonly), TEST(test_xattr), TEST(test_ranges), TEST(test_host_changes), TEST(test_state),
     };
 
