@@ -12,9 +12,45 @@
 #include <xxhash.h>
 
 #include "cli/arguments.h"
+#include "util/loop.h"
 
 #define BLOCK_BYTES (256u << 10)
 #define PAGE_BYTES 4096u
+#define PROGRESS_NS 200000000ull
+
+/* ---- progress ---- */
+
+void archive_progress_begin(struct archive_progress *progress, const char *what, uint64_t all)
+{
+    *progress = (struct archive_progress){.what = isatty(STDERR_FILENO) && all ? what : NULL, .all = all, .shown_ns = loop_now_ns()};
+}
+
+void archive_progress_to(struct archive_progress *progress, uint64_t done)
+{
+    uint64_t now = progress && progress->what ? loop_now_ns() : 0;
+    if (!progress)
+        return;
+    progress->done = done;
+    if (!progress->what || now - progress->shown_ns < PROGRESS_NS)
+        return;
+    progress->shown_ns = now;
+    fprintf(stderr, "\r%s: %3d %% ", progress->what, (int)((double)done / (double)progress->all * 100));
+}
+
+void archive_progress_end(struct archive_progress *progress)
+{
+    if (progress->what)
+        fprintf(stderr, "\r\033[K");
+    progress->what = NULL;
+}
+
+static void progress_by(struct archive_progress *progress, uint64_t bytes)
+{
+    if (progress)
+        archive_progress_to(progress, progress->done + bytes);
+}
+
+/* ---- writing ---- */
 
 /* The next part from *at on that has data: false at the end. What cannot tell its holes has none. */
 static bool next_data(int fd, uint64_t size, uint64_t *at, uint64_t *end)
@@ -48,7 +84,7 @@ static void note_data(int fd, uint64_t size, struct archive_entry *entry)
         archive_entry_sparse_add_entry(entry, (int64_t)size, 0);
 }
 
-static int put_data(struct archive *out, int fd, uint64_t size, const char *path)
+static int put_data(struct archive *out, int fd, uint64_t size, const char *path, struct archive_progress *progress)
 {
     uint8_t *block = malloc(BLOCK_BYTES);
     int r = block ? 0 : complain(STATUS_ERROR, "out of memory");
@@ -61,6 +97,7 @@ static int put_data(struct archive *out, int fd, uint64_t size, const char *path
         else if (archive_write_data(out, block, (size_t)n) < n)
             r = complain(STATUS_ERROR, "cannot write the export: %s", archive_error_string(out));
         done += n > 0 ? (uint64_t)n : 0;
+        progress_by(progress, n > 0 ? (uint64_t)n : 0);
     }
     free(block);
     return r;
@@ -79,13 +116,14 @@ static struct archive_entry *new_entry(const char *name, uint64_t size, time_t c
     return entry;
 }
 
-int archive_put_file(struct archive *out, int fd, uint64_t size_bytes, time_t changed, const char *name, const char *path)
+int archive_put_file(struct archive *out, int fd, uint64_t size_bytes, time_t changed, const char *name, const char *path, struct archive_progress *progress)
 {
     struct archive_entry *entry = new_entry(name, size_bytes, changed);
     if (!entry)
         return complain(STATUS_ERROR, "out of memory");
     note_data(fd, size_bytes, entry);
-    int r = archive_write_header(out, entry) == ARCHIVE_OK ? put_data(out, fd, size_bytes, path) : complain(STATUS_ERROR, "cannot write the export: %s", archive_error_string(out));
+    int r = archive_write_header(out, entry) == ARCHIVE_OK ? put_data(out, fd, size_bytes, path, progress)
+                                                           : complain(STATUS_ERROR, "cannot write the export: %s", archive_error_string(out));
     archive_entry_free(entry);
     return r;
 }
@@ -101,18 +139,76 @@ int archive_put_text(struct archive *out, const char *text, const char *name)
     return good ? 0 : complain(STATUS_ERROR, "cannot write the export: %s", archive_error_string(out));
 }
 
-int archive_take_file(struct archive *in, struct archive_entry *entry, int directory, const char *file, const char *from)
+/* ---- reading ---- */
+
+static bool is_zero(const uint8_t *data, size_t bytes)
+{
+    return data[0] == 0 && memcmp(data, data + 1, bytes - 1) == 0;
+}
+
+static int write_all(int fd, const uint8_t *data, size_t bytes, uint64_t at)
+{
+    while (bytes) {
+        ssize_t n = pwrite(fd, data, bytes, (off_t)at);
+        if (n < 0 && errno != EINTR)
+            return -errno;
+        data += n > 0 ? n : 0;
+        bytes -= n > 0 ? (size_t)n : 0;
+        at += n > 0 ? (size_t)n : 0;
+    }
+    return 0;
+}
+
+/* What is not zero, in pieces of at most a page. */
+static int write_data(int fd, const uint8_t *data, size_t bytes, uint64_t at)
+{
+    int r = 0;
+    while (r == 0 && bytes) {
+        size_t run = 0, piece;
+        for (; run < bytes; run += piece) {
+            piece = PAGE_BYTES - (at + run) % PAGE_BYTES;
+            piece = piece < bytes - run ? piece : bytes - run;
+            if (is_zero(data + run, piece))
+                break;
+        }
+        r = write_all(fd, data, run, at);
+        if (run < bytes)
+            run += piece; /* the piece of zeroes */
+        data += run;
+        bytes -= run;
+        at += run;
+    }
+    return r;
+}
+
+static int take_data(struct archive *in, struct archive_entry *entry, int fd, const char *file, const char *from, struct archive_progress *progress)
+{
+    const uint64_t size = (uint64_t)archive_entry_size(entry);
+    const void *data;
+    size_t bytes;
+    la_int64_t at;
+    int code, r = 0;
+    if (ftruncate(fd, (off_t)size)) /* first: a size that cannot be is found out before anything is written */
+        return complain(STATUS_ERROR, "cannot write %s: %s", file, strerror(errno));
+    while ((code = archive_read_data_block(in, &data, &bytes, &at)) == ARCHIVE_OK && r == 0) {
+        if (at < 0 || (uint64_t)at > size || bytes > size - (uint64_t)at)
+            return complain(STATUS_ERROR, "%s: %s is longer than it says", from, file);
+        r = bytes ? write_data(fd, data, bytes, (uint64_t)at) : 0;
+        archive_progress_to(progress, (uint64_t)archive_filter_bytes(in, -1));
+    }
+    if (r)
+        return complain(STATUS_ERROR, "cannot write %s: %s", file, strerror(-r));
+    return code == ARCHIVE_EOF ? 0 : complain(STATUS_ERROR, "cannot read %s of %s: %s", file, from, archive_error_string(in));
+}
+
+int archive_take_file(struct archive *in, struct archive_entry *entry, int directory, const char *file, const char *from, struct archive_progress *progress)
 {
     int fd = openat(directory, file, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
     if (fd < 0) {
         complain(0, "cannot write %s: %s", file, strerror(errno));
         return -1;
     }
-    if (archive_read_data_into_fd(in, fd) != ARCHIVE_OK)
-        complain(0, "cannot read %s or write %s: %s", from, file, archive_error_string(in));
-    else if (ftruncate(fd, archive_entry_size(entry))) /* the hole at the end */
-        complain(0, "cannot write %s: %s", file, strerror(errno));
-    else
+    if (take_data(in, entry, fd, file, from, progress) == 0)
         return fd;
     close(fd);
     return -1;
@@ -120,25 +216,21 @@ int archive_take_file(struct archive *in, struct archive_entry *entry, int direc
 
 /* ---- sums ---- */
 
-static bool is_zero(const uint8_t *page)
-{
-    return page[0] == 0 && memcmp(page, page + 1, PAGE_BYTES - 1) == 0;
-}
-
 static void add_pages(XXH3_state_t *state, uint8_t *block, size_t bytes, uint64_t at)
 {
     memset(block + bytes, 0, (PAGE_BYTES - bytes % PAGE_BYTES) % PAGE_BYTES);
     for (size_t n = 0; n < bytes; n += PAGE_BYTES) {
         uint64_t offset = htole64(at + n);
-        if (is_zero(block + n))
+        if (is_zero(block + n, PAGE_BYTES))
             continue;
         XXH3_128bits_update(state, &offset, sizeof offset);
         XXH3_128bits_update(state, block + n, PAGE_BYTES);
     }
 }
 
-int archive_sum(int fd, uint64_t size_bytes, const char *path, char sum[ARCHIVE_SUM_BYTES])
+int archive_sum(int fd, uint64_t size_bytes, const char *path, char sum[ARCHIVE_SUM_BYTES], struct archive_progress *progress)
 {
+    const uint64_t before = progress ? progress->done : 0;
     uint8_t *block = malloc(BLOCK_BYTES);
     XXH3_state_t *state = XXH3_createState();
     uint64_t at = 0, end;
@@ -160,8 +252,10 @@ int archive_sum(int fd, uint64_t size_bytes, const char *path, char sum[ARCHIVE_
             else
                 add_pages(state, block, got, at);
             at += want;
+            archive_progress_to(progress, before + at);
         }
     }
+    archive_progress_to(progress, before + size_bytes);
     if (r == 0) {
         XXH128_canonical_t canonical;
         XXH128_canonicalFromHash(&canonical, XXH3_128bits_digest(state));

@@ -29,6 +29,7 @@ struct export {
     unsigned count;
     const struct stored_snapshot *snapshot; /* NULL: of the machine itself */
     int lock;
+    struct archive_progress progress;
 };
 
 /* Without the options that are the command's own. */
@@ -125,7 +126,7 @@ static int put_description(struct export *export, struct archive *out)
                              files);
     int r = root ? 0 : complain(STATUS_ERROR, "out of memory");
     for (unsigned i = 0; r == 0 && i < export->bundle.file_count; i++) {
-        r = archive_sum(export->fd[i], export->size[i], export->bundle.file[i].path, sum);
+        r = archive_sum(export->fd[i], export->size[i], export->bundle.file[i].path, sum, &export->progress);
         if (r == 0)
             json_array_append_new(files, json_pack("{s:s, s:I, s:s}", "name", export->bundle.file[i].name, "bytes", (json_int_t)export->size[i], "xxh3", sum));
     }
@@ -140,11 +141,16 @@ static int put_description(struct export *export, struct archive *out)
 static int put_all(struct export *export, struct archive *out)
 {
     char name[2 * BUNDLE_NAME_BYTES];
+    uint64_t all = 0;
+    for (unsigned i = 0; i < export->bundle.file_count; i++)
+        all += 2 * export->size[i]; /* read for the sum, and again */
+    archive_progress_begin(&export->progress, export->vm, all);
     int r = put_description(export, out);
     for (unsigned i = 0; r == 0 && i < export->bundle.file_count; i++) {
         snprintf(name, sizeof name, ".bundle/%s", export->bundle.file[i].name);
-        r = archive_put_file(out, export->fd[i], export->size[i], export->st[i].st_mtime, name, export->bundle.file[i].path);
+        r = archive_put_file(out, export->fd[i], export->size[i], export->st[i].st_mtime, name, export->bundle.file[i].path, &export->progress);
     }
+    archive_progress_end(&export->progress);
     if (r == 0 && export->snapshot)
         r = snapshot_put(out, export->list, export->count, export->snapshot);
     return r;

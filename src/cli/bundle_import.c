@@ -73,10 +73,10 @@ static int take_file(struct bundle_import *bundle, struct archive *in, struct ar
         return bad(bundle->import, "an entry that does not belong there");
     if (!wanted || json_integer_value(json_object_get(said, "bytes")) != archive_entry_size(entry))
         return bad(bundle->import, "a file has another size than its description says");
-    int fd = archive_take_file(in, entry, bundle->directory.fd, name, bundle->import->path);
+    int fd = archive_take_file(in, entry, bundle->directory.fd, name, bundle->import->path, bundle->import->progress);
     if (fd < 0)
         return STATUS_ERROR;
-    int r = archive_sum(fd, (uint64_t)archive_entry_size(entry), name, sum);
+    int r = archive_sum(fd, (uint64_t)archive_entry_size(entry), name, sum, NULL);
     if (r == 0 && strcmp(sum, wanted) != 0)
         r = complain(STATUS_ERROR, "%s is damaged: %s is not what was exported", bundle->import->path, name);
     if (r == 0 && file->image && bundle_check_image(fd, name, &err))
@@ -151,10 +151,12 @@ static int import_archive(const struct import *import)
 {
     struct archive *in = archive_read_new();
     struct archive_entry *entry;
+    struct stat st;
     if (!in)
         return complain(STATUS_ERROR, "out of memory");
     archive_read_support_format_tar(in);
     archive_read_support_filter_zstd(in);
+    archive_progress_begin(import->progress, import->path, stat(import->path, &st) == 0 ? (uint64_t)st.st_size : 0);
     int r;
     if (archive_read_open_filename(in, strcmp(import->path, "-") == 0 ? NULL : import->path, BLOCK_BYTES) != ARCHIVE_OK || archive_read_next_header(in, &entry) != ARCHIVE_OK)
         r = complain(STATUS_ERROR, "cannot read %s: %s", import->path, archive_error_string(in) ? archive_error_string(in) : "there is nothing in it");
@@ -163,7 +165,8 @@ static int import_archive(const struct import *import)
     else if (import_is_ovf(archive_entry_pathname(entry)))
         r = import_ova(import, in, entry);
     else
-        r = complain(STATUS_ERROR, "%s is neither a bundle nor an OVF appliance; doppel snapshot import reads exported snapshots, doppel disk convert or qemu-img images of disks", import->path);
+        r = complain(STATUS_ERROR, "%s is neither a bundle nor an OVF appliance; doppel snapshot import reads exported snapshots", import->path);
+    archive_progress_end(import->progress);
     archive_read_free(in);
     return r;
 }
@@ -171,13 +174,17 @@ static int import_archive(const struct import *import)
 int import_main(int argc, char **argv)
 {
     struct arguments arguments;
+    struct archive_progress progress = {0};
     int r = parse_arguments(argc, argv, &arguments);
     if (r)
         return r < 0 ? 0 : r;
     if (!arguments.name_count || arguments.name_count > 2)
         return complain(STATUS_USAGE, "import: usage: doppel import [OPTIONS] FILE|- [NAME]");
-    const struct import import = {.path = arguments.names[0], .name = arguments.name_count > 1 ? arguments.names[1] : NULL, .directory = arguments.value[IMPORT_DIRECTORY]};
+    const struct import import = {.path = arguments.names[0], .name = arguments.name_count > 1 ? arguments.names[1] : NULL, .directory = arguments.value[IMPORT_DIRECTORY],
+                                  .progress = &progress};
     if (import.name && !instance_name_valid(import.name))
         return complain(STATUS_USAGE, "import: \"%s\" is no name for a virtual machine", import.name);
-    return import_is_ovf(import.path) ? import_ovf(&import) : import_archive(&import);
+    if (import_is_ovf(import.path))
+        return import_ovf(&import);
+    return import_is_image(import.path) ? import_image(&import) : import_archive(&import);
 }

@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -26,6 +27,48 @@ static int usual_place(const char *name, char path[STORE_PATH_BYTES])
     return 0;
 }
 
+#define DRAFT ".importing-"
+
+/* What we put into it: files, and one directory with files. */
+static void empty(int directory, bool deeper)
+{
+    int fd = openat(directory, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC), inner;
+    DIR *entries = fd >= 0 ? fdopendir(fd) : NULL;
+    for (struct dirent *entry; entries && (entry = readdir(entries));) {
+        if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0 || unlinkat(directory, entry->d_name, 0) == 0)
+            continue;
+        inner = !deeper ? -1 : openat(directory, entry->d_name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+        if (inner < 0)
+            continue;
+        empty(inner, false);
+        close(inner);
+        unlinkat(directory, entry->d_name, AT_REMOVEDIR);
+    }
+    if (entries)
+        closedir(entries);
+}
+
+/* The draft is locked as long as it is worked on; without a lock it is what a crash left. */
+static int open_draft(struct machine_directory *directory)
+{
+    const char *slash = strrchr(directory->path, '/');
+    struct stat ours, there;
+    if (snprintf(directory->draft, sizeof directory->draft, "%.*s" DRAFT "%s", (int)(slash + 1 - directory->path), directory->path, slash + 1) >= (int)sizeof directory->draft)
+        return complain(STATUS_USAGE, "the name %s is too long", directory->path);
+    if (mkdir(directory->draft, 0700) && errno != EEXIST)
+        return complain(STATUS_ERROR, "cannot make the directory %s: %s", directory->draft, strerror(errno));
+    directory->fd = open(directory->draft, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    if (directory->fd < 0)
+        return complain(STATUS_ERROR, "cannot open %s: %s", directory->draft, strerror(errno));
+    if (flock(directory->fd, LOCK_EX | LOCK_NB) || fstat(directory->fd, &ours) || lstat(directory->draft, &there) || ours.st_ino != there.st_ino || ours.st_dev != there.st_dev) {
+        close(directory->fd);
+        directory->fd = -1;
+        return complain(STATUS_ERROR, "%s is being imported by another command", directory->path);
+    }
+    empty(directory->fd, true);
+    return 0;
+}
+
 int machine_directory_begin(struct machine_directory *directory, const char *name, const char *wanted)
 {
     struct stat st;
@@ -39,13 +82,7 @@ int machine_directory_begin(struct machine_directory *directory, const char *nam
         directory->path[n - 1] = '\0';
     if (r == 0 && lstat(directory->path, &st) == 0)
         r = complain(STATUS_ERROR, "%s is there already: remove it, or give another name or --directory", directory->path);
-    if (r)
-        return r;
-    snprintf(directory->draft, sizeof directory->draft, "%.*s.XXXXXX", (int)sizeof directory->draft - 16, directory->path);
-    if (!mkdtemp(directory->draft))
-        return complain(STATUS_ERROR, "cannot make the directory %s: %s", directory->draft, strerror(errno));
-    directory->fd = open(directory->draft, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    return directory->fd >= 0 ? 0 : complain(STATUS_ERROR, "cannot open %s: %s", directory->draft, strerror(errno));
+    return r ? r : open_draft(directory);
 }
 
 static int write_config(const struct machine_directory *directory, const json_t *config)
@@ -76,14 +113,11 @@ int machine_directory_commit(struct machine_directory *directory, const json_t *
 
 void machine_directory_end(struct machine_directory *directory, bool keep)
 {
-    DIR *entries = directory->fd >= 0 && !keep ? fdopendir(directory->fd) : NULL;
-    for (struct dirent *entry; entries && (entry = readdir(entries));)
-        unlinkat(dirfd(entries), entry->d_name, 0);
-    if (entries)
-        closedir(entries);
-    else if (directory->fd >= 0)
-        close(directory->fd);
-    if (directory->fd >= 0 && !keep)
+    if (directory->fd >= 0 && !keep) {
+        empty(directory->fd, true);
         rmdir(directory->draft);
+    }
+    if (directory->fd >= 0)
+        close(directory->fd);
     directory->fd = -1;
 }

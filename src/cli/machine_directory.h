@@ -1,6 +1,6 @@
 /*
  * Directories of imported machines: machine.json and the files that it names, under $XDG_DATA_HOME/doppel/machines (beside the snapshots), or where the user says. One that is being
- * made has another name, and gets its own when it is complete and on the disk. Messages and exit statuses. Threading: none.
+ * made is .importing-NAME beside it, locked, and gets its own name when it is complete and on the disk; what a crash left goes with the next try. Messages and exit statuses. Threading: none.
  */
 #ifndef DOPPEL_CLI_MACHINE_DIRECTORY_H
 #define DOPPEL_CLI_MACHINE_DIRECTORY_H

@@ -149,7 +149,7 @@ const struct subcommand subcommands[] = {
     {"migrate", migrate_main, "[OPTIONS] VM HOST[:PORT]|unix:PATH", "move a running virtual machine to where doppel receive waits", NAMES_SOME, migrate_options},
     {"receive", receive_main, "[OPTIONS]", "wait for a virtual machine that migrates, and run it in the background; prints its name", NAMES_NONE, receive_options},
     {"export", export_main, "[OPTIONS] VM|VM/SNAPSHOT FILE", "put a virtual machine into one file, with kernel, disks and (of a snapshot) its state; - is standard output", NAMES_SOME, export_options},
-    {"import", import_main, "[OPTIONS] FILE [NAME]", "unpack such a file, or an OVF appliance, and print the configuration for run --config", NAMES_OWN, import_options},
+    {"import", import_main, "[OPTIONS] FILE [NAME]", "unpack such a file, an OVF appliance or an image of a disk, and print the configuration for run --config", NAMES_OWN, import_options},
     {"stats", stats_main, "[OPTIONS] [NAME...]", "print what virtual machines use", NAMES_ANY, stats_options},
     {"top", top_main, "[OPTIONS] [NAME...]", "watch what virtual machines use", NAMES_ANY, top_options},
     {"events", events_main, "[OPTIONS] [NAME...]", "print what happened to virtual machines", NAMES_ANY, events_options},

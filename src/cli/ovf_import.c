@@ -1,5 +1,6 @@
 /*
- * doppel import of appliances in the Open Virtualization Format: a descriptor with images beside it, or both in one tar file (.ova). Images become raw ones by qemu-img, where the host has it.
+ * doppel import of appliances in the Open Virtualization Format: a descriptor with images beside it, or both in one tar file (.ova); and of images alone. They become raw ones by qemu-img,
+ * where the host has it.
  * The machine's firmware is not imported: Doppel starts kernels, so the user has to name one. Single-threaded.
  */
 #include <errno.h>
@@ -113,11 +114,18 @@ static int check_manifest(struct appliance *appliance)
 
 /* ---- images ---- */
 
+/* On a terminal it shows how far it is, on our standard error. */
 static int run_convert(const char *format, const char *from, const char *to)
 {
-    char *argv[] = {"qemu-img", "convert", "-f", (char *)format, "-O", "raw", "--", (char *)from, (char *)to, NULL};
+    char *argv[] = {"qemu-img", "convert", isatty(STDERR_FILENO) ? "-p" : "-q", "-f", (char *)format, "-O", "raw", "--", (char *)from, (char *)to, NULL};
+    posix_spawn_file_actions_t actions;
     pid_t pid;
-    int status, code = posix_spawnp(&pid, argv[0], NULL, NULL, argv, environ);
+    int status, code = posix_spawn_file_actions_init(&actions);
+    if (code == 0) {
+        code = posix_spawn_file_actions_adddup2(&actions, STDERR_FILENO, STDOUT_FILENO);
+        code = code ? code : posix_spawnp(&pid, argv[0], &actions, NULL, argv, environ);
+        posix_spawn_file_actions_destroy(&actions);
+    }
     if (code)
         return complain(STATUS_ERROR, "qemu-img, which reads such images, cannot be started: %s; it is in the package qemu-utils", strerror(code));
     while (waitpid(pid, &status, 0) < 0)
@@ -191,6 +199,7 @@ static void drop_source(struct appliance *appliance)
 /* Everything is there. */
 static int finish(struct appliance *appliance)
 {
+    archive_progress_end(appliance->import->progress);
     int r = check_manifest(appliance);
     for (unsigned i = 0; r == 0 && i < appliance->ovf.disk_count; i++)
         r = appliance->ovf.disk[i].file[0] ? convert(appliance, i) : make_empty(appliance, i);
@@ -268,7 +277,7 @@ static int take_entry(struct appliance *appliance, struct archive *in, struct ar
     for (unsigned i = 0; i < appliance->ovf.disk_count; i++) {
         if (appliance->taken[i] || strcmp(appliance->ovf.disk[i].file, name) != 0)
             continue;
-        int fd = archive_take_file(in, entry, appliance->source, name, appliance->import->path);
+        int fd = archive_take_file(in, entry, appliance->source, name, appliance->import->path, appliance->import->progress);
         if (fd < 0)
             return STATUS_ERROR;
         close(fd);
@@ -346,5 +355,36 @@ int import_ovf(const struct import *import)
         appliance.manifest = read_text(appliance.source, manifest, MANIFEST_BYTES_MAX, &bytes);
         r = appliance.text ? begin(&appliance) : complain(STATUS_ERROR, "cannot read %s: there is no such file, or it is too large", import->path);
     }
+    return end(&appliance, r ? r : finish(&appliance));
+}
+
+/* ---- an image alone ---- */
+
+bool import_is_image(const char *path)
+{
+    struct stat st;
+    struct error err = {0};
+    int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    bool is_file = fd >= 0 && fstat(fd, &st) == 0 && S_ISREG(st.st_mode);
+    const char *format = is_file ? ovf_image_format(fd, path, &err) : "raw";
+    if (fd >= 0)
+        close(fd);
+    return !format || strcmp(format, "raw") != 0; /* one that is refused is an image, too */
+}
+
+int import_image(const struct import *import)
+{
+    struct appliance appliance = {.import = import, .source = -1, .directory.fd = -1, .ovf = {.disk_count = 1, .net_count = 1}};
+    const char *slash = strrchr(import->path, '/'), *name = slash ? slash + 1 : import->path, *point = strrchr(name, '.');
+    char *here = import->path[0] == '/' ? NULL : get_current_dir_name(), own[STORE_NAME_BYTES];
+    bool fits = strlen(name) < OVF_TEXT_BYTES && snprintf(appliance.source_path, sizeof appliance.source_path, "%s%s%.*s", here ? here : "", here ? "/" : "",
+                                                          (int)(name - import->path), import->path) < (int)sizeof appliance.source_path;
+    free(here);
+    if (!fits)
+        return complain(STATUS_USAGE, "the name %s is too long", import->path);
+    snprintf(appliance.ovf.name, sizeof appliance.ovf.name, "%.*s", point && point > name ? (int)(point - name) : (int)strlen(name), name);
+    strcpy(appliance.ovf.disk[0].file, name);
+    make_name(&appliance, own);
+    int r = machine_directory_begin(&appliance.directory, import->name ? import->name : own, import->directory);
     return end(&appliance, r ? r : finish(&appliance));
 }

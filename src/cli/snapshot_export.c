@@ -32,7 +32,7 @@ static int put_file(struct archive *out, const struct stored_snapshot *snapshot,
     snprintf(path, sizeof path, "%s/%s", snapshot->path, file);
     snprintf(name, sizeof name, "%s/%s", snapshot->name, file);
     int fd = open(path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
-    int r = fd < 0 || fstat(fd, &st) ? complain(STATUS_ERROR, "cannot read %s: %s", path, strerror(errno)) : archive_put_file(out, fd, (uint64_t)st.st_size, st.st_mtime, name, path);
+    int r = fd < 0 || fstat(fd, &st) ? complain(STATUS_ERROR, "cannot read %s: %s", path, strerror(errno)) : archive_put_file(out, fd, (uint64_t)st.st_size, st.st_mtime, name, path, NULL);
     if (fd >= 0)
         close(fd);
     return r;

@@ -6,6 +6,8 @@ import json
 import os
 import pathlib
 import random
+import resource
+import signal
 import subprocess
 import sys
 import tarfile
@@ -28,12 +30,16 @@ def image(path, size, seed=1):
     return pathlib.Path(path).read_bytes()
 
 
-def repack(path, to, change):
-    """A bundle with entries changed: change(name, content) gives the content, or None to leave it out."""
+def repack(path, to, change, twice=None, link=None):
+    """A bundle with entries changed: change(name, content) gives the content, or None to leave it out; one comes twice, or is a link."""
     with tarfile.open(path) as old, tarfile.open(to, "w") as new:
-        for entry in old:
+        for entry in [*old, *(entry for entry in old if entry.name == twice)]:
             content = change(entry.name, old.extractfile(entry).read())
-            if content is not None:
+            if entry.name == link:
+                made = tarfile.TarInfo(entry.name)
+                made.type, made.linkname = tarfile.SYMTYPE, "/etc/passwd"
+                new.addfile(made)
+            elif content is not None:
                 made = tarfile.TarInfo(entry.name)
                 made.size = len(content)
                 new.addfile(made, io.BytesIO(content))
@@ -41,7 +47,17 @@ def repack(path, to, change):
 
 def leftovers(folder):
     there = pathlib.Path(f"{folder}/data/doppel/machines")
-    return sorted(name for name in os.listdir(there) if "." in name) if there.exists() else []
+    return sorted(name for name in os.listdir(there) if name.startswith(".")) if there.exists() else []
+
+
+def limited(size, *arguments):
+    """With files that may not grow beyond this size; what it said."""
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    done = subprocess.run([doppel, *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, preexec_fn=limit)
+    assert done.returncode == 1, done
+    return done.stderr
 
 
 def bundles():
@@ -109,6 +125,18 @@ def bundles():
             run("import", "bad.bundle", status=1)
             assert what in run.errors, (what, run.errors)
             assert not leftovers(folder) and not os.path.exists("data/doppel/machines/vm"), leftovers(folder)
+        for options in ({"twice": ".bundle/disk0"}, {"twice": ".bundle/bundle.json"}, {"link": ".bundle/disk0"}):
+            repack("vm.bundle", "bad.bundle", lambda name, content: content, **options)
+            run("import", "bad.bundle", status=1)
+            assert ("does not belong" in run.errors or "two descriptions" in run.errors) and not leftovers(folder), (options, run.errors)
+        assert "File too large" in limited(MIB, "import", "vm.bundle") and not leftovers(folder)
+        assert "cannot write" in limited(16 * KIB, "export", "vm", "x.bundle") and not os.path.exists("x.bundle") and not os.path.exists("x.bundle.part")
+        draft = pathlib.Path("data/doppel/machines/.importing-vm/.source")  # as if it had been killed
+        os.makedirs(draft)
+        (draft / "x").write_text("x")
+        (draft.parent / "disk0").write_text("x")
+        run("import", "vm.bundle")
+        assert not leftovers(folder)
         for wrong in (["export"], ["export", "vm"], ["export", "vm", "x", "y"], ["export", "vm", "x", "--compress", "lz4"], ["import"], ["import", "vm.bundle", "a/b"]):
             run(*wrong, status=2)
         for wrong in (["export", "nobody", "x"], ["export", "vm/none", "x"], ["import", "missing"]):
@@ -226,6 +254,10 @@ def appliances():
         run("run", "-d", "--name", "imported", "--config", config, "--kernel", small_guests.write(f"{folder}/kernel", small_guests.HALT), "--engine", "interp", "--net", "none")
         assert state("imported") == "running"
 
+        qemu_img("convert", "-f", "raw", "-O", "vdi", "raw", "My disk.vdi")
+        path = pathlib.Path(run("import", "My disk.vdi").strip())
+        assert path.parent == machines / "Mydisk" and (path.parent / "disk0").read_bytes() == disk and json.loads(path.read_text())["disk"] == [f"{path.parent}/disk0"]
+
         qemu_img("convert", "-f", "raw", "-O", "vmdk", "raw", "good.vmdk")
         good = bytearray(pathlib.Path("good.vmdk").read_bytes())
         parent = good.replace(b'ddb.adapterType = "ide"', b'parentFileNameHint="/e"')
@@ -244,7 +276,11 @@ def appliances():
             pack("x.ova", ("x.ovf", text), ("disk.vmdk", bytes(content)))
             run("import", "x.ova", "bad", status=1)
             assert what in run.errors, (what, run.errors)
-            assert not [name for name in os.listdir(machines) if name.startswith("bad")], os.listdir(machines)
+            assert "bad" not in os.listdir(machines) and not leftovers(folder), os.listdir(machines)
+            pathlib.Path("bad.img").write_bytes(content)
+            if content is not good:
+                run("import", "bad.img", status=1)
+                assert what in run.errors and not leftovers(folder), (what, run.errors)
         for what, sums in (("is not what its manifest says", b"SHA1(disk.vmdk)= 00\n"), ("unknown kind", b"MD4(disk.vmdk)= 00\n"), ("is not what its manifest says", b"SHA256(x.ovf)= 00\n")):
             pack("x.ova", ("x.ovf", ovf()), ("x.mf", sums), ("disk.vmdk", bytes(good)))
             run("import", "x.ova", "bad", status=1)
