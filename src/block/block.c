@@ -146,6 +146,32 @@ int block_settle(struct block *block)
     return block->readonly ? 0 : block->ops->settle(block);
 }
 
+int block_give(struct block *block, bool away, struct error *err)
+{
+    int ret = away ? block_settle(block) : 0;
+
+    if (ret < 0)
+        return error_set(err, ret, "disk %s: cannot be written: %s", block->path, strerror(-ret));
+    return block->readonly ? 0 : block->ops->give(block, away, err);
+}
+
+int block_take_over(struct block *block, const struct block_config *wanted, struct error *err)
+{
+    struct block_config config = *wanted;
+    const struct block_ops *ops = find_format(&config, err);
+    uint64_t size_bytes = block->size_bytes;
+    int ret;
+
+    if (!ops)
+        return -EINVAL;
+    config.later = false;
+    block->ops->close(block);
+    ret = ops == block->ops ? ops->open(block, &config, err) : error_set(err, -ESTALE, "disk %s: its format has changed meanwhile", block->path);
+    if (ret == 0 && block->size_bytes != size_bytes)
+        ret = error_set(err, -ESTALE, "disk %s: its size has changed meanwhile", block->path);
+    return ret;
+}
+
 void block_close(struct block *block)
 {
     if (!block)

@@ -44,11 +44,18 @@ struct block_config {
     bool readonly;
     const char *io; /* "auto" (or NULL), "uring", "threads" */
     enum block_backing backing;
+    bool later; /* another machine has it yet, perhaps on another host: it is opened for reading only, and must be locked by that machine. block_take_over comes before any request */
 };
 
 /* Opens and locks (F_OFD_SETLK: one writer or many readers) the image. `err` names the path and the remedy: missing, a directory, in use by another VM, not a multiple of 512, no permission. */
 int block_open(struct block **block, const struct block_config *config, struct loop *loop, struct error *err) __attribute__((warn_unused_result));
 void block_close(struct block *block); /* nothing may be in flight */
+/*
+ * From one machine to the other; nothing is in flight. Here: what was written is on the host's disk, the lock is gone, and nothing is written any more; or (`away` false) it is locked again, -EBUSY when somebody
+ * else has locked it. There: the file is opened anew, and locked, by the configuration that it had with `later`.
+ */
+int block_give(struct block *block, bool away, struct error *err) __attribute__((warn_unused_result));
+int block_take_over(struct block *block, const struct block_config *config, struct error *err) __attribute__((warn_unused_result));
 
 uint64_t block_size_bytes(const struct block *block);
 bool block_readonly(const struct block *block);

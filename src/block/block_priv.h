@@ -23,6 +23,8 @@ struct block_ops {
     int (*settle)(struct block *block);
     /* From now on nobody writes it, and others may open it for reading; or the other way round. Nothing is in flight. */
     int (*freeze)(struct block *block, bool freeze, struct error *err);
+    /* It is not locked any more, and is not written; or the other way round. Settled before, nothing is in flight. */
+    int (*give)(struct block *block, bool away, struct error *err);
 };
 
 extern const struct block_ops block_raw_ops, block_qcow2_ops;

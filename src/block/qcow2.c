@@ -227,11 +227,11 @@ static int open_image(struct qcow2 *image, const struct block_config *config, in
     ret = read_l1(image);
     if (ret < 0)
         return error_set(err, ret, "disk %s: cannot be read: %s", block->path, strerror(-ret));
-    if (!config->readonly)
+    if (!config->readonly && !config->later)
         ret = prepare_writing(image, err);
     if (ret < 0)
         return ret;
-    image->writable = !config->readonly;
+    image->writable = !config->readonly && !config->later;
     block->size_bytes = image->header.size_bytes;
     block->readonly = config->readonly;
     block->can_discard = !config->readonly;
@@ -294,6 +294,16 @@ static int qcow2_freeze(struct block *block, bool freeze, struct error *err)
     return ret;
 }
 
+static int qcow2_give(struct block *block, bool away, struct error *err)
+{
+    struct qcow2 *image = block->private;
+    int ret = image->file->ops->give(image->file, away, err);
+
+    if (ret == 0)
+        image->writable = !away;
+    return ret;
+}
+
 const struct block_ops block_qcow2_ops = {
     .name = "qcow2",
     .open = qcow2_open,
@@ -303,6 +313,7 @@ const struct block_ops block_qcow2_ops = {
     .submit = qcow2_submit,
     .settle = qcow2_settle,
     .freeze = qcow2_freeze,
+    .give = qcow2_give,
 };
 
 /* ---- overlays ---- */

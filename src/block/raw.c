@@ -18,6 +18,9 @@
 #include <unistd.h>
 
 #include "util/log.h"
+#include "util/sandbox_rules.h"
+
+SANDBOX_ALLOW_IF(IN_LOOP | IN_API, fcntl, ARG_IS(1, F_OFD_SETLK)); /* images that come and go while a machine runs */
 
 #define SECTOR_BYTES 512u
 #define RETRIES_MAX 16u
@@ -330,6 +333,26 @@ static int lock_image(int fd, const char *path, bool readonly, struct error *err
     return 0;
 }
 
+/* Whoever has it yet holds a lock, and if this is the same file, it can be seen here. */
+static int look_for_lock(int fd, const char *path, struct error *err)
+{
+    struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
+
+    if (fcntl(fd, F_OFD_GETLK, &lock) < 0 || lock.l_type != F_UNLCK)
+        return 0;
+    return error_set(err, -ESTALE, "disk %s: the machine that is to come does not use this file: it has to be the same one on both sides, on storage that both share", path);
+}
+
+static int raw_give(struct block *block, bool away, struct error *err)
+{
+    const struct raw *raw = block->private;
+    struct flock lock = {.l_type = F_UNLCK, .l_whence = SEEK_SET};
+
+    if (!away)
+        return lock_image(raw->fd, block->path, false, err);
+    return fcntl(raw->fd, F_OFD_SETLK, &lock) == 0 ? 0 : error_set(err, -errno, "disk %s: cannot be unlocked: %s", block->path, strerror(errno));
+}
+
 static void raw_close(struct block *block)
 {
     struct raw *raw = block->private;
@@ -355,13 +378,13 @@ static int raw_open_fd(struct block *block, const struct block_config *config, i
     block->private = raw;
     raw->fd = fd;
     if (fd < 0) /* O_NONBLOCK: somebody may name a pipe */
-        raw->fd = open(config->path, (config->readonly ? O_RDONLY : O_RDWR) | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
+        raw->fd = open(config->path, (config->readonly || config->later ? O_RDONLY : O_RDWR) | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
     if (raw->fd < 0)
         ret = open_error(config->path, config->readonly, -errno, err);
     else
         ret = find_size(raw->fd, config->path, block->beneath, &block->size_bytes, err);
     if (ret == 0)
-        ret = lock_image(raw->fd, config->path, config->readonly, err);
+        ret = config->later ? look_for_lock(raw->fd, config->path, err) : lock_image(raw->fd, config->path, config->readonly, err);
     if (ret == 0 && fcntl(raw->fd, F_SETFL, 0) < 0) /* with O_NONBLOCK io_uring gives up instead of waiting */
         ret = open_error(config->path, config->readonly, -errno, err);
     if (ret == 0 && !block->io)
@@ -459,4 +482,5 @@ const struct block_ops block_raw_ops = {
     .submit = raw_submit,
     .settle = raw_settle,
     .freeze = raw_freeze,
+    .give = raw_give,
 };

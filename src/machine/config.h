@@ -138,6 +138,7 @@ struct machine_config {
     bool stats, perf_map;
     bool sandbox;
     const char *snapshots_directory; /* borrowed: where snapshots of it are made, which control threads may do in the sandbox, too; NULL: nowhere */
+    bool incoming; /* another machine, which migrates, has its disks yet */
     const char *own_directory; /* borrowed: where the program keeps what it tells of the machine; NULL: nowhere */
     int broker;       /* that opens files once the sandbox has closed (machine_start_broker); -1: none */
     const char *api_socket; /* borrowed: removed at the end, as the directory is; NULL: none */

@@ -14,10 +14,16 @@
 #include "machine/machine_priv.h"
 #include "util/log.h"
 
+struct block_config machine_pmem_file(const struct machine *machine, unsigned index)
+{
+    const struct pmem_config *pmem = &machine->config->pmem[index];
+    return (struct block_config){.path = pmem->path, .format = "raw", .readonly = pmem->readonly, .later = machine->config->incoming && !pmem->readonly};
+}
+
 static int open_pmem(struct machine *machine, unsigned index, struct physmap_file *file, struct error *err)
 {
     const struct pmem_config *pmem = &machine->config->pmem[index];
-    const struct block_config block = {.path = pmem->path, .format = "raw", .readonly = pmem->readonly};
+    const struct block_config block = machine_pmem_file(machine, index);
     int r = block_open(&machine->pmem[index], &block, machine->loop, err);
     if (r)
         return r;

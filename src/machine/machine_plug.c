@@ -77,10 +77,44 @@ static unsigned choose_slot(const struct machine *machine, unsigned first, unsig
 /* ---- making them ---- */
 
 /* In the sandbox threads do the I/O of what is opened late: making an io_uring would open more than files. */
+static struct block_config disk_file(const struct machine *machine, const struct disk_config *disk, const char *path)
+{
+    return (struct block_config){.path = path, .format = disk->format, .readonly = disk->readonly, .backing = disk->backing, .io = machine->loop_started && machine->sandbox ? "threads" : NULL,
+                                 .later = machine->config->incoming && !disk->readonly};
+}
+
 static int open_disk(struct machine *machine, const struct disk_config *disk, const char *path, struct block **block, struct error *err)
 {
-    struct block_config file = {.path = path, .format = disk->format, .readonly = disk->readonly, .backing = disk->backing, .io = machine->loop_started && machine->sandbox ? "threads" : NULL};
+    const struct block_config file = disk_file(machine, disk, path);
     return block_open(block, &file, machine->loop, err);
+}
+
+int machine_take_over_disks(struct machine *machine, struct error *err)
+{
+    struct machine_config *config = &machine->own_config;
+    int r = 0;
+    config->incoming = false;
+    for (unsigned i = 0; r == 0 && i < config->disk_count; i++) {
+        const struct block_config file = disk_file(machine, &config->disk[i], config->disk[i].path);
+        if (machine->disk[i].block && !file.readonly)
+            r = block_take_over(machine->disk[i].block, &file, err);
+    }
+    for (unsigned i = 0; r == 0 && i < config->pmem_count; i++) {
+        const struct block_config file = machine_pmem_file(machine, i);
+        if (machine->pmem[i] && !file.readonly)
+            r = block_take_over(machine->pmem[i], &file, err);
+    }
+    return r;
+}
+
+int machine_give_disks(struct machine *machine, bool away, struct error *err)
+{
+    int r = 0;
+    for (unsigned i = 0; r == 0 && i < CONFIG_DISKS_MAX; i++)
+        r = machine->disk[i].block ? block_give(machine->disk[i].block, away, err) : 0;
+    for (unsigned i = 0; r == 0 && i < CONFIG_PMEMS_MAX; i++)
+        r = machine->pmem[i] ? block_give(machine->pmem[i], away, err) : 0;
+    return r;
 }
 
 /* `opened` is taken over on success; NULL: the file is opened here. */

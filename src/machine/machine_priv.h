@@ -162,6 +162,7 @@ struct machine {
     pthread_cond_t run_changed;
     enum machine_end end;
     bool started, paused, reset_wanted, unplug_wanted;
+    bool given_away; /* nobody knows whether the guest runs elsewhere (migrate_out.c): paused, without its disks */
     struct machine_call *call; /* to be made while everything stands still */
     bool still_due;            /* still_timer was armed for a reset or a call */
     struct loop_timer *still_timer;
@@ -198,6 +199,13 @@ void machine_unplug(struct machine *machine); /* what the driver of pluggable me
 /* *out stays until machine_drop_device. `rank`: see machine_part. */
 int machine_make_device(struct machine *machine, const char *class_name, unsigned rank, const void *config, struct machine_device **out, struct error *err);
 void machine_drop_device(struct machine *machine, struct machine_device *device);
+/*
+ * machine_plug.c. Disks and persistent memory of a machine that migrates: the target takes them over once the source has given them away (and in `incoming` lets them wait until then); the source
+ * takes them back (`away` false) when the guest stays. Nothing is in flight.
+ */
+int machine_take_over_disks(struct machine *machine, struct error *err);
+int machine_give_disks(struct machine *machine, bool away, struct error *err);
+struct block_config machine_pmem_file(const struct machine *machine, unsigned index); /* machine_memory.c */
 /* machine_plug.c */
 int machine_create_hotplug(struct machine *machine);
 /* machine_metadata.c */

@@ -144,13 +144,17 @@ static int begin_incoming(struct machine *machine, void *ctx, struct error *err)
         r = stream_flush(incoming->stream, err);
     if (r == 0)
         r = receive_all(machine, incoming, err);
+    if (r == 0)
+        r = machine_take_over_disks(machine, err);
     return r ? r : snapshot_decode(machine, incoming->state, incoming->state_bytes, "the state that came", err);
 }
 
 int machine_receive(struct machine **machine, const struct machine_config *config, struct machine_incoming *incoming, struct error *err)
 {
     struct error own = {0};
-    int r = machine_create_with(machine, config, begin_incoming, incoming, &own);
+    struct machine_config waiting = *config; /* copied by what makes the machine */
+    waiting.incoming = true;
+    int r = machine_create_with(machine, &waiting, begin_incoming, incoming, &own);
     if (r) {
         machine_incoming_refuse(incoming, own.text);
         error_set(err, r, "%s", own.text);

@@ -5,6 +5,7 @@
  * Threading: the caller's thread, and the loop's in the last round; `phase` is whoever's changes it first.
  */
 #include <errno.h>
+#include <poll.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -13,6 +14,7 @@
 
 #define ANSWER_NS 30000000000ull   /* for all that is asked while the guest runs: making a machine takes a while */
 #define HANDOVER_NS 10000000000ull /* the guest stands still meanwhile */
+#define TAKE_BACK_NS 5000000000ull
 #define RATE_FIRST (256ull << 20)  /* bytes a second, as long as none was measured */
 #define FEW_PAGES_MIN 64u
 #define ROUNDS_MAX 40u
@@ -89,6 +91,15 @@ static int send_state(struct source *source, struct state_io *state, struct erro
     return r ? r : stream_flush(source->stream, err);
 }
 
+/* So that the other side says why it ends. */
+static void send_reason(struct source *source, const struct error *err)
+{
+    struct error ignored = {0};
+    stream_set_deadline(source->stream, loop_now_ns() + 1000000000ull);
+    if (stream_put(source->stream, MIGRATE_FAILED, err->text, strnlen(err->text, MIGRATE_REASON_BYTES), NULL, 0, &ignored) == 0)
+        (void)!stream_flush(source->stream, &ignored);
+}
+
 /* The guest is the target's, or nobody knows. Either way no device of this machine does anything more by itself. */
 static void stay_still(struct source *source, bool certain)
 {
@@ -99,9 +110,26 @@ static void stay_still(struct source *source, bool certain)
         return;
     }
     pthread_mutex_lock(&machine->run_lock);
-    machine->paused = true;
+    machine->paused = machine->given_away = true;
     pthread_mutex_unlock(&machine->run_lock);
     machine_tell(machine, MACHINE_EVENT_PAUSED, "migration");
+}
+
+/* The other side must have let the disks go to be believed that it failed; it does so when the connection ends. Until then, and if somebody else has them now, the guest stays paused. */
+static int stay_here(struct source *source, int result, const struct error *cause)
+{
+    struct error why = {0};
+    uint64_t give_up_ns = loop_now_ns() + TAKE_BACK_NS;
+    int r;
+    send_reason(source, cause);
+    stream_cut(source->stream);
+    while ((r = machine_give_disks(source->machine, false, &why)) && loop_now_ns() < give_up_ns)
+        poll(NULL, 0, 10);
+    if (r == 0)
+        return result;
+    log_error("the guest is paused, because after the migration failed it does not get its disks back: %s", why.text);
+    stay_still(source, false);
+    return result;
 }
 
 /* On the loop's thread; everything stands still. */
@@ -113,13 +141,15 @@ static int hand_over(void *ctx, struct state_io *state, struct error *err)
     size_t size;
     int expected = MOVING;
     stream_set_deadline(source->stream, source->still_ns + HANDOVER_NS);
-    int r = send_state(source, state, err);
+    int r = machine_give_disks(source->machine, true, err);
+    if (r == 0)
+        r = send_state(source, state, err);
     if (r == 0)
         r = migrate_expect(source->stream, MIGRATE_READY, &body, &size, err);
+    if (r == 0 && !atomic_compare_exchange_strong(&migration->phase, &expected, HANDED_OVER))
+        r = error_set(err, -ECANCELED, "the migration was cancelled");
     if (r)
-        return r;
-    if (!atomic_compare_exchange_strong(&migration->phase, &expected, HANDED_OVER))
-        return error_set(err, -ECANCELED, "the migration was cancelled");
+        return stay_here(source, r, err);
     const uint8_t paused = machine_is_paused(source->machine);
     r = stream_put(source->stream, MIGRATE_GO, &paused, 1, NULL, 0, err);
     if (r == 0)
@@ -159,13 +189,18 @@ static int send_hello(struct source *source, struct error *err)
     return r ? r : stream_flush(source->stream, err);
 }
 
-/* So that the other side says why it ends. */
-static void send_reason(struct source *source, const struct error *err)
+/* Who refuses says why, and closes the connection: the first thing that is noticed may be that nothing can be sent any more. */
+static int find_reason(struct source *source, int result, struct error *err)
 {
-    struct error ignored = {0};
+    struct error reason = {0};
+    const uint8_t *body;
+    unsigned type;
+    size_t size;
     stream_set_deadline(source->stream, loop_now_ns() + 1000000000ull);
-    if (stream_put(source->stream, MIGRATE_FAILED, err->text, strnlen(err->text, MIGRATE_REASON_BYTES), NULL, 0, &ignored) == 0)
-        (void)!stream_flush(source->stream, &ignored);
+    while (stream_get(source->stream, &type, &body, &size, &reason) == 0)
+        if (type == MIGRATE_FAILED)
+            return migrate_unexpected(type, body, size, err);
+    return result;
 }
 
 static void tell_progress(void *ctx, uint64_t pages, uint64_t pages_expected)
@@ -211,6 +246,8 @@ int machine_migrate(struct machine *machine, struct machine_migration *migration
     *source = (struct source){.machine = machine, .migration = migration, .stream = migration->stream, .began_ns = loop_now_ns()};
     machine_tell(machine, MACHINE_EVENT_MIGRATING, NULL);
     int r = move(source, &own);
+    if (r == -EPIPE && !migration->unknown)
+        r = find_reason(source, r, &own);
     if (r && atomic_load(&migration->phase) == CANCELLED)
         r = error_set(&own, -ECANCELED, "the migration was cancelled");
     if (r && !migration->unknown)

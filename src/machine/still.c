@@ -184,6 +184,11 @@ int machine_resume(struct machine *machine, struct error *err)
 {
     pthread_mutex_lock(&machine->run_lock);
     bool was_paused = machine->paused;
+    if (machine->given_away && machine_give_disks(machine, false, err)) {
+        pthread_mutex_unlock(&machine->run_lock);
+        return error_prefix(err, "the guest may run where it has migrated to");
+    }
+    machine->given_away = false;
     if (was_paused)
         tell_clocks(machine);
     machine->paused = false;

@@ -28,7 +28,7 @@ SANDBOX_ALLOW(IN_API | IN_MAIN, shutdown);
 struct stream {
     int fd;
     const char *peer;
-    int failed; /* 0 or -errno */
+    int put_failed, get_failed; /* 0 or -errno */
     uint64_t deadline_ns, sent_bytes;
     uint32_t put_number, get_number;
     size_t out_bytes;           /* appended and not sent */
@@ -88,17 +88,17 @@ void stream_cut(struct stream *stream)
     shutdown(stream->fd, SHUT_RDWR);
 }
 
-static int fail(struct stream *stream, int code, struct error *err, const char *why)
+static int fail(const struct stream *stream, int *failed, int code, struct error *err, const char *why)
 {
-    stream->failed = code;
+    *failed = code;
     return error_set(err, code, "%s: %s", stream->peer, why);
 }
 
-static int fail_io(struct stream *stream, int number, struct error *err)
+static int fail_io(const struct stream *stream, int *failed, int number, struct error *err)
 {
     if (number == EPIPE || number == ECONNRESET)
-        return fail(stream, -EPIPE, err, "the connection was closed");
-    return fail(stream, -number, err, number == ETIMEDOUT ? "it did not answer in time" : strerror(number));
+        return fail(stream, failed, -EPIPE, err, "the connection was closed");
+    return fail(stream, failed, -number, err, number == ETIMEDOUT ? "it did not answer in time" : strerror(number));
 }
 
 /* 0, or an error number. Also looks at the deadline when there is no need to wait: who sends a byte now and then gets no further either. */
@@ -126,15 +126,15 @@ static int wait_for(struct stream *stream, short events)
 int stream_flush(struct stream *stream, struct error *err)
 {
     size_t done = 0;
-    if (stream->failed)
-        return fail(stream, stream->failed, err, "the connection has failed before");
+    if (stream->put_failed)
+        return fail(stream, &stream->put_failed, stream->put_failed, err, "the connection has failed before");
     while (done < stream->out_bytes) {
         ssize_t n = write(stream->fd, stream->out + done, stream->out_bytes - done);
         int number = n >= 0 ? 0 : errno;
         if (number == EAGAIN)
             number = wait_for(stream, POLLOUT);
         if (number && number != EINTR)
-            return fail_io(stream, number, err);
+            return fail_io(stream, &stream->put_failed, number, err);
         done += n > 0 ? (size_t)n : 0;
     }
     stream->sent_bytes += done;
@@ -152,7 +152,7 @@ int stream_put(struct stream *stream, unsigned type, const void *head, size_t he
     size_t size = head_bytes + data_bytes;
     if (size > STREAM_BODY_BYTES_MAX)
         return error_set(err, -EMSGSIZE, "%s: %zu bytes are too many for one message", stream->peer, size);
-    if (stream->failed || stream->out_bytes + STREAM_HEADER_BYTES + size > sizeof stream->out) {
+    if (stream->put_failed || stream->out_bytes + STREAM_HEADER_BYTES + size > sizeof stream->out) {
         int r = stream_flush(stream, err);
         if (r)
             return r;
@@ -188,7 +188,7 @@ static int have(struct stream *stream, size_t size, struct error *err)
         if (n < 0 && (errno == EINTR || errno == EAGAIN))
             continue;
         if (number || n <= 0)
-            return fail_io(stream, number ? number : n < 0 ? errno : EPIPE, err);
+            return fail_io(stream, &stream->get_failed, number ? number : n < 0 ? errno : EPIPE, err);
         stream->in_end += (size_t)n;
     }
     return 0;
@@ -196,7 +196,7 @@ static int have(struct stream *stream, size_t size, struct error *err)
 
 int stream_get(struct stream *stream, unsigned *type, const uint8_t **body, size_t *size_bytes, struct error *err)
 {
-    int r = stream->failed ? fail(stream, stream->failed, err, "the connection has failed before") : 0;
+    int r = stream->get_failed ? fail(stream, &stream->get_failed, stream->get_failed, err, "the connection has failed before") : 0;
     if (r == 0 && stream->in_begin == stream->in_end)
         stream->in_begin = stream->in_end = 0;
     if (r == 0)
@@ -206,15 +206,15 @@ int stream_get(struct stream *stream, unsigned *type, const uint8_t **body, size
     const uint8_t *header = stream->in + stream->in_begin;
     size_t size = stream_number(header + 8, 4);
     if (stream_number(header, 4) != MAGIC || stream_number(header + 6, 2) || size > STREAM_BODY_BYTES_MAX)
-        return fail(stream, -EPROTO, err, "what comes is no migration stream");
+        return fail(stream, &stream->get_failed, -EPROTO, err, "what comes is no migration stream");
     if (stream_number(header + 12, 4) != stream->get_number)
-        return fail(stream, -EPROTO, err, "a message is missing, or came twice");
+        return fail(stream, &stream->get_failed, -EPROTO, err, "a message is missing, or came twice");
     r = have(stream, STREAM_HEADER_BYTES + size, err);
     if (r)
         return r;
     header = stream->in + stream->in_begin;
     if (stream_number(header + 16, 8) != check_of(header, header + STREAM_HEADER_BYTES, size))
-        return fail(stream, -EPROTO, err, "a message was damaged on its way (checksum)");
+        return fail(stream, &stream->get_failed, -EPROTO, err, "a message was damaged on its way (checksum)");
     *type = (unsigned)stream_number(header + 4, 2);
     *body = header + STREAM_HEADER_BYTES;
     *size_bytes = size;

@@ -29,7 +29,8 @@ void stream_set_deadline(struct stream *stream, uint64_t deadline_ns);
 
 /*
  * Appends a frame whose body is `head` and then `data` (one may be NULL with 0 bytes), both copied; at most STREAM_BODY_BYTES_MAX together. What was appended is sent when there is much of it, and by
- * stream_flush. 0 or -errno, for good: a stream that has failed fails again.
+ * stream_flush. 0 or -errno, for good: what has failed fails again. What the other side has sent
+ * before can still be had then.
  */
 int stream_put(struct stream *stream, unsigned type, const void *head, size_t head_bytes, const void *data, size_t data_bytes, struct error *err)
     __attribute__((warn_unused_result));

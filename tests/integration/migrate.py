@@ -9,6 +9,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 
 from vms import LIMIT, ask, doppel, run, runtime, start, state, vms, wait_for
 
@@ -49,7 +50,7 @@ def receiver(*options, listen="unix:there", shown="unix:there"):
     finally:
         if process.poll() is None:
             process.kill()
-        process.communicate(timeout=LIMIT)
+            process.communicate(timeout=LIMIT)
 
 
 def finish(process, status=0):
@@ -133,5 +134,185 @@ def tcp():
         run("rm", "vm3", "vm2", "vm1", "vm0")
 
 
+HELLO, WELCOME, PAGES, STATE, READY, GO, STARTED, FAILED = range(1, 9)
+HEADER = struct.Struct("<4sHHIIQ")
+
+
+def take(connection, size):
+    data = b""
+    while len(data) < size:
+        more = connection.recv(size - len(data))
+        if not more:
+            return None
+        data += more
+    return data
+
+
+class Wire(threading.Thread):
+    """What lies between the two: forwards messages, and does something instead when the first one of a type comes."""
+
+    def __init__(self, message, act):
+        super().__init__()
+        self.message, self.act, self.reached = message, act, threading.Event()
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind("between")
+        self.listener.listen()
+        self.start()
+
+    def run(self):
+        self.source, _ = self.listener.accept()
+        os.unlink("between")
+        self.target = socket.socket(socket.AF_UNIX)
+        self.target.connect("there")
+        ways = [threading.Thread(target=self.forward, args=way) for way in ((self.source, self.target), (self.target, self.source))]
+        for way in ways:
+            way.start()
+        for way in ways:
+            way.join()
+
+    def forward(self, one, other):
+        with contextlib.suppress(OSError):
+            while (header := take(one, HEADER.size)) is not None:
+                _, kind, _, size, _, _ = HEADER.unpack(header)
+                body = take(one, size) if size else b""
+                if kind == self.message and not self.reached.is_set():
+                    header, body = self.act(self, header, body)
+                    self.reached.set()
+                other.sendall(header + body)
+        self.cut()
+
+    def cut(self):
+        for end in self.source, self.target:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+
+def cut(wire, header, body):
+    wire.cut()
+    return header, body
+
+
+def damage(wire, header, body):
+    return header, body[:-1] + bytes([body[-1] ^ 1]) if body else body
+
+
+def attempt(message, act, during=None):
+    """One migration on which something happens; the outputs of both sides, which both must have failed."""
+    with receiver("--name", "there") as there:
+        wire = Wire(message, act if act != "kill" else lambda wire, header, body: (os.kill(there.pid, signal.SIGKILL), [os.kill(pid, signal.SIGKILL) for pid in children(there.pid)],
+                                                                                  (header, body))[-1])
+        source = subprocess.Popen([doppel, "migrate", "vm", "unix:between"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        if during:
+            assert wire.reached.wait(LIMIT)
+            during()
+        said = source.communicate(timeout=LIMIT)
+        assert source.returncode == 1 and said[0] == "", said
+        wire.join(LIMIT)
+        there.said = there.communicate(timeout=LIMIT)[1]
+        return said[1], there
+
+
+def children(pid):
+    return [int(child) for child in open(f"/proc/{pid}/task/{pid}/children").read().split()]
+
+
+def stays(message, act, text="", during=None):
+    """The guest goes on where it was, with its disk, and nowhere else."""
+    said, there = attempt(message, act, during)
+    assert text in said, said
+    assert there.returncode != 0
+    wait_for("end of the target", lambda: state("there") in (None, "ended", "died"))
+    assert state("vm") == "running"
+    knows("vm", "ab")
+    return there.said
+
+
+def faults():
+    """Whatever happens before the guest is handed over, it goes on where it was. When nobody can know whether it was, it runs on one side at most, and does on one side in the end."""
+    with runtime():
+        with open("disk", "wb") as disk:
+            disk.truncate(1 << 20)
+        start(KEEPS, "--disk", "disk", name="vm")
+        type_in("vm", "ab")
+        knows("vm", "ab")
+        for message in HELLO, WELCOME, PAGES, STATE, READY:
+            stays(message, cut, "the connection was closed")
+        for message in WELCOME, PAGES, STATE:
+            stays(message, "kill")
+        for message in HELLO, PAGES, STATE:
+            assert "damaged on its way" in stays(message, damage)
+        stays(WELCOME, damage, "damaged on its way")
+        stalled = threading.Event()
+        stays(PAGES, lambda wire, *frame: (wire.reached.set(), stalled.wait(LIMIT), frame)[-1], "cancelled",
+              lambda: (run("migrate", "--cancel", "vm"), stalled.set()))
+        run("migrate", "--cancel", "vm", status=1)
+
+        said, there = attempt(GO, cut)  # never arrives
+        assert "did not say that it runs" in said and there.returncode != 0, said
+        assert state("vm") == "paused"
+        wait_for("end of the target", lambda: state("there") in (None, "ended", "died"))
+        run("resume", "vm")
+        knows("vm", "ab")
+
+        said, there = attempt(STARTED, cut)  # the source does not learn of it
+        assert "did not say that it runs" in said and there.returncode == 0, (said, there.returncode)
+        assert (state("vm"), state("there")) == ("paused", "running")
+        knows("there", "ab")
+        run("resume", "vm", status=1)  # the disk is there
+        assert "may run where it has migrated to" in run.errors
+        assert state("vm") == "paused"
+        run("kill", "vm")
+
+
+def strangers():
+    """Who is no target, or cannot make such a machine, and who is no source."""
+    with runtime():
+        with open("disk", "wb") as disk:
+            disk.truncate(1 << 20)
+        start(KEEPS, "--disk", "disk", name="vm")
+        type_in("vm", "ab")
+        for answer in b"", b"HTTP/1.1 400 Bad Request\r\n\r\n" * 4, HEADER.pack(b"DPMF", READY, 0, 0, 0, 0), bytes(100):
+            listener = socket.socket(socket.AF_UNIX)
+            listener.bind("stranger")
+            listener.listen()
+            command = subprocess.Popen([doppel, "migrate", "vm", "unix:stranger"], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            connection, _ = listener.accept()
+            connection.sendall(answer)
+            connection.shutdown(socket.SHUT_WR)
+            assert command.wait(LIMIT) == 1
+            os.unlink("stranger")
+            assert state("vm") == "running"
+        run("migrate", "vm", "unix:nobody", status=1)
+        run("migrate", "vm", "unix:" + "x" * 200, status=2)
+        run("migrate", "vm", "unix:there", "--downtime", "0", status=2)
+        run("migrate", "nobody", "unix:there", status=1)
+        for said in b"", b"GET / HTTP/1.0\r\n\r\n" * 3, HEADER.pack(b"DPMF", HELLO, 0, 1 << 31, 0, 0), HEADER.pack(b"DPMF", HELLO, 0, 0, 0, 0):
+            with receiver() as there:
+                connection = socket.socket(socket.AF_UNIX)
+                connection.connect("there")
+                connection.sendall(said)
+                connection.shutdown(socket.SHUT_WR)
+                assert len(finish(there, 1).splitlines()) == 1
+        with receiver() as there:  # the name is taken: both are here
+            run("migrate", "vm", "unix:there", status=1)
+            finish(there, 2)
+        os.rename("disk", "other")
+        with open("disk", "wb") as disk:  # not the one that the guest has
+            disk.truncate(1 << 20)
+        with receiver("--name", "there") as there:
+            run("migrate", "vm", "unix:there", status=1)
+            assert "does not use this file" in run.errors, run.errors
+            finish(there, 2)
+        os.unlink("disk")
+        with receiver("--name", "there") as there:
+            run("migrate", "vm", "unix:there", status=1)
+            assert "no such file" in run.errors, run.errors
+            finish(there, 2)
+        os.rename("other", "disk")
+        knows("vm", "ab")
+        migrate("vm", "there")
+        knows("there", "ab")
+
+
 if __name__ == "__main__":
-    {"move": move, "tcp": tcp}[sys.argv[2]]()
+    {"move": move, "tcp": tcp, "faults": faults, "strangers": strangers}[sys.argv[2]]()

@@ -334,6 +334,59 @@ static void test_arm_from_thread_ends_wait(void **state)
     loop_destroy(loop);
 }
 
+/* ---- holding ---- */
+
+static void hold(void *ctx)
+{
+    struct trace *trace = ctx;
+    trace->count++;
+    loop_hold(trace->loop, true);
+}
+
+static void count_one(void *ctx)
+{
+    struct trace *trace = ctx;
+    trace->count += 10;
+}
+
+static void *run_loop(void *ctx)
+{
+    assert_int_equal(loop_run(ctx), 0);
+    return NULL;
+}
+
+/* Nothing that is due after the hold runs before its end, nor at all if the loop ends first. The guard is free meanwhile. */
+static void test_hold(void **state)
+{
+    for (int ends = 0; ends < 2; ends++) {
+        pthread_mutex_t guard = PTHREAD_MUTEX_INITIALIZER;
+        struct loop *loop = loop_new(&guard);
+        struct trace trace = {.loop = loop};
+        struct loop_timer *timer = loop_timer_create(loop, count_one, &trace);
+        pthread_t thread;
+        int count = 0;
+        assert_int_equal(loop_post(loop, hold, &trace), 0);
+        assert_int_equal(loop_post(loop, count_one, &trace), 0);
+        pthread_create(&thread, NULL, run_loop, loop);
+        while (!count) {
+            pthread_mutex_lock(&guard);
+            count = trace.count;
+            pthread_mutex_unlock(&guard);
+        }
+        loop_timer_arm(timer, 1);
+        assert_int_equal(count, 1);
+        if (!ends) {
+            assert_int_equal(loop_post(loop, stop, &trace), 0);
+            loop_hold(loop, false);
+        } else {
+            loop_stop(loop);
+        }
+        pthread_join(thread, NULL);
+        assert_true(ends ? trace.count == 1 : trace.count == 12 || trace.count == 22);
+        loop_destroy(loop);
+    }
+}
+
 static void test_destroy_with_leftovers(void **state)
 {
     struct loop *loop = loop_new(NULL);
@@ -390,6 +443,7 @@ int main(void)
         cmocka_unit_test(test_event_merges_and_reraises),
         cmocka_unit_test(test_threads_and_guard),
         cmocka_unit_test(test_arm_from_thread_ends_wait),
+        cmocka_unit_test(test_hold),
         cmocka_unit_test(test_destroy_with_leftovers),
         cmocka_unit_test(test_error),
         cmocka_unit_test(test_log_limit),
