@@ -393,6 +393,8 @@ static void take_packet(struct virtio_vsock *vsock, const struct virtqueue_chain
             refuse(vsock, &header);
         return;
     }
+    if (header.op != VSOCK_OP_RW || header.len > VSOCK_GATHER_BYTES_MAX)
+        vsock_connection_release(connection);
     if (header.op == VSOCK_OP_RST) {
         vsock_connection_free(connection);
         return;
@@ -429,10 +431,12 @@ static void notify_tx(struct virtio_vsock *vsock)
             virtqueue_push(chain, 0, true);
             if (++done == BATCH || bytes >= BATCH_BYTES) {
                 virtio_wake_queue(&vsock->virtio, QUEUE_TX);
+                vsock_connections_release(vsock);
                 vsock_send(vsock);
                 return;
             }
         }
+        vsock_connections_release(vsock); /* before the queue is looked at again, so that no byte waits for another notification */
     } while (virtqueue_set_notification(queue, true));
     vsock_send(vsock);
 }
@@ -515,6 +519,7 @@ static int vsock_create(struct device **device, const struct device_host *host, 
     TAILQ_INIT(&vsock->open);
     TAILQ_INIT(&vsock->flushing);
     TAILQ_INIT(&vsock->pending);
+    TAILQ_INIT(&vsock->gathered);
     int result = virtio_init(&vsock->virtio, host, &vsock_ops, vsock, &virtio, err);
     if (result < 0) {
         free(vsock);

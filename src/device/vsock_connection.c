@@ -1,7 +1,8 @@
 /*
  * Connections of virtio-vsock (vsock_priv.h): their table, their end, and the bytes of the guest on the way to the host's program.
  *
- * Invariants: received - forwarded bytes of the guest are in the buffer, at most credit_bytes. LOOP_WRITE is watched exactly while there are some. fd is -1 once the
+ * Invariants: received - forwarded bytes of the guest are in the buffer, at most credit_bytes. LOOP_WRITE is watched exactly while there are some that were
+ * not gathered just now: small packets of one notification go to the socket together, at its end or before anything else of their connection. fd is -1 once the
  * host's program has gone; the connection then only waits for the guest to close it, too.
  * Threading: with the device lock held.
  */
@@ -112,10 +113,18 @@ static void drop_buffer(struct vsock_connection *connection)
     connection->buffer = NULL;
 }
 
+static void leave_gathered(struct vsock_connection *connection)
+{
+    if (connection->gathered)
+        TAILQ_REMOVE(&connection->vsock->gathered, connection, gathering);
+    connection->gathered = false;
+}
+
 static void close_socket(struct vsock_connection *connection)
 {
     if (connection->fd < 0)
         return;
+    leave_gathered(connection);
     loop_fd_remove(connection->source);
     close(connection->fd);
     connection->source = NULL;
@@ -282,6 +291,42 @@ static void append(struct vsock_connection *connection, uint32_t fill, const str
     }
 }
 
+/* Into the buffer. False: there was no memory, the connection has ended. */
+static bool keep(struct vsock_connection *connection, const struct iovec *iov, unsigned iov_count, uint32_t fill, size_t skip_bytes)
+{
+    if (!make_buffer(connection)) {
+        LOG_GUEST(LOG_ERROR, "virtio-vsock: out of memory");
+        vsock_connection_abort(connection);
+        return false;
+    }
+    append(connection, fill, iov, iov_count, skip_bytes);
+    return true;
+}
+
+static void gather(struct vsock_connection *connection, const struct iovec *iov, unsigned iov_count, uint32_t fill)
+{
+    if (!keep(connection, iov, iov_count, fill, 0) || connection->gathered)
+        return;
+    connection->gathered = true;
+    TAILQ_INSERT_TAIL(&connection->vsock->gathered, connection, gathering);
+}
+
+void vsock_connection_release(struct vsock_connection *connection)
+{
+    if (!connection->gathered)
+        return;
+    leave_gathered(connection);
+    if (flush(connection) && vsock_connection_buffered(connection))
+        vsock_connection_watch(connection, connection->events | LOOP_WRITE);
+}
+
+void vsock_connections_release(struct virtio_vsock *vsock)
+{
+    struct vsock_connection *connection;
+    while ((connection = TAILQ_FIRST(&vsock->gathered)))
+        vsock_connection_release(connection);
+}
+
 void vsock_connection_write(struct vsock_connection *connection, const struct iovec *iov, unsigned iov_count, uint32_t size_bytes)
 {
     uint32_t fill = vsock_connection_buffered(connection);
@@ -294,6 +339,10 @@ void vsock_connection_write(struct vsock_connection *connection, const struct io
     }
     if (size_bytes == 0)
         return;
+    if (size_bytes <= VSOCK_GATHER_BYTES_MAX && (fill == 0 || connection->gathered)) {
+        gather(connection, iov, iov_count, fill);
+        return;
+    }
     if (fill == 0) {
         sent = send_now(connection, iov, iov_count);
         if (sent < 0) {
@@ -303,15 +352,8 @@ void vsock_connection_write(struct vsock_connection *connection, const struct io
         connection->forwarded += (uint32_t)sent;
         tell_credit(connection);
     }
-    if ((size_t)sent == size_bytes)
-        return;
-    if (!make_buffer(connection)) {
-        LOG_GUEST(LOG_ERROR, "virtio-vsock: out of memory");
-        vsock_connection_abort(connection);
-        return;
-    }
-    append(connection, fill, iov, iov_count, (size_t)sent);
-    vsock_connection_watch(connection, connection->events | LOOP_WRITE);
+    if ((size_t)sent != size_bytes && keep(connection, iov, iov_count, fill, (size_t)sent))
+        vsock_connection_watch(connection, connection->events | LOOP_WRITE);
 }
 
 void vsock_connection_guest_shutdown(struct vsock_connection *connection, unsigned flags)

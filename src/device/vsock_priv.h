@@ -57,6 +57,7 @@ _Static_assert(sizeof(struct vsock_header) == VSOCK_HEADER_BYTES, "virtio 1.2, 5
 #define VSOCK_RESETS_MAX 1024u /* a power of two */
 #define VSOCK_HELLO_BYTES_MAX 32u
 #define VSOCK_BURST_MAX 128u
+#define VSOCK_GATHER_BYTES_MAX 4096u /* of a packet; larger ones are not copied */
 #define VSOCK_DEADLINE_NS (10ull * 1000000000)
 
 /*
@@ -89,6 +90,7 @@ struct vsock_connection {
     uint8_t burst;        /* receive buffers to try for the next read */
     bool bound;           /* has ports and is in the table */
     bool write_shut;      /* the host's program was told that nothing more comes */
+    bool gathered;        /* in vsock->gathered: the buffer has small packets that go to the socket together, when the guest's queue is empty */
     /* Guest to host, 5.10.6.3: free-running counts. received - forwarded bytes are in the buffer. */
     uint32_t credit_bytes, received, forwarded, forwarded_told;
     uint8_t *buffer; /* NULL until the host's program falls behind; a ring of credit_bytes */
@@ -101,6 +103,7 @@ struct vsock_connection {
     LIST_ENTRY(vsock_connection) bucket;     /* REQUESTED and OPEN */
     TAILQ_ENTRY(vsock_connection) list;      /* waiting (HELLO, REQUESTED), open or flushing */
     TAILQ_ENTRY(vsock_connection) sending;   /* vsock->pending */
+    TAILQ_ENTRY(vsock_connection) gathering; /* vsock->gathered */
 };
 TAILQ_HEAD(vsock_list, vsock_connection);
 
@@ -125,7 +128,7 @@ struct virtio_vsock {
     unsigned connection_count, connections_max;
     uint32_t next_port;
     LIST_HEAD(, vsock_connection) table[VSOCK_BUCKETS];
-    struct vsock_list waiting, open, flushing, pending;
+    struct vsock_list waiting, open, flushing, pending, gathered;
     struct vsock_reset reset[VSOCK_RESETS_MAX];
     unsigned reset_first, reset_count;
     struct virtqueue_chain *chain[VSOCK_BURST_MAX]; /* of the read in progress */
@@ -164,8 +167,13 @@ bool vsock_connection_room(struct virtio_vsock *vsock);
 void vsock_connection_watch(struct vsock_connection *connection, unsigned events);
 /* Bytes of the guest in the buffer. */
 uint32_t vsock_connection_buffered(const struct vsock_connection *connection);
-/* Hands `iov`, of at most credit_bytes - buffered, to the host's socket, and what that has no room for to the buffer. May end the connection. */
+/*
+ * Hands `iov`, of at most credit_bytes - buffered, to the host's socket, and what that has no room for to the buffer; small packets wait in the buffer for
+ * vsock_connections_release. May end the connection. */
 void vsock_connection_write(struct vsock_connection *connection, const struct iovec *iov, unsigned iov_count, uint32_t size_bytes);
+/* Hands the small packets that were gathered to the host's socket. */
+void vsock_connection_release(struct vsock_connection *connection);
+void vsock_connections_release(struct virtio_vsock *vsock);
 /* The guest closed one or both directions. */
 void vsock_connection_guest_shutdown(struct vsock_connection *connection, unsigned flags);
 /* The host's socket is ready. */

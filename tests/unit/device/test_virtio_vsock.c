@@ -293,6 +293,58 @@ static void test_bad_hellos(void **state)
     expect_nothing();
 }
 
+/* Into the queue, without telling the device. */
+static void queue_packet(unsigned op, uint32_t guest_port, uint32_t host_port, const void *data, unsigned size)
+{
+    struct vsock_header h = header(op, guest_port, host_port);
+    h.len = size;
+    struct guest_buffer buffers[2] = {{guest_alloc(&f.g, sizeof h), sizeof h, false}, {size ? guest_alloc(&f.g, size) : 0, size, false}};
+    memcpy(guest_at(&f.g, buffers[0].gpa, sizeof h), &h, sizeof h);
+    if (size)
+        memcpy(guest_at(&f.g, buffers[1].gpa, size), data, size);
+    guest_add(&f.g.queue[TX], buffers, size ? 2 : 1);
+}
+
+/* Small and large packets of two connections in one notification: each connection's bytes in order, all of them before its end. */
+static void test_gathering(void **state)
+{
+    static uint8_t large[VSOCK_GATHER_BYTES_MAX + 1], got[3 * sizeof large];
+    add_buffers(BUFFERS);
+    int listener = listen_on("_5");
+    int fd = guest_connects(listener, 1000, 5), other = guest_connects(listener, 1001, 5);
+    memset(large, 'L', sizeof large);
+    queue_packet(VSOCK_OP_RW, 1000, 5, "one ", 4);
+    queue_packet(VSOCK_OP_RW, 1001, 5, "other ", 6);
+    queue_packet(VSOCK_OP_RW, 1000, 5, "two ", 4);
+    queue_packet(VSOCK_OP_RW, 1000, 5, large, sizeof large);
+    queue_packet(VSOCK_OP_RW, 1000, 5, "three ", 6);
+    queue_packet(VSOCK_OP_RW, 1001, 5, "last", 4);
+    queue_packet(VSOCK_OP_RST, 1000, 5, NULL, 0);
+    guest_kick(&f.g.queue[TX]);
+    assert_int_equal(take(fd, got, sizeof got), 8 + sizeof large + 6);
+    assert_memory_equal(got, "one two ", 8);
+    assert_memory_equal(got + 8, large, sizeof large);
+    assert_memory_equal(got + 8 + sizeof large, "three ", 6);
+    expect_end(fd);
+    assert_int_equal(take(other, got, sizeof got), 10);
+    assert_memory_equal(got, "other last", 10);
+    for (unsigned i = 0; i < 7; i++)
+        guest_take_used(&f.g.queue[TX], NULL);
+
+    /* A program that has gone with packets on the way. */
+    close(other);
+    queue_packet(VSOCK_OP_RW, 1001, 5, "late", 4);
+    queue_packet(VSOCK_OP_RW, 1001, 5, "later", 5);
+    queue_packet(VSOCK_OP_SHUTDOWN, 1001, 5, NULL, 0);
+    guest_kick(&f.g.queue[TX]);
+    guest_run(&f.g);
+    for (unsigned i = 0; i < 3; i++)
+        guest_take_used(&f.g.queue[TX], NULL);
+    assert_true(expect(VSOCK_OP_SHUTDOWN).header.flags != 0);
+    close(fd);
+    close(listener);
+}
+
 /* The guest sends ahead of a program that does not read: up to its credit, every byte arrives in order, and it is told of room again. */
 static void test_credit_of_the_guest(void **state)
 {
@@ -619,7 +671,7 @@ int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
     const struct CMUnitTest tests[] = {
-        TEST(test_config),         TEST(test_guest_connects),     TEST(test_host_connects),      TEST(test_bad_hellos), TEST(test_credit_of_the_guest),
+        TEST(test_config),         TEST(test_guest_connects),     TEST(test_gathering),     TEST(test_host_connects),      TEST(test_bad_hellos), TEST(test_credit_of_the_guest),
         TEST(test_flush_after_close), TEST(test_credit_of_the_host), TEST(test_no_receive_buffers), TEST(test_program_vanishes), TEST(test_nonsense),
         TEST(test_no_answers_taken), TEST(test_limit),            TEST(test_deadline),           TEST(test_driver_not_there), TEST(test_state), TEST(test_paths),
     };
