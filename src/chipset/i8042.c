@@ -50,6 +50,7 @@ struct i8042 {
     bool broke;           /* a break prefix is being translated */
     uint8_t queue[QUEUE_BYTES];
     uint8_t queue_first, queue_count;
+    struct i8042_counters counters; /* no part of the state */
 };
 
 /* Scan code set 2 to set 1, as the controller translates it. */
@@ -159,11 +160,17 @@ static void keyboard_command(struct i8042 *i8042, uint8_t command)
     }
 }
 
+static void pulse_reset(struct i8042 *i8042)
+{
+    i8042->counters.resets++;
+    i8042->config.reset(i8042->config.ctx);
+}
+
 static void write_output_port(struct i8042 *i8042, uint8_t value)
 {
     i8042->output_port = value | OUTPUT_NOT_RESET;
     if (!(value & OUTPUT_NOT_RESET))
-        i8042->config.reset(i8042->config.ctx);
+        pulse_reset(i8042);
 }
 
 static void write_data(struct i8042 *i8042, uint8_t value)
@@ -220,8 +227,10 @@ static void write_command(struct i8042 *i8042, uint8_t command)
     case 0xDF: i8042->output_port |= OUTPUT_A20; break;
     default:
         /* F0..FF pulse the output bits that are zero in the command; bit 0 is the processor's reset. */
-        if (command >= 0xF0 && !(command & OUTPUT_NOT_RESET))
-            i8042->config.reset(i8042->config.ctx);
+        if (command < 0xF0)
+            i8042->counters.errors++;
+        else if (!(command & OUTPUT_NOT_RESET))
+            pulse_reset(i8042);
         break;
     }
     pump(i8042);
@@ -232,6 +241,7 @@ static uint64_t data_read(void *ctx, uint64_t offset, unsigned size_bytes)
     struct i8042 *i8042 = ctx;
     uint8_t value = i8042->out;
 
+    i8042->counters.reads++;
     i8042->out_full = false;
     update_irq(i8042);
     pump(i8042);
@@ -240,20 +250,27 @@ static uint64_t data_read(void *ctx, uint64_t offset, unsigned size_bytes)
 
 static void data_write(void *ctx, uint64_t offset, unsigned size_bytes, uint64_t value)
 {
-    write_data(ctx, (uint8_t)value);
+    struct i8042 *i8042 = ctx;
+
+    i8042->counters.writes++;
+    write_data(i8042, (uint8_t)value);
 }
 
 static uint64_t status_read(void *ctx, uint64_t offset, unsigned size_bytes)
 {
     struct i8042 *i8042 = ctx;
 
+    i8042->counters.reads++;
     return STATUS_NOT_INHIBITED | (i8042->out_full ? STATUS_OUTPUT_FULL : 0) | (i8042->mode & MODE_SYSTEM ? STATUS_SYSTEM : 0) |
            (i8042->last_was_command ? STATUS_COMMAND : 0);
 }
 
 static void command_write(void *ctx, uint64_t offset, unsigned size_bytes, uint64_t value)
 {
-    write_command(ctx, (uint8_t)value);
+    struct i8042 *i8042 = ctx;
+
+    i8042->counters.writes++;
+    write_command(i8042, (uint8_t)value);
 }
 
 static uint64_t system_control_read(void *ctx, uint64_t offset, unsigned size_bytes)
@@ -269,7 +286,12 @@ static void system_control_write(void *ctx, uint64_t offset, unsigned size_bytes
 
     i8042->output_port = (i8042->output_port & ~OUTPUT_A20) | (value & OUTPUT_A20);
     if (value & 1)
-        i8042->config.reset(i8042->config.ctx);
+        pulse_reset(i8042);
+}
+
+void i8042_get_counters(const struct i8042 *i8042, struct i8042_counters *counters)
+{
+    *counters = i8042->counters;
 }
 
 static const struct {

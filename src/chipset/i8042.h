@@ -23,10 +23,16 @@ struct i8042_config {
     void *ctx;
 };
 
+/* What the guest did since the machine was made. Errors: commands that the controller does not know. */
+struct i8042_counters {
+    uint64_t reads, writes, resets, errors;
+};
+
 int i8042_create(struct i8042 **i8042, const struct i8042_config *config) __attribute__((warn_unused_result));
 void i8042_destroy(struct i8042 *i8042);
 void i8042_reset(struct i8042 *i8042);
 int i8042_state(struct i8042 *i8042, struct state_io *io) __attribute__((warn_unused_result));
+void i8042_get_counters(const struct i8042 *i8042, struct i8042_counters *counters);
 
 /* Scan codes (set 2, as the keyboard sends them; translated to set 1 when the guest asked for that). Returns how many were taken. */
 size_t i8042_key(struct i8042 *i8042, const uint8_t *scan_codes, size_t count);

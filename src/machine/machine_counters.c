@@ -1,4 +1,4 @@
-/* What a machine has counted, by group and name, for metrics and statistics: processors, serial port, and each device whose class counts something. Any thread. */
+/* What a machine has counted, by group and name, for metrics and statistics: processors, serial port, keyboard controller, and each device whose class counts something. Any thread. */
 #include <stdio.h>
 
 #include "machine/machine_priv.h"
@@ -40,6 +40,16 @@ static void count_processors(const struct machine *machine, machine_counter_fn *
     emit(ctx, "vcpu", "failures", failures);
 }
 
+static void count_keyboard(const struct machine *machine, machine_counter_fn *emit, void *ctx)
+{
+    struct i8042_counters counters;
+    i8042_get_counters(machine->i8042, &counters);
+    emit(ctx, "i8042", "read_count", counters.reads);
+    emit(ctx, "i8042", "write_count", counters.writes);
+    emit(ctx, "i8042", "reset_count", counters.resets);
+    emit(ctx, "i8042", "error_count", counters.errors);
+}
+
 void machine_counters(struct machine *machine, machine_counter_fn *emit, void *ctx)
 {
     count_processors(machine, emit, ctx);
@@ -47,6 +57,7 @@ void machine_counters(struct machine *machine, machine_counter_fn *emit, void *c
     emit(ctx, "uart", "write_count", machine->serial_written);
     emit(ctx, "uart", "read_count", machine->serial_read);
     emit(ctx, "uart", "rate_limiter_dropped_bytes", machine->serial_dropped);
+    count_keyboard(machine, emit, ctx);
     for (unsigned i = 0; i < machine->device_count; i++) {
         const struct machine_device *device = machine->device[i];
         char name[96];

@@ -129,7 +129,7 @@ def change_devices(machine, api, work, disk):
 def metrics(api, work):
     api.call("PUT", "/actions", {"action_type": "FlushMetrics"})
     line = json.loads(open(f"{work}/metrics").read().splitlines()[-1])
-    assert line["vcpu"]["exit_mmio_write"] > 100 and line["uart"]["write_count"] > 100, line
+    assert line["vcpu"]["exit_mmio_write"] > 100 and line["uart"]["write_count"] > 100 and line["i8042"]["read_count"] > 0, line
     assert line["block_scratch"]["write_bytes"] > 1 << 20 and line["block_scratch"]["read_count"] > 0, line
     assert line["net_eth0"]["tx_packets_count"] > 0 and line["net_eth0"]["rx_bytes_count"] > 0, line
     assert line["latencies_us"]["pause_vm"] > 0 and line["put_api_requests"]["drive_count"] == 1, line

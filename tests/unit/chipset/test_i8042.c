@@ -158,6 +158,10 @@ static void test_resets(void **state)
     out(f, 0x64, 0xD1);
     out(f, 0x60, 0x02);
     assert_int_equal(f->resets, 3);
+    struct i8042_counters counters;
+    i8042_get_counters(f->i8042, &counters);
+    assert_int_equal(counters.resets, 3);
+    assert_true(counters.writes >= 3);
 }
 
 static void test_state(void **state)
