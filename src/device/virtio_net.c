@@ -676,6 +676,26 @@ void virtio_net_set_limit(struct device *device, bool receive, const struct buck
     rate_gate_set(receive ? &nic->rx_gate : &nic->tx_gate, bandwidth, ops);
 }
 
+void virtio_net_announce(struct device *device)
+{
+    /* Ethernet header; then hardware type 1, protocol 0x0800, lengths 6 and 4, operation 3 (request reverse), and our address as both sender and target. */
+    enum { SOURCE = 6, SENDER = 22, TARGET = 32 };
+    uint8_t frame[NET_HEADER_BYTES + 60] = {0}, *packet = frame + NET_HEADER_BYTES;
+    static const uint8_t arp[] = {0x80, 0x35, 0, 1, 8, 0, 6, 4, 0, 3};
+    const struct virtio_net *nic = (const struct virtio_net *)device;
+    const struct iovec iov = {frame, sizeof frame};
+    struct net_info info;
+    net_get_info(nic->net, &info);
+    if (!info.interface)
+        return;
+    memset(packet, 0xFF, MAC_BYTES);
+    memcpy(packet + SOURCE, nic->mac, MAC_BYTES);
+    memcpy(packet + SOURCE + MAC_BYTES, arp, sizeof arp);
+    memcpy(packet + SENDER, nic->mac, MAC_BYTES);
+    memcpy(packet + TARGET, nic->mac, MAC_BYTES);
+    (void)net_transmit(nic->net, &iov, 1); /* full: there are frames of the guest's, which say it, too */
+}
+
 static void nic_counters(struct device *device, device_counter_fn *emit, void *ctx)
 {
     const struct virtio_net *nic = (const struct virtio_net *)device;

@@ -39,6 +39,12 @@ void virtio_net_get_counters(const struct device *device, struct virtio_net_coun
 void virtio_net_set_limit(struct device *device, bool receive, const struct bucket_config *bandwidth, const struct bucket_config *ops);
 
 /*
+ * Tells the network that the guest's address is here now, so that switches send its frames this way: a broadcast from that address, a reverse ARP request that asks for
+ * nothing (RFC 903). Only where there is an interface of the host. Loop's thread.
+ */
+void virtio_net_announce(struct device *device);
+
+/*
  * The address used when the spec has no mac=: 52:54:00 and 24 bits of a hash, the same for the same machine, host interface and index. The interface (NULL:
  * none) is in it because machines that boot the same kernel may meet on one bridge.
  */

@@ -235,6 +235,14 @@ int machine_net_limit(struct machine *machine, const char *id, bool receive, con
     return r;
 }
 
+void machine_announce_nets(void *ctx)
+{
+    const struct machine *machine = ctx;
+    for (unsigned i = 0; i < CONFIG_NETS_MAX; i++)
+        if (machine->net[i])
+            virtio_net_announce(machine->net[i]->device);
+}
+
 int machine_pmem_limit(struct machine *machine, const char *id, const struct bucket_config *bandwidth, const struct bucket_config *ops, struct error *err)
 {
     pthread_mutex_lock(&machine->device_lock);

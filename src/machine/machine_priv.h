@@ -205,6 +205,8 @@ void machine_drop_device(struct machine *machine, struct machine_device *device)
  */
 int machine_take_over_disks(struct machine *machine, struct error *err);
 int machine_give_disks(struct machine *machine, bool away, struct error *err);
+/* The network learns where the guest's cards are now. Loop's thread; `machine` is one. */
+void machine_announce_nets(void *machine);
 struct block_config machine_pmem_file(const struct machine *machine, unsigned index); /* machine_memory.c */
 /* machine_plug.c */
 int machine_create_hotplug(struct machine *machine);

@@ -182,5 +182,6 @@ int machine_receive_go(struct machine *machine, struct machine_incoming *incomin
         (void)!machine_resume(machine, &ignored);
     if (stream_put(incoming->stream, MIGRATE_STARTED, NULL, 0, NULL, 0, &ignored) == 0)
         (void)!stream_flush(incoming->stream, &ignored);
+    (void)!loop_post(machine->loop, machine_announce_nets, machine); /* without memory for that, the guest's next frame does it */
     return 0;
 }

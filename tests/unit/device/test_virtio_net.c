@@ -615,6 +615,26 @@ static struct state_io *save(void)
     return io;
 }
 
+/* Where the guest is now, in the address that it uses; nothing where the host has no interface. */
+static void test_announce(void **state)
+{
+    static const uint8_t expected[] = "\xff\xff\xff\xff\xff\xff\x02\0\0\0\0\x09\x80\x35\0\x01\x08\0\x06\x04\0\x03\x02\0\0\0\0\x09\0\0\0\0\x02\0\0\0\0\x09\0\0\0\0";
+    virtio_net_class.destroy(f.device);
+    f.closed = 0;
+    f.net.info = (struct net_info){.kind = "test", .has_mac = true, .mac = {2, 0, 0, 0, 0, 9}};
+    assert_int_equal(create(), 0);
+    virtio_net_announce(f.device);
+    assert_int_equal(f.net.sent, 0);
+    f.net.info.interface = "tap0";
+    virtio_net_announce(f.device);
+    assert_int_equal(f.net.sent, 1);
+    assert_int_equal(f.net.last_bytes, NET_HEADER_BYTES + 60);
+    assert_memory_equal(f.net.last + NET_HEADER_BYTES, expected, sizeof expected - 1);
+    f.net.full = true;
+    virtio_net_announce(f.device);
+    f.net.full = false;
+}
+
 static void test_state(void **state)
 {
     guest_start(&f.g, F_MAC | CONTROL | F_GUEST_CSUM, 3);
@@ -664,7 +684,7 @@ int main(void)
         TEST(test_mergeable),        TEST(test_wait_for_buffers),   TEST(test_no_room_ever), TEST(test_unsuitable),
         TEST(test_bad_receive_buffer), TEST(test_filter),           TEST(test_bad_commands), TEST(test_transmit),
         TEST(test_receive_limit),      TEST(test_transmit_limit),
-        TEST(test_transmit_many),    TEST(test_transmit_full),      TEST(test_offloads_and_link), TEST(test_state),
+        TEST(test_transmit_many),    TEST(test_transmit_full),      TEST(test_offloads_and_link), TEST(test_announce), TEST(test_state),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
