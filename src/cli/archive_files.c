@@ -84,21 +84,32 @@ static void note_data(int fd, uint64_t size, struct archive_entry *entry)
         archive_entry_sparse_add_entry(entry, (int64_t)size, 0);
 }
 
+/* Holes are not read: on large images that would be most of the time. */
 static int put_data(struct archive *out, int fd, uint64_t size, const char *path, struct archive_progress *progress)
 {
-    uint8_t *block = malloc(BLOCK_BYTES);
-    int r = block ? 0 : complain(STATUS_ERROR, "out of memory");
+    uint8_t *block = malloc(BLOCK_BYTES), *zeroes = calloc(1, BLOCK_BYTES);
+    uint64_t data = 0, end = 0; /* the next part with data */
+    int r = block && zeroes ? 0 : complain(STATUS_ERROR, "out of memory");
     for (uint64_t done = 0; r == 0 && done < size;) {
-        ssize_t n = pread(fd, block, size - done < BLOCK_BYTES ? (size_t)(size - done) : BLOCK_BYTES, (off_t)done);
+        if (done >= end) {
+            data = done;
+            if (!next_data(fd, size, &data, &end))
+                data = end = size;
+        }
+        bool hole = done < data;
+        uint64_t left = (hole ? data : end) - done;
+        size_t bytes = left < BLOCK_BYTES ? (size_t)left : BLOCK_BYTES;
+        ssize_t n = hole ? (ssize_t)bytes : pread(fd, block, bytes, (off_t)done);
         if (n < 0 && errno == EINTR)
             continue;
         if (n <= 0)
             r = complain(STATUS_ERROR, "cannot read %s: %s", path, n < 0 ? strerror(errno) : "it shrank meanwhile");
-        else if (archive_write_data(out, block, (size_t)n) < n)
+        else if (archive_write_data(out, hole ? zeroes : block, (size_t)n) < n)
             r = complain(STATUS_ERROR, "cannot write the export: %s", archive_error_string(out));
         done += n > 0 ? (uint64_t)n : 0;
         progress_by(progress, n > 0 ? (uint64_t)n : 0);
     }
+    free(zeroes);
     free(block);
     return r;
 }
