@@ -21,6 +21,8 @@
 #include "util/sandbox_rules.h"
 
 SANDBOX_ALLOW_IF(IN_LOOP | IN_API, fcntl, ARG_IS(1, F_OFD_SETLK)); /* images that come and go while a machine runs */
+/* Overlays that are not used after all. */
+SANDBOX_ALLOW(IN_LOOP, close);
 
 #define SECTOR_BYTES 512u
 #define RETRIES_MAX 16u
@@ -318,14 +320,33 @@ static int find_size(int fd, const char *path, bool beneath, uint64_t *size_byte
     return 0;
 }
 
+/*
+ * A writer has the whole file. Readers lock two bytes of it only, which keeps writers away; they are those that mean "I read" and "nobody may write" to qemu-img and its relatives, which can
+ * look at what is not written meanwhile, then.
+ */
+static int set_lock(int fd, bool readonly)
+{
+    static const struct {
+        short type;
+        off_t start, length; /* 0: to the end */
+    } steps[] = {{F_WRLCK, 0, 0}, {F_RDLCK, 0, 0}, {F_UNLCK, 0, 100}, {F_UNLCK, 101, 100}, {F_UNLCK, 202, 0}};
+    unsigned count = readonly ? sizeof(steps) / sizeof(steps[0]) : 1;
+
+    for (unsigned i = readonly ? 1 : 0; i < count; i++) {
+        struct flock lock = {.l_type = steps[i].type, .l_whence = SEEK_SET, .l_start = steps[i].start, .l_len = steps[i].length};
+
+        if (fcntl(fd, F_OFD_SETLK, &lock) < 0)
+            return -errno;
+    }
+    return 0;
+}
+
 static int lock_image(int fd, const char *path, bool readonly, struct error *err)
 {
-    struct flock lock = {.l_type = readonly ? F_RDLCK : F_WRLCK, .l_whence = SEEK_SET};
-    int ret;
+    int ret = set_lock(fd, readonly);
 
-    if (fcntl(fd, F_OFD_SETLK, &lock) == 0)
+    if (ret == 0)
         return 0;
-    ret = -errno;
     if (ret == -EAGAIN || ret == -EACCES)
         return error_set(err, -EBUSY, "disk %s: in use by another virtual machine or program; stop that one, %s", path,
                          readonly ? "or make it use the image readonly too" : "use a copy, or add \",readonly\" to both");
@@ -385,7 +406,7 @@ static int raw_open_fd(struct block *block, const struct block_config *config, i
         ret = find_size(raw->fd, config->path, block->beneath, &block->size_bytes, err);
     if (ret == 0)
         ret = config->later ? look_for_lock(raw->fd, config->path, err) : lock_image(raw->fd, config->path, config->readonly, err);
-    if (ret == 0 && fcntl(raw->fd, F_SETFL, 0) < 0) /* with O_NONBLOCK io_uring gives up instead of waiting */
+    if (ret == 0 && fd < 0 && fcntl(raw->fd, F_SETFL, 0) < 0) /* with O_NONBLOCK io_uring gives up instead of waiting */
         ret = open_error(config->path, config->readonly, -errno, err);
     if (ret == 0 && !block->io)
         ret = block_io_create(&block->io, config->io, block->loop, err);

@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #include "cli/arguments.h"
+#include "control/snapshot_disks.h"
 #include "control/snapshot_store.h"
 #include "doppel/doppel.h"
 #include "util/log.h"
@@ -346,7 +347,8 @@ int run_vm(struct run *run)
         run->config.snapshots_directory = run->snapshots[0] ? run->snapshots : NULL;
     }
     open_control(run);
-    if (make_machine(run, &err)) {
+    int code = run->snapshots[0] ? snapshot_disks_apply(run->snapshots, &run->config, &err) : 0;
+    if (code || make_machine(run, &err)) {
         complain(0, "%s", err.text);
         pid_file = NULL;
     } else if (write_pid_file(pid_file)) {

@@ -16,6 +16,7 @@
 #include "cli/snapshot.h"
 #include "control/bundle.h"
 #include "control/client.h"
+#include "control/snapshot_disks.h"
 #include "control/snapshot_store.h"
 #include "doppel/doppel.h"
 
@@ -199,7 +200,7 @@ static int request_snapshot(struct create *create)
 /* snapshot.json, complete. */
 static json_t *describe(const struct create *create)
 {
-    static const char *const from_answer[] = {"id", "parent_id", "pause_ns", "duration_ns", "rounds", "pages", "memory_bytes", "state_bytes"};
+    static const char *const from_answer[] = {"id", "parent_id", "pause_ns", "duration_ns", "rounds", "pages", "memory_bytes", "state_bytes", "disk_files"};
     static const char *const from_vm[] = {"arguments", "directory"};
     const char *description = create->arguments->value[SNAPSHOT_DESCRIPTION];
     struct timespec now;
@@ -207,7 +208,7 @@ static json_t *describe(const struct create *create)
     json_t *meta = json_pack("{s:i, s:s, s:s, s:s, s:s, s:I, s:s, s:s, s:s, s:i, s:b, s:s, s:s}", "format", 1, "vm", create->vm.name, "name", create->name, "version", doppel_version(),
                              "kind", create->base ? "incremental" : "full", "created_ms", (json_int_t)now.tv_sec * 1000 + now.tv_nsec / 1000000, "base_id",
                              create->base ? create->base->id : "", "state", "state", "memory", "memory", "zstd_level", (int)create->level, "encrypted",
-                             create->arguments->value[SNAPSHOT_ENCRYPT] != NULL, "disks", create->arguments->value[SNAPSHOT_NO_DISKS] ? "left out" : "none", "description",
+                             create->arguments->value[SNAPSHOT_ENCRYPT] != NULL, "disks", create->arguments->value[SNAPSHOT_NO_DISKS] ? "left out" : json_array_size(json_object_get(create->answer, "disk_files")) ? "kept" : "none", "description",
                              description ? description : "");
     for (size_t i = 0; i < sizeof from_answer / sizeof *from_answer; i++)
         json_object_set(meta, from_answer[i], json_object_get(create->answer, from_answer[i]));
@@ -292,6 +293,8 @@ static int start_from(const struct stored_snapshot *snapshot, struct snapshot_ch
             r = complain(STATUS_ERROR, "%s, which runs, does not end", name);
         instance_info_clear(&old);
     }
+    if (r == 0 && snapshot_disks_restore(snapshot, name, &err))
+        r = complain(STATUS_ERROR, "%s", err.text);
     if (r == 0)
         r = run_again(&run, arguments);
     machine_config_clear(&run.config);

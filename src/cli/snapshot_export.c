@@ -96,6 +96,8 @@ int snapshot_export(const struct arguments *arguments)
     const struct stored_snapshot *snapshot = r == 0 ? snapshot_store_by_name(list, count, name) : NULL;
     if (r == 0 && !snapshot)
         r = complain(STATUS_ERROR, "%s has no snapshot named %s", vm, name);
+    if (r == 0 && json_array_size(json_object_get(snapshot->meta, "disk_files")))
+        r = complain(STATUS_ERROR, "%s/%s has disks, which are not exported yet", vm, name);
     if (r == 0 && is_standard(path) && isatty(STDOUT_FILENO))
         r = complain(STATUS_USAGE, "snapshot: standard output is a terminal; give a file");
     if (r == 0)

@@ -11,6 +11,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "control/snapshot_disks.h"
 #include "control/snapshot_store_priv.h"
 #include "control/vm_control_priv.h"
 #include "util/sandbox_rules.h"
@@ -48,15 +49,15 @@ static void free_making(struct making *making)
     free(making);
 }
 
-static json_t *describe(const struct machine_snapshot *snapshot)
+static json_t *describe(const struct machine_snapshot *snapshot, json_t *disks)
 {
     char id[33], parent[33] = "";
     snapshot_id_text(&snapshot->id, id);
     if (snapshot->has_parent)
         snapshot_id_text(&snapshot->parent, parent);
-    return json_pack("{s:s, s:s, s:I, s:I, s:i, s:I, s:I, s:I}", "id", id, "parent_id", parent, "pause_ns", (json_int_t)snapshot->pause_ns, "duration_ns",
+    return json_pack("{s:s, s:s, s:I, s:I, s:i, s:I, s:I, s:I, s:o}", "id", id, "parent_id", parent, "pause_ns", (json_int_t)snapshot->pause_ns, "duration_ns",
                      (json_int_t)snapshot->duration_ns, "rounds", (int)snapshot->rounds, "pages", (json_int_t)snapshot->pages, "memory_bytes",
-                     (json_int_t)snapshot->memory_bytes, "state_bytes", (json_int_t)snapshot->state_bytes);
+                     (json_int_t)snapshot->memory_bytes, "state_bytes", (json_int_t)snapshot->state_bytes, "disk_files", disks);
 }
 
 static void *make(void *arg)
@@ -64,8 +65,15 @@ static void *make(void *arg)
     struct making *making = arg;
     struct vm_control *control = making->control;
     struct error err = {0};
+    struct disks_under_way disks = {0};
     struct machine *machine = vm_machine_get(control);
-    int r = machine ? machine_snapshot_live(machine, &making->snapshot, &err) : error_set(&err, -ESRCH, "the virtual machine has ended");
+    int r = machine ? 0 : error_set(&err, -ESRCH, "the virtual machine has ended");
+    if (r == 0 && !making->snapshot.without_disks)
+        r = snapshot_disks_begin(&disks, machine, control->snapshots_fd, control->snapshots, &err);
+    making->snapshot.overlays = disks.overlay;
+    making->snapshot.overlay_count = disks.count;
+    if (r == 0)
+        r = machine_snapshot_live(machine, &making->snapshot, &err);
     if (machine)
         vm_machine_put(control);
     if (r == 0 && (fsync(making->memory_fd) || fsync(making->state_fd)))
@@ -74,7 +82,8 @@ static void *make(void *arg)
     if (r)
         http_reply_error(making->call, 400, "%s", err.text);
     else
-        http_reply_json(making->call, 200, describe(&making->snapshot));
+        http_reply_json(making->call, 200, describe(&making->snapshot, snapshot_disks_describe(&disks)));
+    snapshot_disks_end(&disks, making->snapshot.overlaid);
     free_making(making);
     return NULL;
 }

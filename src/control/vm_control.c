@@ -375,6 +375,7 @@ int vm_control_create(struct vm_control **out, const struct vm_control_options *
     control->self = process_self();
     control->proc = open("/proc", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     control->event_log = -1;
+    control->snapshots = options->snapshots;
     control->snapshots_fd = options->snapshots ? open(options->snapshots, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC) : -1;
     control->migrate_fd = -1;
     control->state = "starting";

@@ -87,6 +87,7 @@ struct vm_control {
     int proc; /* a descriptor of /proc; -1: none */
     uint64_t created_ms;
     int snapshots_fd; /* where snapshots of it are made; -1: nowhere */
+    const char *snapshots; /* its path, borrowed */
     atomic_bool snapshot_under_way; /* or a migration */
     _Atomic uint64_t snapshot_pages, snapshot_pages_expected;
     int migrate_fd; /* where connections of migrations come in; -1: nowhere */

@@ -236,12 +236,15 @@ struct machine_snapshot {
     int zstd_level;                     /* 0: not compressed; then and without secret and layer, the memory file is raw */
     const struct chunk_secret *secret;  /* NULL: not encrypted */
     unsigned threads;
-    bool without_disks;                 /* else disks and persistent memory that the guest can write are a reason to refuse: -ENOTSUP */
+    bool without_disks;                 /* else persistent memory that the guest can write, and disks without an overlay here, are a reason to refuse: -ENOTSUP */
+    struct machine_overlay *overlays;   /* put on the disks in the moment that the state is of; the state names the files below. Their descriptors are taken over */
+    unsigned overlay_count;
     void (*progress)(void *ctx, uint64_t pages, uint64_t pages_expected); /* on the caller's thread. NULL: nobody asks */
     void *ctx;
     /* Results; `parent` is also what a layer lies upon. */
     struct chunk_id id, parent;
     bool has_parent;
+    bool overlaid;                      /* the overlays are in use, also after a failure */
     unsigned rounds;
     uint64_t pause_ns, duration_ns;     /* the longest time that the guest stood still; all of it */
     uint64_t pages, memory_bytes, state_bytes; /* written, those of several rounds several times; in the files */

@@ -15,7 +15,7 @@
 #include "util/log.h"
 #include "util/sandbox_rules.h"
 
-SANDBOX_ALLOW(IN_API, getcwd);
+SANDBOX_ALLOW(IN_API | IN_LOOP, getcwd); /* names of disks may be relative */
 SANDBOX_ALLOW(IN_API, fdatasync);
 
 /* ---- what there is ---- */
@@ -162,6 +162,15 @@ int machine_overlay_still(struct machine *machine, struct machine_overlay *overl
     return r;
 }
 
+void machine_overlays_close(struct machine_overlay *overlays, unsigned count)
+{
+    for (unsigned i = 0; i < count; i++) {
+        if (overlays[i].fd >= 0)
+            close(overlays[i].fd);
+        overlays[i].fd = -1;
+    }
+}
+
 /* ---- by themselves ---- */
 
 struct request {
@@ -184,11 +193,7 @@ int machine_disks_overlay(struct machine *machine, struct machine_overlay *overl
         r = machine_call_still(machine, run, &request, err);
         pthread_mutex_unlock(&machine->snapshot_lock);
     }
-    for (unsigned i = 0; i < count; i++) {
-        if (overlays[i].fd >= 0)
-            close(overlays[i].fd);
-        overlays[i].fd = -1;
-    }
+    machine_overlays_close(overlays, count);
     return r;
 }
 

@@ -272,6 +272,7 @@ int machine_call_still(struct machine *machine, int (*run)(struct machine *machi
 /* machine_disks.c */
 /* What the guest has written so far goes to the host's disks while it runs, so that little is left for the moment when it does not. */
 void machine_disks_write_back(struct machine *machine);
+void machine_overlays_close(struct machine_overlay *overlays, unsigned count); /* those that were not taken over */
 /* All or none. Everything stands still. */
 int machine_overlay_still(struct machine *machine, struct machine_overlay *overlays, unsigned count, struct error *err);
 

@@ -162,6 +162,10 @@ static int look(struct machine *machine, void *ctx, struct error *err)
         r = write_round(live, false, err);
     if (r == 0)
         r = snapshot_encode(machine, &live->snapshot->id, &live->state, err);
+    if (r == 0 && live->snapshot->overlay_count) { /* the state names what is below them */
+        r = machine_overlay_still(machine, live->snapshot->overlays, live->snapshot->overlay_count, err);
+        live->snapshot->overlaid = r == 0;
+    }
     return r == 0 && live->sink ? live->sink->finish(live->sink->ctx, live->state, err) : r;
 }
 
@@ -253,19 +257,20 @@ static int write_state_file(struct live *live, struct error *err)
 /* ---- all of it ---- */
 
 /* Files that go on changing would not fit the memory later. */
-static int check_files(struct machine *machine, struct error *err)
+static int check_files(struct machine *machine, unsigned overlays, struct error *err)
 {
     const struct machine_config *config = machine->config;
+    unsigned disks = 0;
     char what[160] = "";
     pthread_mutex_lock(&machine->device_lock);
     for (unsigned i = 0; i < config->disk_count && !what[0]; i++)
-        if (!config->disk[i].readonly)
+        if (!config->disk[i].readonly && ++disks > overlays)
             snprintf(what, sizeof what, "disk %.120s", config->disk[i].path);
     for (unsigned i = 0; i < config->pmem_count && !what[0]; i++)
         if (!config->pmem[i].readonly)
             snprintf(what, sizeof what, "persistent memory %.120s", config->pmem[i].path);
     pthread_mutex_unlock(&machine->device_lock);
-    return what[0] ? error_set(err, -ENOTSUP, "%s can be written by the guest, and files are no part of snapshots yet; without them (--no-disks) the file must be kept as it is now", what)
+    return what[0] ? error_set(err, -ENOTSUP, "%s can be written by the guest, and is no part of the snapshot; without it (--no-disks) the file must be kept as it is now", what)
                    : 0;
 }
 
@@ -273,7 +278,7 @@ static int prepare(struct live *live, struct error *err)
 {
     struct machine_snapshot *snapshot = live->snapshot;
     struct machine *machine = live->machine;
-    int r = snapshot->without_disks ? 0 : check_files(machine, err);
+    int r = snapshot->without_disks ? 0 : check_files(machine, snapshot->overlay_count, err);
     if (r)
         return r;
     live->ram_bytes = physmap_ram_bytes(machine->memory);
@@ -313,11 +318,16 @@ int snapshot_to_sink(struct machine *machine, struct machine_snapshot *snapshot,
 {
     struct live live = {.machine = machine, .snapshot = snapshot, .sink = sink};
     uint64_t begin_ns = loop_now_ns();
-    if (pthread_mutex_trylock(&machine->snapshot_lock))
+    if (pthread_mutex_trylock(&machine->snapshot_lock)) {
+        machine_overlays_close(snapshot->overlays, snapshot->overlay_count);
         return error_set(err, -EBUSY, "another snapshot is being made");
+    }
     snapshot->rounds = 0;
+    snapshot->overlaid = false;
     snapshot->pages = snapshot->pause_ns = 0;
     int r = prepare(&live, err);
+    if (r == 0 && snapshot->overlay_count)
+        machine_disks_write_back(machine);
     if (r == 0)
         r = write_memory(&live, err);
     if (r == 0 && !sink)
@@ -331,6 +341,7 @@ int snapshot_to_sink(struct machine *machine, struct machine_snapshot *snapshot,
     else if (live.taken)
         physmap_mark_pages(machine->memory, live.taken);
     pthread_mutex_unlock(&machine->snapshot_lock);
+    machine_overlays_close(snapshot->overlays, snapshot->overlay_count);
     release(&live);
     snapshot->duration_ns = loop_now_ns() - begin_ns;
     return r;

@@ -16,7 +16,7 @@ ALLOWED = {
     "fs": {"state", "util"},
     "device": {"chipset", "block", "net", "fs", "memory", "state", "util"},
     "machine": {"device", "chipset", "block", "net", "metadata", "fs", "engine", "sandbox", "arch", "memory", "state", "util", "doppel"},
-    "control": {"machine", "metadata", "util", "doppel"},
+    "control": {"machine", "block", "state", "metadata", "util", "doppel"},
     "agent": set(),
     "cli": {"agent", "control", "machine", "util", "doppel"},
 }

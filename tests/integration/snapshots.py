@@ -113,9 +113,21 @@ def tree():
         with open("disk", "wb") as disk:
             disk.truncate(1 << 20)
         start(KEEPS, "--disk", "disk", name="disky")
-        run("snapshot", "create", "disky", status=1)
-        assert "disk disk" in run.errors and "--no-disks" in run.errors
         run("snapshot", "create", "disky", "--no-disks")
+        run("snapshot", "create", "disky", "kept")
+        files = f"{folder}/data/doppel/snapshots/disky/.disks"
+        top = json.load(open(f"{files}/map.json"))
+        assert list(top) == [f"{folder}/disk"] and snapshots("disky")["kept"]["disk_files"][0]["file"] == f"{folder}/disk"
+        run("kill", "disky")
+        run("start", "disky")  # goes on in the overlay
+        run("snapshot", "create", "disky", "again")
+        assert snapshots("disky")["again"]["disk_files"][0]["file"] == top[f"{folder}/disk"]
+        run("snapshot", "restore", "disky", "kept")
+        with open("plain.img", "wb") as file:
+            file.truncate(2 << 20)
+        start(KEEPS, "--pmem", "plain.img", name="plain")
+        run("snapshot", "create", "plain", status=1)
+        assert "persistent memory plain.img" in run.errors and "--no-disks" in run.errors
         assert not [name for name in os.listdir(f"{folder}/data/doppel/snapshots/vm") if name.startswith(".") and name != ".lock"]
 
 
