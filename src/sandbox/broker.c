@@ -41,6 +41,7 @@ SANDBOX_ALLOW(IN_BROKER, pidfd_getfd);
 SANDBOX_ALLOW(IN_BROKER, process_vm_readv);
 SANDBOX_ALLOW(IN_BROKER, process_vm_writev);
 SANDBOX_ALLOW(IN_BROKER, openat);
+SANDBOX_ALLOW_IF(IN_BROKER, fcntl, ARG_IS(1, F_SETFL));
 SANDBOX_ALLOW(IN_BROKER, newfstatat);
 SANDBOX_ALLOW(IN_BROKER, fstat);
 SANDBOX_ALLOW(IN_BROKER, rename);
@@ -154,9 +155,14 @@ static int64_t do_open(struct broker *broker, int listener, const struct seccomp
     bool named = broker_names_has(broker->names, broker->path[0]), draft = !named && makes && broker_names_has_draft(broker->names, broker->path[0]);
     if (!named && !draft)
         return GO_ON;
-    int fd = open(broker->path[0], flags | O_CLOEXEC | O_NOCTTY, (mode_t)call->args[3]);
+    int fd = open(broker->path[0], flags | O_CLOEXEC | O_NOCTTY | O_NONBLOCK, (mode_t)call->args[3]); /* nobody makes it wait for a pipe's other end */
     if (fd < 0)
         return -errno;
+    if (!(flags & (O_NONBLOCK | O_PATH)) && fcntl(fd, F_SETFL, flags & (O_APPEND | O_DIRECT | O_NOATIME))) {
+        r = -errno;
+        close(fd);
+        return r;
+    }
     struct seccomp_notif_addfd add = {.id = notice->id, .srcfd = (uint32_t)fd, .newfd_flags = (uint32_t)flags & O_CLOEXEC};
     int given = ioctl(listener, SECCOMP_IOCTL_NOTIF_ADDFD, &add);
     r = given < 0 ? -errno : given;
@@ -220,11 +226,12 @@ static int64_t perform(struct broker *broker, int listener, const struct seccomp
 
 /* ---- waiting ---- */
 
-static void take_call(struct broker *broker, int listener)
+/* False: this is not what calls come from. */
+static bool take_call(struct broker *broker, int listener)
 {
     struct seccomp_notif notice = {0};
     if (ioctl(listener, SECCOMP_IOCTL_NOTIF_RECV, &notice))
-        return; /* the thread was gone before */
+        return errno == ENOENT || errno == EINTR; /* the thread was gone before */
     int64_t r = perform(broker, listener, &notice);
     struct seccomp_notif_resp answer = {.id = notice.id};
     if (r == GO_ON && (broker->confined || notice.data.nr == SYS_recvfrom))
@@ -236,6 +243,7 @@ static void take_call(struct broker *broker, int listener)
     else
         answer.val = r;
     (void)ioctl(listener, SECCOMP_IOCTL_NOTIF_SEND, &answer);
+    return true;
 }
 
 /* The broker gives up what it does not need either; not before there is a guest, because making filters takes as long as a client waits for the first answer. */
@@ -273,10 +281,10 @@ static void take_message(struct broker *broker)
     } room;
     struct message_packet packet = {0};
     struct iovec iov = {&packet, sizeof packet};
-    struct msghdr message = {.msg_iov = &iov, .msg_iovlen = 1, .msg_control = room.bytes, .msg_controllen = sizeof room.bytes};
+    struct msghdr message = {.msg_iov = &iov, .msg_iovlen = 1, .msg_control = room.bytes, .msg_controllen = CMSG_LEN(sizeof(int))}; /* one */
     ssize_t n = recvmsg(broker->control, &message, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
-    if (n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR))
-        _exit(0); /* nobody is left */
+    if (n <= 0 && broker->wait[0].revents & (POLLHUP | POLLERR))
+        _exit(0); /* nobody is left; without that, a message of no bytes */
     struct cmsghdr *header = n > 0 ? CMSG_FIRSTHDR(&message) : NULL;
     int fd = -1;
     if (header && header->cmsg_level == SOL_SOCKET && header->cmsg_type == SCM_RIGHTS && header->cmsg_len == CMSG_LEN(sizeof fd))
@@ -338,9 +346,8 @@ static _Noreturn void broker_main(int control, pid_t program, const char *omit)
         if (poll(broker->wait, broker->wait_count, -1) < 0)
             continue;
         for (unsigned i = broker->wait_count; --i > 0;) {
-            if (broker->wait[i].revents & POLLIN)
-                take_call(broker, broker->wait[i].fd);
-            else if (broker->wait[i].revents)
+            const struct pollfd *listener = &broker->wait[i];
+            if (listener->revents && !(listener->revents & POLLIN && take_call(broker, listener->fd)))
                 drop_listener(broker, i);
         }
         if (broker->wait[0].revents)
