@@ -73,6 +73,7 @@ def try_host(name, before, missing):
         shutil.rmtree(folder)
 
 
-for name, (before, missing) in hosts.items():
-    try_host(name, before, missing)
-    print(f"{name}: passed", flush=True)
+if __name__ == "__main__":
+    for name, (before, missing) in hosts.items():
+        try_host(name, before, missing)
+        print(f"{name}: passed", flush=True)

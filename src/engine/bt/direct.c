@@ -26,7 +26,6 @@
 #include "util/log.h"
 #include "util/sandbox_rules.h"
 
-SANDBOX_ALLOW_WITH_IF(SANDBOX_DIRECT, IN_VCPU, rt_sigaction, ARG_IS(0, SIGCHLD));
 SANDBOX_ALLOW_WITH(SANDBOX_DIRECT, IN_VCPU, sched_setaffinity);
 
 #define SPACES 6u

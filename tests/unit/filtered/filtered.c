@@ -9,8 +9,8 @@
 
 #include "sandbox/sandbox_priv.h"
 
-/* The one thread and what it is to do. Guarded by `lock`, but for `process` and `thread`, which are the test's thread's. */
-static struct {
+/* A thread of a kind and what it is to do. Guarded by `lock`, but for `process` and `thread`, which are the test's thread's. */
+struct work {
     pthread_mutex_t lock;
     pthread_cond_t changed;
     pid_t process; /* that has the thread: tests fork */
@@ -18,7 +18,10 @@ static struct {
     unsigned kind;
     void (*fn)(void *ctx);
     void *ctx;
-} work;
+};
+
+static struct work works[SANDBOX_KINDS];
+static __thread bool inside;
 
 static void broken(const char *what)
 {
@@ -50,49 +53,48 @@ void filtered_enter(unsigned kind)
 
 static void *thread_main(void *ctx)
 {
-    filtered_enter(work.kind);
-    pthread_mutex_lock(&work.lock);
+    struct work *work = ctx;
+    filtered_enter(work->kind);
+    inside = true;
+    pthread_mutex_lock(&work->lock);
     for (;;) {
-        while (!work.fn)
-            pthread_cond_wait(&work.changed, &work.lock);
-        pthread_mutex_unlock(&work.lock);
-        work.fn(work.ctx);
-        pthread_mutex_lock(&work.lock);
-        work.fn = NULL;
-        pthread_cond_broadcast(&work.changed);
+        while (!work->fn)
+            pthread_cond_wait(&work->changed, &work->lock);
+        pthread_mutex_unlock(&work->lock);
+        work->fn(work->ctx);
+        pthread_mutex_lock(&work->lock);
+        work->fn = NULL;
+        pthread_cond_broadcast(&work->changed);
     }
     return NULL;
 }
 
 void filtered_call(unsigned kind, void (*fn)(void *ctx), void *ctx)
 {
+    struct work *work = &works[__builtin_ctz(kind)];
     if (filter_catch()) /* cmocka takes SIGSYS for each test */
         broken("no handler");
-    if (work.process == getpid() && pthread_equal(work.thread, pthread_self())) { /* a callback's: it is there already */
+    if (!inside && getpid() != gettid()) { /* a thread of the test, which plays one of the machine's */
+        filtered_enter(kind);
+        inside = true;
+    }
+    if (inside) { /* or a callback's */
         fn(ctx);
         return;
     }
-    if (getpid() != gettid()) { /* a thread of the test, which plays one of the machine's */
-        static __thread bool entered;
-        if (!entered)
-            filtered_enter(kind);
-        entered = true;
-        fn(ctx);
-        return;
+    if (work->process != getpid()) {
+        pthread_mutex_init(&work->lock, NULL);
+        pthread_cond_init(&work->changed, NULL);
     }
-    if (work.process != getpid()) {
-        pthread_mutex_init(&work.lock, NULL);
-        pthread_cond_init(&work.changed, NULL);
-    }
-    pthread_mutex_lock(&work.lock);
-    work.kind = kind;
-    work.fn = fn;
-    work.ctx = ctx;
-    if (work.process != getpid() && pthread_create(&work.thread, NULL, thread_main, NULL))
+    pthread_mutex_lock(&work->lock);
+    work->kind = kind;
+    work->fn = fn;
+    work->ctx = ctx;
+    if (work->process != getpid() && pthread_create(&work->thread, NULL, thread_main, work))
         broken("no thread");
-    work.process = getpid();
-    pthread_cond_broadcast(&work.changed);
-    while (work.fn)
-        pthread_cond_wait(&work.changed, &work.lock);
-    pthread_mutex_unlock(&work.lock);
+    work->process = getpid();
+    pthread_cond_broadcast(&work->changed);
+    while (work->fn)
+        pthread_cond_wait(&work->changed, &work->lock);
+    pthread_mutex_unlock(&work->lock);
 }

@@ -7,7 +7,7 @@
 
 #include "util/sandbox_rules.h"
 
-/* Calls fn(ctx) on the one thread of this kind. */
+/* Calls fn(ctx) on the thread of this kind; in such a thread, there. */
 void filtered_call(unsigned kind, void (*fn)(void *ctx), void *ctx);
 /* For threads that the library made. */
 void filtered_enter(unsigned kind);

@@ -1,0 +1,231 @@
+#!/usr/bin/env python3
+"""Machines whose threads make the system calls that sandbox_rules.txt names them for. `sandbox_machines.py DOPPEL SCENARIO`; what the machines said comes last."""
+import contextlib
+import glob
+import json
+import os
+import pty
+import resource
+import select
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+
+import sandbox_hosts
+import small_guests
+import snapshots
+import vms
+from vms import run, start, state, wait_for
+
+
+PIDFD_GETFD = 438
+
+
+@contextlib.contextmanager
+def telling(runtime):
+    """A runtime directory whose machines' messages are said before it goes."""
+    with runtime() as folder:
+        try:
+            yield folder
+        finally:
+            for path in glob.glob(f"{folder}/doppel/*/messages.log") + glob.glob(f"{folder}/*.said"):
+                with open(path, errors="replace") as file:
+                    print(file.read())
+
+
+vms.LIMIT = 10
+runtime = vms.runtime
+vms.runtime = snapshots.runtime = lambda: telling(runtime)
+
+
+
+def foreground(code, *options, **more):
+    """A machine in the foreground, as a process."""
+    return subprocess.Popen([vms.doppel, "run", "--kernel", vms.kernel(code), "--memory", "4M", "--net", "none", "--engine", "interp", *options], **{"stdin": subprocess.DEVNULL, **more})
+
+
+def plain():
+    """Starts, speaks, powers off."""
+    with vms.runtime():
+        assert foreground(small_guests.say("x") + small_guests.POWER_OFF, "--cpus", "2").wait(vms.LIMIT) == 0
+
+
+def waiting():
+    """A guest that says PAUSE for long."""
+    with vms.runtime():
+        machine = foreground(b"\xb9\x00\x10\x00\x00\xf3\x90\xe2\xfc" + small_guests.POWER_OFF)  # mov ecx, 4096; pause; loop
+        assert machine.wait(vms.LIMIT) == 0
+
+
+def translated():
+    with vms.runtime():
+        assert foreground(small_guests.say("x") + small_guests.POWER_OFF, "--engine", "bt").wait(vms.LIMIT) == 0
+
+
+def signals():
+    """SIGTERM is the power button, a second one the plug; with a file that says which process it is."""
+    with vms.runtime() as folder:
+        machine = foreground(small_guests.HALT, "--pid-file", "pid")
+        wait_for("start", lambda: os.path.exists("pid") and state_of_first() == "running")
+        machine.terminate()
+        wait_for("button", lambda: "power-button" in run("events"))
+        machine.terminate()
+        assert machine.wait(vms.LIMIT) == 5 and not os.path.exists(f"{folder}/pid")
+
+
+def state_of_first():
+    return next((vm["state"] for vm in vms.vms().values()), None)
+
+
+def stopped():
+    """By SIGSTOP, and continued."""
+    with vms.runtime():
+        machine = foreground(small_guests.UNTIL_BUTTON)
+        wait_for("start", lambda: state_of_first() == "running")
+        machine.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, machine.pid, os.WSTOPPED)
+        machine.send_signal(signal.SIGCONT)
+        machine.terminate()
+        assert machine.wait(vms.LIMIT) == 0
+
+
+def sockets():
+    """Consoles on Unix sockets: served, and removed at the end."""
+    with vms.runtime():
+        machine = foreground(small_guests.ECHO, "--console", "unix:serial")
+        wait_for("socket", lambda: os.path.exists("serial") and state_of_first() == "running")
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(vms.LIMIT)
+            client.connect("serial")
+            client.sendall(b"a")
+            assert client.recv(1) == b"a"
+        run("kill", next(iter(vms.vms())))
+        assert machine.wait(vms.LIMIT) == 5 and not os.path.exists("serial")
+
+
+def terminal():
+    """A console on a terminal, which is as it was afterwards."""
+    with vms.runtime():
+        master, slave = pty.openpty()
+        machine = foreground(small_guests.ECHO, "--console", "stdio", stdin=slave, stdout=slave)
+        os.write(master, b"typed")
+        seen = b""
+        while b"typed" not in seen:
+            assert select.select([master], [], [], vms.LIMIT)[0]
+            seen += os.read(master, 4096)
+        os.write(master, b"\x01x")
+        assert machine.wait(vms.LIMIT) == 5
+
+
+def plugged():
+    """Disks that come, change and go."""
+    with vms.runtime():
+        for name in "first", "second":
+            with open(name, "wb") as disk:
+                disk.truncate(1 << 20)
+        machine = foreground(small_guests.HALT)
+        name = wait_for("start", lambda: next((name for name, vm in vms.vms().items() if vm["state"] == "running"), None))
+        run("plug", "--disk", "first,id=one", name)
+        assert vms.ask(name, "PATCH", "/doppel/v1/devices/one", json.dumps({"path": os.path.abspath("second")}))[0] == 204
+        run("unplug", name, "one")
+        run("pause", name)
+        run("resume", name)
+        run("reset", name)
+        run("kill", name)
+        assert machine.wait(vms.LIMIT) == 5
+
+
+def served(broker=True):
+    """Behind the API of other tools: log, metrics, a snapshot into files that the client names, a disk that is replaced, and a machine from the snapshot."""
+    with vms.runtime() as folder:
+        for name in "disk", "other":
+            with open(name, "wb") as disk:
+                disk.truncate(1 << 20)
+
+        def serve(identity):
+            server = subprocess.Popen([vms.doppel, "serve", "--api-sock", f"{identity}.sock", "--id", identity, "--engine", "interp"], stdin=subprocess.DEVNULL,
+                                      stderr=open(f"{identity}.said", "w"))
+            wait_for("start", lambda: state(identity) == "starting" and os.path.exists(f"{identity}.sock"))
+            connection = vms.Connection(identity)
+            connection.path = f"{folder}/{identity}.sock"
+
+            def request(method, path, body=None, status=None):
+                connection.request(method, path, json.dumps(body) if body else None)
+                answer = connection.getresponse()
+                text = answer.read().decode()
+                assert answer.status == status or not status and answer.status in (200, 204), f"{method} {path}: {answer.status} {text}"
+            return server, request
+
+        def end(identity, server):
+            run("kill", identity)
+            status = server.wait(vms.LIMIT)
+            with open(f"{identity}.said") as said:
+                text = said.read()
+            assert status == 0 and (not broker or "a broker for files" not in text), text
+        server, request = serve("tool")
+        request("PUT", "/logger", {"log_path": f"{folder}/log", "level": "Debug", "show_level": True, "show_log_origin": True})
+        request("PUT", "/metrics", {"metrics_path": f"{folder}/metrics"})
+        request("PUT", "/boot-source", {"kernel_image_path": vms.kernel(small_guests.say("tool") + small_guests.HALT)})
+        request("PUT", "/drives/d", {"drive_id": "d", "is_root_device": False, "is_read_only": False, "path_on_host": f"{folder}/disk"})
+        request("PUT", "/actions", {"action_type": "InstanceStart"})
+        request("PATCH", "/drives/d", {"drive_id": "d", "path_on_host": f"{folder}/other"})
+        request("PUT", "/actions", {"action_type": "FlushMetrics"})
+        request("PATCH", "/vm", {"state": "Paused"})
+        request("PUT", "/snapshot/create", {"snapshot_path": f"{folder}/state", "mem_file_path": f"{folder}/memory", "snapshot_type": "Full"})
+        request("PATCH", "/vm", {"state": "Resumed"})
+        resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+        request("PATCH", "/vm", {"state": "Paused"})
+        request("PUT", "/snapshot/create", {"snapshot_path": f"{folder}/no-state", "mem_file_path": f"{folder}/no-memory", "snapshot_type": "Full"}, 400)
+        assert not [name for name in os.listdir() if name.startswith("no-")]
+        end("tool", server)
+        server, request = serve("second")
+        request("PUT", "/snapshot/load", {"snapshot_path": f"{folder}/state", "mem_backend": {"backend_type": "File", "backend_path": f"{folder}/memory"}, "resume_vm": True})
+        request("GET", "/vm/config")
+        end("second", server)
+
+
+def served_without_broker():
+    """The same where no process can take another's descriptors: the threads open files themselves, before they name nothing new."""
+    sandbox_hosts.refuse(1, PIDFD_GETFD)
+    served(False)
+
+
+def direct():
+    """User code on the processor itself, in processes of their own."""
+    program = os.path.join(os.path.dirname(os.environ["REAL_DOPPEL"]), "tests/conform/scattered")
+    with vms.runtime():
+        done = subprocess.run([vms.doppel, "run", "--kernel", program, "--memory", "128M", "--engine", "bt", "--direct", "always", "--net", "none", "--console", "file:out",
+                               "--on-reset", "exit", "--cpus", "2", "--append", "direct pieces=200 rounds=1"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=vms.LIMIT)
+        print(done.stderr)
+        with open("out", errors="replace") as out:
+            assert "DONE 0 failures" in out.read() and "is translated" not in done.stderr
+
+
+def streams():
+    """Clients that listen when the machine ends get what is left."""
+    with vms.runtime():
+        machine = foreground(small_guests.ECHO)
+        name = wait_for("start", lambda: next((name for name, vm in vms.vms().items() if vm["state"] == "running"), None))
+        listeners = []
+        for path in "events?since=0", "console":
+            listener = vms.Connection(name)
+            listener.request("GET", f"/doppel/v1/{path}")
+            listeners.append(listener.getresponse())
+        vms.ask(name, "POST", "/doppel/v1/console", b"typed")
+        run("kill", name)
+        assert machine.wait(vms.LIMIT) == 5
+        said = [listener.read() for listener in listeners]
+        assert b"ended" in said[0] and said[1] == b"typed"
+
+
+scenarios = {scenario.__name__: scenario for scenario in (plain, waiting, translated, signals, stopped, sockets, terminal, plugged, served, served_without_broker, direct, streams, vms.names, vms.life, vms.crash, vms.console)}
+scenarios |= {"tree": snapshots.tree}
+
+if __name__ == "__main__":
+    try:
+        scenarios[sys.argv[2]]()
+    except BaseException:
+        traceback.print_exc()
+        sys.exit(1)
