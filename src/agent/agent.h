@@ -29,6 +29,7 @@ void session_serve(struct session *session);
 void serve_exec(struct session *session, const struct agent_frame *frame);
 void serve_put(struct session *session, const struct agent_frame *frame);
 void serve_get(struct session *session, const struct agent_frame *frame);
+void serve_identity(struct session *session, const struct agent_frame *frame);
 void serve_info(struct session *session, const struct agent_frame *frame);
 
 /* ---- users (user.c): /etc/passwd and /etc/group are read here, because a static program has no other way ---- */

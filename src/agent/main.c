@@ -114,6 +114,7 @@ static const struct {
 } requests[] = {
     {AGENT_EXEC, serve_exec}, {AGENT_PING, serve_ping},   {AGENT_INFO, serve_info},         {AGENT_PUT, serve_put},
     {AGENT_GET, serve_get},   {AGENT_CLOCK, serve_clock}, {AGENT_SHUTDOWN, serve_shutdown},
+    {AGENT_IDENTITY, serve_identity},
 };
 
 void session_serve(struct session *session)

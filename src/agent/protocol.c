@@ -118,3 +118,56 @@ int agent_exec_format(const struct agent_exec *exec, uint8_t body[AGENT_BODY_MAX
         fits = put_text(body, &size, exec->variable[i]);
     return fits ? (int)size : -E2BIG;
 }
+
+/* ---- becoming another guest ---- */
+
+#define IDENTITY_FIXED_BYTES (1 + AGENT_SEED_BYTES + 16 + 1)
+
+static bool name_is_good(const char *name)
+{
+    static const char good[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._";
+    return name[0] && strspn(name, good) == strlen(name);
+}
+
+int agent_identity_parse(struct agent_identity *identity, const uint8_t *body, uint32_t size_bytes)
+{
+    const uint8_t *at = body + 1;
+    if (size_bytes < IDENTITY_FIXED_BYTES || body[0] != AGENT_VERSION)
+        return -EPROTO;
+    memcpy(identity->seed, at, sizeof identity->seed);
+    at += sizeof identity->seed;
+    memcpy(identity->machine_id, at, sizeof identity->machine_id);
+    at += sizeof identity->machine_id;
+    identity->card_count = *at++;
+    if (identity->card_count > AGENT_CARDS_MAX || size_bytes < IDENTITY_FIXED_BYTES + identity->card_count * 7)
+        return -EPROTO;
+    for (unsigned i = 0; i < identity->card_count; i++, at += 7) {
+        identity->card[i].slot = *at;
+        memcpy(identity->card[i].mac, at + 1, 6);
+        if (*at > 31 || at[1] & 1)
+            return -EPROTO;
+    }
+    size_t left = size_bytes - (size_t)(at - body);
+    if (left < 2 || left > sizeof identity->name || at[left - 1])
+        return -EPROTO;
+    memcpy(identity->name, at, left);
+    return strlen(identity->name) == left - 1 && name_is_good(identity->name) ? 0 : -EPROTO;
+}
+
+size_t agent_identity_format(const struct agent_identity *identity, uint8_t body[AGENT_IDENTITY_BYTES_MAX])
+{
+    uint8_t *at = body;
+    *at++ = AGENT_VERSION;
+    memcpy(at, identity->seed, sizeof identity->seed);
+    at += sizeof identity->seed;
+    memcpy(at, identity->machine_id, sizeof identity->machine_id);
+    at += sizeof identity->machine_id;
+    *at++ = (uint8_t)identity->card_count;
+    for (unsigned i = 0; i < identity->card_count; i++) {
+        *at++ = identity->card[i].slot;
+        memcpy(at, identity->card[i].mac, 6);
+        at += 6;
+    }
+    strcpy((char *)at, identity->name);
+    return (size_t)(at - body) + strlen(identity->name) + 1;
+}

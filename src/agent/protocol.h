@@ -30,6 +30,7 @@ enum agent_type {
     AGENT_GET,      /* path; answered by FILE, DATA ..., DONE */
     AGENT_CLOCK,    /* u64 nanoseconds since 1970; answered by DONE */
     AGENT_SHUTDOWN, /* u8: 0 power off, 1 restart; answered by DONE */
+    AGENT_IDENTITY, /* struct agent_identity; answered by DONE */
 
     AGENT_INPUT = 16, /* bytes for standard input; none: its end */
     AGENT_SIGNAL,     /* u8 number */
@@ -116,5 +117,28 @@ struct agent_exec {
 int agent_exec_parse(struct agent_exec *exec, const uint8_t *body, uint32_t size_bytes);
 /* Size of the body, or -E2BIG. */
 int agent_exec_format(const struct agent_exec *exec, uint8_t body[AGENT_BODY_MAX]);
+
+/* ---- the request to become another guest ---- */
+
+#define AGENT_SEED_BYTES 32u
+#define AGENT_CARDS_MAX 8u
+#define AGENT_NAME_BYTES 64u /* with the NUL */
+
+/* u8 version, seed, machine ID, u8 cards, for each u8 PCI slot and six bytes of address, text: the host's name (letters, digits, "-", "." and "_"). */
+struct agent_identity {
+    uint8_t seed[AGENT_SEED_BYTES], machine_id[16];
+    unsigned card_count;
+    struct {
+        uint8_t slot, mac[6];
+    } card[AGENT_CARDS_MAX];
+    char name[AGENT_NAME_BYTES];
+};
+
+#define AGENT_IDENTITY_BYTES_MAX (1 + AGENT_SEED_BYTES + 16 + 1 + AGENT_CARDS_MAX * 7 + AGENT_NAME_BYTES)
+
+/* 0 or -EPROTO. */
+int agent_identity_parse(struct agent_identity *identity, const uint8_t *body, uint32_t size_bytes);
+/* Size of the body. What parse would refuse must not be in it. */
+size_t agent_identity_format(const struct agent_identity *identity, uint8_t body[AGENT_IDENTITY_BYTES_MAX]);
 
 #endif

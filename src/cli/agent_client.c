@@ -79,6 +79,13 @@ static int try_open(const struct agent_address *address)
     return result < 0 ? result : fd;
 }
 
+bool agent_client_try(struct agent_client *client, const struct agent_address *address)
+{
+    client->reader.start = client->reader.end = 0;
+    client->fd = try_open(address);
+    return client->fd >= 0;
+}
+
 bool agent_client_open(struct agent_client *client, const struct agent_address *address, const char *command)
 {
     const struct timespec pause = {.tv_nsec = RETRY_MS * 1000000l};

@@ -23,6 +23,8 @@ struct agent_address {
 int agent_address_set(struct agent_address *address, const struct arguments *arguments, const char *command);
 /* False, and told. */
 bool agent_client_open(struct agent_client *client, const struct agent_address *address, const char *command);
+/* Once, and without a word. */
+bool agent_client_try(struct agent_client *client, const struct agent_address *address);
 void agent_client_close(struct agent_client *client);
 /* Blocking; false when the connection has ended. */
 bool agent_client_send(struct agent_client *client, enum agent_type type, const void *body, size_t size_bytes);

@@ -47,6 +47,7 @@ enum { MIGRATE_DOWNTIME = WIRE_OPTIONS, MIGRATE_CANCEL, MIGRATE_STATUS };
 enum { RECEIVE_LISTEN = WIRE_OPTIONS, RECEIVE_NAME, RECEIVE_ENGINE };
 enum { EXPORT_COMPRESS };
 enum { IMPORT_DIRECTORY };
+enum { CLONE_COUNT, CLONE_NAME, CLONE_KEY_FILE, CLONE_KEY_COMMAND };
 enum { TOP_DELAY, TOP_BATCH, TOP_COUNT };
 
 /* How many names of virtual machines a command takes. */
@@ -91,6 +92,7 @@ int metadata_main(int argc, char **argv);
 int rm_main(int argc, char **argv);
 int migrate_main(int argc, char **argv);
 int receive_main(int argc, char **argv);
+int clone_main(int argc, char **argv);
 int snapshot_main(int argc, char **argv);
 int export_main(int argc, char **argv);
 int import_main(int argc, char **argv);

@@ -99,6 +99,13 @@ static const struct cli_option import_options[] = {
     [IMPORT_DIRECTORY] = {"directory", 0, "DIR", "where its files go: a directory that is not there yet (default: one named as it is, see docs/bundles.md)"},
     {0},
 };
+static const struct cli_option clone_options[] = {
+    [CLONE_COUNT] = {"count", 'n', "N", "how many (default 1)"},
+    [CLONE_NAME] = {"name", 0, "NAME", "their name; several are NAME-1, NAME-2 ... (default VM-clone-1 ...)"},
+    [CLONE_KEY_FILE] = {"key-file", 0, "FILE", "the key of an encrypted snapshot"},
+    [CLONE_KEY_COMMAND] = {"key-command", 0, "COMMAND", "a command that prints the key"},
+    {0},
+};
 static const struct cli_option stats_options[] = {
     [STATS_JSON] = {"json", 0, NULL, "all counters, as JSON"},
     {0},
@@ -150,6 +157,7 @@ const struct subcommand subcommands[] = {
     {"receive", receive_main, "[OPTIONS]", "wait for a virtual machine that migrates, and run it in the background; prints its name", NAMES_NONE, receive_options},
     {"export", export_main, "[OPTIONS] VM|VM/SNAPSHOT FILE", "put a virtual machine into one file, with kernel, disks and (of a snapshot) its state; - is standard output", NAMES_SOME, export_options},
     {"import", import_main, "[OPTIONS] FILE [NAME]", "unpack such a file, an OVF appliance or an image of a disk, and print the configuration for run --config", NAMES_OWN, import_options},
+    {"clone", clone_main, "[OPTIONS] VM | VM/SNAPSHOT", "start copies of a running virtual machine, or of a snapshot, that share its memory", NAMES_ONE, clone_options},
     {"stats", stats_main, "[OPTIONS] [NAME...]", "print what virtual machines use", NAMES_ANY, stats_options},
     {"top", top_main, "[OPTIONS] [NAME...]", "watch what virtual machines use", NAMES_ANY, top_options},
     {"events", events_main, "[OPTIONS] [NAME...]", "print what happened to virtual machines", NAMES_ANY, events_options},

@@ -7,6 +7,7 @@
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -23,6 +24,7 @@
 #define CREATE_MS (24 * 3600 * 1000)
 #define ANSWER_MS 10000
 #define PROGRESS_MS 200
+#define CLONE_DEPTH_MAX 4u
 #define ZSTD_LEVEL_DEFAULT 3ul
 #define ZSTD_LEVEL_MAX 19ul
 
@@ -30,7 +32,11 @@
 
 int snapshot_read_secret(const struct arguments *arguments, struct chunk_secret *secret)
 {
-    const char *path = arguments->value[SNAPSHOT_KEY_FILE], *command = arguments->value[SNAPSHOT_KEY_COMMAND];
+    return snapshot_secret_from(arguments->value[SNAPSHOT_KEY_FILE], arguments->value[SNAPSHOT_KEY_COMMAND], secret);
+}
+
+int snapshot_secret_from(const char *path, const char *command, struct chunk_secret *secret)
+{
     uint8_t data[CHUNK_SECRET_BYTES_MAX + 2];
     *secret = (struct chunk_secret){0};
     if (!path && !command)
@@ -75,6 +81,7 @@ struct create {
     unsigned count;
     const struct stored_snapshot *base; /* NULL: a full one */
     json_t *answer;
+    bool for_clones;
     /* The request's thread. */
     json_t *body;
     struct error err;
@@ -88,17 +95,19 @@ static int choose_name(struct create *create, const char *wanted)
 {
     unsigned long highest = 0;
     char *end;
+    const char *prefix = create->for_clones ? STORE_CLONES : "s";
     if (wanted && strlen(wanted) >= sizeof create->name)
         return complain(STATUS_USAGE, "snapshot: the name is too long: %d bytes at most", STORE_NAME_BYTES - 1);
     for (unsigned i = 0; i < create->count; i++) {
-        unsigned long number = create->list[i].name[0] == 's' ? strtoul(create->list[i].name + 1, &end, 10) : 0;
+        const char *name = create->list[i].name;
+        unsigned long number = strncmp(name, prefix, strlen(prefix)) == 0 ? strtoul(name + strlen(prefix), &end, 10) : 0;
         if (number > highest && number < 1000000000 && !*end)
             highest = number;
     }
     if (wanted)
         strcpy(create->name, wanted);
     else
-        snprintf(create->name, sizeof create->name, "s%lu", highest + 1);
+        snprintf(create->name, sizeof create->name, "%s%lu", prefix, highest + 1);
     return 0;
 }
 
@@ -119,10 +128,28 @@ static int find_base(struct create *create)
     int r = 0;
     if (!create->base)
         r = complain(STATUS_ERROR, "%s: the snapshot that its memory is counted from is not kept here, or there is none: make a full one", create->vm.name);
+    else if (create->base->passing)
+        r = complain(STATUS_ERROR, "%s: its memory is counted from what its last clones were made from, which is not kept: make a full one", create->vm.name);
     else if (create->base->encrypted && !arguments->value[SNAPSHOT_ENCRYPT])
         r = complain(STATUS_ERROR, "%s/%s, which this one would need, is encrypted: give --encrypt with a key", create->vm.name, create->base->name);
     json_decref(answer);
     return r;
+}
+
+/* What clones begin with needs little when something before it is there. The chain stays short, because what is in upper layers is no longer shared. */
+static void find_base_for_clones(struct create *create)
+{
+    json_t *answer = NULL;
+    unsigned depth = 0;
+    if (client_request(create->vm.name, "GET", "/doppel/v1/snapshot", NULL, ANSWER_MS, &answer, NULL))
+        return;
+    const char *id = json_string_value(json_object_get(answer, "base_id"));
+    const struct stored_snapshot *base = id && *id ? snapshot_store_by_id(create->list, create->count, id) : NULL;
+    json_decref(answer);
+    for (const struct stored_snapshot *at = base; at; at = snapshot_store_by_id(create->list, create->count, at->base_id), depth++)
+        if (at->encrypted || depth == CLONE_DEPTH_MAX)
+            return;
+    create->base = base;
 }
 
 static json_t *request_body(const struct create *create)
@@ -143,7 +170,7 @@ static json_t *request_body(const struct create *create)
 static void *request_main(void *arg)
 {
     struct create *create = arg;
-    int r = client_request(create->vm.name, "POST", "/doppel/v1/snapshot", create->body, CREATE_MS, &create->answer, &create->err);
+    int r = client_request(create->vm.name, "POST", create->for_clones ? "/doppel/v1/clone" : "/doppel/v1/snapshot", create->body, CREATE_MS, &create->answer, &create->err);
     pthread_mutex_lock(&create->lock);
     create->result = r;
     create->done = true;
@@ -215,6 +242,9 @@ static json_t *describe(const struct create *create)
     for (size_t i = 0; i < sizeof from_vm / sizeof *from_vm; i++)
         json_object_set(meta, from_vm[i], json_object_get(create->vm.vm, from_vm[i]));
     json_object_set(meta, "config", json_object_get(create->vm.vm, "config"));
+    char boot_id[64];
+    if (create->for_clones && snapshot_store_boot_id(boot_id))
+        json_object_set_new(meta, "boot_id", json_string(boot_id));
     return meta;
 }
 
@@ -224,7 +254,9 @@ static int create_locked(struct create *create)
     if (snapshot_store_list(create->vm.name, &create->list, &create->count, &err))
         return complain(STATUS_ERROR, "%s", err.text);
     int r = choose_name(create, create->arguments->name_count > 2 ? create->arguments->names[2] : NULL);
-    if (r == 0)
+    if (create->for_clones)
+        find_base_for_clones(create);
+    else if (r == 0)
         r = find_base(create);
     if (r == 0 && snapshot_store_begin(create->vm.name, create->name, &err))
         return complain(STATUS_ERROR, "%s", err.text);
@@ -236,7 +268,7 @@ static int create_locked(struct create *create)
         r = complain(STATUS_ERROR, "%s", meta ? err.text : "the description is not UTF-8");
     if (r)
         snapshot_store_abort(create->vm.name, create->name);
-    else
+    else if (!create->for_clones)
         printf("%s/%s\n", create->vm.name, create->name);
     json_decref(meta);
     return r;
@@ -272,10 +304,37 @@ int snapshot_create(const struct arguments *arguments)
     return r;
 }
 
+/* Those before a full one that nothing is counted from any more; the last first, so that none is left without what it needs. */
+static void drop_passed(const struct create *create)
+{
+    for (unsigned i = create->count; !create->base && i-- > 0;) {
+        bool needed = false;
+        for (unsigned n = 0; n < create->count; n++)
+            needed |= !create->list[n].passing && strcmp(create->list[n].base_id, create->list[i].id) == 0;
+        struct error err = {0};
+        if (create->list[i].passing && !needed && snapshot_store_remove(create->vm.name, create->list[i].name, NULL, NULL, &err))
+            complain(0, "%s", err.text);
+    }
+}
+
+int snapshot_create_for_clones(struct instance_info *vm, int lock, char name[STORE_NAME_BYTES])
+{
+    static const struct arguments none;
+    struct create create = {.arguments = &none, .vm = *vm, .for_clones = true};
+    int r = create_locked(&create);
+    if (r == 0)
+        drop_passed(&create);
+    strcpy(name, create.name);
+    snapshot_store_free(create.list, create.count);
+    json_decref(create.answer);
+    if (r == 0 && flock(lock, LOCK_SH))
+        r = complain(STATUS_ERROR, "cannot lock the snapshots of %s: %s", vm->name, strerror(errno));
+    return r;
+}
+
 /* ---- restore ---- */
 
-/* Starts a machine from the files. The lock is shared with its process, which lets it go when the files were read. */
-static int start_from(const struct stored_snapshot *snapshot, struct snapshot_chain *chain, const char *name, int lock)
+int snapshot_start(const struct stored_snapshot *snapshot, struct snapshot_chain *chain, const char *name, int lock, int (*change)(struct machine_config *config, void *ctx), void *ctx)
 {
     struct instance_info old;
     struct error err = {0};
@@ -288,6 +347,8 @@ static int start_from(const struct stored_snapshot *snapshot, struct snapshot_ch
     int r = machine_snapshot_check(&chain->files, &err) || machine_snapshot_config(&chain->files, &run.config, &err) ? complain(STATUS_ERROR, "%s", err.text) : 0;
     if (r == 0 && json_object_get(snapshot->meta, "files") && bundle_set_paths(&run.config, json_object_get(snapshot->meta, "files"), &err)) /* it came in a bundle */
         r = complain(STATUS_ERROR, "%s/%s: %s", snapshot->vm, snapshot->name, err.text);
+    if (r == 0 && change)
+        r = change(&run.config, ctx);
     if (r == 0 && instance_read(name, &old, NULL) == 0) { /* its place is taken: by now it is known that the snapshot is complete */
         if (old.life == INSTANCE_ALIVE && end_by_force(&old))
             r = complain(STATUS_ERROR, "%s, which runs, does not end", name);
@@ -321,7 +382,7 @@ int snapshot_restore(const struct arguments *arguments)
         r = complain(STATUS_ERROR, "%s", err.text);
     if (r == 0) {
         chain->files.secret = &secret;
-        r = start_from(snapshot, chain, as ? as : vm, lock);
+        r = snapshot_start(snapshot, chain, as ? as : vm, lock, NULL, NULL);
     }
     if (lock >= 0)
         close(lock);

@@ -11,6 +11,8 @@ struct archive_entry;
 /* The key that --key-file or --key-command give; empty without. An exit status. */
 int snapshot_read_secret(const struct arguments *arguments, struct chunk_secret *secret);
 
+int snapshot_secret_from(const char *file, const char *command, struct chunk_secret *secret);
+
 /* names[0] is the action. Exit statuses. */
 int snapshot_create(const struct arguments *arguments);
 int snapshot_restore(const struct arguments *arguments);
@@ -24,5 +26,13 @@ struct snapshot_import *snapshot_import_begin(struct archive *in, const char *pa
 int snapshot_import_entry(struct snapshot_import *import, struct archive_entry *entry);
 /* Frees it. When all is `good` so far: `last` has to have come last. *count: how many are there now. */
 int snapshot_import_end(struct snapshot_import *import, bool good, const char *last, unsigned *count);
+
+/* One that clones of a running machine begin with. `lock` is the exclusive one, and shared afterwards. An exit status. */
+int snapshot_create_for_clones(struct instance_info *vm, int lock, char name[STORE_NAME_BYTES]);
+/*
+ * Starts a machine from the files, in place of one of that name. The lock is shared with its process, which lets it go when the files were read. `change` (may be NULL) alters what the
+ * snapshot says of it; other than 0 is the exit status then.
+ */
+int snapshot_start(const struct stored_snapshot *snapshot, struct snapshot_chain *chain, const char *name, int lock, int (*change)(struct machine_config *config, void *ctx), void *ctx);
 
 #endif

@@ -429,6 +429,7 @@ const struct http_route doppel_v1_routes[] = {
     {"PATCH", "/doppel/v1/metadata", change_metadata},
     {"GET", "/doppel/v1/snapshot", vm_get_snapshot},
     {"POST", "/doppel/v1/snapshot", vm_post_snapshot},
+    {"POST", "/doppel/v1/clone", vm_post_clone},
     {"GET", "/doppel/v1/migration", vm_get_migration},
     {"POST", "/doppel/v1/migration", vm_post_migration},
     {"DELETE", "/doppel/v1/migration", vm_cancel_migration},

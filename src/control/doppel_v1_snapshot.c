@@ -30,6 +30,7 @@ struct making {
     int state_fd, memory_fd;
     struct chunk_secret secret;
     struct machine_snapshot snapshot;
+    bool passing; /* for clones, which read it at once: it need not outlive the host's next start */
 };
 
 static void note_progress(void *ctx, uint64_t pages, uint64_t pages_expected)
@@ -76,7 +77,7 @@ static void *make(void *arg)
         r = machine_snapshot_live(machine, &making->snapshot, &err);
     if (machine)
         vm_machine_put(control);
-    if (r == 0 && (fsync(making->memory_fd) || fsync(making->state_fd)))
+    if (r == 0 && !making->passing && (fsync(making->memory_fd) || fsync(making->state_fd)))
         r = error_set(&err, -errno, "cannot write the snapshot: %s", strerror(errno));
     atomic_store(&control->snapshot_under_way, false);
     if (r)
@@ -147,7 +148,7 @@ static int open_files(struct making *making, const char *name, struct error *err
     return 0;
 }
 
-static struct making *prepare(struct http_call *call, struct vm_control *control)
+static struct making *prepare(struct http_call *call, struct vm_control *control, bool passing)
 {
     struct error err = {0};
     const char *name;
@@ -156,7 +157,7 @@ static struct making *prepare(struct http_call *call, struct vm_control *control
         return NULL;
     struct making *making = calloc(1, sizeof *making);
     if (making)
-        *making = (struct making){.control = control, .call = call, .state_fd = -1, .memory_fd = -1,
+        *making = (struct making){.control = control, .call = call, .passing = passing, .state_fd = -1, .memory_fd = -1,
                                   .snapshot = {.threads = COMPRESSION_THREADS, .progress = note_progress, .ctx = control, .state_name = "the state", .memory_name = "the memory"}};
     bool good = making && understand(making, body, &name);
     if (!good)
@@ -174,9 +175,8 @@ static struct making *prepare(struct http_call *call, struct vm_control *control
     return NULL;
 }
 
-void vm_post_snapshot(struct http_call *call, void *ctx)
+static void begin(struct http_call *call, struct vm_control *control, bool passing)
 {
-    struct vm_control *control = ctx;
     pthread_t thread;
     if (control->snapshots_fd < 0) {
         http_reply_error(call, 400, "There is no directory for this machine's snapshots.");
@@ -186,7 +186,7 @@ void vm_post_snapshot(struct http_call *call, void *ctx)
         http_reply_error(call, 400, "Another snapshot is being made.");
         return;
     }
-    struct making *making = prepare(call, control);
+    struct making *making = prepare(call, control, passing);
     if (!making) {
         atomic_store(&control->snapshot_under_way, false);
         return;
@@ -202,6 +202,16 @@ void vm_post_snapshot(struct http_call *call, void *ctx)
         http_reply_error(call, 500, "cannot start a thread");
         free_making(making);
     }
+}
+
+void vm_post_snapshot(struct http_call *call, void *ctx)
+{
+    begin(call, ctx, false);
+}
+
+void vm_post_clone(struct http_call *call, void *ctx)
+{
+    begin(call, ctx, true);
 }
 
 void vm_get_snapshot(struct http_call *call, void *ctx)

@@ -77,13 +77,46 @@ static bool is_alive(const char *vm)
     return alive;
 }
 
+static void remove_tree(int parent, const char *name)
+{
+    int dir = openat(parent, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    DIR *entries = dir >= 0 ? fdopendir(dir) : NULL;
+    for (struct dirent *entry; entries && (entry = readdir(entries));)
+        if (strcmp(entry->d_name, ".") != 0 && strcmp(entry->d_name, "..") != 0)
+            unlinkat(dir, entry->d_name, 0);
+    if (entries)
+        closedir(entries);
+    else if (dir >= 0)
+        close(dir);
+    unlinkat(parent, name, AT_REMOVEDIR);
+}
+
+/* What clones of a machine that is no more were made from. They have its files open. */
+static void remove_passing(int root, const char *vm)
+{
+    int dir = openat(root, vm, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    DIR *entries = dir >= 0 ? fdopendir(dir) : NULL;
+    for (struct dirent *entry; entries && (entry = readdir(entries));) {
+        struct stored_snapshot snapshot;
+        if (strncmp(entry->d_name, STORE_CLONES, strlen(STORE_CLONES)) != 0 || !stored_snapshot_read(dir, vm, entry->d_name, &snapshot))
+            continue;
+        if (snapshot.passing)
+            remove_tree(dir, entry->d_name);
+        stored_snapshot_clear(&snapshot);
+    }
+    if (entries)
+        closedir(entries);
+}
+
 void snapshot_store_tidy(void)
 {
     char root[STORE_PATH_BYTES];
     DIR *entries = snapshot_store_root(root, NULL) == 0 ? opendir(root) : NULL;
     for (struct dirent *entry; entries && (entry = readdir(entries));)
-        if (instance_name_valid(entry->d_name) && !is_alive(entry->d_name))
+        if (instance_name_valid(entry->d_name) && !is_alive(entry->d_name)) {
+            remove_passing(dirfd(entries), entry->d_name);
             unlinkat(dirfd(entries), entry->d_name, AT_REMOVEDIR); /* if nothing is in it */
+        }
     if (entries)
         closedir(entries);
 }
@@ -135,13 +168,36 @@ bool snapshot_id_parse(const char *text, struct chunk_id *id)
 
 /* ---- reading ---- */
 
+bool snapshot_store_boot_id(char text[64])
+{
+    int fd = open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC);
+    ssize_t size = fd >= 0 ? read(fd, text, 63) : -1;
+    if (fd >= 0)
+        close(fd);
+    text[size > 0 ? size : 0] = '\0';
+    text[strcspn(text, "\n")] = '\0';
+    return text[0];
+}
+
+/* Files that nobody waited for to be on the disk may be anything after the host's next start. */
+static bool has_passed(const struct stored_snapshot *snapshot)
+{
+    char now[64];
+    return snapshot->passing && (!snapshot_store_boot_id(now) || strcmp(now, json_string_value(json_object_get(snapshot->meta, "boot_id"))) != 0);
+}
+
 static json_t *read_meta(int dir)
 {
     struct stat st;
     json_t *meta = NULL;
+    char *text = NULL;
     int fd = openat(dir, "snapshot.json", O_RDONLY | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK);
     if (fd >= 0 && fstat(fd, &st) == 0 && S_ISREG(st.st_mode) && st.st_size <= (off_t)META_BYTES_MAX)
-        meta = json_loadfd(fd, JSON_REJECT_DUPLICATES, NULL);
+        text = malloc((size_t)st.st_size + 1);
+    ssize_t size = text ? read(fd, text, (size_t)st.st_size) : -1; /* at once: json_loadfd reads by the byte */
+    if (size >= 0)
+        meta = json_loadb(text, (size_t)size, JSON_REJECT_DUPLICATES, NULL);
+    free(text);
     if (fd >= 0)
         close(fd);
     return meta;
@@ -180,6 +236,7 @@ bool stored_snapshot_read(int vm_dir, const char *vm, const char *name, struct s
     snprintf(out->vm, sizeof out->vm, "%s", vm);
     snprintf(out->name, sizeof out->name, "%s", name);
     snprintf(out->memory, sizeof out->memory, "%s", memory);
+    out->passing = json_is_string(json_object_get(meta, "boot_id"));
     out->encrypted = json_is_true(json_object_get(meta, "encrypted"));
     json_int_t level = json_integer_value(json_object_get(meta, "zstd_level"));
     out->zstd_level = level < 0 ? 0 : level > 19 ? 19 : (int)level;
@@ -216,10 +273,14 @@ static int list_vm(const char *vm, struct stored_snapshot **list, unsigned *coun
             break;
         }
         *list = grown;
-        if (stored_snapshot_read(dirfd(entries), vm, entry->d_name, &grown[*count]))
-            ++*count;
-        else
+        if (stored_snapshot_read(dirfd(entries), vm, entry->d_name, &grown[*count])) {
+            if (has_passed(&grown[*count]))
+                stored_snapshot_clear(&grown[*count]);
+            else
+                ++*count;
+        } else {
             log_warning("%s/%s is no snapshot that this program can read: its snapshot.json is missing, damaged or of a later version", vm, entry->d_name);
+        }
     }
     closedir(entries);
     return r;
@@ -319,20 +380,6 @@ static void hidden_name(char out[STORE_NAME_BYTES + 8], const char *prefix, cons
     snprintf(out, STORE_NAME_BYTES + 8, "%s%s", prefix, name);
 }
 
-static void remove_tree(int parent, const char *name)
-{
-    int dir = openat(parent, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
-    DIR *entries = dir >= 0 ? fdopendir(dir) : NULL;
-    for (struct dirent *entry; entries && (entry = readdir(entries));)
-        if (strcmp(entry->d_name, ".") != 0 && strcmp(entry->d_name, "..") != 0)
-            unlinkat(dir, entry->d_name, 0);
-    if (entries)
-        closedir(entries);
-    else if (dir >= 0)
-        close(dir);
-    unlinkat(parent, name, AT_REMOVEDIR);
-}
-
 /* In a snapshot that is one, what its description does not name: a merge that was killed leaves a memory file, before its end the new one, after it the old one. */
 static void sweep_files(int vm_dir, const char *name)
 {
@@ -398,18 +445,19 @@ void snapshot_store_abort(const char *vm, const char *name)
 
 int snapshot_store_write_meta(int dir, const json_t *meta)
 {
+    bool passing = json_object_get(meta, "boot_id");
     int fd = openat(dir, ".snapshot.json", O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, 0600);
     if (fd < 0)
         return -errno;
     int r = json_dumpfd(meta, fd, JSON_INDENT(2) | JSON_PRESERVE_ORDER) || write(fd, "\n", 1) != 1 ? -EIO : 0;
-    if (r == 0 && fsync(fd))
+    if (r == 0 && !passing && fsync(fd))
         r = -errno;
     close(fd);
     if (r == 0 && renameat(dir, ".snapshot.json", dir, "snapshot.json"))
         r = -errno;
     if (r)
         unlinkat(dir, ".snapshot.json", 0);
-    return r == 0 && fsync(dir) ? -errno : r;
+    return r == 0 && !passing && fsync(dir) ? -errno : r;
 }
 
 static int sync_file(int dir, const char *name)
@@ -431,13 +479,14 @@ int snapshot_store_commit(const char *vm, const char *name, const json_t *meta, 
         return vm_dir;
     hidden_name(draft, STORE_NEW, name);
     int dir = openat(vm_dir, draft, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC), r = dir < 0 ? -errno : 0;
-    if (r == 0)
+    bool passing = json_object_get(meta, "boot_id");
+    if (r == 0 && !passing)
         r = sync_file(dir, "state");
-    if (r == 0)
+    if (r == 0 && !passing)
         r = sync_file(dir, memory ? memory : "memory");
     if (r == 0)
         r = snapshot_store_write_meta(dir, meta);
-    if (r == 0 && (renameat(vm_dir, draft, vm_dir, name) || fsync(vm_dir)))
+    if (r == 0 && (renameat(vm_dir, draft, vm_dir, name) || (!passing && fsync(vm_dir))))
         r = -errno;
     if (dir >= 0)
         close(dir);

@@ -24,6 +24,7 @@
 
 #define STORE_PATH_BYTES 1024
 #define STORE_NAME_BYTES 49 /* as a virtual machine's */
+#define STORE_CLONES "clones-" /* names of those that clones are made from begin so */
 #define STORE_DEPTH_MAX 64u /* snapshots that one may need, one below the other */
 
 /* $XDG_DATA_HOME/doppel/snapshots; without it /var/lib/doppel/snapshots for root and ~/.local/share/doppel/snapshots for others. */
@@ -39,6 +40,7 @@ struct stored_snapshot {
     char id[33], base_id[33], parent_id[33]; /* hexadecimal; base_id "": it needs no other */
     char memory[STORE_NAME_BYTES]; /* the file's name */
     bool encrypted;
+    bool passing; /* for clones: good until the host starts again, and gone when its machine is */
     int zstd_level;
     uint64_t created_ms;
     json_t *meta; /* snapshot.json */
@@ -56,6 +58,8 @@ uint64_t snapshot_store_bytes(const struct stored_snapshot *snapshot);
 /* A descriptor to close. -EBUSY, at once. */
 int snapshot_store_lock(const char *vm, bool exclusive, struct error *err) __attribute__((warn_unused_result));
 
+/* What a snapshot that is passing has as "boot_id" in its description: this start of the host. False: not known. */
+bool snapshot_store_boot_id(char text[64]);
 /* With the exclusive lock: makes an empty directory for a snapshot under way; gives it its name, when its files are complete; or removes it. -EEXIST: the name is taken. */
 int snapshot_store_begin(const char *vm, const char *name, struct error *err) __attribute__((warn_unused_result));
 int snapshot_store_commit(const char *vm, const char *name, const json_t *meta, struct error *err) __attribute__((warn_unused_result));

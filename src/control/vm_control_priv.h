@@ -131,7 +131,7 @@ void vm_machine_put(struct vm_control *control);
 void vm_log_append(const struct vm_control *control, const char *file, int *fd, uint64_t *size_bytes, const void *data, size_t data_bytes);
 
 /* doppel_v1_snapshot.c */
-http_handler_fn vm_post_snapshot, vm_get_snapshot;
+http_handler_fn vm_post_snapshot, vm_post_clone, vm_get_snapshot;
 
 /* doppel_v1_migrate.c */
 http_handler_fn vm_post_migration, vm_get_migration, vm_cancel_migration;

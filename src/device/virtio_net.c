@@ -621,6 +621,12 @@ fail:
     return result;
 }
 
+void virtio_net_set_mac(struct device *device, const uint8_t mac[6])
+{
+    struct virtio_net *nic = (struct virtio_net *)device;
+    memcpy(nic->permanent_mac, mac, sizeof nic->permanent_mac);
+}
+
 static void nic_machine_reset(struct device *device)
 {
     virtio_reset(&((struct virtio_net *)device)->virtio);

@@ -50,4 +50,7 @@ void virtio_net_announce(struct device *device);
  */
 void virtio_net_default_mac(uint8_t mac[6], const char *machine, const char *interface, unsigned index);
 
+/* Another permanent address. The driver has it from its next start on, and until then the old one. Device lock held. */
+void virtio_net_set_mac(struct device *device, const uint8_t mac[6]);
+
 #endif

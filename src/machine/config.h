@@ -126,7 +126,8 @@ struct machine_config {
     struct rate_limit_config entropy_limit;
     struct bucket_config serial_limit;
     enum virtio_transport transport;
-    bool has_generation_id; /* else one is drawn when the machine is made */
+    bool has_generation_id; /* else one is drawn when the machine is made, or goes on from a snapshot */
+    bool is_clone; /* of a snapshot: its network cards get addresses of their own, see machine_clone_mac */
     struct vmgenid_guid generation_id;
     bool boot_timer; /* log when a guest's init says that it is there (boot_timer.c) */
     struct processor_config processor; /* a snapshot has the table made of it instead */

@@ -223,6 +223,8 @@ int machine_snapshot_check(const struct snapshot_files *files, struct error *err
  */
 int machine_snapshot_load(struct machine **machine, const struct machine_config *config, const struct snapshot_files *files, struct error *err)
     __attribute__((warn_unused_result));
+/* The address that card number `index` of a clone with this generation ID has. */
+void machine_clone_mac(const struct vmgenid_guid *generation, unsigned index, uint8_t mac[6]);
 
 /*
  * A snapshot of a machine that goes on running meanwhile (snapshot_live.c): pages are written while the guest runs, those that it writes meanwhile again, round by round; it

@@ -276,6 +276,9 @@ void machine_overlays_close(struct machine_overlay *overlays, unsigned count); /
 /* All or none. Everything stands still. */
 int machine_overlay_still(struct machine *machine, struct machine_overlay *overlays, unsigned count, struct error *err);
 
+/* identity.c: after everything was loaded, and before anything runs. */
+int machine_become_another(struct machine *machine, struct error *err);
+
 /* snapshot.c, snapshot_live.c, snapshot_load.c */
 /* The state file's content; *io is the caller's, also after a failure. Everything stands still. */
 int snapshot_encode(struct machine *machine, const struct chunk_id *id, struct state_io **io, struct error *err);

@@ -322,16 +322,6 @@ int machine_snapshot_check(const struct snapshot_files *files, struct error *err
     return r ? r : snapshot_check_layers(header.ram_bytes, files, err);
 }
 
-/* The guest goes on as another machine than the one that was saved, which may go on, too. */
-static int become_another(struct machine *machine, struct error *err)
-{
-    struct vmgenid_guid guid;
-    int r = vmgenid_draw(&guid);
-    if (r == 0)
-        r = vmgenid_renew(machine->vmgenid, &guid);
-    return r ? error_set(err, r, "the virtual machine does not get a generation ID of its own: %s", strerror(-r)) : 0;
-}
-
 /* Memory before the parts: some look at what they left there. */
 static int begin_from(struct machine *machine, void *ctx, struct error *err)
 {
@@ -357,7 +347,7 @@ static int begin_from(struct machine *machine, void *ctx, struct error *err)
     const struct chunk_id id = id_of(&header);
     snapshot_set_base(machine, &id);
     if (r == 0)
-        r = become_another(machine, err);
+        r = machine_become_another(machine, err);
     state_io_destroy(io);
     free(data);
     return r;

@@ -1,5 +1,5 @@
 /*
- * Fuzz target: frames between `doppel exec` and the agent, in pieces of sizes that the input chooses, and the body of EXEC. A request that is taken must
+ * Fuzz target: frames between `doppel exec` and the agent, in pieces of sizes that the input chooses, and the bodies of EXEC and IDENTITY. A request that is taken must
  * survive being written and taken again.
  */
 #include <stddef.h>
@@ -29,6 +29,15 @@ static void take_exec(const struct agent_frame *frame)
     must(agent_exec_parse(&again, body, (uint32_t)size) == 0 && again.argument_count == exec.argument_count);
 }
 
+static void take_identity(const struct agent_frame *frame)
+{
+    struct agent_identity identity;
+    uint8_t body[AGENT_IDENTITY_BYTES_MAX];
+    if (agent_identity_parse(&identity, frame->body, frame->size_bytes) < 0)
+        return;
+    must(agent_identity_format(&identity, body) == frame->size_bytes && memcmp(body, frame->body, frame->size_bytes) == 0);
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     static struct agent_reader reader;
@@ -50,6 +59,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
             must(frame.size_bytes <= AGENT_BODY_MAX && frame.body >= reader.data && frame.body + frame.size_bytes <= reader.data + reader.end);
             if (frame.type == AGENT_EXEC)
                 take_exec(&frame);
+            if (frame.type == AGENT_IDENTITY)
+                take_identity(&frame);
         }
     }
     return 0;

@@ -482,6 +482,10 @@ def api():
         for body in (b"", b"{}", b'{"name": "x"}', b'{"name": "missing"}', b'{"name": "../x"}', b'{"name": "y", "zstd_level": 20}', b'{"name": "y", "secret": "6"}',
                      b'{"name": "y", "since": "00"}', b'{"name": "y", "x": 1}'):
             request("POST", "/doppel/v1/snapshot", 400, body)
+        os.mkdir("data/doppel/snapshots/vm/.new-y")
+        body = json.dumps({"name": "y", "since": made["id"], "without_disks": True}).encode()
+        assert request("POST", "/doppel/v1/clone", 200, body)["parent_id"] == made["id"]
+        request("POST", "/doppel/v1/clone", 400, body)
         assert request("GET", "/doppel/v1/migration", 200) == {"under_way": False, "pages": 0, "pages_left": 0, "bytes": 0}
         request("DELETE", "/doppel/v1/migration", 400)
         for body in (b"", b"[]", b'{"downtime_ms": 0}', b'{"downtime_ms": "50"}', b'{"about": "x"}', b'{"x": 1}'):
