@@ -98,9 +98,13 @@ static void show_progress(const char *name)
     json_t *answer;
     if (client_request(name, "GET", "/doppel/v1/migration", NULL, ANSWER_MS, &answer, NULL))
         return;
+    int throttle = (int)json_integer_value(json_object_get(answer, "throttle"));
+    char slowed[48] = "";
+    if (throttle)
+        snprintf(slowed, sizeof slowed, ", the guest is held up for %d %%", throttle);
     if (json_is_true(json_object_get(answer, "under_way")))
-        fprintf(stderr, "\r%s: %lld MiB sent, %lld MiB left   ", name, (long long)json_integer_value(json_object_get(answer, "bytes")) >> 20,
-                (long long)json_integer_value(json_object_get(answer, "pages_left")) / 256);
+        fprintf(stderr, "\r%s: %lld MiB sent, %lld MiB left%s\033[K", name, (long long)json_integer_value(json_object_get(answer, "bytes")) >> 20,
+                (long long)json_integer_value(json_object_get(answer, "pages_left")) / 256, slowed);
     json_decref(answer);
 }
 

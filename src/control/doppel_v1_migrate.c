@@ -86,7 +86,7 @@ static void set_current(struct vm_control *control, struct machine_migration *mi
 
 static json_t *describe(struct machine_migration *migration)
 {
-    return json_pack("{s:I, s:I, s:i, s:I, s:I}", "downtime_ns", (json_int_t)migration->downtime_ns, "duration_ns", (json_int_t)migration->duration_ns, "rounds", (int)migration->rounds, "pages",
+    return json_pack("{s:I, s:I, s:i, s:i, s:I, s:I}", "downtime_ns", (json_int_t)migration->downtime_ns, "duration_ns", (json_int_t)migration->duration_ns, "rounds", (int)migration->rounds, "throttle", (int)atomic_load(&migration->throttle), "pages",
                      (json_int_t)atomic_load(&migration->pages_sent), "bytes", (json_int_t)atomic_load(&migration->bytes_sent));
 }
 
@@ -197,7 +197,7 @@ void vm_get_migration(struct http_call *call, void *ctx)
     struct vm_control *control = ctx;
     pthread_mutex_lock(&control->migration_lock);
     struct machine_migration *migration = control->migration;
-    json_t *answer = json_pack("{s:b, s:I, s:I, s:I}", "under_way", migration != NULL, "pages", migration ? (json_int_t)atomic_load(&migration->pages_sent) : 0, "pages_left",
+    json_t *answer = json_pack("{s:b, s:i, s:I, s:I, s:I}", "under_way", migration != NULL, "throttle", migration ? (int)atomic_load(&migration->throttle) : 0, "pages", migration ? (json_int_t)atomic_load(&migration->pages_sent) : 0, "pages_left",
                                migration ? (json_int_t)atomic_load(&migration->pages_left) : 0, "bytes", migration ? (json_int_t)atomic_load(&migration->bytes_sent) : 0);
     pthread_mutex_unlock(&control->migration_lock);
     http_reply_json(call, 200, answer);

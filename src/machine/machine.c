@@ -628,7 +628,8 @@ int machine_create_with(struct machine **out, const struct machine_config *confi
     r = loop_create(&machine->loop, &machine->device_lock);
     if (r)
         error_set(err, r, "cannot make an event loop: %s", strerror(-r));
-    if (r == 0 && !(machine->still_timer = loop_timer_create(machine->loop, machine_still, machine)))
+    if (r == 0 && (!(machine->still_timer = loop_timer_create(machine->loop, machine_still, machine)) ||
+                   !(machine->throttle_timer = loop_timer_create(machine->loop, machine_throttle_tick, machine))))
         r = error_set(err, -ENOMEM, "out of memory");
     if (r == 0)
         r = open_trace(machine, err);
@@ -750,6 +751,8 @@ void machine_destroy(struct machine *machine)
         loop_timer_destroy(machine->eject_timer);
     if (machine->still_timer)
         loop_timer_destroy(machine->still_timer);
+    if (machine->throttle_timer)
+        loop_timer_destroy(machine->throttle_timer);
     if (machine->loop)
         loop_destroy(machine->loop);
     sandbox_destroy(machine->sandbox);

@@ -273,6 +273,7 @@ struct machine_migration {
     uint64_t downtime_ns;   /* wanted; afterwards: what it was */
     _Atomic int phase;      /* 0 at first */
     _Atomic uint64_t pages_sent, pages_left, bytes_sent; /* any thread may look */
+    _Atomic unsigned throttle; /* per cent of its time that the guest is held up, because it writes faster than can be sent */
     uint64_t duration_ns;
     unsigned rounds;
     bool unknown; /* the other side was told to run the guest and did not answer: it is paused here, until somebody resumes or ends it */

@@ -41,6 +41,7 @@
 #define REQUEST_PARK 2u
 #define REQUEST_INIT 4u
 #define REQUEST_STARTUP 8u
+#define REQUEST_HOLD_UP 16u
 
 struct vcpu_thread {
     struct machine *machine;
@@ -166,6 +167,8 @@ struct machine {
     struct machine_call *call; /* to be made while everything stands still */
     bool still_due;            /* still_timer was armed for a reset or a call */
     struct loop_timer *still_timer;
+    struct loop_timer *throttle_timer;
+    atomic_uint throttle; /* per cent */
     unsigned parked_count;
     pthread_mutex_t watch_lock; /* innermost; guards `observer` */
     struct machine_observer observer;
@@ -316,6 +319,10 @@ void vcpu_threads_destroy(struct machine *machine);
 void vcpu_threads_request(struct machine *machine, uint32_t request); /* of all */
 void vcpu_thread_request(struct vcpu_thread *cpu, uint32_t request);
 void vcpu_thread_wake(struct vcpu_thread *cpu);
+/* vCPUs are held up for so many per cent of their time, at most THROTTLE_MAX; 0: no more. */
+#define THROTTLE_MAX 99u
+void machine_throttle(struct machine *machine, unsigned percent);
+void machine_throttle_tick(void *machine); /* throttle_timer's */
 
 extern const struct lapic_ops machine_lapic_ops;
 

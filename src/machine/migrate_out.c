@@ -18,6 +18,8 @@
 #define RATE_FIRST (256ull << 20)  /* bytes a second, as long as none was measured */
 #define FEW_PAGES_MIN 64u
 #define ROUNDS_MAX 40u
+#define SLOW_ROUNDS 2u     /* in a row, before the guest is held up (more) */
+#define THROTTLE_FIRST 40u /* per cent */
 
 enum { MOVING, CANCELLED, HANDED_OVER };
 
@@ -28,6 +30,8 @@ struct source {
     struct machine_snapshot rounds;
     uint64_t began_ns, sending_ns; /* since when pages go */
     uint64_t still_ns;             /* when the guest stood still for good */
+    uint64_t count_before;
+    unsigned slow; /* rounds that were not much shorter than the one before */
     uint64_t packed[CHUNK_BYTES / sizeof(uint64_t)];
 };
 
@@ -62,6 +66,20 @@ static int put_pages(void *ctx, uint64_t chunk, uint64_t pages, const uint8_t *d
     return stream_put(source->stream, MIGRATE_PAGES, head, sizeof head, source->packed, (size_t)((uint8_t *)to - (uint8_t *)source->packed), err);
 }
 
+/* A guest that writes as fast as its pages go is held up, more and more, until rounds become shorter. */
+static void slow_down(struct source *source, uint64_t count)
+{
+    unsigned throttle = atomic_load(&source->migration->throttle);
+    source->slow = count > source->count_before / 4 * 3 ? source->slow + 1 : 0;
+    source->count_before = count;
+    if (source->slow < SLOW_ROUNDS || throttle == THROTTLE_MAX)
+        return;
+    throttle = throttle ? throttle + (THROTTLE_MAX - throttle + 1) / 2 : THROTTLE_FIRST;
+    atomic_store(&source->migration->throttle, throttle);
+    machine_throttle(source->machine, throttle);
+    source->slow = 0;
+}
+
 /* As many as go in half of the time that the guest may stand still; the rest is for the state. */
 static bool is_last(void *ctx, uint64_t count, uint64_t still_since_ns, bool must)
 {
@@ -69,8 +87,10 @@ static bool is_last(void *ctx, uint64_t count, uint64_t still_since_ns, bool mus
     uint64_t took_ns = still_since_ns - source->sending_ns, sent = stream_bytes_sent(source->stream);
     double rate = took_ns > 1000000 && sent ? (double)sent * 1e9 / (double)took_ns : RATE_FIRST;
     uint64_t few = (uint64_t)(rate * (double)source->migration->downtime_ns / 2e9) / PAGE_SIZE_BYTES;
-    if (count > (few > FEW_PAGES_MIN ? few : FEW_PAGES_MIN) && !must)
+    if (count > (few > FEW_PAGES_MIN ? few : FEW_PAGES_MIN) && !must) {
+        slow_down(source, count);
         return false;
+    }
     source->still_ns = still_since_ns;
     return true;
 }
@@ -257,6 +277,7 @@ int machine_migrate(struct machine *machine, struct machine_migration *migration
         log_warning("migration: %s", own.text);
         error_set(err, r, "%s", own.text);
     }
+    machine_throttle(machine, 0);
     migration->duration_ns = loop_now_ns() - source->began_ns;
     migration->rounds = source->rounds.rounds;
     atomic_store(&migration->pages_sent, source->rounds.pages);

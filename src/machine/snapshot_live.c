@@ -196,7 +196,7 @@ static int write_memory(struct live *live, struct error *err)
         r = write_round(live, true, err);
         live->first = false;
         snapshot->rounds++;
-        live->last = snapshot->rounds == (live->sink ? live->sink->rounds_max : ROUNDS_MAX) || (snapshot->rounds > 2 && count > before / 4 * 3);
+        live->last = live->sink ? snapshot->rounds == live->sink->rounds_max : snapshot->rounds == ROUNDS_MAX || (snapshot->rounds > 2 && count > before / 4 * 3);
         before = count;
         if (r == 0)
             r = look_while_still(live, err);

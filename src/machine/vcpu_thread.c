@@ -321,6 +321,39 @@ static void run_once(struct vcpu_thread *cpu)
     }
 }
 
+/* ---- holding up ---- */
+
+#define THROTTLE_PERIOD_NS 10000000ull
+
+void machine_throttle(struct machine *machine, unsigned percent)
+{
+    atomic_store(&machine->throttle, percent < THROTTLE_MAX ? percent : THROTTLE_MAX);
+    if (percent)
+        loop_timer_arm(machine->throttle_timer, loop_now_ns());
+}
+
+void machine_throttle_tick(void *ctx)
+{
+    struct machine *machine = ctx;
+    if (!atomic_load(&machine->throttle))
+        return;
+    vcpu_threads_request(machine, REQUEST_HOLD_UP);
+    loop_timer_arm(machine->throttle_timer, loop_now_ns() + THROTTLE_PERIOD_NS);
+}
+
+/* A part of the period, or until something else is asked of this thread. */
+static void hold_up(struct vcpu_thread *cpu)
+{
+    uint64_t end_ns = loop_now_ns() + THROTTLE_PERIOD_NS / 100 * atomic_load(&cpu->machine->throttle);
+    const struct timespec end = {.tv_sec = (time_t)(end_ns / 1000000000), .tv_nsec = (long)(end_ns % 1000000000)};
+    atomic_fetch_and(&cpu->requests, ~REQUEST_HOLD_UP);
+    pthread_mutex_lock(&cpu->lock);
+    while (!(atomic_load(&cpu->requests) & (REQUEST_STOP | REQUEST_PARK)) && pthread_cond_clockwait(&cpu->wake, &cpu->lock, CLOCK_MONOTONIC, &end) != ETIMEDOUT)
+        continue;
+    cpu->woken = true; /* something may have happened: whoever sleeps next looks once more */
+    pthread_mutex_unlock(&cpu->lock);
+}
+
 static void *vcpu_main(void *arg)
 {
     struct vcpu_thread *cpu = arg;
@@ -332,6 +365,8 @@ static void *vcpu_main(void *arg)
             return NULL;
         if (requests & REQUEST_PARK)
             machine_park(cpu);
+        else if (requests & REQUEST_HOLD_UP)
+            hold_up(cpu);
         else if (requests)
             take_startup(cpu);
         else
