@@ -20,7 +20,7 @@
 #include "util/log.h"
 #include "util/sandbox_rules.h"
 
-SANDBOX_ALLOW_IF(IN_LOOP | IN_API, fcntl, ARG_IS(1, F_OFD_SETLK)); /* images that come and go while a machine runs */
+SANDBOX_ALLOW_IF(IN_LOOP, fcntl, ARG_IS(1, F_OFD_SETLK)); /* images that come and go while a machine runs */
 /* Overlays that are not used after all. */
 SANDBOX_ALLOW(IN_LOOP, close);
 
