@@ -17,6 +17,7 @@
 #include <sys/resource.h>
 
 #include "device/virtio.h"
+#include "util/patience.h"
 #include "util/sandbox_rules.h"
 
 #define QUEUE_SIZE 1024u /* the guest's kernel makes requests no longer than a ring */
@@ -44,6 +45,10 @@ struct device {
     pthread_mutex_t lock;
     pthread_cond_t wake;
     struct virtqueue_chain *first, **last; /* waiting for a worker */
+    atomic_bool waiting; /* there are some */
+    bool looking;        /* a worker looks at `waiting` and needs no signal */
+    bool slept;          /* nobody does any more */
+    struct patience patience; /* of the worker that looks, then with the lock held */
     bool stopping;
     bool at_once;
     uint64_t slow_until_ns; /* requests go to the workers */
@@ -93,7 +98,9 @@ static void hand_over(struct device *share, struct virtqueue_chain *chain)
     pthread_mutex_lock(&share->lock);
     *share->last = chain;
     share->last = &chain->next;
-    pthread_cond_signal(&share->wake);
+    atomic_store_explicit(&share->waiting, true, memory_order_release);
+    if (!share->looking)
+        pthread_cond_signal(&share->wake);
     pthread_mutex_unlock(&share->lock);
 }
 
@@ -103,10 +110,41 @@ static struct virtqueue_chain *take_first(struct device *share)
 
     if (chain) {
         share->first = chain->next;
-        if (!share->first)
+        if (!share->first) {
             share->last = &share->first;
+            atomic_store_explicit(&share->waiting, false, memory_order_relaxed);
+        }
     }
     return chain;
+}
+
+/* The first chain, or NULL at the end. When there is none, one worker looks for a moment before it sleeps like the others. With the lock held. */
+static struct virtqueue_chain *wait_for_chain(struct device *share)
+{
+    for (;;) {
+        struct virtqueue_chain *chain = take_first(share);
+
+        if (chain) {
+            if (share->slept)
+                patience_slept(&share->patience);
+            share->slept = false;
+            if (share->first)
+                pthread_cond_signal(&share->wake);
+            return chain;
+        }
+        if (share->stopping)
+            return NULL;
+        if (share->looking || share->slept) {
+            pthread_cond_wait(&share->wake, &share->lock);
+            continue;
+        }
+        share->looking = true;
+        pthread_mutex_unlock(&share->lock);
+        (void)patience_look(&share->patience, &share->waiting);
+        pthread_mutex_lock(&share->lock);
+        share->looking = false;
+        share->slept = !share->first;
+    }
 }
 
 /* A chain that is out keeps the device alive, so the device lock is there to be had for its push. */
@@ -118,14 +156,10 @@ static void *worker_main(void *ctx)
 
     fs_thread_prepare(share->fs);
     pthread_mutex_lock(&share->lock);
-    for (;;) {
+    while ((chain = wait_for_chain(share))) {
         struct fs_message message;
         uint64_t used_bytes;
 
-        while (!(chain = take_first(share)) && !share->stopping)
-            pthread_cond_wait(&share->wake, &share->lock);
-        if (!chain)
-            break;
         pthread_mutex_unlock(&share->lock);
         message = message_of(chain);
         entered = entered || loop_thread_enter(share->virtio.host->loop, IN_SHARE);
@@ -138,7 +172,6 @@ static void *worker_main(void *ctx)
     pthread_mutex_unlock(&share->lock);
     return NULL;
 }
-
 
 static int start_workers(struct device *share)
 {
@@ -265,6 +298,7 @@ static int share_create(struct device **out, const struct device_host *host, con
     share->guard = loop_guard(host->loop);
     share->at_once = fs_config->at_once;
     share->last = &share->first;
+    patience_init(&share->patience);
     pthread_mutex_init(&share->lock, NULL);
     pthread_cond_init(&share->wake, NULL);
     ret = fs_create(&share->fs, &fs_config->fs, err);

@@ -35,6 +35,7 @@
 #include "net/net.h"
 #include "sandbox/sandbox.h"
 #include "util/loop.h"
+#include "util/patience.h"
 
 /* What a vCPU's thread is asked to do; bits in vcpu_thread.requests. */
 #define REQUEST_STOP 1u
@@ -51,9 +52,10 @@ struct vcpu_thread {
     bool started;
     _Atomic uint32_t requests;
     _Atomic uint8_t startup_vector;
-    pthread_mutex_t lock; /* guards `woken`; `wake` waits with it */
+    pthread_mutex_t lock; /* `wake` waits with it */
     pthread_cond_t wake;
-    bool woken;
+    atomic_bool woken; /* set with the lock held, cleared by the thread */
+    struct patience patience;
     struct pvclock pvclock;
     uint64_t exits[4]; /* by enum engine_exit */
 };

@@ -2,8 +2,8 @@
  * The vCPUs' threads: the run loop around the engine, requests from other threads (park, stop, INIT, SIPI), and the calls the engine makes to the
  * machine (I/O, MSRs, interrupts).
  *
- * A request is a bit in vcpu_thread.requests plus a kick; the thread looks at the bits between engine runs. HLT and wait-for-SIPI sleep on
- * vcpu_thread.wake. Parking is in still.c.
+ * A request is a bit in vcpu_thread.requests plus a kick; the thread looks at the bits between engine runs. HLT and wait-for-SIPI wait for
+ * vcpu_thread.woken, asleep if it takes long. Parking is in still.c.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -231,7 +231,7 @@ void vcpu_thread_wake(struct vcpu_thread *cpu)
     if (cpu->vcpu)
         vcpu_kick(cpu->vcpu);
     pthread_mutex_lock(&cpu->lock);
-    cpu->woken = true;
+    atomic_store(&cpu->woken, true);
     pthread_cond_signal(&cpu->wake);
     pthread_mutex_unlock(&cpu->lock);
 }
@@ -251,11 +251,14 @@ void vcpu_threads_request(struct machine *machine, uint32_t request)
 /* Sleeps until something happened since the last sleep. */
 static void wait_for_wake(struct vcpu_thread *cpu)
 {
-    pthread_mutex_lock(&cpu->lock);
-    while (!cpu->woken)
-        pthread_cond_wait(&cpu->wake, &cpu->lock);
-    cpu->woken = false;
-    pthread_mutex_unlock(&cpu->lock);
+    if (!patience_look(&cpu->patience, &cpu->woken)) {
+        pthread_mutex_lock(&cpu->lock);
+        while (!atomic_load(&cpu->woken))
+            pthread_cond_wait(&cpu->wake, &cpu->lock);
+        pthread_mutex_unlock(&cpu->lock);
+        patience_slept(&cpu->patience);
+    }
+    (void)atomic_exchange(&cpu->woken, false); /* and what its setter did before is seen from here on */
 }
 
 enum machine_end machine_wait(struct machine *machine)
@@ -385,6 +388,7 @@ int vcpu_threads_create(struct machine *machine, struct error *err)
         cpu->index = i;
         pthread_mutex_init(&cpu->lock, NULL);
         pthread_cond_init(&cpu->wake, NULL);
+        patience_init(&cpu->patience);
     }
     for (unsigned i = 0; i < machine->cpu_count; i++) {
         struct vcpu_config config = {.index = i,
