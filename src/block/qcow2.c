@@ -24,7 +24,6 @@
 SANDBOX_ALLOW(IN_LOOP | IN_API, pread64);
 
 #define EXTENSION_BACKING_FORMAT 0xe2792acau
-#define NEW_CLUSTER_BITS 16u
 
 static void wake(void *ctx)
 {
@@ -48,11 +47,9 @@ static bool same_file(const char *a, const char *b)
     return stat(a, &sa) == 0 && stat(b, &sb) == 0 && sa.st_dev == sb.st_dev && sa.st_ino == sb.st_ino;
 }
 
-/* The path that the name stands for: relative ones begin at the image. */
-static int backing_path(const struct qcow2 *image, char **path, struct error *err)
+int qcow2_backing_path(const char *own, const char *name, char **path, struct error *err)
 {
-    const char *name = image->header.backing, *own = image->block->path, *slash = strrchr(own, '/');
-    int ret;
+    const char *slash = strrchr(own, '/');
 
     *path = NULL;
     if (!strncmp(name, "file:", 5))
@@ -61,7 +58,7 @@ static int backing_path(const struct qcow2 *image, char **path, struct error *er
         return error_set(err, -ENOTSUP, "disk %s: its backing file \"%s\" is no file's path", own, name);
     if (*name == '/' || !slash)
         *path = strdup(name);
-    else if ((ret = asprintf(path, "%.*s/%s", (int)(slash - own), own, name)) < 0)
+    else if (asprintf(path, "%.*s/%s", (int)(slash - own), own, name) < 0)
         *path = NULL;
     return *path ? 0 : error_set(err, -ENOMEM, "disk %s: no memory", own);
 }
@@ -109,7 +106,7 @@ static int open_backing(struct qcow2 *image, const struct block_config *config, 
 
     if (!image->header.backing)
         return 0;
-    ret = backing_path(image, &path, err);
+    ret = qcow2_backing_path(image->block->path, image->header.backing, &path, err);
     if (ret == 0)
         ret = may_open(image, config, path, err);
     if (ret == 0) {
@@ -409,10 +406,10 @@ static void fill_header(uint8_t *data, struct qcow2_disk_header *disk, const cha
 
 int qcow2_format(int fd, uint64_t size_bytes, const char *backing, const char *backing_format)
 {
-    const uint64_t cluster_bytes = 1ull << NEW_CLUSTER_BITS, l1_covers = cluster_bytes * (cluster_bytes / 8);
+    const uint64_t cluster_bytes = 1ull << QCOW2_NEW_CLUSTER_BITS, l1_covers = cluster_bytes * (cluster_bytes / 8);
     uint64_t l1_entries = (size_bytes + l1_covers - 1) / l1_covers, l1_clusters = (8 * l1_entries + cluster_bytes - 1) / cluster_bytes, reftable;
     struct qcow2_disk_header disk = {.version = htobe32(3),
-                                     .cluster_bits = htobe32(NEW_CLUSTER_BITS),
+                                     .cluster_bits = htobe32(QCOW2_NEW_CLUSTER_BITS),
                                      .size = htobe64(size_bytes),
                                      .l1_size = htobe32((uint32_t)l1_entries),
                                      .refcount_table_offset = htobe64(cluster_bytes),
@@ -421,7 +418,7 @@ int qcow2_format(int fd, uint64_t size_bytes, const char *backing, const char *b
                                      .refcount_order = htobe32(4),
                                      .header_length = htobe32(sizeof(disk))};
     uint8_t header[2048] = {0};
-    uint16_t refcounts[QCOW2_TABLE_BYTES_MAX / (1 << NEW_CLUSTER_BITS) + 3];
+    uint16_t refcounts[QCOW2_TABLE_BYTES_MAX / (1 << QCOW2_NEW_CLUSTER_BITS) + 3];
     int ret;
 
     if (size_bytes == 0 || size_bytes % QCOW2_SECTOR_BYTES || l1_entries > QCOW2_TABLE_BYTES_MAX / 8)

@@ -17,6 +17,8 @@ extern const uint8_t qcow2_magic[QCOW2_MAGIC_BYTES];
 #define QCOW2_CLUSTER_BITS_MIN 9u
 #define QCOW2_CLUSTER_BITS_MAX 21u
 #define QCOW2_SECTOR_BYTES 512u
+#define QCOW2_NEW_CLUSTER_BITS 16u
+#define QCOW2_NEW_CLUSTER_BYTES (1u << QCOW2_NEW_CLUSTER_BITS)
 #define QCOW2_CLUSTERS_MAX (1ull << 27)  /* of a writable file: what its reference counts take in memory */
 #define QCOW2_TABLE_BYTES_MAX (32u << 20) /* L1 and reference count tables */
 #define QCOW2_CACHE_BYTES (8u << 20)
@@ -49,6 +51,8 @@ struct qcow2_header {
 
 /* Reads and checks. The file's size in bytes is what the offsets are held against. */
 int qcow2_header_read(struct qcow2_header *header, int fd, uint64_t file_bytes, const char *path, struct error *err) __attribute__((warn_unused_result));
+/* The path that a backing file's name stands for: relative ones begin at the image. */
+int qcow2_backing_path(const char *own, const char *name, char **path, struct error *err) __attribute__((warn_unused_result));
 void qcow2_header_clear(struct qcow2_header *header);
 
 /* Sectors of something in memory that differ from the file's, first to behind the last. */

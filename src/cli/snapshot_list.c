@@ -7,6 +7,7 @@
 
 #include "cli/snapshot.h"
 #include "cli/usage.h"
+#include "control/snapshot_disks.h"
 
 /* ---- list, show ---- */
 
@@ -124,6 +125,7 @@ static int delete_snapshots(const struct arguments *arguments)
         else
             printf("%s/%s\n", vm, arguments->names[i]);
     }
+    snapshot_disks_sweep(vm, true);
     close(lock);
     explicit_bzero(&secret, sizeof secret);
     return r;
@@ -150,6 +152,19 @@ static void print_section(void *ctx, const char *name, const char *how)
     *any = true;
 }
 
+static int diff_disks(const struct stored_snapshot *a, const struct stored_snapshot *b)
+{
+    uint64_t different, all;
+    struct error err = {0};
+    if (!json_array_size(json_object_get(a->meta, "disk_files")) || !json_array_size(json_object_get(b->meta, "disk_files")))
+        return 0;
+    if (snapshot_disks_compare(a, b, &different, &all, &err))
+        return complain(STATUS_ERROR, "%s", err.text);
+    if (all)
+        printf("disks:     %llu of %llu clusters differ (%.1f MiB)\n", (unsigned long long)different, (unsigned long long)all, (double)different / 16);
+    return 0;
+}
+
 static int diff_snapshots(const struct arguments *arguments)
 {
     const char *vm = arguments->names[1];
@@ -172,6 +187,7 @@ static int diff_snapshots(const struct arguments *arguments)
         if (machine_snapshot_compare(&chain[0].files, &chain[1].files, print_section, &any, &err))
             r = complain(STATUS_ERROR, "%s", err.text);
         printf("%s", any ? "\n" : "sections:  all the same\n");
+        r = r ? r : diff_disks(snapshot_store_by_name(list, count, arguments->names[2]), snapshot_store_by_name(list, count, arguments->names[3]));
     }
     if (lock >= 0)
         close(lock);

@@ -207,19 +207,25 @@ static int replace(struct disk_config *disk, const json_t *map, struct error *er
     return 0;
 }
 
-int snapshot_disks_apply(const char *directory, struct machine_config *config, struct error *err)
+json_t *snapshot_disks_map(const char *directory)
 {
-    int fd = open(directory, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC), disks = fd >= 0 ? open_disks(fd, false) : -1, r = 0;
+    int fd = open(directory, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC), disks = fd >= 0 ? open_disks(fd, false) : -1;
+    json_t *map = disks >= 0 ? read_map(disks) : json_object();
+    if (disks >= 0)
+        close(disks);
     if (fd >= 0)
         close(fd);
-    if (disks < 0)
-        return 0; /* no snapshot had disks */
-    json_t *map = read_map(disks);
+    return map;
+}
+
+int snapshot_disks_apply(const char *directory, struct machine_config *config, struct error *err)
+{
+    json_t *map = snapshot_disks_map(directory);
+    int r = 0;
     for (unsigned i = 0; r == 0 && i < config->disk_count; i++)
         if (!config->disk[i].readonly)
             r = replace(&config->disk[i], map, err);
     json_decref(map);
-    close(disks);
     return r;
 }
 

@@ -35,8 +35,10 @@ void snapshot_disks_end(struct disks_under_way *disks, bool in_use);
 int snapshot_disks_apply(const char *directory, struct machine_config *config, struct error *err) __attribute__((warn_unused_result));
 /* New overlays on the files of a snapshot for the machine `vm`, which does not run, and its map. */
 int snapshot_disks_restore(const struct stored_snapshot *snapshot, const char *vm, struct error *err) __attribute__((warn_unused_result));
-/* With the exclusive lock: removes what nobody needs. */
-void snapshot_disks_sweep(const char *vm);
+/* What is on top of each disk, by the file that the user named; empty without a map. `directory` is a machine's. */
+json_t *snapshot_disks_map(const char *directory);
+/* With the exclusive lock: removes what nobody needs. `merge`: and makes what only one other needs a part of that. */
+void snapshot_disks_sweep(const char *vm, bool merge);
 /* How many clusters of 64 KiB differ, of how many. Parts that both have from the same place of the same file are not read. */
 int snapshot_disks_compare(const struct stored_snapshot *a, const struct stored_snapshot *b, uint64_t *different, uint64_t *all, struct error *err)
     __attribute__((warn_unused_result));

@@ -50,6 +50,9 @@ class Folder:
     def top(self, vm="vm"):
         return json.load(open(f"{self.store(vm)}/.disks/map.json"))[self.disk]
 
+    def overlays(self):
+        return [f"{self.store()}/.disks/{name}" for name in os.listdir(f"{self.store()}/.disks") if name.endswith(".qcow2")]
+
     def content(self, image, format):
         """The count on an image as it is, after the journal was replayed; the file system is sound."""
         copy = f"{self.path}/copy.img"
@@ -105,7 +108,19 @@ def snapshots():
         snapshot("restore", "vm", "one", "--as", "twin")
         goes_on("twin", 3)
         goes_on("vm", 3)
+        assert re.search(r"disks: +0 of 1024 clusters", snapshot("diff", "vm", "two", "two"))
+        assert 0 < int(re.search(r"disks: +(\d+) of 1024 clusters", snapshot("diff", "vm", "one", "two"))[1]) < 300
+        # Nobody needs "two" but what lies on it: its disk becomes a part of that. The machine's own file, which is being written, stays as it is.
+        files = len(folder.overlays())
+        snapshot("delete", "vm", "two")
+        left = folder.overlays()
+        assert len(left) < files and at["two"][1] not in left, (files, left)
+        snapshot("restore", "vm", "three")
+        went_on = goes_on("vm", 3)
+        assert at["three"][0].start <= went_on[0] < at["three"][0].stop
         assert open(folder.disk, "rb").read() == before, "a frozen disk was written to"
+        snapshot("delete", "vm", "one")
+        goes_on("twin", 2)
         command(doppel, "kill", "vm", "twin")
         for vm in "vm", "twin":
             last = numbers(vm)[-1]
