@@ -20,6 +20,8 @@
 #define MIGRATE_MS (24 * 3600 * 1000)
 #define PROGRESS_MS 200
 #define DOWNTIME_MS_MAX 60000ul
+#define ZSTD_LEVEL_MAX 19ul
+#define BANDWIDTH_MAX (1ul << 40)
 
 /* ---- connections ---- */
 
@@ -166,14 +168,49 @@ static int read_downtime(const char *text, unsigned long *ms)
     return 0;
 }
 
+/* zstd, zstd=LEVEL, none */
+static int read_level(const char *text, unsigned long *level)
+{
+    *level = 0;
+    if (!text || strcmp(text, "none") == 0)
+        return 0;
+    *level = 1;
+    if (strcmp(text, "zstd") == 0)
+        return 0;
+    if (strncmp(text, "zstd=", 5) != 0 || text[5] == '0')
+        return complain(STATUS_USAGE, "migrate: --compress: \"%s\" is not none, zstd or zstd=LEVEL, LEVEL from 1 to %lu", text, ZSTD_LEVEL_MAX);
+    return parse_number("migrate", "--compress", text + 5, ZSTD_LEVEL_MAX, level);
+}
+
+/* 100M */
+static int read_bandwidth(const char *text, unsigned long *bytes)
+{
+    static const char units[] = "KMG";
+    char *end;
+    *bytes = 0;
+    if (!text)
+        return 0;
+    *bytes = strtoul(text, &end, 10);
+    const char *unit = *end ? strchr(units, *end) : NULL;
+    unsigned shift = unit ? 10 * (unsigned)(unit - units + 1) : 0;
+    if (text[0] < '0' || text[0] > '9' || (*end && (!unit || end[1])) || *bytes < 1 || *bytes > BANDWIDTH_MAX >> shift)
+        return complain(STATUS_USAGE, "migrate: --bandwidth: \"%s\" is not a number of bytes a second, as in 100M", text);
+    *bytes <<= shift;
+    return 0;
+}
+
 static int start_migration(const struct arguments *arguments, const struct instance_info *vm)
 {
     struct migrate migrate = {.name = vm->name};
-    unsigned long downtime_ms;
+    unsigned long downtime_ms, level, bandwidth;
     const struct wire_security security = security_of(arguments);
     struct wire wire = {.fd = -1};
     struct error err = {0};
     int through = -1, r = read_downtime(arguments->value[MIGRATE_DOWNTIME], &downtime_ms);
+    if (r == 0)
+        r = read_level(arguments->value[MIGRATE_COMPRESS], &level);
+    if (r == 0)
+        r = read_bandwidth(arguments->value[MIGRATE_BANDWIDTH], &bandwidth);
     if (r == 0 && wire_check(arguments->names[1], &security, &err))
         r = complain(STATUS_USAGE, "migrate: %s", err.text);
     if (r == 0 && wire_connect(&wire, arguments->names[1], &security, &err))
@@ -186,7 +223,7 @@ static int start_migration(const struct arguments *arguments, const struct insta
     if (r == 0) {
         char instance[INSTANCE_PATH_BYTES] = "";
         (void)!instance_path_of(vm->name, "", instance, NULL);
-        migrate.body = json_pack("{s:i, s:{s:s, s:s, s:O*, s:O*}}", "downtime_ms", (int)downtime_ms, "about", "name", vm->name, "instance", instance, "arguments", json_object_get(vm->vm, "arguments"), "directory",
+        migrate.body = json_pack("{s:i, s:i, s:I, s:{s:s, s:s, s:O*, s:O*}}", "downtime_ms", (int)downtime_ms, "zstd_level", (int)level, "bandwidth_bytes", (json_int_t)bandwidth, "about", "name", vm->name, "instance", instance, "arguments", json_object_get(vm->vm, "arguments"), "directory",
                                  json_object_get(vm->vm, "directory"));
         r = request_migration(&migrate);
     }

@@ -22,6 +22,7 @@ SANDBOX_ALLOW(IN_API, poll);
 
 #define DOWNTIME_MS_DEFAULT 50
 #define DOWNTIME_MS_MAX 60000
+#define ZSTD_LEVEL_MAX 19
 #define CONNECTION_MS 10000
 #define ABOUT_BYTES_MAX 60000u
 
@@ -132,6 +133,10 @@ static bool understand(struct moving *moving, json_t *body)
         json_int_t number = json_integer_value(value);
         if (strcmp(key, "downtime_ms") == 0 && json_is_integer(value) && number > 0 && number <= DOWNTIME_MS_MAX)
             moving->migration.downtime_ns = (uint64_t)number * 1000000;
+        else if (strcmp(key, "zstd_level") == 0 && json_is_integer(value) && number >= 0 && number <= ZSTD_LEVEL_MAX)
+            moving->migration.zstd_level = (int)number;
+        else if (strcmp(key, "bandwidth_bytes") == 0 && json_is_integer(value) && number >= 0)
+            moving->migration.bandwidth_bytes = (uint64_t)number;
         else if (strcmp(key, "about") == 0 && json_is_object(value) && !moving->about)
             moving->about = json_dumps(value, JSON_COMPACT);
         else
@@ -157,7 +162,7 @@ static struct moving *prepare(struct http_call *call, struct vm_control *control
     json_decref(body);
     if (good)
         return moving;
-    http_reply_error(call, 400, "The body may have \"downtime_ms\" (1 to %d) and \"about\" (an object).", DOWNTIME_MS_MAX);
+    http_reply_error(call, 400, "The body may have \"downtime_ms\" (1 to %d), \"zstd_level\" (0 to %d), \"bandwidth_bytes\" and \"about\" (an object).", DOWNTIME_MS_MAX, ZSTD_LEVEL_MAX);
     if (moving)
         free(moving->about);
     free(moving);

@@ -271,6 +271,8 @@ struct machine_migration {
     struct stream *stream;  /* machine_migration_open's */
     const char *about;      /* for who takes it there; may be NULL. At most STATE_STRING_BYTES_MAX */
     uint64_t downtime_ns;   /* wanted; afterwards: what it was */
+    uint64_t bandwidth_bytes; /* a second, while the guest runs; 0: no limit */
+    int zstd_level;         /* 0: memory is not compressed */
     _Atomic int phase;      /* 0 at first */
     _Atomic uint64_t pages_sent, pages_left, bytes_sent; /* any thread may look */
     _Atomic unsigned throttle; /* per cent of its time that the guest is held up, because it writes faster than can be sent */

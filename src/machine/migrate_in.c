@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "machine/migrate_pack.h"
 #include "machine/migrate_priv.h"
 
 #define HELLO_NS 30000000000ull
@@ -18,6 +19,7 @@ struct machine_incoming {
     struct migrate_hello hello;
     uint8_t *hello_body; /* io's */
     struct state_io *io; /* behind the configuration */
+    struct unpacker *unpacker;
     uint8_t *state;
     size_t state_bytes, state_capacity;
 };
@@ -28,6 +30,7 @@ void machine_incoming_close(struct machine_incoming *incoming)
         return;
     state_io_destroy(incoming->io);
     stream_destroy(incoming->stream);
+    unpacker_destroy(incoming->unpacker);
     free(incoming->hello.version);
     free(incoming->hello.about);
     free(incoming->hello_body);
@@ -72,7 +75,13 @@ int machine_incoming_open(struct machine_incoming **out, int fd, struct machine_
     struct machine_incoming *incoming = calloc(1, sizeof *incoming);
     if (incoming)
         incoming->stream = stream_create(fd, "the migration's source");
-    if (!incoming || !incoming->stream) {
+    if (incoming)
+        incoming->unpacker = unpacker_create();
+    if (!incoming || !incoming->stream || !incoming->unpacker) {
+        if (incoming) {
+            unpacker_destroy(incoming->unpacker);
+            stream_destroy(incoming->stream);
+        }
         free(incoming);
         return error_set(err, -ENOMEM, "out of memory");
     }
@@ -119,7 +128,7 @@ static int receive_all(struct machine *machine, struct machine_incoming *incomin
         stream_set_deadline(incoming->stream, loop_now_ns() + SILENCE_NS);
         int r = stream_get(incoming->stream, &type, &body, &size, err);
         if (r == 0 && type == MIGRATE_PAGES && !incoming->state_bytes)
-            r = migrate_take_pages(ram, ram_bytes, body, size, err);
+            r = unpacker_take(incoming->unpacker, ram, ram_bytes, body, size, err);
         else if (r == 0 && type == MIGRATE_STATE)
             r = take_state(incoming, body, size, &last, err);
         else if (r == 0)

@@ -9,12 +9,15 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "machine/migrate_pack.h"
 #include "machine/migrate_priv.h"
 #include "util/log.h"
 
 #define ANSWER_NS 30000000000ull   /* for all that is asked while the guest runs: making a machine takes a while */
 #define HANDOVER_NS 10000000000ull /* the guest stands still meanwhile */
 #define TAKE_BACK_NS 5000000000ull
+#define WAIT_NS_MAX 200000000ull   /* then it is seen whether it was cancelled */
+#define PACK_THREADS 2u
 #define RATE_FIRST (256ull << 20)  /* bytes a second, as long as none was measured */
 #define FEW_PAGES_MIN 64u
 #define ROUNDS_MAX 40u
@@ -32,38 +35,29 @@ struct source {
     uint64_t still_ns;             /* when the guest stood still for good */
     uint64_t count_before;
     unsigned slow; /* rounds that were not much shorter than the one before */
-    uint64_t packed[CHUNK_BYTES / sizeof(uint64_t)];
+    struct packer *packer;
 };
 
 /* ---- pages ---- */
 
-static bool is_zero(const uint64_t *page)
+/* What the stream has taken takes a while to send at the speed that is wanted. */
+static void keep_to_bandwidth(const struct source *source)
 {
-    uint64_t any = 0;
-    for (unsigned i = 0; i < PAGE_SIZE_BYTES / sizeof *page; i++)
-        any |= page[i];
-    return any == 0;
+    uint64_t rate = source->migration->bandwidth_bytes;
+    while (rate && !source->still_ns && atomic_load(&source->migration->phase) == MOVING) {
+        uint64_t due_ns = source->sending_ns + (uint64_t)((double)stream_bytes_sent(source->stream) * 1e9 / (double)rate), now = loop_now_ns();
+        if (due_ns < now + 1000000)
+            return;
+        poll(NULL, 0, due_ns - now < WAIT_NS_MAX ? (int)((due_ns - now) / 1000000) : (int)(WAIT_NS_MAX / 1000000));
+    }
 }
 
-/* A copy is looked at and sent: the guest may be writing. */
 static int put_pages(void *ctx, uint64_t chunk, uint64_t pages, const uint8_t *data, struct error *err)
 {
     struct source *source = ctx;
-    uint8_t head[MIGRATE_PAGES_HEAD_BYTES];
-    uint64_t zero = 0, *to = source->packed;
-    for (uint64_t left = pages; left; left &= left - 1) {
-        unsigned page = (unsigned)__builtin_ctzll(left);
-        memcpy(to, data + page * PAGE_SIZE_BYTES, PAGE_SIZE_BYTES);
-        if (is_zero(to))
-            zero |= 1ull << page;
-        else
-            to += PAGE_SIZE_BYTES / sizeof *to;
-    }
-    stream_put_number(head, chunk, 8);
-    stream_put_number(head + 8, pages, 8);
-    stream_put_number(head + 16, zero, 8);
+    keep_to_bandwidth(source);
     stream_set_deadline(source->stream, source->still_ns ? source->still_ns + HANDOVER_NS : loop_now_ns() + ANSWER_NS);
-    return stream_put(source->stream, MIGRATE_PAGES, head, sizeof head, source->packed, (size_t)((uint8_t *)to - (uint8_t *)source->packed), err);
+    return packer_put(source->packer, chunk, pages, data, err);
 }
 
 /* A guest that writes as fast as its pages go is held up, more and more, until rounds become shorter. */
@@ -84,7 +78,7 @@ static void slow_down(struct source *source, uint64_t count)
 static bool is_last(void *ctx, uint64_t count, uint64_t still_since_ns, bool must)
 {
     struct source *source = ctx;
-    uint64_t took_ns = still_since_ns - source->sending_ns, sent = stream_bytes_sent(source->stream);
+    uint64_t took_ns = still_since_ns - source->sending_ns, sent = source->migration->zstd_level ? source->rounds.pages * PAGE_SIZE_BYTES : stream_bytes_sent(source->stream);
     double rate = took_ns > 1000000 && sent ? (double)sent * 1e9 / (double)took_ns : RATE_FIRST;
     uint64_t few = (uint64_t)(rate * (double)source->migration->downtime_ns / 2e9) / PAGE_SIZE_BYTES;
     if (count > (few > FEW_PAGES_MIN ? few : FEW_PAGES_MIN) && !must) {
@@ -161,7 +155,9 @@ static int hand_over(void *ctx, struct state_io *state, struct error *err)
     size_t size;
     int expected = MOVING;
     stream_set_deadline(source->stream, source->still_ns + HANDOVER_NS);
-    int r = machine_give_disks(source->machine, true, err);
+    int r = packer_flush(source->packer, err);
+    if (r == 0)
+        r = machine_give_disks(source->machine, true, err);
     if (r == 0)
         r = send_state(source, state, err);
     if (r == 0)
@@ -265,7 +261,8 @@ int machine_migrate(struct machine *machine, struct machine_migration *migration
         return error_set(err, -ENOMEM, "out of memory");
     *source = (struct source){.machine = machine, .migration = migration, .stream = migration->stream, .began_ns = loop_now_ns()};
     machine_tell(machine, MACHINE_EVENT_MIGRATING, NULL);
-    int r = move(source, &own);
+    source->packer = packer_create(source->stream, migration->zstd_level, PACK_THREADS);
+    int r = source->packer ? move(source, &own) : error_set(&own, -ENOMEM, "out of memory");
     if (r == -EPIPE && !migration->unknown)
         r = find_reason(source, r, &own);
     if (r && atomic_load(&migration->phase) == CANCELLED)
@@ -282,6 +279,7 @@ int machine_migrate(struct machine *machine, struct machine_migration *migration
     migration->rounds = source->rounds.rounds;
     atomic_store(&migration->pages_sent, source->rounds.pages);
     atomic_store(&migration->bytes_sent, stream_bytes_sent(source->stream));
+    packer_destroy(source->packer);
     free(source);
     return r;
 }

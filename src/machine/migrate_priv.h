@@ -23,10 +23,9 @@
 enum migrate_message { MIGRATE_HELLO = 1, MIGRATE_WELCOME, MIGRATE_PAGES, MIGRATE_STATE, MIGRATE_READY, MIGRATE_GO, MIGRATE_STARTED, MIGRATE_FAILED };
 
 /*
- * PAGES: u64 chunk, u64 pages that are meant, u64 of these all zero, then those that are not. A page may come again.
+ * PAGES: migrate_pack.h.
  * STATE: u8 1: more comes, 0: the last piece; then a piece of the state. GO: u8 1: the guest is to stay paused. FAILED: the reason, text.
  */
-#define MIGRATE_PAGES_HEAD_BYTES 24u
 #define MIGRATE_STATE_BYTES_MAX (64u << 20)
 #define MIGRATE_REASON_BYTES 400u
 
@@ -43,8 +42,5 @@ int migrate_hello_state(struct migrate_hello *hello, struct state_io *io);
 int migrate_expect(struct stream *stream, unsigned type, const uint8_t **body, size_t *size_bytes, struct error *err);
 /* The error for a message that is not the one expected. */
 int migrate_unexpected(unsigned type, const uint8_t *body, size_t size_bytes, struct error *err);
-
-/* Puts a PAGES message where it belongs in RAM of ram_bytes at `ram`, and zeroes the pages that it says are zero. */
-int migrate_take_pages(uint8_t *ram, uint64_t ram_bytes, const uint8_t *body, size_t size_bytes, struct error *err);
 
 #endif

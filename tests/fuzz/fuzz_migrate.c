@@ -8,6 +8,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "machine/migrate_pack.h"
 #include "machine/migrate_priv.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
@@ -80,12 +81,14 @@ static void read_messages(int fd)
     const uint8_t *body;
     unsigned type;
     size_t size;
-    must(stream);
+    struct unpacker *unpacker = unpacker_create();
+    must(stream && unpacker);
     while (stream_get(stream, &type, &body, &size, &err) == 0) {
-        int r = type == MIGRATE_PAGES ? migrate_take_pages(ram, sizeof ram, body, size, &err) : migrate_unexpected(type, body, size, &err);
+        int r = type == MIGRATE_PAGES ? unpacker_take(unpacker, ram, sizeof ram, body, size, &err) : migrate_unexpected(type, body, size, &err);
         must(r == 0 || err.text[0]);
     }
     must(err.text[0]);
+    unpacker_destroy(unpacker);
     stream_destroy(stream);
 }
 

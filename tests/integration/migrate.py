@@ -59,9 +59,9 @@ def finish(process, status=0):
     return out.strip() if status == 0 else errors
 
 
-def migrate(source, target, *options):
+def migrate(source, target, *options, sending=()):
     with receiver("--name", target, *options) as there:
-        said = run("migrate", source, "unix:there")
+        said = run("migrate", source, "unix:there", *sending)
         assert finish(there) == target
     assert re.match(rf"{source} runs at unix:there: [0-9.]+ s, \d+ MiB in \d+ rounds, still for [0-9.]+ ms$", said), said
     wait_for("end of the source", lambda: state(source) == "ended")
@@ -77,7 +77,7 @@ def move():
         migrate("vm", "second", "--engine", "bt")
         knows("second", "ab")
         type_in("second", "c")
-        migrate("second", "third", "--engine", "interp")
+        migrate("second", "third", "--engine", "interp", sending=["--compress", "zstd=3", "--bandwidth", "50M"])
         knows("third", "abc")
         run("pause", "third")
         migrate("third", "fourth")
@@ -285,6 +285,8 @@ def strangers():
         run("migrate", "vm", "unix:nobody", status=1)
         run("migrate", "vm", "unix:" + "x" * 200, status=2)
         run("migrate", "vm", "unix:there", "--downtime", "0", status=2)
+        for wrong in ("--compress", "lz4"), ("--compress", "zstd=20"), ("--bandwidth", "1x"), ("--bandwidth", "0"), ("--bandwidth", "9999999999G"):
+            run("migrate", "vm", "unix:there", *wrong, status=2)
         run("migrate", "nobody", "unix:there", status=1)
         for said in b"", b"GET / HTTP/1.0\r\n\r\n" * 3, HEADER.pack(b"DPMF", HELLO, 0, 1 << 31, 0, 0), HEADER.pack(b"DPMF", HELLO, 0, 0, 0, 0):
             with receiver() as there:

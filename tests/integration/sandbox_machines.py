@@ -13,6 +13,7 @@ import subprocess
 import sys
 import traceback
 
+import migrate
 import sandbox_hosts
 import small_guests
 import snapshots
@@ -37,7 +38,7 @@ def telling(runtime):
 
 vms.LIMIT = 10
 runtime = vms.runtime
-vms.runtime = snapshots.runtime = lambda: telling(runtime)
+vms.runtime = snapshots.runtime = migrate.runtime = lambda: telling(runtime)
 
 
 
@@ -50,6 +51,15 @@ def plain():
     """Starts, speaks, powers off."""
     with vms.runtime():
         assert foreground(small_guests.say("x") + small_guests.POWER_OFF, "--cpus", "2").wait(vms.LIMIT) == 0
+
+
+def migrated():
+    """Goes to another process with its disk."""
+    with vms.runtime():
+        with open("disk", "wb") as disk:
+            disk.truncate(1 << 20)
+        start(migrate.KEEPS, "--disk", "disk", name="vm")
+        migrate.migrate("vm", "there")
 
 
 def waiting():
@@ -220,7 +230,7 @@ def streams():
         assert b"ended" in said[0] and said[1] == b"typed"
 
 
-scenarios = {scenario.__name__: scenario for scenario in (plain, waiting, translated, signals, stopped, sockets, terminal, plugged, served, served_without_broker, direct, streams, vms.names, vms.life, vms.crash, vms.console)}
+scenarios = {scenario.__name__: scenario for scenario in (plain, migrated, waiting, translated, signals, stopped, sockets, terminal, plugged, served, served_without_broker, direct, streams, vms.names, vms.life, vms.crash, vms.console)}
 scenarios |= {"tree": snapshots.tree}
 
 if __name__ == "__main__":
