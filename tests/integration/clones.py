@@ -58,4 +58,26 @@ def clones():
         assert knows("later", "z")
 
 
+def disks():
+    """Each clone writes to an overlay of its own; the source goes on with its."""
+    with runtime() as folder:
+        pathlib.Path("image").write_bytes(bytes(1 << 20))
+        start(KEEPS, "--disk", "image", name="vm")
+        type_in("vm", "a")
+        assert knows("vm", "a")
+        run("clone", "vm", "--count", "2")
+        top = {}
+        for name in ("vm", "vm-clone-1", "vm-clone-2"):
+            top[name] = json.loads(pathlib.Path(f"{folder}/data/doppel/snapshots/{name}/.disks/map.json").read_text())
+            assert len(top[name]) == 1
+            assert os.path.exists(list(top[name].values())[0])
+        assert len({list(map.values())[0] for map in top.values()}) == 3
+        for name in top:
+            assert knows(name, "a")
+        run("kill", "vm-clone-1")
+        run("start", "vm-clone-1")  # boots, with the disk that it had
+        wait_for("start", lambda: state("vm-clone-1") == "running")
+
+
+disks()
 clones()
