@@ -170,8 +170,8 @@ static int write_all(int fd, const uint8_t *data, size_t bytes, uint64_t at)
     return 0;
 }
 
-/* What is not zero, in pieces of at most a page. */
-static int write_data(int fd, const uint8_t *data, size_t bytes, uint64_t at)
+/* In pieces of at most a page. */
+int archive_write_sparse(int fd, const uint8_t *data, size_t bytes, uint64_t at)
 {
     int r = 0;
     while (r == 0 && bytes) {
@@ -204,7 +204,7 @@ static int take_data(struct archive *in, struct archive_entry *entry, int fd, co
     while ((code = archive_read_data_block(in, &data, &bytes, &at)) == ARCHIVE_OK && r == 0) {
         if (at < 0 || (uint64_t)at > size || bytes > size - (uint64_t)at)
             return complain(STATUS_ERROR, "%s: %s is longer than it says", from, file);
-        r = bytes ? write_data(fd, data, bytes, (uint64_t)at) : 0;
+        r = bytes ? archive_write_sparse(fd, data, bytes, (uint64_t)at) : 0;
         archive_progress_to(progress, (uint64_t)archive_filter_bytes(in, -1));
     }
     if (r)

@@ -3,6 +3,7 @@
 #define DOPPEL_CLI_ARCHIVE_FILES_H
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <time.h>
 
@@ -29,6 +30,8 @@ int archive_put_text(struct archive *out, const char *text, const char *name);
  * A descriptor for reading and writing, or -1 after a message.
  */
 int archive_take_file(struct archive *in, struct archive_entry *entry, int directory, const char *file, const char *from, struct archive_progress *progress);
+/* Into a new file: pages of zeroes stay holes. 0 or -errno. */
+int archive_write_sparse(int fd, const uint8_t *data, size_t bytes, uint64_t at);
 /* XXH3 (128 bits, canonical) of the pages of 4096 bytes that are not zero, each after its offset (8 bytes, little endian); the last one is filled up with zeroes. */
 int archive_sum(int fd, uint64_t size_bytes, const char *path, char sum[ARCHIVE_SUM_BYTES], struct archive_progress *progress);
 

@@ -1,6 +1,6 @@
 /*
  * doppel export: a virtual machine in one file (docs/bundles.md): configuration, kernel, disks; of a snapshot also the state, and what the snapshot needs.
- * Images are locked as a reader's, as long as they are read: what a running machine writes to cannot be exported. Single-threaded.
+ * Images are locked as a reader's, as long as they are read: what a running machine writes to cannot be exported. Those that lie upon others are copied into one first. Single-threaded.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -13,12 +13,16 @@
 #include "cli/archive_files.h"
 #include "cli/snapshot.h"
 #include "control/bundle.h"
+#include "control/image_reader.h"
+#include "control/snapshot_disks.h"
 #include "doppel/doppel.h"
 
 #define ZSTD_LEVEL_DEFAULT "3"
 #define ZSTD_LEVEL_MAX 19ul
+#define FLATTEN_BYTES (1u << 20)
 
 struct export {
+    const char *path; /* the bundle */
     char vm[STORE_NAME_BYTES];
     struct bundle bundle;
     int fd[BUNDLE_FILES_MAX]; /* of its files; -1: not open */
@@ -95,23 +99,169 @@ static int lock_image(int fd, const char *path)
     return complain(STATUS_ERROR, "%s is in use by a running machine that may write to it: stop that one first", path);
 }
 
+/* ---- images ---- */
+
+/* What a disk's image is now: of a snapshot, or of a machine that had some, another file than the user named. */
+struct source {
+    char *path;
+    const char *format;
+    enum block_backing backing;
+};
+
+static int source_of_snapshot(const struct export *export, const struct bundle_file *file, struct source *source)
+{
+    size_t i;
+    const json_t *entry;
+    json_array_foreach(json_object_get(export->snapshot->meta, "disk_files"), i, entry) {
+        const char *origin = json_string_value(json_object_get(entry, "origin")), *path = json_string_value(json_object_get(entry, "file"));
+        const char *format = json_string_value(json_object_get(entry, "format"));
+        if (!origin || strcmp(origin, file->path) != 0 || !path || !format)
+            continue;
+        *source = (struct source){strdup(path), strcmp(format, "raw") == 0 ? "raw" : "qcow2", BLOCK_BACKING_ANY};
+        return source->path ? 0 : complain(STATUS_ERROR, "out of memory");
+    }
+    return complain(STATUS_ERROR, "%s/%s has no copy of %s, which its guest can write to: export the machine %s itself, when it has ended", export->vm, export->snapshot->name,
+                    file->path, export->vm);
+}
+
+static int source_of_machine(const struct export *export, const struct bundle_file *file, struct source *source)
+{
+    char directory[STORE_PATH_BYTES];
+    struct machine_config config;
+    struct error err = {0};
+    machine_config_init(&config);
+    config.disk[0].path = strdup(file->path);
+    config.disk_count = 1;
+    int r = !config.disk[0].path || snapshot_store_directory(export->vm, directory, &err) || snapshot_disks_apply(directory, &config, &err)
+                ? complain(STATUS_ERROR, "%s", err.text[0] ? err.text : "out of memory")
+                : 0;
+    if (r == 0) {
+        *source = (struct source){strdup(config.disk[0].path), file->format, file->backing};
+        if (config.disk[0].origin) { /* an overlay */
+            source->format = "qcow2";
+            source->backing = BLOCK_BACKING_ANY;
+        }
+        r = source->path ? 0 : complain(STATUS_ERROR, "out of memory");
+    }
+    machine_config_clear(&config);
+    return r;
+}
+
+/* A file without a name that is as large as the images may be: beside the bundle. */
+static int open_nameless(const char *beside)
+{
+    char directory[STORE_PATH_BYTES], draft[STORE_PATH_BYTES + 32];
+    const char *slash = strrchr(beside, '/'), *temporary = getenv("TMPDIR");
+    if (strcmp(beside, "-") == 0)
+        snprintf(directory, sizeof directory, "%s", temporary && *temporary ? temporary : "/var/tmp");
+    else
+        snprintf(directory, sizeof directory, "%.*s", slash ? (int)(slash - beside + 1) : 1, slash ? beside : ".");
+    int fd = open(directory, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+    if (fd >= 0)
+        return fd;
+    snprintf(draft, sizeof draft, "%s/.doppel-XXXXXX", directory);
+    fd = mkostemp(draft, O_CLOEXEC);
+    if (fd >= 0)
+        unlink(draft);
+    return fd;
+}
+
+/* All that an image and those below it say, as one raw image. A descriptor, or -1 after a message. */
+static int flatten(const struct source *source, const char *beside)
+{
+    struct image_reader *reader;
+    struct error err = {0};
+    uint8_t *block = malloc(FLATTEN_BYTES);
+    int fd = block ? open_nameless(beside) : -1;
+    if (fd < 0 || image_reader_open(&reader, source->path, source->format, source->backing, &err)) {
+        complain(0, "%s", fd < 0 ? "cannot make a copy of a disk: there is no place for it" : err.text);
+        if (fd >= 0)
+            close(fd);
+        free(block);
+        return -1;
+    }
+    uint64_t size = image_reader_size(reader);
+    int r = ftruncate(fd, (off_t)size) ? -errno : 0;
+    for (uint64_t at = 0; r == 0 && at < size; at += FLATTEN_BYTES) {
+        size_t bytes = size - at < FLATTEN_BYTES ? (size_t)(size - at) : FLATTEN_BYTES;
+        r = image_reader_read(reader, block, bytes, at);
+        if (r == 0)
+            r = archive_write_sparse(fd, block, bytes, at);
+    }
+    if (r)
+        complain(0, "cannot make a copy of %s: %s", source->path, strerror(-r));
+    image_reader_close(reader);
+    free(block);
+    if (r == 0)
+        return fd;
+    close(fd);
+    return -1;
+}
+
+/* A descriptor of what goes into the bundle, or -1 after a message. */
+static int open_image(struct export *export, unsigned i)
+{
+    struct bundle_file *file = &export->bundle.file[i];
+    struct source source = {0};
+    struct error err = {0};
+    bool overlaid = strncmp(file->name, "disk", 4) == 0 && !file->readonly, whole = true;
+    if (export->snapshot && !file->readonly ? source_of_snapshot(export, file, &source) : overlaid && source_of_machine(export, file, &source))
+        return -1;
+    if (!source.path)
+        source = (struct source){strdup(file->path), file->format, file->backing};
+    int fd = source.path ? open(source.path, O_RDONLY | O_NONBLOCK | O_CLOEXEC) : -1;
+    if (fd < 0)
+        complain(0, "cannot read %s: %s", file->path, strerror(errno));
+    else
+        whole = strcmp(source.format, "raw") == 0 || !bundle_needs_others(fd);
+    /* The configuration tells the format of the disk's own file; what is frozen in a snapshot has to have the size of the disk. */
+    bool frozen = export->snapshot && !file->readonly;
+    if (fd >= 0 && (!whole || strcmp(source.format, file->format) != 0 || (frozen && strcmp(file->format, "raw") != 0))) {
+        close(fd);
+        fd = flatten(&source, export->path);
+        if (fd >= 0 && strcmp(file->format, "raw") != 0 && bundle_make_raw(&export->bundle, i, &err)) {
+            complain(0, "%s", err.text);
+            close(fd);
+            fd = -1;
+        }
+    } else if (fd >= 0 && lock_image(fd, source.path)) {
+        close(fd);
+        fd = -1;
+    }
+    free(source.path);
+    return fd;
+}
+
 static int open_file(struct export *export, unsigned i)
 {
     const struct bundle_file *file = &export->bundle.file[i];
-    struct error err = {0};
-    if (export->snapshot && file->image && !file->readonly)
-        return complain(STATUS_ERROR, "%s/%s has no copy of %s, which its guest can write to: export the machine %s itself, when it has ended", export->vm, export->snapshot->name,
-                        file->path, export->vm);
-    int fd = export->fd[i] = open(file->path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    int fd = export->fd[i] = file->image ? open_image(export, i) : open(file->path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    if (fd < 0 && file->image)
+        return STATUS_ERROR;
     if (fd < 0 || fstat(fd, &export->st[i]))
         return complain(STATUS_ERROR, "cannot read %s: %s", file->path, strerror(errno));
     off_t end = lseek(fd, 0, SEEK_END); /* a block device's, too */
     if ((!S_ISREG(export->st[i].st_mode) && !S_ISBLK(export->st[i].st_mode)) || end < 0)
         return complain(STATUS_ERROR, "%s is neither a file nor a block device", file->path);
     export->size[i] = (uint64_t)end;
-    if (file->image && bundle_check_image(fd, file->path, &err))
-        return complain(STATUS_ERROR, "%s", err.text);
-    return file->image ? lock_image(fd, file->path) : 0;
+    return 0;
+}
+
+/* Names of the disks that the snapshot froze, in its order. */
+static int describe_disks(const struct export *export, json_t *names)
+{
+    size_t index;
+    const json_t *entry;
+    json_array_foreach(json_object_get(export->snapshot ? export->snapshot->meta : NULL, "disk_files"), index, entry) {
+        const char *origin = json_string_value(json_object_get(entry, "origin"));
+        unsigned i = 0;
+        while (i < export->bundle.file_count && (!origin || strcmp(origin, export->bundle.file[i].path) != 0))
+            i++;
+        if (i == export->bundle.file_count)
+            return complain(STATUS_ERROR, "%s/%s: %s was plugged later and is no part of the machine's configuration", export->vm, export->snapshot->name, origin ? origin : "a disk");
+        json_array_append_new(names, json_string(export->bundle.file[i].name));
+    }
+    return 0;
 }
 
 /* bundle.json: what it is, with sizes and sums of the files that follow. */
@@ -120,11 +270,11 @@ static int put_description(struct export *export, struct archive *out)
     char sum[ARCHIVE_SUM_BYTES];
     struct timespec now;
     clock_gettime(CLOCK_REALTIME, &now);
-    json_t *files = json_array();
-    json_t *root = json_pack("{s:i, s:s, s:s, s:I, s:s, s:O, s:o}", "format", 1, "name", export->vm, "version", doppel_version(), "created_ms",
+    json_t *files = json_array(), *disks = json_array();
+    json_t *root = json_pack("{s:i, s:s, s:s, s:I, s:s, s:O, s:o, s:o}", "format", 1, "name", export->vm, "version", doppel_version(), "created_ms",
                              (json_int_t)now.tv_sec * 1000 + now.tv_nsec / 1000000, "snapshot", export->snapshot ? export->snapshot->name : "", "config", export->bundle.config, "files",
-                             files);
-    int r = root ? 0 : complain(STATUS_ERROR, "out of memory");
+                             files, "disk_files", disks);
+    int r = root ? describe_disks(export, disks) : complain(STATUS_ERROR, "out of memory");
     for (unsigned i = 0; r == 0 && i < export->bundle.file_count; i++) {
         r = archive_sum(export->fd[i], export->size[i], export->bundle.file[i].path, sum, &export->progress);
         if (r == 0)
@@ -214,6 +364,7 @@ int export_main(int argc, char **argv)
         return complain(STATUS_USAGE, "export: usage: doppel export [OPTIONS] VM|VM/SNAPSHOT FILE|-");
     for (unsigned i = 0; i < BUNDLE_FILES_MAX; i++)
         export.fd[i] = -1;
+    export.path = arguments.names[1];
     r = find(&export, arguments.names[0]);
     for (unsigned i = 0; r == 0 && i < export.bundle.file_count; i++)
         r = open_file(&export, i);

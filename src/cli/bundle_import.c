@@ -22,7 +22,7 @@ struct bundle_import {
     struct bundle bundle;
     bool taken[BUNDLE_FILES_MAX];
     struct machine_directory directory;
-    json_t *changes; /* of snapshots that come along; NULL: the machine is not complete yet */
+    json_t *changes, *changes_last; /* of snapshots that come along, of the last of them; NULL: the machine is not complete yet */
     struct snapshot_import *snapshots;
 };
 
@@ -68,7 +68,6 @@ static int take_file(struct bundle_import *bundle, struct archive *in, struct ar
     const json_t *said = described(bundle, name);
     const char *wanted = json_string_value(json_object_get(said, "xxh3"));
     char sum[ARCHIVE_SUM_BYTES];
-    struct error err = {0};
     if (!file || bundle->changes || bundle->taken[file - bundle->bundle.file])
         return bad(bundle->import, "an entry that does not belong there");
     if (!wanted || json_integer_value(json_object_get(said, "bytes")) != archive_entry_size(entry))
@@ -79,11 +78,36 @@ static int take_file(struct bundle_import *bundle, struct archive *in, struct ar
     int r = archive_sum(fd, (uint64_t)archive_entry_size(entry), name, sum, NULL);
     if (r == 0 && strcmp(sum, wanted) != 0)
         r = complain(STATUS_ERROR, "%s is damaged: %s is not what was exported", bundle->import->path, name);
-    if (r == 0 && file->image && bundle_check_image(fd, name, &err))
-        r = complain(STATUS_ERROR, "%s: %s", bundle->import->path, err.text);
+    if (r == 0 && file->image && strcmp(file->format, "raw") != 0 && bundle_needs_others(fd))
+        r = complain(STATUS_ERROR, "%s: the image %s needs another file", bundle->import->path, name);
     close(fd);
     bundle->taken[file - bundle->bundle.file] = true;
     return r;
+}
+
+/* The disks of the snapshot that the bundle is of are frozen here; those that it needs have none. */
+static int describe_disks(struct bundle_import *bundle)
+{
+    const json_t *name;
+    json_t *frozen = json_array();
+    size_t i;
+    json_array_foreach(json_object_get(bundle->root, "disk_files"), i, name) {
+        const struct bundle_file *file = json_is_string(name) ? bundle_find(&bundle->bundle, json_string_value(name)) : NULL;
+        json_int_t bytes = file ? json_integer_value(json_object_get(described(bundle, file->name), "bytes")) : 0;
+        if (!file || !file->image || file->readonly || strcmp(file->format, "raw") != 0 || bytes % 512) {
+            json_decref(frozen);
+            return bad(bundle->import, "its snapshot has disks that are not among its disks");
+        }
+        char path[STORE_PATH_BYTES + BUNDLE_NAME_BYTES];
+        snprintf(path, sizeof path, "%s/%s", bundle->directory.path, file->name);
+        json_array_append_new(frozen, json_pack("{s:s, s:s, s:s, s:I}", "origin", path, "file", path, "format", file->format, "size_bytes", bytes));
+    }
+    bool any = json_array_size(frozen);
+    json_object_set_new(bundle->changes, "without_disks", json_boolean(any));
+    json_object_set_new(bundle->changes, "disk_files", json_array());
+    json_object_set_new(bundle->changes_last, "disk_files", frozen);
+    json_object_set_new(bundle->changes_last, "without_disks", json_false());
+    return 0;
 }
 
 /* The machine is complete. Snapshots that follow are its. */
@@ -99,7 +123,17 @@ static int finish_machine(struct bundle_import *bundle)
     bundle->changes = json_pack("{s:[s,o], s:s, s:o}", "arguments", "--config", json_sprintf("%s/machine.json", bundle->directory.path), "directory", bundle->directory.path, "files",
                                 bundle_paths(placed));
     json_decref(placed);
-    return r == 0 && !bundle->changes ? complain(STATUS_ERROR, "out of memory") : r;
+    bundle->changes_last = json_deep_copy(bundle->changes);
+    if (r == 0 && !bundle->changes_last)
+        return complain(STATUS_ERROR, "out of memory");
+    return r ? r : describe_disks(bundle);
+}
+
+/* Its snapshot's name, "" without one. */
+static const char *snapshot_of(const struct bundle_import *bundle)
+{
+    const char *name = json_string_value(json_object_get(bundle->root, "snapshot"));
+    return name ? name : "";
 }
 
 static int take_entry(struct bundle_import *bundle, struct archive *in, struct archive_entry *entry)
@@ -114,7 +148,8 @@ static int take_entry(struct bundle_import *bundle, struct archive *in, struct a
         return take_file(bundle, in, entry, path + sizeof prefix - 1);
     int r = bundle->changes ? 0 : finish_machine(bundle);
     if (r == 0 && !bundle->snapshots)
-        bundle->snapshots = snapshot_import_begin(in, bundle->import->path, bundle->import->name ? bundle->import->name : json_string_value(json_object_get(bundle->root, "name")), bundle->changes);
+        bundle->snapshots = snapshot_import_begin(in, bundle->import->path, bundle->import->name ? bundle->import->name : json_string_value(json_object_get(bundle->root, "name")),
+                                                  snapshot_of(bundle), bundle->changes, bundle->changes_last);
     if (r == 0 && !bundle->snapshots)
         r = complain(STATUS_ERROR, "out of memory");
     return r ? r : snapshot_import_entry(bundle->snapshots, entry);
@@ -130,18 +165,18 @@ static int import_bundle(const struct import *import, struct archive *in, struct
     while (r == 0 && (code = archive_read_next_header(in, &entry)) == ARCHIVE_OK);
     if (r == 0 && code != ARCHIVE_EOF)
         r = complain(STATUS_ERROR, "cannot read %s: %s", import->path, archive_error_string(in));
-    const char *snapshot = json_string_value(json_object_get(bundle.root, "snapshot"));
-    if (r == 0 && snapshot && *snapshot && !bundle.snapshots)
+    if (r == 0 && snapshot_of(&bundle)[0] && !bundle.snapshots)
         r = bad(import, "the snapshot is missing");
     if (r == 0 && !bundle.changes)
         r = finish_machine(&bundle);
     if (bundle.snapshots) {
-        int end = snapshot_import_end(bundle.snapshots, r == 0, snapshot ? snapshot : "", &count);
+        int end = snapshot_import_end(bundle.snapshots, r == 0, &count);
         r = r ? r : end;
     }
     machine_directory_end(&bundle.directory, r == 0 || count);
     bundle_clear(&bundle.bundle);
     json_decref(bundle.changes);
+    json_decref(bundle.changes_last);
     json_decref(bundle.root);
     return r;
 }

@@ -149,8 +149,10 @@ static int convert(const struct appliance *appliance, unsigned i)
         return complain(STATUS_ERROR, "cannot read %s: %s", from, fd < 0 ? strerror(errno) : "it is no file");
     }
     const char *format = ovf_image_format(fd, disk->file, &err);
-    if (format && bundle_check_image(fd, disk->file, &err))
+    if (format && strcmp(format, "qcow2") == 0 && bundle_needs_others(fd)) {
+        error_set(&err, -EINVAL, "the image %s is refused: it needs another file", disk->file);
         format = NULL;
+    }
     close(fd);
     return format ? run_convert(format, from, to) : complain(STATUS_ERROR, "%s: %s", appliance->import->path, err.text);
 }

@@ -342,6 +342,8 @@ int snapshot_start(const struct stored_snapshot *snapshot, struct snapshot_chain
     const json_t *arguments = json_object_get(snapshot->meta, "arguments");
     const char *directory = json_string_value(json_object_get(snapshot->meta, "directory"));
     struct run run = {.ready_fd = -1, .log_fd = -1, .name = name, .detach = true, .from = &chain->files, .from_lock = lock};
+    if (json_is_true(json_object_get(snapshot->meta, "without_disks")))
+        return complain(STATUS_ERROR, "%s/%s came in a bundle because another one needs its memory: its disks did not", snapshot->vm, snapshot->name);
     if (directory && chdir(directory))
         return complain(STATUS_ERROR, "%s was started in %s, where one cannot go: %s", snapshot->vm, directory, strerror(errno));
     machine_config_init(&run.config);

@@ -19,13 +19,16 @@ int snapshot_restore(const struct arguments *arguments);
 int snapshot_export(const struct arguments *arguments);
 int snapshot_import(const struct arguments *arguments);
 
-/* For bundles: a snapshot and those that it needs; and an import that gets its entries one by one. `changes` (borrowed, may be NULL) are members that each snapshot.json gets. */
+/*
+ * For bundles: a snapshot and those that it needs; and an import that gets its entries one by one, of which `last` comes last. Changes (borrowed) are members that each
+ * snapshot.json gets, that of the last one others.
+ */
 int snapshot_put(struct archive *out, const struct stored_snapshot *list, unsigned count, const struct stored_snapshot *snapshot);
 struct snapshot_import;
-struct snapshot_import *snapshot_import_begin(struct archive *in, const char *path, const char *vm, const json_t *changes); /* NULL: no memory */
+struct snapshot_import *snapshot_import_begin(struct archive *in, const char *path, const char *vm, const char *last, const json_t *changes, const json_t *changes_last); /* NULL: no memory */
 int snapshot_import_entry(struct snapshot_import *import, struct archive_entry *entry);
-/* Frees it. When all is `good` so far: `last` has to have come last. *count: how many are there now. */
-int snapshot_import_end(struct snapshot_import *import, bool good, const char *last, unsigned *count);
+/* Frees it. `good`: all is well so far. *count: how many are there now. */
+int snapshot_import_end(struct snapshot_import *import, bool good, unsigned *count);
 
 /* One that clones of a running machine begin with. `lock` is the exclusive one, and shared afterwards. An exit status. */
 int snapshot_create_for_clones(struct instance_info *vm, int lock, char name[STORE_NAME_BYTES]);

@@ -119,7 +119,8 @@ struct snapshot_import {
     bool has_state, has_memory;
     int lock;
     unsigned count;
-    const json_t *changes; /* members that snapshot.json gets; NULL: none */
+    const json_t *changes, *changes_last; /* members that snapshot.json gets; NULL: none. Of the last one others */
+    const char *last;
 };
 
 static int bad(const struct snapshot_import *import, const char *what)
@@ -190,7 +191,7 @@ static int begin_one(struct snapshot_import *import, const char *name)
     json_object_set_new(meta, "vm", json_string(vm));
     json_object_set_new(meta, "name", json_string(name));
     if (import->changes)
-        json_object_update(meta, (json_t *)import->changes);
+        json_object_update(meta, (json_t *)(strcmp(name, import->last) == 0 ? import->changes_last : import->changes));
     if (snapshot_store_list(vm, &list, &count, &err))
         return complain(STATUS_ERROR, "%s", err.text);
     const struct stored_snapshot *there = snapshot_store_by_name(list, count, name);
@@ -256,18 +257,18 @@ static int read_archive(struct snapshot_import *import)
     return r;
 }
 
-struct snapshot_import *snapshot_import_begin(struct archive *in, const char *path, const char *vm, const json_t *changes)
+struct snapshot_import *snapshot_import_begin(struct archive *in, const char *path, const char *vm, const char *last, const json_t *changes, const json_t *changes_last)
 {
     struct snapshot_import *import = malloc(sizeof *import);
     if (import)
-        *import = (struct snapshot_import){.in = in, .path = path, .wanted_vm = vm, .changes = changes, .lock = -1};
+        *import = (struct snapshot_import){.in = in, .path = path, .wanted_vm = vm, .changes = changes, .changes_last = changes_last, .last = last, .lock = -1};
     return import;
 }
 
-int snapshot_import_end(struct snapshot_import *import, bool good, const char *last, unsigned *count)
+int snapshot_import_end(struct snapshot_import *import, bool good, unsigned *count)
 {
     int r = good ? finish_one(import) : 0;
-    if (good && r == 0 && strcmp(import->name, last) != 0)
+    if (good && r == 0 && strcmp(import->name, import->last) != 0)
         r = bad(import, "the last snapshot is missing");
     if (import->meta && !import->known && import->lock >= 0)
         snapshot_store_abort(import->vm, import->name);

@@ -102,6 +102,17 @@ static bool has_word(const char *rest, const char *word)
     return false;
 }
 
+/* What a disk's image is read as: what the properties say, else by the end of its name, as block_config says. */
+static const char *image_format(const char *name, const char *rest)
+{
+    size_t length = strlen(name);
+    if (has_word(rest, "format=qcow2"))
+        return "qcow2";
+    if (has_word(rest, "format=auto"))
+        return "auto";
+    return !has_word(rest, "format=raw") && length > 6 && strcasecmp(name + length - 6, ".qcow2") == 0 ? "qcow2" : "raw";
+}
+
 /* A value that names no thing of the host. */
 static bool is_portable_text(const struct portable *option, const char *value)
 {
@@ -159,6 +170,8 @@ static int take_file(struct bundle *bundle, const struct portable *option, const
     if (!file)
         return -E2BIG;
     file->image = many;
+    file->format = strcmp(option->key, "disk") == 0 ? image_format(path, rest) : "raw";
+    file->backing = has_word(rest, "backing=any") ? BLOCK_BACKING_ANY : has_word(rest, "backing=none") ? BLOCK_BACKING_NONE : BLOCK_BACKING_NEAR;
     file->readonly = has_word(rest, "readonly") || has_word(rest, "readonly=on");
     if (path[0] == '/' ? !(file->path = strdup(path)) : asprintf(&file->path, "%s/%s", directory, path) < 0) {
         file->path = NULL;
@@ -169,7 +182,7 @@ static int take_file(struct bundle *bundle, const struct portable *option, const
         int word_length = (int)strcspn(word, ",");
         if (knows_property(option, word, (size_t)word_length))
             snprintf(value + strlen(value), VALUE_BYTES_MAX - strlen(value), ",%.*s", word_length, word);
-        else if (word_length)
+        else if (word_length && strncmp(word, "backing=", 8) != 0) /* backing files are none any more */
             note_left(bundle, option->key);
     }
     return 0;
@@ -320,9 +333,12 @@ static int check_value(struct bundle *bundle, const struct portable *option, con
         if (!knows_property(option, word, strcspn(word, ",")))
             return error_set(err, -EINVAL, "a property of \"%s\" that a bundle cannot have: %s", option->key, word);
     struct bundle_file *file = new_file(bundle, name, err);
-    if (file)
-        file->image = option_find(option->key)->flags & OPT_MANY;
-    return file ? 0 : -E2BIG;
+    if (!file)
+        return -E2BIG;
+    file->image = option_find(option->key)->flags & OPT_MANY;
+    file->format = strcmp(option->key, "disk") == 0 ? image_format(name, rest) : "raw";
+    file->readonly = has_word(rest, "readonly") || has_word(rest, "readonly=on");
+    return 0;
 }
 
 int bundle_check(struct bundle *bundle, json_t *config, struct error *err)
@@ -385,16 +401,35 @@ json_t *bundle_place(const struct bundle *bundle, const char *directory)
 }
 
 /* A qcow2 header: magic, version (4 bytes), place of the backing file's name (8); from version 3 on, at 72, what a reader must know, bit 2 an external data file. */
-int bundle_check_image(int fd, const char *path, struct error *err)
+int bundle_needs_others(int fd)
 {
     uint8_t header[80] = {0};
-    ssize_t got = pread(fd, header, sizeof header, 0);
     static const uint8_t magic[4] = {'Q', 'F', 'I', 0xfb}, zeroes[8];
-    if (got < 0)
-        return error_set(err, -errno, "cannot read %s: %s", path, strerror(errno));
-    if (memcmp(header, magic, sizeof magic) != 0 || (memcmp(header + 8, zeroes, 8) == 0 && (header[7] < 3 || !(header[79] & 4))))
-        return 0;
-    return error_set(err, -EINVAL, "the image %s needs another file; make one of both: qemu-img convert -O qcow2 %s whole.qcow2", path, path);
+    if (pread(fd, header, sizeof header, 0) < 0)
+        return -errno;
+    return memcmp(header, magic, sizeof magic) == 0 && (memcmp(header + 8, zeroes, 8) != 0 || (header[7] >= 3 && header[79] & 4));
+}
+
+/* disk1.qcow2,serial=x,format=qcow2 becomes disk1,serial=x. */
+int bundle_make_raw(struct bundle *bundle, unsigned index, struct error *err)
+{
+    struct bundle_file *file = &bundle->file[index];
+    char path[VALUE_BYTES_MAX], value[VALUE_BYTES_MAX];
+    json_t *array = json_object_get(bundle->config, "disk"), *element;
+    size_t i;
+    json_array_foreach(array, i, element) {
+        const char *rest = cut_path(json_string_value(element), path);
+        if (strcmp(path, file->name) != 0)
+            continue;
+        file->name[strcspn(file->name, ".")] = '\0';
+        strcpy(value, file->name);
+        for (const char *word = rest; word; word = word[strcspn(word, ",")] ? word + strcspn(word, ",") + 1 : NULL)
+            if (strncmp(word, "format=", 7) != 0)
+                snprintf(value + strlen(value), sizeof value - strlen(value), ",%.*s", (int)strcspn(word, ","), word);
+        file->format = "raw";
+        return json_array_set_new(array, i, json_string(value)) ? error_set(err, -ENOMEM, "out of memory") : 0;
+    }
+    return error_set(err, -EINVAL, "%s is no image of a disk", file->name);
 }
 
 /* ---- the machine of a snapshot ---- */
@@ -402,7 +437,7 @@ int bundle_check_image(int fd, const char *path, struct error *err)
 json_t *bundle_paths(const json_t *placed)
 {
     char path[2 * VALUE_BYTES_MAX];
-    json_t *paths = json_object(), *element;
+    json_t *paths = json_pack("{s:[]}", "disk_format"), *element;
     size_t index;
     for (size_t i = 0; paths && i < sizeof portable / sizeof *portable; i++) {
         const json_t *value = json_object_get(placed, portable[i].key);
@@ -410,8 +445,10 @@ json_t *bundle_paths(const json_t *placed)
             continue;
         json_t *array = json_is_array(value) ? json_array() : NULL;
         json_array_foreach(value, index, element) {
-            cut_path(json_string_value(element), path);
+            const char *rest = cut_path(json_string_value(element), path);
             json_array_append_new(array, json_string(path));
+            if (strcmp(portable[i].key, "disk") == 0)
+                json_array_append_new(json_object_get(paths, "disk_format"), json_string(image_format(path, rest)));
         }
         if (json_is_string(value) && portable[i].kind == FILE_FIRST)
             cut_path(json_string_value(value), path);
@@ -443,8 +480,15 @@ int bundle_set_paths(struct machine_config *config, const json_t *paths, struct 
     for (size_t i = 0; r == 0 && i < sizeof singles / sizeof *singles; i++)
         if (json_object_get(paths, singles[i].key))
             r = set_path(singles[i].field, json_object_get(paths, singles[i].key), err);
-    for (unsigned i = 0; r == 0 && i < config->disk_count; i++)
-        r = set_path(&config->disk[i].path, json_array_get(disks, i), err);
+    for (unsigned i = 0; r == 0 && i < config->disk_count; i++) {
+        struct disk_config *disk = &config->disk[i];
+        r = set_path(&disk->path, json_array_get(disks, i), err);
+        if (r == 0)
+            r = set_path(&disk->format, json_array_get(json_object_get(paths, "disk_format"), i), err);
+        free(disk->origin); /* there it was an overlay of another file */
+        disk->origin = NULL;
+        disk->backing = BLOCK_BACKING_NEAR;
+    }
     for (unsigned i = 0; r == 0 && i < config->pmem_count; i++)
         r = set_path(&config->pmem[i].path, json_array_get(pmems, i), err);
     return r;

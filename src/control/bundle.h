@@ -21,6 +21,8 @@ struct bundle_file {
     char name[BUNDLE_NAME_BYTES]; /* in the bundle: kernel, initrd, metadata, disk0, disk1.qcow2, pmem0 ... */
     char *path;                   /* on this host; NULL: in a bundle only */
     bool image, readonly;         /* a disk's or persistent memory's; the guest can only read it */
+    const char *format;           /* of a disk's image: "raw", "qcow2" or "auto" */
+    enum block_backing backing;
 };
 
 struct bundle {
@@ -40,11 +42,14 @@ const struct bundle_file *bundle_find(const struct bundle *bundle, const char *n
 /* The configuration with files in `directory`; NULL: no memory. */
 json_t *bundle_place(const struct bundle *bundle, const char *directory);
 
-/* An image that stands for itself: a qcow2 one that needs another file is refused. `path` is for the message. */
-int bundle_check_image(int fd, const char *path, struct error *err) __attribute__((warn_unused_result));
+/* The file that goes into the bundle is a raw image, whatever it was. */
+int bundle_make_raw(struct bundle *bundle, unsigned file, struct error *err) __attribute__((warn_unused_result));
+
+/* Whether an image is a qcow2 one that needs another file. -errno: it cannot be read. */
+int bundle_needs_others(int fd) __attribute__((warn_unused_result));
 
 /*
- * Where the files of a snapshot's machine are, when it is another host's: an object with kernel, initrd, metadata (texts), disk, pmem (arrays). Made of a placed configuration, and put
+ * Where the files of a snapshot's machine are, when it is another host's: an object with kernel, initrd, metadata (texts), disk, disk_format, pmem (arrays). Made of a placed configuration, and put
  * into the one of a snapshot. -EINVAL: it is of another shape.
  */
 json_t *bundle_paths(const json_t *placed);

@@ -185,11 +185,65 @@ def state_too():
         repack("vm.bundle", "bad.bundle", lambda name, content: None if not name.startswith(".bundle") else content)
         run("import", "bad.bundle", "worse", status=1)
         assert "the snapshot is missing" in run.errors and not os.path.exists(f"{folder}/elsewhere/doppel/machines/worse")
-        os.rename("hidden", "disk")
-        start(KEEPS, "--disk", "disk", name="writer")
-        run("snapshot", "create", "writer", "s", "--no-disks")
-        run("export", "writer/s", "x", status=1)
-        assert "has no copy of" in run.errors
+
+
+def disks():
+    """Images that lie upon others, and disks of snapshots, come out whole."""
+    with runtime() as folder:
+        raw = image("disk", MIB)
+        extra = image("below", MIB, 3)
+        qemu_img("create", "-q", "-f", "qcow2", "-F", "raw", "-b", "below", "upper.qcow2")
+        subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -P 0x11 64k 64k", "upper.qcow2"], check=True, stdout=subprocess.DEVNULL)
+        extra = extra[:64 * KIB] + b"\x11" * (64 * KIB) + extra[128 * KIB:]
+        start(KEEPS, "--disk", "disk,id=a", "--disk", "upper.qcow2,serial=u", "--disk", "below,readonly", name="vm")
+        type_in("vm", "ab")
+        assert knows("vm", "ab")
+        run("snapshot", "create", "vm", "one")
+        type_in("vm", "c")
+        assert knows("vm", "abc")
+        run("snapshot", "create", "vm", "two", "--incremental")
+        run("snapshot", "create", "vm", "bare", "--no-disks")
+        run("export", "vm", "x", status=1)
+        assert "in use" in run.errors and not os.path.exists("x"), run.errors
+        run("export", "vm/bare", "x", status=1)
+        assert "has no copy of" in run.errors, run.errors
+        run("export", "vm/two", "two.bundle")  # while it runs
+        run("kill", "vm")
+        tops = json.loads(pathlib.Path("data/doppel/snapshots/vm/.disks/map.json").read_text())
+        subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -P 0x22 0 64k", tops[f"{folder}/disk"]], check=True, stdout=subprocess.DEVNULL)
+        run("export", "vm", "vm.bundle")
+        run("export", "vm/one", "one.bundle", "--compress", "zstd")
+
+        os.environ["XDG_DATA_HOME"] = f"{folder}/else"
+        for bundle, expected in (("vm.bundle", b"\x22" * (64 * KIB) + raw[64 * KIB:]), ("two.bundle", raw), ("one.bundle", raw)):
+            name = bundle.split(".")[0]
+            path = pathlib.Path(run("import", bundle, "of-" + name).split()[0])
+            config = json.loads(path.read_text())
+            assert [value.split("/")[-1] for value in config["disk"]] == ["disk0,id=a", "disk1,serial=u", "disk2,readonly"], config
+            assert (path.parent / "disk0").read_bytes() == expected and (path.parent / "disk1").read_bytes() == extra, bundle
+        for name in ("disk", "below", "upper.qcow2", "kernel"):
+            os.rename(name, name + ".hidden")
+        os.rename("data", "hidden")
+        run("snapshot", "restore", "of-two", "one", status=1)
+        assert "its disks did not" in run.errors
+        for vm, name, text in (("of-two", "two", "abc"), ("of-one", "one", "ab")):
+            run("snapshot", "restore", vm, name)
+            assert knows(vm, text)
+            tops = json.loads(pathlib.Path(f"else/doppel/snapshots/{vm}/.disks/map.json").read_text())
+            assert set(tops) == {f"{folder}/else/doppel/machines/{vm}/disk{i}" for i in (0, 1)}, tops
+        run("export", "of-one/one", "again.bundle")
+        run("kill", "of-two", "of-one")
+        run("run", "-d", "--name", "of-vm", "--config", f"{folder}/else/doppel/machines/of-vm/machine.json")
+
+        def change(name, content):
+            if name != ".bundle/bundle.json":
+                return content
+            root = json.loads(content)
+            root["disk_files"] = ["disk2"]
+            return json.dumps(root).encode()
+        repack("two.bundle", "bad.bundle", change)
+        run("import", "bad.bundle", "bad", status=1)
+        assert "not among its disks" in run.errors and not os.path.exists("else/doppel/machines/bad"), run.errors
 
 
 OVF = """<?xml version="1.0" encoding="UTF-8"?>
@@ -291,4 +345,4 @@ def appliances():
 
 
 if __name__ == "__main__":
-    {"bundles": bundles, "state": state_too, "appliances": appliances}[sys.argv[2]]()
+    {"bundles": bundles, "state": state_too, "disks": disks, "appliances": appliances}[sys.argv[2]]()
