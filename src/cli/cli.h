@@ -45,6 +45,7 @@ enum {
 enum { WIRE_INSECURE, WIRE_KEY_FILE, WIRE_CERT, WIRE_CERT_KEY, WIRE_CA, WIRE_OPTIONS };
 enum { MIGRATE_DOWNTIME = WIRE_OPTIONS, MIGRATE_COMPRESS, MIGRATE_BANDWIDTH, MIGRATE_CANCEL, MIGRATE_STATUS };
 enum { RECEIVE_LISTEN = WIRE_OPTIONS, RECEIVE_NAME, RECEIVE_ENGINE };
+enum { DISK_BACKING, DISK_BACKING_FORMAT, DISK_JSON, DISK_REPAIR, DISK_FROM, DISK_TO };
 enum { EXPORT_COMPRESS };
 enum { IMPORT_DIRECTORY };
 enum { CLONE_COUNT, CLONE_NAME, CLONE_KEY_FILE, CLONE_KEY_COMMAND };
@@ -93,6 +94,7 @@ int rm_main(int argc, char **argv);
 int migrate_main(int argc, char **argv);
 int receive_main(int argc, char **argv);
 int clone_main(int argc, char **argv);
+int disk_main(int argc, char **argv);
 int snapshot_main(int argc, char **argv);
 int export_main(int argc, char **argv);
 int import_main(int argc, char **argv);

@@ -132,6 +132,15 @@ static const struct cli_option exec_options[] = {
     [EXEC_USER] = {"user", 'u', "USER", "as whom: name, number or UID:GID of the guest (default: root)"},
     {0},
 };
+static const struct cli_option disk_options[] = {
+    [DISK_BACKING] = {"backing", 0, "FILE", "create: an image on top of this one; a relative name begins at the new image"},
+    [DISK_BACKING_FORMAT] = {"backing-format", 0, "raw|qcow2", "create: its format (default: qcow2 if its name ends so, else raw)"},
+    [DISK_JSON] = {"json", 0, NULL, "info: as JSON"},
+    [DISK_REPAIR] = {"repair", 0, NULL, "check: repair what can be repaired"},
+    [DISK_FROM] = {"from", 0, "FORMAT", "convert: qcow2, raw, vmdk, vdi, vhdx, ... (default: qcow2 if the name ends so, else raw)"},
+    [DISK_TO] = {"to", 0, "FORMAT", "convert: the new image's"},
+    {0},
+};
 static const struct cli_option no_options[] = {{0}};
 
 const struct subcommand subcommands[] = {
@@ -155,6 +164,7 @@ const struct subcommand subcommands[] = {
     {"rm", rm_main, "[OPTIONS] NAME...", "remove what ended virtual machines left behind", NAMES_SOME, rm_options},
     {"snapshot", snapshot_main, "create VM [NAME] | list [VM] | show VM NAME | restore VM NAME | delete VM NAME... | diff VM NAME NAME | export VM NAME FILE | import FILE [VM]",
      "keep states of virtual machines and go back to them", NAMES_OWN, snapshot_options},
+    {"disk", disk_main, "create FILE [SIZE] | info FILE... | check FILE | commit FILE | convert FILE NEW", "make images of disks and look after them", NAMES_OWN, disk_options},
     {"migrate", migrate_main, "[OPTIONS] VM HOST[:PORT]|unix:PATH", "move a running virtual machine to where doppel receive waits", NAMES_SOME, migrate_options},
     {"receive", receive_main, "[OPTIONS]", "wait for a virtual machine that migrates, and run it in the background; prints its name", NAMES_NONE, receive_options},
     {"export", export_main, "[OPTIONS] VM|VM/SNAPSHOT FILE", "put a virtual machine into one file, with kernel, disks and (of a snapshot) its state; - is standard output", NAMES_SOME, export_options},

@@ -18,7 +18,7 @@ ALLOWED = {
     "machine": {"device", "chipset", "block", "net", "metadata", "fs", "engine", "sandbox", "arch", "memory", "state", "util", "doppel"},
     "control": {"machine", "block", "state", "metadata", "util", "doppel"},
     "agent": set(),
-    "cli": {"agent", "control", "machine", "util", "doppel"},
+    "cli": {"agent", "block", "control", "machine", "util", "doppel"},
 }
 source = pathlib.Path(sys.argv[1]) / "src"
 wrong = 0
