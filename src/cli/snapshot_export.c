@@ -12,8 +12,10 @@
 #include <archive.h>
 #include <archive_entry.h>
 
+#include "block/image.h"
 #include "cli/archive_files.h"
 #include "cli/snapshot.h"
+#include "control/snapshot_disks.h"
 
 #define BLOCK_BYTES (256u << 10)
 #define META_BYTES_MAX (256u << 10)
@@ -54,6 +56,49 @@ static int put_snapshot(struct archive *out, const struct stored_snapshot *list,
     return r;
 }
 
+/* ---- disks of it ---- */
+
+/* Each becomes an image by itself, with what is below it. */
+static int put_disk(struct archive *out, const struct stored_snapshot *snapshot, size_t index, const json_t *entry)
+{
+    char directory[STORE_PATH_BYTES], draft[STORE_PATH_BYTES + 64], name[2 * STORE_NAME_BYTES];
+    const char *file = json_string_value(json_object_get(entry, "file")), *format = json_string_value(json_object_get(entry, "format"));
+    struct error err = {0};
+    struct stat st;
+    if (!file || !format || snapshot_store_directory(snapshot->vm, directory, &err))
+        return complain(STATUS_ERROR, "%s/%s: its snapshot.json names no files of disks", snapshot->vm, snapshot->name);
+    snprintf(draft, sizeof draft, "%s/.disks/export-%d.qcow2", directory, (int)getpid()); /* goes with the next snapshot, when we are killed */
+    snprintf(name, sizeof name, "%s/disk%zu", snapshot->name, index);
+    unlink(draft);
+    if (block_image_copy(file, format, draft, BLOCK_ALL_LAYERS, NULL, NULL, &err))
+        return complain(STATUS_ERROR, "%s", err.text);
+    int fd = open(draft, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
+    unlink(draft);
+    int r = fd < 0 || fstat(fd, &st) ? complain(STATUS_ERROR, "cannot read %s: %s", draft, strerror(errno)) : archive_put_file(out, fd, (uint64_t)st.st_size, st.st_mtime, name, draft, NULL);
+    if (fd >= 0)
+        close(fd);
+    return r;
+}
+
+static int put_with_disks(struct archive *out, const struct stored_snapshot *list, unsigned count, const struct stored_snapshot *snapshot, unsigned depth)
+{
+    const json_t *entry, *disks = json_object_get(snapshot->meta, "disk_files");
+    const char *const files[] = {"snapshot.json", "state", snapshot->memory};
+    size_t n;
+    int r = 0;
+    if (snapshot->base_id[0]) {
+        const struct stored_snapshot *base = snapshot_store_by_id(list, count, snapshot->base_id);
+        if (!base || depth == STORE_DEPTH_MAX)
+            return complain(STATUS_ERROR, "%s/%s needs a snapshot that is not there", snapshot->vm, snapshot->name);
+        r = put_with_disks(out, list, count, base, depth + 1);
+    }
+    for (unsigned i = 0; r == 0 && i < 3; i++)
+        r = put_file(out, snapshot, files[i]);
+    json_array_foreach(disks, n, entry)
+        r = r ? r : put_disk(out, snapshot, n, entry);
+    return r;
+}
+
 int snapshot_put(struct archive *out, const struct stored_snapshot *list, unsigned count, const struct stored_snapshot *snapshot)
 {
     return put_snapshot(out, list, count, snapshot, 0);
@@ -71,7 +116,7 @@ static int write_archive(const struct stored_snapshot *list, unsigned count, con
     else if (archive_write_set_format_pax_restricted(out) != ARCHIVE_OK || archive_write_open_fd(out, fd) != ARCHIVE_OK)
         r = complain(STATUS_ERROR, "cannot write %s: %s", path, archive_error_string(out));
     if (r == 0)
-        r = put_snapshot(out, list, count, snapshot, 0);
+        r = put_with_disks(out, list, count, snapshot, 0);
     if (r == 0 && archive_write_close(out) != ARCHIVE_OK)
         r = complain(STATUS_ERROR, "cannot write %s: %s", path, archive_error_string(out));
     archive_write_free(out);
@@ -96,8 +141,6 @@ int snapshot_export(const struct arguments *arguments)
     const struct stored_snapshot *snapshot = r == 0 ? snapshot_store_by_name(list, count, name) : NULL;
     if (r == 0 && !snapshot)
         r = complain(STATUS_ERROR, "%s has no snapshot named %s", vm, name);
-    if (r == 0 && json_array_size(json_object_get(snapshot->meta, "disk_files")))
-        r = complain(STATUS_ERROR, "%s/%s has disks, which are not exported yet", vm, name);
     if (r == 0 && is_standard(path) && isatty(STDOUT_FILENO))
         r = complain(STATUS_USAGE, "snapshot: standard output is a terminal; give a file");
     if (r == 0)
@@ -117,6 +160,7 @@ struct snapshot_import {
     json_t *meta; /* of the one under way; NULL: none is */
     bool known;   /* it is there already: its files are passed over */
     bool has_state, has_memory;
+    unsigned disks, disks_taken; /* in the archive; sets */
     int lock;
     unsigned count;
     const json_t *changes, *changes_last; /* members that snapshot.json gets; NULL: none. Of the last one others */
@@ -135,7 +179,7 @@ static int finish_one(struct snapshot_import *import)
     int r = 0;
     if (!import->meta)
         return 0;
-    if (!import->known && (!import->has_state || !import->has_memory))
+    if (!import->known && (!import->has_state || !import->has_memory || import->disks_taken != import->disks))
         r = bad(import, "files are missing");
     else if (!import->known && snapshot_store_commit(import->vm, import->name, import->meta, &err))
         r = complain(STATUS_ERROR, "%s", err.text);
@@ -187,6 +231,11 @@ static int begin_one(struct snapshot_import *import, const char *name)
     strcpy(import->name, name);
     strcpy(import->memory, memory);
     import->has_state = import->has_memory = false;
+    size_t disks = import->changes ? 0 : json_array_size(json_object_get(meta, "disk_files"));
+    if (disks > CONFIG_DISKS_MAX)
+        return bad(import, "too many disks");
+    import->disks = (1u << disks) - 1;
+    import->disks_taken = 0;
     vm = import->vm; /* the other one goes */
     json_object_set_new(meta, "vm", json_string(vm));
     json_object_set_new(meta, "name", json_string(name));
@@ -225,6 +274,51 @@ static int take_file(struct snapshot_import *import, const char *file, int64_t s
     return r;
 }
 
+/* An image that must be one by itself: what it names as its backing file would be opened here. */
+static int take_disk(struct snapshot_import *import, struct archive_entry *entry, unsigned index)
+{
+    char path[STORE_PATH_BYTES], directory[STORE_PATH_BYTES];
+    json_t *disk = json_array_get(json_object_get(import->meta, "disk_files"), index);
+    struct block_image_info info = {0};
+    struct error err = {0};
+    if (import->known)
+        return 0;
+    if (import->disks_taken >> index & 1)
+        return bad(import, "a file comes twice");
+    import->disks_taken |= 1u << index;
+    int dir = snapshot_disks_place(import->vm, directory, path, &err);
+    if (dir < 0)
+        return complain(STATUS_ERROR, "%s", err.text);
+    int fd = archive_take_file(import->in, entry, dir, strrchr(path, '/') + 1, import->path, NULL), r = fd < 0 ? STATUS_ERROR : 0;
+    if (r == 0 && fsync(fd))
+        r = complain(STATUS_ERROR, "cannot write %s: %s", path, strerror(errno));
+    if (r == 0 && (block_image_info(path, "qcow2", &info, &err) || info.backing || info.size_bytes != (uint64_t)json_integer_value(json_object_get(disk, "size_bytes"))))
+        r = bad(import, "a disk that is no image by itself, or of another size");
+    block_image_info_clear(&info);
+    if (fd >= 0)
+        close(fd);
+    if (r == 0 && fsync(dir))
+        r = complain(STATUS_ERROR, "cannot write %s: %s", directory, strerror(errno));
+    if (r && fd >= 0)
+        unlinkat(dir, strrchr(path, '/') + 1, 0);
+    close(dir);
+    json_object_set_new(disk, "file", json_string(path));
+    json_object_set_new(disk, "format", json_string("qcow2"));
+    return r;
+}
+
+/* "disk0" and so on, of those that there are; else CONFIG_DISKS_MAX. */
+static unsigned disk_number(const struct snapshot_import *import, const char *file)
+{
+    char name[16];
+    for (unsigned i = 0; i < CONFIG_DISKS_MAX; i++) {
+        snprintf(name, sizeof name, "disk%u", i);
+        if (import->meta && import->disks >> i & 1 && strcmp(file, name) == 0)
+            return i;
+    }
+    return CONFIG_DISKS_MAX;
+}
+
 /* NAME/FILE */
 int snapshot_import_entry(struct snapshot_import *import, struct archive_entry *entry)
 {
@@ -237,6 +331,9 @@ int snapshot_import_entry(struct snapshot_import *import, struct archive_entry *
         return bad(import, "an entry that does not belong there");
     if (strcmp(slash + 1, "snapshot.json") == 0)
         return begin_one(import, name);
+    unsigned disk = disk_number(import, slash + 1);
+    if (disk < CONFIG_DISKS_MAX && strcmp(name, import->name) == 0)
+        return take_disk(import, entry, disk);
     if (!import->meta || strcmp(name, import->name) != 0 || (strcmp(slash + 1, "state") != 0 && strcmp(slash + 1, import->memory) != 0))
         return bad(import, "an entry that does not belong there");
     return take_file(import, slash + 1, archive_entry_size(entry));

@@ -85,17 +85,43 @@ static int write_map(int disks, const json_t *map)
 
 /* ---- overlays ---- */
 
-/* A new image on `below`; its path, and a descriptor, or -errno. */
-static int make_overlay(int disks, const char *directory, const char *below, const char *format, uint64_t size_bytes, char path[STORE_PATH_BYTES], struct error *err)
+/* The path of a new image in a machine's directory. 0 or an error. */
+static int new_path(const char *directory, char path[STORE_PATH_BYTES], struct error *err)
 {
     uint64_t number;
-    char name[32];
     int r = inputs_random(&number, sizeof number);
     if (r)
         return error_set(err, r, "no random numbers: %s", strerror(-r));
-    snprintf(name, sizeof name, "%016llx.qcow2", (unsigned long long)number);
-    if (snprintf(path, STORE_PATH_BYTES, "%s/" DISKS "/%s", directory, name) >= STORE_PATH_BYTES || strlen(below) >= BACKING_BYTES_MAX)
+    if (snprintf(path, STORE_PATH_BYTES, "%s/" DISKS "/%016llx.qcow2", directory, (unsigned long long)number) >= STORE_PATH_BYTES)
+        return error_set(err, -ENAMETOOLONG, "the path of %s is too long", directory);
+    return 0;
+}
+
+int snapshot_disks_place(const char *vm, char directory[STORE_PATH_BYTES], char path[STORE_PATH_BYTES], struct error *err)
+{
+    int vm_fd = snapshot_store_open(vm, err), r = vm_fd < 0 ? vm_fd : snapshot_store_directory(vm, directory, err), fd = r == 0 ? open_disks(vm_fd, true) : -1;
+    if (vm_fd >= 0)
+        close(vm_fd);
+    if (r == 0 && fd < 0)
+        r = error_set(err, fd, "cannot make a directory in %s: %s", directory, strerror(-fd));
+    if (r == 0)
+        r = new_path(directory, path, err);
+    if (r == 0)
+        return fd;
+    if (fd >= 0)
+        close(fd);
+    return r;
+}
+
+/* A new image on `below`; its path, and a descriptor, or -errno. */
+static int make_overlay(int disks, const char *directory, const char *below, const char *format, uint64_t size_bytes, char path[STORE_PATH_BYTES], struct error *err)
+{
+    int r = new_path(directory, path, err);
+    if (r)
+        return r;
+    if (strlen(below) >= BACKING_BYTES_MAX)
         return error_set(err, -ENOTSUP, "the path of disk %s is too long", below);
+    const char *name = strrchr(path, '/') + 1;
     int fd = openat(disks, name, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
     if (fd < 0)
         return error_set(err, -errno, "cannot make %s: %s", path, strerror(errno));
@@ -249,13 +275,9 @@ int snapshot_disks_restore(const struct stored_snapshot *snapshot, const char *v
     size_t i;
     if (!json_array_size(files))
         return 0;
-    int vm_fd = snapshot_store_open(vm, err), r = vm_fd < 0 ? vm_fd : snapshot_store_directory(vm, directory, err), fd = r == 0 ? open_disks(vm_fd, true) : -1;
-    if (vm_fd >= 0)
-        close(vm_fd);
-    if (r == 0 && fd < 0)
-        r = error_set(err, fd, "cannot make a directory in %s: %s", directory, strerror(-fd));
-    if (r)
-        return r;
+    int fd = snapshot_disks_place(vm, directory, path, err), r = 0;
+    if (fd < 0)
+        return fd;
     json_t *map = read_map(fd);
     json_array_foreach(files, i, entry)
     {

@@ -122,6 +122,15 @@ def tree():
         run("start", "disky")  # goes on in the overlay
         run("snapshot", "create", "disky", "again")
         assert snapshots("disky")["again"]["disk_files"][0]["file"] == top[f"{folder}/disk"]
+        run("snapshot", "export", "disky", "again", "disky.tar")
+        good = pathlib.Path("disky.tar").read_bytes()
+        for bad in good.replace(b"again/disk0", b"again/disk1"), good.replace(b'"size_bytes": 1048576', b'"size_bytes": 1048064'), good[:-30000]:
+            pathlib.Path("bad.tar").write_bytes(bad)
+            run("snapshot", "import", "bad.tar", "worse", status=1)
+            assert "bad.tar" in run.errors and not snapshots("worse"), run.errors
+        run("snapshot", "import", "disky.tar", "copy")
+        run("snapshot", "restore", "copy", "again")
+        assert list(json.load(open(f"{folder}/data/doppel/snapshots/copy/.disks/map.json"))) == [f"{folder}/disk"]
         run("snapshot", "restore", "disky", "kept")
         with open("plain.img", "wb") as file:
             file.truncate(2 << 20)
