@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
 """A guest that looks after its memory, clocks, timers, a TCP stream and files (steady.c) moves from process to process while it works, under another engine each time. `moving.py CONTROL STEADY SCENARIO`
 is one test (memory.py takes the two programs). In the environment: STEPS and SEED."""
+import contextlib
+import ctypes
 import os
 import random
-import re
+import socket
 import subprocess
 import tempfile
 
@@ -23,9 +25,9 @@ def command(*arguments, seconds=120):
     return done.stdout
 
 
-def move(source, target, engine, way):
+def move(source, target, engine, way, wrapper=()):
     """What doppel migrate says of it."""
-    there = subprocess.Popen([doppel, "receive", "--listen", "unix:there", "--name", target, "--engine", engine], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    there = subprocess.Popen([*wrapper, doppel, "receive", "--listen", "unix:there", "--name", target, "--engine", engine], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert "waiting" in there.stderr.readline()
         said = command("migrate", *way, source, "unix:there")
@@ -82,4 +84,71 @@ def moving():
         subprocess.run(["/sbin/e2fsck", "-fn", f"{folder}/disk"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-guest.main({"moving": moving})
+def host(*words, need=True):
+    done = subprocess.run([word for text in words for word in text.split()], capture_output=True, text=True)
+    if need and done.returncode:
+        print(f"skipped: {words}: {done.stderr.strip()}")
+        raise SystemExit(guest.SKIP)
+
+
+@contextlib.contextmanager
+def two_hosts():
+    """Two network namespaces with a bridge each and a wire between them, and in each a tap0 for the guest; this process is in the first, at 172.16.0.1."""
+    names = [f"doppel-{os.getpid()}-{n}" for n in range(2)]
+    libc = ctypes.CDLL(None, use_errno=True)
+    try:
+        for name in names:
+            host("ip netns add", name)
+        host("ip -n", names[0], "link add wire type veth peer name wire netns", names[1])
+        for name in names:
+            host("ip -n", name, "link add bridge type bridge")
+            host("ip -n", name, "tuntap add tap0 mode tap")
+            for port in "wire", "tap0":
+                host("ip -n", name, f"link set {port} master bridge up")
+            host("ip -n", name, "link set bridge up")
+        host("ip -n", names[0], "addr add 172.16.0.1/24 dev bridge")
+        with open(f"/run/netns/{names[0]}") as place:
+            if libc.setns(place.fileno(), 0):
+                print("skipped: cannot enter a network namespace")
+                raise SystemExit(guest.SKIP)
+        yield names
+    finally:
+        for name in names:
+            host("ip netns del", name, need=False)
+
+
+def tap():
+    """To another host on the same network, and back: a connection goes on, and bridges learn where the guest is before it says anything."""
+    guest.need(doppel, guest.kernel, guest.cache)
+    with two_hosts() as names, tempfile.TemporaryDirectory(prefix="doppel-moving-") as folder, socket.socket() as listener:
+        os.environ["XDG_RUNTIME_DIR"] = os.environ["XDG_DATA_HOME"] = folder
+        os.chdir(folder)
+        listener.bind(("172.16.0.1", 0))
+        listener.listen()
+        listener.settimeout(60)
+        names_of_vms = ["vm", "there", "back"]
+        try:
+            command("run", "-d", "--name", "vm", *guest.busybox_arguments("--net", "tap:tap0", "--memory", "128M", "--cpus", "2"))
+            with Guest(["--recent", "vm"], "vm", command="console") as vm:
+                guest.wait_for_shell(vm)
+                vm.run("ip link set eth0 up; ip addr add 172.16.0.2/24 dev eth0")
+                vm.run(f"(n=0; while :; do n=$((n+1)); echo $n; usleep 10000; done | nc 172.16.0.1 {listener.getsockname()[1]}) & true")
+            connection = listener.accept()[0]
+            connection.settimeout(60)
+            lines = connection.makefile("r")
+            numbers = lambda count: [int(lines.readline()) for _ in range(count)]
+            said = numbers(50)
+            for source, target, where in (("vm", "there", names[1]), ("there", "back", names[0])):
+                print(move(source, target, "bt", [], wrapper=["ip", "netns", "exec", where]), flush=True)
+                last = said[-1]
+                said = numbers(100)
+                assert said == list(range(last + 1, last + 101)), "something was lost"
+            with Guest(["back"], "back", command="console") as vm:
+                vm.run("ping -c 1 172.16.0.1")
+        finally:
+            for left in names_of_vms:
+                subprocess.run([doppel, "rm", "-f", left], capture_output=True, timeout=60)
+            os.chdir("/")
+
+
+guest.main({"moving": moving, "moving-tap": tap})
