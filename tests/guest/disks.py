@@ -38,9 +38,9 @@ class Folder:
         return self
 
     def __exit__(self, kind, *_):
-        for vm in ("vm", "twin") if kind else ():
+        for vm in ("vm", "twin", "moved") if kind else ():
             subprocess.run(["tail", "-v", f"{self.path}/doppel/{vm}/messages.log"], timeout=60)
-        for vm in "vm", "twin", "far":
+        for vm in "vm", "twin", "far", "moved":
             subprocess.run([doppel, "rm", "-f", vm], capture_output=True, timeout=60)
         shutil.rmtree(self.path)
 
@@ -110,6 +110,14 @@ def snapshots():
         goes_on("vm", 3)
         assert re.search(r"disks: +0 of 1024 clusters", snapshot("diff", "vm", "two", "two"))
         assert 0 < int(re.search(r"disks: +(\d+) of 1024 clusters", snapshot("diff", "vm", "one", "two"))[1]) < 300
+        # In a bundle "three" has its disk, all of it, and the memory of "one" and "two".
+        command(doppel, "export", "vm/three", f"{folder.path}/bundle", "--compress", "zstd=1")
+        command(doppel, "import", f"{folder.path}/bundle", "moved", "--directory", f"{folder.path}/moved")
+        snapshot("restore", "moved", "three")
+        went_on = goes_on("moved", 3)
+        assert went_on[0] in at["three"][0], f"in the bundle three went on at {went_on[0]}, not in {at['three'][0]}"
+        assert went_on[0] - 1 <= folder.content(f"{folder.path}/moved/disk0", "raw") <= went_on[0] + 1
+        command(doppel, "kill", "moved")
         # Nobody needs "two" but what lies on it: its disk becomes a part of that. The machine's own file, which is being written, stays as it is.
         files = len(folder.overlays())
         snapshot("delete", "vm", "two")
