@@ -69,6 +69,7 @@ static const struct cli_option snapshot_options[] = {
     [SNAPSHOT_TREE] = {"tree", 0, NULL, "list: each below the one it came after"},
     [SNAPSHOT_JSON] = {"json", 0, NULL, "list: as JSON"},
     [SNAPSHOT_AS] = {"as", 0, "NAME", "restore: as a virtual machine of this name"},
+    [SNAPSHOT_LOAD] = {"load", 0, "lazy|whole", "restore: pages of memory when they are touched (default), or all before the guest runs"},
     {0},
 };
 #define WIRE_SECURITY_OPTIONS                                                                                                        \

@@ -552,13 +552,14 @@ static int create_cpuid(struct machine *machine, struct error *err)
     return machine->cpuid ? 0 : err->code;
 }
 
-static int create_engine(struct machine *machine, struct error *err)
+/* `goes_on`: a state that is loaded next tells what the guest's counters run at. */
+static int create_engine(struct machine *machine, bool goes_on, struct error *err)
 {
     const char *name = engine_is_automatic(machine) ? "auto" : machine->config->engine;
     machine->engine_ops = engine_find(name, machine->engine_reason, err);
     if (!machine->engine_ops)
         return err->code ? err->code : -EINVAL;
-    machine->tsc_khz = inputs_tsc_khz();
+    machine->tsc_khz = goes_on ? inputs_tsc_khz_roughly() : inputs_tsc_khz();
     for (;;) {
         int r = create_cpuid(machine, err);
         if (r)
@@ -642,7 +643,7 @@ int machine_create_with(struct machine **out, const struct machine_config *confi
     if (r == 0 && machine_add_boot_timer(machine))
         r = error_set(err, -ENOMEM, "out of memory");
     if (r == 0)
-        r = create_engine(machine, err);
+        r = create_engine(machine, begin != machine_power_on, err);
     if (r == 0)
         r = machine_check_memory(machine, err);
     if (r == 0)

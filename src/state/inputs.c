@@ -20,6 +20,7 @@ SANDBOX_ALLOW(IN_LOOP | IN_API, getrandom);
 
 #define NS_PER_SECOND 1000000000ull
 #define TSC_MEASURE_NS 20000000ull
+#define TSC_MEASURE_ROUGHLY_NS 1000000ull
 #define TSC_KHZ_LOWEST 100000ull    /* 100 MHz: below and above these limits a leaf is taken for nonsense */
 #define TSC_KHZ_HIGHEST 20000000ull /* 20 GHz */
 
@@ -93,11 +94,11 @@ static void clock_pair(uint64_t *tsc, uint64_t *ns)
     }
 }
 
-static uint64_t tsc_khz_measured(void)
+static uint64_t tsc_khz_measured(uint64_t during_ns)
 {
     uint64_t tsc_start, ns_start, tsc_end, ns_end;
     clock_pair(&tsc_start, &ns_start);
-    struct timespec pause = {.tv_nsec = TSC_MEASURE_NS};
+    struct timespec pause = {.tv_nsec = (long)during_ns};
     while (nanosleep(&pause, &pause) < 0 && errno == EINTR)
         ;
     clock_pair(&tsc_end, &ns_end);
@@ -109,19 +110,35 @@ static bool tsc_khz_plausible(uint64_t khz)
     return khz >= TSC_KHZ_LOWEST && khz <= TSC_KHZ_HIGHEST;
 }
 
-uint64_t inputs_tsc_khz(void)
+/* What the processor or a hypervisor says; 0: nothing that can be. */
+static uint64_t tsc_khz_told(void)
 {
-    static _Atomic uint64_t cached;
-    uint64_t khz = atomic_load(&cached);
-    if (khz)
-        return khz;
-    khz = tsc_khz_leaf_15();
+    uint64_t khz = tsc_khz_leaf_15();
     if (!tsc_khz_plausible(khz))
         khz = tsc_khz_hypervisor();
-    if (!tsc_khz_plausible(khz))
-        khz = tsc_khz_measured();
+    return tsc_khz_plausible(khz) ? khz : 0;
+}
+
+static _Atomic uint64_t tsc_khz; /* 0: not known yet */
+
+uint64_t inputs_tsc_khz(void)
+{
+    uint64_t khz = atomic_load(&tsc_khz);
+    if (khz)
+        return khz;
+    khz = tsc_khz_told();
+    if (!khz)
+        khz = tsc_khz_measured(TSC_MEASURE_NS);
     uint64_t expected = 0;
-    return atomic_compare_exchange_strong(&cached, &expected, khz) ? khz : expected;
+    return atomic_compare_exchange_strong(&tsc_khz, &expected, khz) ? khz : expected;
+}
+
+uint64_t inputs_tsc_khz_roughly(void)
+{
+    uint64_t khz = atomic_load(&tsc_khz);
+    if (!khz)
+        khz = tsc_khz_told();
+    return khz ? khz : tsc_khz_measured(TSC_MEASURE_ROUGHLY_NS);
 }
 
 int inputs_random(void *data, size_t size_bytes)

@@ -21,6 +21,8 @@ bool inputs_tsc_is_host(void);
 bool inputs_random_is_host(void);
 /* Frequency of inputs_tsc in kHz; measured or read from CPUID once, then cached. */
 uint64_t inputs_tsc_khz(void);
+/* The same to one in ten thousand, in a twentieth of the time: for comparing with what a state says. */
+uint64_t inputs_tsc_khz_roughly(void);
 /* Fills from getrandom(2). Returns 0 or -errno. */
 int inputs_random(void *data, size_t size_bytes);
 

@@ -86,6 +86,9 @@ def tree():
         run("kill", "vm", "passing")
         run("snapshot", "list")
         assert not os.path.exists(f"{folder}/data/doppel/snapshots/passing")
+        run("snapshot", "restore", "vm", "three", "--load", "slowly", status=2)
+        run("snapshot", "restore", "vm", "branch", "--as", "other", "--load", "whole", "--key-file", "key")
+        assert knows("other", "abcx")
         run("snapshot", "restore", "vm", "three", "--as", "other")
         assert knows("other", "abcd") and state("vm") == "ended"
         for wrong in (["create", "vm"], ["create", "other", "a/b"], ["create", "other", ".x"], ["restore", "other", "three"], ["delete", "vm", "nothing"], ["show", "vm", "x"],

@@ -95,7 +95,7 @@ int direct_create(struct bt_vcpu *b, enum engine_direct use)
         return -ENOMEM;
     d->always = use == DIRECT_ALWAYS;
     d->host_xcr0 = host_xcr0();
-    d->tsc_us = inputs_tsc_khz() / 1000 + 1;
+    d->tsc_us = inputs_tsc_khz_roughly() / 1000 + 1;
     d->fault_address = ~0ull;
     d->pinned = -1;
     pthread_mutex_init(&d->kick_lock, NULL);
