@@ -199,8 +199,11 @@ def damage(wire, header, body):
 def attempt(message, act, during=None):
     """One migration on which something happens; the outputs of both sides, which both must have failed."""
     with receiver("--name", "there") as there:
-        wire = Wire(message, act if act != "kill" else lambda wire, header, body: (os.kill(there.pid, signal.SIGKILL), [os.kill(pid, signal.SIGKILL) for pid in children(there.pid)],
-                                                                                  (header, body))[-1])
+        def kill(wire, header, body):
+            for pid in [*children(there.pid), there.pid]:  # once it has ended, nobody knows whose they are
+                os.kill(pid, signal.SIGKILL)
+            return header, body
+        wire = Wire(message, kill if act == "kill" else act)
         source = subprocess.Popen([doppel, "migrate", "vm", "unix:between"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         if during:
             assert wire.reached.wait(LIMIT)
