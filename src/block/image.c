@@ -6,6 +6,7 @@
  */
 #include <errno.h>
 #include <fcntl.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -266,7 +267,7 @@ static int copy_layers(struct block_image *from, struct block_image *to, unsigne
     return ret ? ret : run(to, BLOCK_FLUSH, 0, NULL, 0);
 }
 
-int block_image_copy(const char *from, const char *format, const char *to, unsigned layers, const char *backing, const char *backing_format, struct error *err)
+static int copy_image(const char *from, const char *format, const char *to, unsigned layers, const char *backing, const char *backing_format, bool replace, struct error *err)
 {
     struct block_image *source, *target = NULL;
     int ret = block_image_open(&source, from, format, err), fd;
@@ -286,8 +287,20 @@ int block_image_copy(const char *from, const char *format, const char *to, unsig
     if (ret == 0 && (ret = copy_layers(source, target, layers)) < 0)
         error_set(err, ret, "cannot copy %s to %s: %s", from, to, strerror(-ret));
     block_image_close(target);
-    block_image_close(source);
+    if (ret == 0 && replace && rename(to, from) < 0)
+        ret = error_set(err, -errno, "cannot replace %s: %s", from, strerror(errno));
+    block_image_close(source); /* it was locked until now: nobody has begun to write to what is replaced */
     if (ret < 0)
         unlink(to);
     return ret;
+}
+
+int block_image_copy(const char *from, const char *format, const char *to, unsigned layers, const char *backing, const char *backing_format, struct error *err)
+{
+    return copy_image(from, format, to, layers, backing, backing_format, false, err);
+}
+
+int block_image_merge(const char *path, const char *draft, const char *backing, const char *backing_format, struct error *err)
+{
+    return copy_image(path, "qcow2", draft, 2, backing, backing_format, true, err);
 }

@@ -39,5 +39,10 @@ int block_image_where(const struct block_image *image, uint64_t offset, uint64_t
  */
 int block_image_copy(const char *from, const char *format, const char *to, unsigned layers, const char *backing, const char *backing_format, struct error *err)
     __attribute__((warn_unused_result));
+/*
+ * A qcow2 image takes up what it needs of the image below it, whose own backing file is told here, and lies upon that from then on. At one moment the file has another one's place (made as `draft`);
+ * who has the old one open sees the same contents there. -EBUSY: somebody writes it.
+ */
+int block_image_merge(const char *path, const char *draft, const char *backing, const char *backing_format, struct error *err) __attribute__((warn_unused_result));
 
 #endif

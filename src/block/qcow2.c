@@ -319,6 +319,18 @@ const struct block_ops block_qcow2_ops = {
 
 /* ---- overlays ---- */
 
+/* How many images there are from this one down. */
+static unsigned images_from(const struct block *block)
+{
+    unsigned count = 1;
+
+    while (block->ops == &block_qcow2_ops && ((const struct qcow2 *)block->private)->backing) {
+        block = ((const struct qcow2 *)block->private)->backing;
+        count++;
+    }
+    return count;
+}
+
 int block_overlay(struct block **out, struct block *below, const char *path, int fd, struct error *err)
 {
     const struct block_config config = {.path = path, .format = "qcow2"};
@@ -340,6 +352,8 @@ int block_overlay(struct block **out, struct block *below, const char *path, int
         ret = error_set(err, -ENOMEM, "disk %s: no memory", path);
         close(fd);
     }
+    if (ret == 0 && images_from(below) >= QCOW2_DEPTH_MAX)
+        ret = error_set(err, -ELOOP, "disk %s: lies on %u images already; deleting snapshots makes them fewer", below->path, images_from(below) - 1);
     if (ret == 0 && block->size_bytes != below->size_bytes)
         ret = error_set(err, -EINVAL, "disk %s: has another size than %s, which it is to lie on", path, below->path);
     if (ret == 0 && (ret = block_settle(below)) < 0)

@@ -386,6 +386,14 @@ static void raw_close(struct block *block)
     block->private = NULL;
 }
 
+/* Between opening and locking: images of snapshots that are merged get their place in one step (image.h). */
+static bool was_replaced(int fd, const char *path)
+{
+    struct stat ours, theirs;
+
+    return fstat(fd, &ours) == 0 && stat(path, &theirs) == 0 && (ours.st_dev != theirs.st_dev || ours.st_ino != theirs.st_ino);
+}
+
 static int raw_open_fd(struct block *block, const struct block_config *config, int fd, struct error *err)
 {
     struct raw *raw = calloc(1, sizeof(*raw));
@@ -406,6 +414,8 @@ static int raw_open_fd(struct block *block, const struct block_config *config, i
         ret = find_size(raw->fd, config->path, block->beneath, &block->size_bytes, err);
     if (ret == 0)
         ret = config->later ? look_for_lock(raw->fd, config->path, err) : lock_image(raw->fd, config->path, config->readonly, err);
+    if (ret == 0 && fd < 0 && !config->readonly && was_replaced(raw->fd, config->path))
+        ret = error_set(err, -EBUSY, "disk %s: was replaced by another file just now; try again", config->path);
     if (ret == 0 && fd < 0 && fcntl(raw->fd, F_SETFL, 0) < 0) /* with O_NONBLOCK io_uring gives up instead of waiting */
         ret = open_error(config->path, config->readonly, -errno, err);
     if (ret == 0 && !block->io)

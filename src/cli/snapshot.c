@@ -253,7 +253,6 @@ static int create_locked(struct create *create)
     struct error err = {0};
     if (snapshot_store_list(create->vm.name, &create->list, &create->count, &err))
         return complain(STATUS_ERROR, "%s", err.text);
-    snapshot_disks_sweep(create->vm.name, false);
     int r = choose_name(create, create->arguments->name_count > 2 ? create->arguments->names[2] : NULL);
     if (create->for_clones)
         find_base_for_clones(create);

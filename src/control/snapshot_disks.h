@@ -39,7 +39,7 @@ int snapshot_disks_restore(const struct stored_snapshot *snapshot, const char *v
 json_t *snapshot_disks_map(const char *directory);
 /* With the exclusive lock, for an image that comes from elsewhere: a path that nothing has yet. A descriptor of its directory, or -errno. */
 int snapshot_disks_place(const char *vm, char directory[STORE_PATH_BYTES], char path[STORE_PATH_BYTES], struct error *err) __attribute__((warn_unused_result));
-/* With the exclusive lock: removes what nobody needs. `merge`: and makes what only one other needs a part of that. */
+/* With the exclusive lock: removes what nobody needs. `merge`: and makes what only one other needs a part of that; without, when there are many. */
 void snapshot_disks_sweep(const char *vm, bool merge);
 /* How many clusters of 64 KiB differ, of how many. Parts that both have from the same place of the same file are not read. */
 int snapshot_disks_compare(const struct stored_snapshot *a, const struct stored_snapshot *b, uint64_t *different, uint64_t *all, struct error *err)

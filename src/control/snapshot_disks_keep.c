@@ -20,6 +20,7 @@
 #include "util/log.h"
 
 #define CLUSTER_BYTES 65536u
+#define MANY_FILES 24u /* chains become too long some time */
 
 /* ---- sets of files ---- */
 
@@ -134,18 +135,23 @@ static int find_needed(struct files *files)
 
 /* ---- removing and merging ---- */
 
-static void remove_unneeded(const char *directory, const struct files *needed)
+/* How many are left. */
+static unsigned remove_unneeded(const char *directory, const struct files *needed)
 {
     char path[STORE_PATH_BYTES + 300];
+    unsigned count = 0;
     DIR *entries = opendir(directory);
     for (struct dirent *entry; entries && (entry = readdir(entries));) {
         size_t length = strlen(entry->d_name);
         snprintf(path, sizeof path, "%s/%s", directory, entry->d_name);
-        if (length > 6 && strcmp(entry->d_name + length - 6, ".qcow2") == 0 && !find(needed, path))
-            unlink(path);
+        if (length <= 6 || strcmp(entry->d_name + length - 6, ".qcow2") != 0)
+            continue;
+        if (find(needed, path) || unlink(path))
+            count++;
     }
     if (entries)
         closedir(entries);
+    return count;
 }
 
 /* The only one that needs it, and NULL when there are several, or none. */
@@ -178,10 +184,7 @@ static bool merge_one(const char *directory, const struct files *files)
         const struct file *lower = &files->file[i], *upper = only_above(files, lower);
         if (lower->root || !upper || !lower->backing || !is_in(lower->path, directory) || !is_in(upper->path, directory))
             continue;
-        int r = block_image_copy(upper->path, "qcow2", draft, 2, lower->backing, lower->backing_format, &err); /* -EBUSY: a running machine writes it; another time */
-        if (r == 0 && rename(draft, upper->path))
-            unlink(draft);
-        else if (r == 0)
+        if (block_image_merge(upper->path, draft, lower->backing, lower->backing_format, &err) == 0) /* -EBUSY: a running machine writes it; another time */
             return true;
     }
     return false;
@@ -198,8 +201,8 @@ void snapshot_disks_sweep(const char *vm, bool merge)
         int fd = open(directory, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
         again = false;
         if (fd >= 0 && find_needed(&needed) == 0) {
-            remove_unneeded(directory, &needed);
-            again = merge && merge_one(directory, &needed) && fsync(fd) == 0;
+            bool many = remove_unneeded(directory, &needed) > MANY_FILES;
+            again = (merge || many) && merge_one(directory, &needed) && fsync(fd) == 0;
         }
         if (fd >= 0)
             close(fd);

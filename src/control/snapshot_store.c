@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "control/instance.h"
+#include "control/snapshot_disks.h"
 #include "control/snapshot_store_priv.h"
 #include "util/log.h"
 
@@ -424,6 +425,7 @@ int snapshot_store_begin(const char *vm, const char *name, struct error *err)
     if (dir < 0)
         return dir;
     snapshot_store_sweep(dir);
+    snapshot_disks_sweep(vm, false);
     int r = fstatat(dir, name, &st, AT_SYMLINK_NOFOLLOW) == 0 ? error_set(err, -EEXIST, "%s has a snapshot named %s already", vm, name) : 0;
     hidden_name(draft, STORE_NEW, name);
     if (r == 0 && mkdirat(dir, draft, 0700))
