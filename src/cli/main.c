@@ -81,7 +81,7 @@ static const struct cli_option snapshot_options[] = {
 static const struct cli_option migrate_options[] = {
     WIRE_SECURITY_OPTIONS,
     [MIGRATE_DOWNTIME] = {"downtime", 0, "TIME", "how long the guest may stand still, as in 50ms (the default) or 2s: what is written faster than it can be sent is sent again until the rest goes in that time"},
-    [MIGRATE_COMPRESS] = {"compress", 0, "zstd[=LEVEL]", "compress memory on its way, LEVEL from 1 to 19 (default 1), and send what changed of pages that go again: for networks slower than some 300 MB/s"},
+    [MIGRATE_COMPRESS] = {"compress", 0, "zstd[=LEVEL]", "compress memory on its way, LEVEL from 1 to 19 (default 1), and send what changed of pages that go again: for slow networks"},
     [MIGRATE_BANDWIDTH] = {"bandwidth", 0, "BYTES[K|M|G]", "send at most so many bytes a second while the guest runs"},
     [MIGRATE_CANCEL] = {"cancel", 0, NULL, "give up the migration that is under way; the machine goes on here"},
     [MIGRATE_STATUS] = {"status", 0, NULL, "print how far it is, as JSON"},
