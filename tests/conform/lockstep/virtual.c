@@ -72,6 +72,11 @@ uint64_t inputs_tsc_khz(void)
     return TSC_KHZ;
 }
 
+uint64_t inputs_tsc_khz_roughly(void)
+{
+    return inputs_tsc_khz();
+}
+
 int inputs_random(void *data, size_t size_bytes)
 {
     uint8_t *to = data;
