@@ -69,7 +69,7 @@ static const struct cli_option snapshot_options[] = {
     [SNAPSHOT_TREE] = {"tree", 0, NULL, "list: each below the one it came after"},
     [SNAPSHOT_JSON] = {"json", 0, NULL, "list: as JSON"},
     [SNAPSHOT_AS] = {"as", 0, "NAME", "restore: as a virtual machine of this name"},
-    [SNAPSHOT_LOAD] = {"load", 0, "lazy|whole", "restore: pages of memory when they are touched (default), or all before the guest runs"},
+    [SNAPSHOT_LOAD] = {"load", 0, "lazy|fill|whole", "restore: memory comes when it is touched (the default), the rest of it in the background, or all of it before the guest runs"},
     {0},
 };
 #define WIRE_SECURITY_OPTIONS                                                                                                        \

@@ -364,6 +364,13 @@ int snapshot_start(const struct stored_snapshot *snapshot, struct snapshot_chain
     return r;
 }
 
+static int read_load(const char *text, struct snapshot_files *files)
+{
+    files->fill = text && strcmp(text, "fill") == 0;
+    files->whole = text && strcmp(text, "whole") == 0;
+    return !text || files->fill || files->whole || strcmp(text, "lazy") == 0 ? 0 : complain(STATUS_USAGE, "snapshot: --load: \"%s\" is not one of lazy, fill, whole", text);
+}
+
 int snapshot_restore(const struct arguments *arguments)
 {
     struct snapshot_chain *chain = calloc(1, sizeof *chain);
@@ -378,16 +385,14 @@ int snapshot_restore(const struct arguments *arguments)
     const struct stored_snapshot *snapshot = r == 0 ? snapshot_store_by_name(list, count, arguments->names[2]) : NULL;
     if (r == 0 && !snapshot)
         r = complain(STATUS_ERROR, "%s has no snapshot named %s", vm, arguments->names[2]);
-    const char *load = arguments->value[SNAPSHOT_LOAD];
-    if (r == 0 && load && strcmp(load, "lazy") != 0 && strcmp(load, "whole") != 0)
-        r = complain(STATUS_USAGE, "snapshot: --load: \"%s\" is not one of lazy, whole", load);
     if (r == 0 && as && !instance_name_valid(as))
         r = complain(STATUS_USAGE, "--as: \"%s\" is no name for a virtual machine", as);
     if (r == 0 && snapshot_store_chain(list, count, snapshot, chain, &err))
         r = complain(STATUS_ERROR, "%s", err.text);
+    if (r == 0)
+        r = read_load(arguments->value[SNAPSHOT_LOAD], &chain->files);
     if (r == 0) {
         chain->files.secret = &secret;
-        chain->files.whole = load && strcmp(load, "whole") == 0;
         r = snapshot_start(snapshot, chain, as ? as : vm, lock, NULL, NULL);
     }
     if (lock >= 0)

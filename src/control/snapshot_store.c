@@ -355,7 +355,8 @@ uint64_t snapshot_store_bytes(const struct stored_snapshot *snapshot)
 int snapshot_store_chain(const struct stored_snapshot *list, unsigned count, const struct stored_snapshot *snapshot, struct snapshot_chain *chain, struct error *err)
 {
     unsigned depth = 0;
-    if (snprintf(chain->state, sizeof chain->state, "%s/state", snapshot->path) >= (int)sizeof chain->state)
+    if (snprintf(chain->state, sizeof chain->state, "%s/state", snapshot->path) >= (int)sizeof chain->state ||
+        snprintf(chain->working_set, sizeof chain->working_set, "%s/working-set", snapshot->path) >= (int)sizeof chain->working_set)
         return error_set(err, -ENAMETOOLONG, "the path of %s is too long", snapshot->name);
     for (const struct stored_snapshot *at = snapshot;; depth++) {
         if (depth == STORE_DEPTH_MAX)
@@ -370,7 +371,7 @@ int snapshot_store_chain(const struct stored_snapshot *list, unsigned count, con
         if (!at)
             return error_set(err, -ENOENT, "%s needs the snapshot with the identifier %s, which is not there", needed_by, base);
     }
-    chain->files = (struct snapshot_files){.state = chain->state, .memory = chain->memory[0], .below = chain->below + 1, .below_count = depth};
+    chain->files = (struct snapshot_files){.state = chain->state, .memory = chain->memory[0], .below = chain->below + 1, .below_count = depth, .working_set = chain->working_set};
     return 0;
 }
 

@@ -5,6 +5,7 @@
  *     VM/NAME/snapshot.json    what it is; written last, and what is not named in it does not count
  *     VM/NAME/state            state file (docs/formats.md)
  *     VM/NAME/memory           memory file: raw, or a chunk file. Another name after snapshots were merged
+ *     VM/NAME/working-set      pages that a machine touched first after it was restored, if one was
  *     VM/.new-NAME             one that is not complete: it is removed when the next one is made, and was a snapshot at no time
  *     VM/.old-NAME             one that is being removed
  *
@@ -67,7 +68,7 @@ void snapshot_store_abort(const char *vm, const char *name);
 
 /* The files that loading it takes. `chain` keeps the paths and must stay. -ENOENT: one that it needs is not there. */
 struct snapshot_chain {
-    char state[STORE_PATH_BYTES], memory[STORE_DEPTH_MAX][STORE_PATH_BYTES];
+    char state[STORE_PATH_BYTES], memory[STORE_DEPTH_MAX][STORE_PATH_BYTES], working_set[STORE_PATH_BYTES];
     const char *below[STORE_DEPTH_MAX];
     struct snapshot_files files;
 };

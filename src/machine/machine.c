@@ -700,7 +700,10 @@ int machine_start(struct machine *machine, struct error *err)
     machine_tell(machine, MACHINE_EVENT_STARTED, machine->engine_ops->name);
     if (machine_is_paused(machine))
         machine_tell(machine, MACHINE_EVENT_PAUSED, NULL);
-    return vcpu_threads_start(machine, err);
+    r = vcpu_threads_start(machine, err);
+    if (r == 0)
+        read_ahead_start(machine);
+    return r;
 }
 
 bool machine_quiesce(struct machine *machine)
@@ -722,6 +725,7 @@ void machine_destroy(struct machine *machine)
         loop_stop(machine->loop);
         pthread_join(machine->loop_thread, NULL);
     }
+    read_ahead_close(machine);
     if (machine->loop)
         while (!machine_quiesce(machine) && loop_run_once(machine->loop, -1) >= 0)
             continue;

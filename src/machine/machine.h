@@ -210,6 +210,9 @@ struct snapshot_files {
     unsigned below_count;
     const struct chunk_secret *secret; /* for what is encrypted; NULL: nothing is */
     bool whole; /* read all memory before the guest runs; otherwise pages come when they are touched, and the files stay in use */
+    bool fill;  /* bring in the others in the background, so that chunk files are not needed for long */
+    /* A file beside the snapshot with the pages that were touched first the last time, which are read ahead; made when there is none. NULL: neither. */
+    const char *working_set;
 };
 int machine_snapshot_save(struct machine *machine, const struct snapshot_files *files, struct error *err) __attribute__((warn_unused_result));
 /* Fills an initialised, empty configuration with the one a snapshot was made with. */

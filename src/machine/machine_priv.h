@@ -177,6 +177,7 @@ struct machine {
     pthread_mutex_t snapshot_lock; /* outermost; held by who takes marks of written pages, from the first to the last */
     bool has_base;        /* run_lock */
     struct chunk_id base; /* the snapshot that the marks are counted from */
+    struct read_ahead *read_ahead; /* NULL: nothing is */
     pthread_mutex_t join_lock; /* outermost; guards vcpu_thread.started from start to end */
 };
 
@@ -283,6 +284,11 @@ int machine_overlay_still(struct machine *machine, struct machine_overlay *overl
 
 /* identity.c: after everything was loaded, and before anything runs. */
 int machine_become_another(struct machine *machine, struct error *err);
+
+/* read_ahead.c: what is brought into memory unasked after loading. Opened before vCPUs run and the sandbox is made; stopped when nothing else runs. */
+int read_ahead_open(struct machine *machine, const struct snapshot_files *files, const struct chunk_id *id, struct error *err);
+void read_ahead_start(struct machine *machine);
+void read_ahead_close(struct machine *machine);
 
 /* snapshot.c, snapshot_live.c, snapshot_load.c */
 /* The state file's content; *io is the caller's, also after a failure. Everything stands still. */

@@ -347,6 +347,8 @@ static int begin_from(struct machine *machine, void *ctx, struct error *err)
     const struct chunk_id id = id_of(&header);
     snapshot_set_base(machine, &id);
     if (r == 0)
+        r = read_ahead_open(machine, files, &id, err);
+    if (r == 0)
         r = machine_become_another(machine, err);
     state_io_destroy(io);
     free(data);

@@ -181,6 +181,11 @@ void physmap_page_counts(const struct physmap *map, uint64_t *remote, uint64_t *
 /* Sets the bits of pages that are not private and may be other than zero. */
 void physmap_pages_elsewhere(const struct physmap *map, uint64_t *pages);
 
+/* Sets the bits of pages that were not private when something first wanted them. */
+void physmap_pages_touched(const struct physmap *map, uint64_t *pages);
+/* These pages will be wanted soon: the host may read those of the shared file ahead. Does not wait for them. */
+void physmap_advise(const struct physmap *map, const uint64_t *pages);
+
 /* Zeroes all RAM and marks it dirty (machine reset keeps RAM; this is for tests and fresh starts). */
 void physmap_zero(struct physmap *map);
 

@@ -13,7 +13,7 @@
 
 #include "util/error.h"
 
-#define PAGE_SOURCE_BYTES (64u << 10)
+#define PAGE_SOURCE_BYTES (256u << 10)
 
 struct page_source {
     /*

@@ -24,6 +24,7 @@ SANDBOX_ALLOW(IN_GUEST | IN_API | IN_SHARE | IN_MAIN, pwrite64);
 SANDBOX_ALLOW(IN_GUEST | IN_API | IN_SHARE | IN_MAIN, lseek);
 
 #define GROUP_PAGES (PAGE_SOURCE_BYTES / PAGE_SIZE_BYTES) /* fetched together; divides 64 */
+#define COPY_PAGES 16u                                    /* copied together when mappings get scarcer */
 #define REGION_PAGES 512u                                 /* holes become private by these */
 #define RUN_PAGES_MAX 16u
 #define SHRUNK "the file with the guest's memory has not the size it had"
@@ -388,7 +389,7 @@ static uint64_t granule(const struct pages *pages)
     if (used < all / 4)
         return 1;
     if (used < all / 2)
-        return GROUP_PAGES;
+        return COPY_PAGES;
     while (pages->page_count / last * windows * MAPPINGS_A_PIECE > all / 4)
         last *= 2;
     return last;
@@ -513,6 +514,27 @@ void pages_elsewhere(const struct pages *pages, uint64_t *bits)
         for (page = first; page < end && page < pages->page_count; page++)
             if (is_set(pages->shared, page))
                 bits[page / 64] |= 1ull << page % 64;
+    }
+}
+
+void pages_touched(const struct pages *pages, uint64_t *bits)
+{
+    for (uint64_t word = 0; word < words(pages); word++)
+        bits[word] |= atomic_load_explicit(&pages->touched[word], memory_order_relaxed);
+}
+
+void pages_advise(const struct pages *pages, const uint64_t *bits)
+{
+    for (uint64_t page = 0, end; pages->file_fd >= 0 && page < pages->page_count; page = end) {
+        end = page + 1;
+        if (!bits[page / 64]) {
+            end = (page / 64 + 1) * 64;
+            continue;
+        }
+        while (end < pages->page_count && (bits[page / 64] >> page % 64 & 1) && (bits[end / 64] >> end % 64 & 1))
+            end++;
+        if (bits[page / 64] >> page % 64 & 1)
+            (void)posix_fadvise(pages->file_fd, (off_t)(page * PAGE_SIZE_BYTES), (off_t)((end - page) * PAGE_SIZE_BYTES), POSIX_FADV_WILLNEED);
     }
 }
 

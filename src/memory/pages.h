@@ -56,6 +56,9 @@ bool pages_are_private(const struct pages *pages, uint64_t offset, uint64_t byte
 bool pages_are_remote(const struct pages *pages, uint64_t offset); /* the page */
 /* Sets the bits of pages that are remote, or shared where the file has bytes. */
 void pages_elsewhere(const struct pages *pages, uint64_t *bits);
+void pages_touched(const struct pages *pages, uint64_t *bits);
+/* Tells the host that these of the shared ones will be wanted from their file. */
+void pages_advise(const struct pages *pages, const uint64_t *bits);
 /* They become private without their bytes: holes of RAM's file. */
 int pages_forget(struct pages *pages, uint64_t offset, uint64_t bytes);
 int pages_fill(struct pages *pages, uint64_t offset, const void *data, uint64_t bytes);

@@ -778,6 +778,18 @@ int physmap_fetch_next(struct physmap *map, uint64_t *offset)
     return 0;
 }
 
+void physmap_pages_touched(const struct physmap *map, uint64_t *pages)
+{
+    if (map->has_states)
+        pages_touched(&map->pages, pages);
+}
+
+void physmap_advise(const struct physmap *map, const uint64_t *pages)
+{
+    if (map->has_states)
+        pages_advise(&map->pages, pages);
+}
+
 void physmap_page_counts(const struct physmap *map, uint64_t *remote, uint64_t *shared)
 {
     struct pages *pages = (struct pages *)(uintptr_t)&map->pages;

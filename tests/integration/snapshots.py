@@ -143,6 +143,37 @@ def tree():
         assert not [name for name in os.listdir(f"{folder}/data/doppel/snapshots/vm") if name.startswith(".") and name != ".lock"]
 
 
+def ahead():
+    """What a machine touches first is recorded once and read ahead; a file of it that is damaged is made anew. All ways to load have the same memory."""
+    with runtime() as folder:
+        start(KEEPS, name="vm")
+        type_in("vm", "ab")
+        assert knows("vm", "ab")
+        run("snapshot", "create", "vm", "one", "--compress", "zstd")
+        path = pathlib.Path(folder, "data/doppel/snapshots/vm/one/working-set")
+
+        def restored(*options):
+            run("snapshot", "restore", "vm", "one", *options)
+            return knows("vm", "ab")
+
+        def recorded():
+            return path.exists() and len(data := path.read_bytes()) > 64 and data.startswith(b"DOPPELWS") and data
+        assert restored()
+        good = wait_for("a record", recorded)
+        assert restored() and path.read_bytes() == good
+        path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+        assert restored()
+        wait_for("a new record", lambda: (data := recorded()) and data[-1] == good[-1])
+        for load in "lazy", "fill", "whole":
+            assert restored("--load", load)
+        path.unlink()
+        path.mkdir()
+        assert restored()
+        path.rmdir()
+        run("snapshot", "restore", "vm", "one", "--load", "all", status=2)
+        assert "lazy, fill, whole" in run.errors
+
+
 def faults():
     """Full disks, damaged files, and processes killed at any moment: what was there before can be gone back to."""
     generator = random.Random(int(os.environ.get("SEED", "1")))
@@ -210,4 +241,4 @@ def faults():
 
 
 if __name__ == "__main__":
-    {"tree": tree, "faults": faults}[sys.argv[2]]()
+    {"tree": tree, "faults": faults, "ahead": ahead}[sys.argv[2]]()
