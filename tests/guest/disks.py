@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import select
 import shutil
 import subprocess
 import tempfile
@@ -79,15 +80,49 @@ def goes_on(vm, count):
     return now
 
 
+def begin(folder):
+    command(doppel, "run", "-d", "--name", "vm", *busybox_arguments("--memory", "96M", "--net", "none", "--disk", folder.disk), seconds=BOOT_SECONDS)
+    with Guest(["--recent", "vm"], "attached", command="console") as terminal:
+        wait_for_shell(terminal)
+        terminal.type(LOOP)
+        terminal.expect("at-5-", 60)
+        terminal.type("\x1d")
+        terminal.finish(0)
+
+
+def killed():
+    """The machine, or who asks for the snapshot, is killed at some moment of it: the map names what the guest wrote last, images have leaks at worst, what was kept before is whole."""
+    with Folder() as folder:
+        begin(folder)
+        snapshot("create", "vm", "one")
+        for moment in 0.03, 0.1, 0.2, 0.4:
+            goes_on("vm", 2)
+            asking = subprocess.Popen([doppel, "snapshot", "create", "vm", "never"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            time.sleep(moment)
+            asking.kill()
+            asking.wait()
+            goes_on("vm", 1)
+            asking = subprocess.Popen([doppel, "snapshot", "create", "vm", "never"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            time.sleep(moment)
+            victim = json.loads(command(doppel, "ps", "--json"))[0]["pid"]
+            gone = os.pidfd_open(victim)
+            os.kill(victim, 9)
+            assert select.select([gone], [], [], 60)[0], "it was killed and is still there"
+            os.close(gone)
+            asking.wait(60)
+            last = numbers("vm")[-1]
+            assert last <= folder.content(folder.top(), "qcow2") <= last + 1
+            assert subprocess.run(["qemu-img", "check", "-q", folder.top()], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode in (0, 3)
+            subprocess.run([doppel, "snapshot", "delete", "vm", "never"], capture_output=True, timeout=60)  # it may have been through
+            snapshot("restore", "vm", "one")
+        goes_on("vm", 2)
+        snapshot("create", "vm", "two")
+        assert len(folder.overlays()) <= 3, "overlays of snapshots that never were are still there"
+
+
 def snapshots():
     with Folder() as folder:
-        command(doppel, "run", "-d", "--name", "vm", *busybox_arguments("--memory", "96M", "--net", "none", "--disk", folder.disk), seconds=BOOT_SECONDS)
-        with Guest(["--recent", "vm"], "attached", command="console") as terminal:
-            wait_for_shell(terminal)
-            terminal.type(LOOP)
-            terminal.expect("at-5-", 60)
-            terminal.type("\x1d")
-            terminal.finish(0)
+        begin(folder)
         at = {}
         for name, options in (("one", []), ("two", ["--incremental"]), ("three", ["--incremental", "--compress", "zstd"])):
             least = goes_on("vm", 3)[-1]
@@ -144,4 +179,4 @@ def snapshots():
             assert subprocess.run(["qemu-img", "check", "-q", folder.top(vm)]).returncode in (0, 3)
 
 
-guest.main({"snapshot-disks": snapshots})
+guest.main({"snapshot-disks": snapshots, "snapshot-disks-killed": killed})
