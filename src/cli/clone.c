@@ -10,6 +10,7 @@
 #include <sys/socket.h>
 #include <sys/time.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "cli/agent_client.h"
@@ -19,6 +20,8 @@
 #define COUNT_MAX 1000ul
 #define AT_ONCE 8u
 #define AGENT_ANSWER_S 10
+#define AGENT_TRIES 4u
+#define AGENT_PAUSE_NS 50000000l
 
 struct clone {
     const char *source;
@@ -86,7 +89,13 @@ static const char *tell_agent(const struct clone *clone, const char *name)
     uint8_t body[AGENT_IDENTITY_BYTES_MAX];
     const struct agent_address address = {.vm = name, .port = AGENT_PORT};
     const struct timeval limit = {.tv_sec = AGENT_ANSWER_S};
-    if (!clone->has_vsock || !agent_client_try(&client, &address))
+    const struct timespec pause = {.tv_nsec = AGENT_PAUSE_NS};
+    bool there = clone->has_vsock && agent_client_try(&client, &address);
+    for (unsigned i = 1; clone->has_vsock && !there && i < AGENT_TRIES; i++) { /* the guest may have to be told first that its connections are gone */
+        nanosleep(&pause, NULL);
+        there = agent_client_try(&client, &address);
+    }
+    if (!there)
         return "no agent answers in the guest";
     setsockopt(client.fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
     size_t size = agent_identity_format(&clone->identity, body);
