@@ -26,6 +26,7 @@ SANDBOX_ALLOW(IN_MAIN, unlink);
 /* The terminal as it was, before the program dies of a signal in whatever thread (guard_terminal). */
 SANDBOX_ALLOW_IF(IN_PROGRAM, ioctl, ARG_IS(1, TCSETS));
 SANDBOX_ALLOW(IN_PROGRAM, rt_sigaction);
+SANDBOX_ALLOW(IN_PROGRAM & ~IN_VCPU, rt_sigreturn); /* it dies when the handler is left; vCPUs have handlers of their own */
 
 /* Options of the machine come as --key value, --key=value or, for flags, --key. How many arguments were used, 0 after a message. */
 static int take_machine_option(struct run *run, char **argv)
