@@ -7,8 +7,7 @@
 #include <stdint.h>
 #include <time.h>
 
-#include <archive.h>
-#include <archive_entry.h>
+#include "cli/archive_library.h"
 
 #define ARCHIVE_SUM_BYTES 33 /* as text */
 

@@ -362,6 +362,8 @@ int export_main(int argc, char **argv)
         return r < 0 ? 0 : r;
     if (arguments.name_count != 2)
         return complain(STATUS_USAGE, "export: usage: doppel export [OPTIONS] VM|VM/SNAPSHOT FILE|-");
+    if (archive_library_load())
+        return STATUS_ERROR;
     for (unsigned i = 0; i < BUNDLE_FILES_MAX; i++)
         export.fd[i] = -1;
     export.path = arguments.names[1];

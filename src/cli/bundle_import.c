@@ -219,6 +219,8 @@ int import_main(int argc, char **argv)
                                   .progress = &progress};
     if (import.name && !instance_name_valid(import.name))
         return complain(STATUS_USAGE, "import: \"%s\" is no name for a virtual machine", import.name);
+    if (archive_library_load())
+        return STATUS_ERROR;
     if (import_is_ovf(import.path))
         return import_ovf(&import);
     return import_is_image(import.path) ? import_image(&import) : import_archive(&import);

@@ -4,9 +4,6 @@
 
 #include <stdbool.h>
 
-#include <archive.h>
-#include <archive_entry.h>
-
 #include "cli/archive_files.h"
 #include "cli/arguments.h"
 #include "cli/machine_directory.h"

@@ -9,9 +9,6 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include <archive.h>
-#include <archive_entry.h>
-
 #include "block/image.h"
 #include "cli/archive_files.h"
 #include "cli/snapshot.h"
@@ -136,6 +133,8 @@ int snapshot_export(const struct arguments *arguments)
     struct stored_snapshot *list = NULL;
     unsigned count = 0;
     struct error err = {0};
+    if (archive_library_load())
+        return STATUS_ERROR;
     int lock = snapshot_store_lock(vm, false, &err);
     int r = lock < 0 || snapshot_store_list(vm, &list, &count, &err) ? complain(STATUS_ERROR, "%s", err.text) : 0;
     const struct stored_snapshot *snapshot = r == 0 ? snapshot_store_by_name(list, count, name) : NULL;
@@ -379,6 +378,8 @@ int snapshot_import_end(struct snapshot_import *import, bool good, unsigned *cou
 
 int snapshot_import(const struct arguments *arguments)
 {
+    if (archive_library_load())
+        return STATUS_ERROR;
     struct snapshot_import import = {.in = archive_read_new(), .path = arguments->names[1], .wanted_vm = arguments->name_count > 2 ? arguments->names[2] : NULL, .lock = -1};
     if (!import.in)
         return complain(STATUS_ERROR, "out of memory");
