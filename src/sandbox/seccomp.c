@@ -187,7 +187,12 @@ int filter_load(const struct sock_fprog *program, bool listen)
 {
     /* Without SPEC_ALLOW older kernels slow down all that the thread does from here on. */
     const unsigned flags = SECCOMP_FILTER_FLAG_SPEC_ALLOW | (listen ? SECCOMP_FILTER_FLAG_NEW_LISTENER : 0);
-    int r = (int)syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, flags, program);
+    int r = -1;
+    /* A call that the broker has begun is not begun again because a signal came: its file would be there already, or what it received be lost. Linux 5.19. */
+    if (listen)
+        r = (int)syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, flags | SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV, program);
+    if (r < 0)
+        r = (int)syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, flags, program);
     return r < 0 ? -errno : r;
 }
 
