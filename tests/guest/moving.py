@@ -45,10 +45,11 @@ def moving():
     guest.need(doppel, guest.kernel, guest.cache)
     with tempfile.TemporaryDirectory(prefix="doppel-moving-", dir="/dev/shm") as folder:
         os.environ["XDG_RUNTIME_DIR"] = os.environ["XDG_DATA_HOME"] = folder
+        steady = os.path.abspath(memory.churn_program)
         os.chdir(folder)
         image("disk", "48M")
         modules = memory.modules("ext4")
-        entries = [("steady", open(memory.churn_program, "rb").read()), *((os.path.basename(file), open(file, "rb").read()) for file in modules)]
+        entries = [("steady", open(steady, "rb").read()), *((os.path.basename(file), open(file, "rb").read()) for file in modules)]
         memory.archive("initrd", entries)
         name = "vm0"
         try:
