@@ -143,6 +143,7 @@ def plugged():
         run("pause", name)
         run("resume", name)
         run("reset", name)
+        wait_for("reset", lambda: machine.poll() is not None or '"reset"' in run("events", "--json", name))
         run("kill", name)
         assert machine.wait(vms.LIMIT) == 5
 
