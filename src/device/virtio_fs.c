@@ -1,23 +1,25 @@
 /*
  * virtio-fs: a shared directory (virtio 1.2, section 5.11) over the file server of fs/fs.h.
  *
- * Requests that are quick are served by the vCPU that makes them, on its way through the doorbell: waking another thread and being woken by it costs several times as much. All
- * others, and those of storage that turned out to be slow, are served by a few threads, so that the machine does not stand still. Threads that may not touch
- * files (sandbox) hand everything over.
- * Threading: with the device lock held; the list of chains for workers has a lock of its own, inside the device lock. Workers take the device lock to push. A loop without
- * a guard belongs to one thread, and everything is served on it.
+ * Requests that are quick are served in the doorbell: to the guest, the answer is there when its write to the register ends. All others, and those of storage that turned out
+ * to be slow, are served by a few workers, so that the machine does not stand still. A vCPU that may not touch files (sandbox) waits in the doorbell for a thread that may, the
+ * companion, which is kept on the same processor: changing threads there costs a twentieth of what waking another processor does, and works on busy hosts as well.
+ * Threading: with the device lock held; the list of chains for workers has a lock of its own, inside the device lock. Workers take the device lock to push, the companion when
+ * the vCPU has left. A loop without a guard belongs to one thread, and everything is served on it.
  */
 #include "device/virtio_fs.h"
 
 #include <errno.h>
 #include <pthread.h>
+#include <sched.h>
+#include <semaphore.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
 
 #include "device/virtio.h"
-#include "util/patience.h"
 #include "util/sandbox_rules.h"
 
 #define QUEUE_SIZE 1024u /* the guest's kernel makes requests no longer than a ring */
@@ -25,6 +27,11 @@
 #define HERE_MAX 16u /* requests served on the thread that makes them, of one notification */
 #define SLOW_NS 1000000u
 #define SLOW_FACTOR 10u
+#define WAIT_NS 4000000u /* a vCPU waits no longer for the companion; a busy host's time slice */
+
+SANDBOX_ALLOW_IF(IN_SHARE, sched_setaffinity, ARG_IS(0, 0)); /* its own */
+SANDBOX_ALLOW_IF(IN_SHARE, getrusage, ARG_IS(0, RUSAGE_THREAD));
+
 _Static_assert(VIRTQUEUE_CHAIN_MAX <= FS_VECTORS_MAX, "a chain is a message");
 
 /* 5.11.2: the queue for FORGET and its like, then those for requests. */
@@ -37,6 +44,18 @@ struct fs_config_space {
     uint32_t num_request_queues;
 } __attribute__((packed));
 
+enum errand_state { ERRAND_NONE, ERRAND_WAITED, ERRAND_DONE, ERRAND_LEFT };
+
+/* A chain that a vCPU waits for. WAITED becomes DONE by the companion or LEFT by the vCPU; who comes second pushes it. */
+struct errand {
+    _Atomic int state;
+    struct virtqueue_chain *chain;
+    int processor; /* of the vCPU */
+    uint64_t used_bytes;
+    bool slow;
+    sem_t asked, answered;
+};
+
 struct device {
     struct virtio virtio;
     struct fs *fs;
@@ -45,14 +64,11 @@ struct device {
     pthread_mutex_t lock;
     pthread_cond_t wake;
     struct virtqueue_chain *first, **last; /* waiting for a worker */
-    atomic_bool waiting; /* there are some */
-    bool looking;        /* a worker looks at `waiting` and needs no signal */
-    bool slept;          /* nobody does any more */
-    struct patience patience; /* of the worker that looks, then with the lock held */
-    bool stopping;
+    struct errand errand;
+    atomic_bool stopping;
     bool at_once;
     uint64_t slow_until_ns; /* requests go to the workers */
-    pthread_t worker[WORKERS];
+    pthread_t worker[WORKERS + 1]; /* the first is the companion */
     unsigned worker_count;
 };
 
@@ -78,16 +94,105 @@ static long waits(void)
     return getrusage(RUSAGE_THREAD, &usage) < 0 ? 0 : usage.ru_nvcsw;
 }
 
-/* Serves on this thread, with the device lock. Storage that made it wait is left to the workers for a while, so that the machine stands still for a small part of the time only. */
-static void serve_here(struct device *share, const struct fs_message *message, struct virtqueue_chain *chain)
+/* Serves on this thread. True: it was the storage that took long. */
+static bool serve_timed(struct device *share, const struct virtqueue_chain *chain, uint64_t *used_bytes)
 {
-    uint64_t started_ns = loop_now_ns(), took_ns;
+    struct fs_message message = message_of(chain);
+    uint64_t started_ns = loop_now_ns();
     long waited = waits();
 
-    virtqueue_push(chain, fs_serve(share->fs, message), true);
-    took_ns = loop_now_ns() - started_ns;
-    if (took_ns > SLOW_NS && waits() != waited)
-        share->slow_until_ns = started_ns + SLOW_FACTOR * took_ns;
+    *used_bytes = fs_serve(share->fs, &message);
+    return loop_now_ns() - started_ns > SLOW_NS && waits() != waited;
+}
+
+/* Storage that makes the machine stand still is left to the workers for a while, so that this is a small part of the time only. With the device lock, like all that serve. */
+static void slow_since(struct device *share, uint64_t started_ns)
+{
+    share->slow_until_ns = started_ns + SLOW_FACTOR * (loop_now_ns() - started_ns);
+}
+
+static void serve_here(struct device *share, struct virtqueue_chain *chain)
+{
+    uint64_t started_ns = loop_now_ns(), used_bytes;
+    bool slow = serve_timed(share, chain, &used_bytes);
+
+    virtqueue_push(chain, used_bytes, true);
+    if (slow)
+        slow_since(share, started_ns);
+}
+
+/* ---- the companion ---- */
+
+static void errand_push(struct errand *errand)
+{
+    virtqueue_push(errand->chain, errand->used_bytes, true);
+    atomic_store(&errand->state, ERRAND_NONE);
+}
+
+/* The companion serves the chain while this vCPU waits for it. False: it has no time. */
+static bool run_errand(struct device *share, struct virtqueue_chain *chain)
+{
+    struct errand *errand = &share->errand;
+    uint64_t started_ns = loop_now_ns(), until_ns = started_ns + WAIT_NS;
+    struct timespec until = {(time_t)(until_ns / 1000000000u), (long)(until_ns % 1000000000u)};
+    int ret;
+
+    if (atomic_load(&errand->state) != ERRAND_NONE)
+        return false;
+    errand->chain = chain;
+    errand->processor = sched_getcpu();
+    atomic_store(&errand->state, ERRAND_WAITED);
+    sem_post(&errand->asked);
+    do
+        ret = sem_clockwait(&errand->answered, CLOCK_MONOTONIC, &until);
+    while (ret < 0 && errno == EINTR);
+    if (ret < 0 && atomic_exchange(&errand->state, ERRAND_LEFT) == ERRAND_DONE) {
+        while (sem_wait(&errand->answered) < 0)
+            continue;
+        ret = 0;
+    }
+    if (ret < 0 || errand->slow)
+        slow_since(share, started_ns);
+    if (ret == 0)
+        errand_push(errand);
+    return true;
+}
+
+/* Where this thread runs from now on. Where that is refused it goes on elsewhere, slower. */
+static void move_to(int processor)
+{
+    cpu_set_t set;
+
+    CPU_ZERO(&set);
+    CPU_SET((unsigned)processor, &set);
+    (void)sched_setaffinity(0, sizeof(set), &set);
+}
+
+static void *companion_main(void *ctx)
+{
+    struct device *share = ctx;
+    struct errand *errand = &share->errand;
+    bool entered = false;
+    int processor = -1;
+
+    fs_thread_prepare(share->fs);
+    for (;;) {
+        while (sem_wait(&errand->asked) < 0)
+            continue;
+        if (atomic_load(&share->stopping))
+            return NULL;
+        entered = entered || loop_thread_enter(share->virtio.host->loop, IN_SHARE);
+        if (errand->processor != processor && errand->processor >= 0 && errand->processor < CPU_SETSIZE)
+            move_to(processor = errand->processor);
+        errand->slow = serve_timed(share, errand->chain, &errand->used_bytes);
+        if (atomic_exchange(&errand->state, ERRAND_DONE) == ERRAND_LEFT) {
+            pthread_mutex_lock(share->guard);
+            errand_push(errand);
+            pthread_mutex_unlock(share->guard);
+        } else {
+            sem_post(&errand->answered);
+        }
+    }
 }
 
 /* ---- workers ---- */
@@ -98,9 +203,7 @@ static void hand_over(struct device *share, struct virtqueue_chain *chain)
     pthread_mutex_lock(&share->lock);
     *share->last = chain;
     share->last = &chain->next;
-    atomic_store_explicit(&share->waiting, true, memory_order_release);
-    if (!share->looking)
-        pthread_cond_signal(&share->wake);
+    pthread_cond_signal(&share->wake);
     pthread_mutex_unlock(&share->lock);
 }
 
@@ -110,41 +213,20 @@ static struct virtqueue_chain *take_first(struct device *share)
 
     if (chain) {
         share->first = chain->next;
-        if (!share->first) {
+        if (!share->first)
             share->last = &share->first;
-            atomic_store_explicit(&share->waiting, false, memory_order_relaxed);
-        }
     }
     return chain;
 }
 
-/* The first chain, or NULL at the end. When there is none, one worker looks for a moment before it sleeps like the others. With the lock held. */
+/* The first chain, or NULL at the end. With the lock held. */
 static struct virtqueue_chain *wait_for_chain(struct device *share)
 {
-    for (;;) {
-        struct virtqueue_chain *chain = take_first(share);
+    struct virtqueue_chain *chain;
 
-        if (chain) {
-            if (share->slept)
-                patience_slept(&share->patience);
-            share->slept = false;
-            if (share->first)
-                pthread_cond_signal(&share->wake);
-            return chain;
-        }
-        if (share->stopping)
-            return NULL;
-        if (share->looking || share->slept) {
-            pthread_cond_wait(&share->wake, &share->lock);
-            continue;
-        }
-        share->looking = true;
-        pthread_mutex_unlock(&share->lock);
-        (void)patience_look(&share->patience, &share->waiting);
-        pthread_mutex_lock(&share->lock);
-        share->looking = false;
-        share->slept = !share->first;
-    }
+    while (!(chain = take_first(share)) && !atomic_load(&share->stopping))
+        pthread_cond_wait(&share->wake, &share->lock);
+    return chain;
 }
 
 /* A chain that is out keeps the device alive, so the device lock is there to be had for its push. */
@@ -181,8 +263,8 @@ static int start_workers(struct device *share)
     /* Signals are for the threads that expect them. */
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    while (ret == 0 && share->worker_count < WORKERS) {
-        ret = -pthread_create(&share->worker[share->worker_count], NULL, worker_main, share);
+    while (ret == 0 && share->worker_count <= WORKERS) {
+        ret = -pthread_create(&share->worker[share->worker_count], NULL, share->worker_count ? worker_main : companion_main, share);
         if (ret == 0)
             share->worker_count++;
     }
@@ -193,9 +275,10 @@ static int start_workers(struct device *share)
 static void stop_workers(struct device *share)
 {
     pthread_mutex_lock(&share->lock);
-    share->stopping = true;
+    atomic_store(&share->stopping, true);
     pthread_cond_broadcast(&share->wake);
     pthread_mutex_unlock(&share->lock);
+    sem_post(&share->errand.asked);
     for (unsigned i = 0; i < share->worker_count; i++)
         pthread_join(share->worker[i], NULL);
     share->worker_count = 0;
@@ -210,11 +293,11 @@ static void serve_queue(struct device *share, unsigned index)
 
     for (unsigned i = 0; i < QUEUE_SIZE && (chain = virtqueue_pop(queue)); i++) {
         struct fs_message message = message_of(chain);
-        bool here = share->at_once && i < HERE_MAX && loop_now_ns() >= share->slow_until_ns && fs_is_quick(share->fs, &message);
+        bool quick = i < HERE_MAX && loop_now_ns() >= share->slow_until_ns && fs_is_quick(share->fs, &message);
 
-        if (here || !share->guard)
-            serve_here(share, &message, chain);
-        else
+        if (!share->guard || (quick && share->at_once))
+            serve_here(share, chain);
+        else if (!quick || !run_errand(share, chain))
             hand_over(share, chain);
     }
     if (virtqueue_pending(queue))
@@ -275,6 +358,8 @@ static void share_free(struct device *share)
     stop_workers(share);
     virtio_fini(&share->virtio);
     fs_destroy(share->fs);
+    sem_destroy(&share->errand.asked);
+    sem_destroy(&share->errand.answered);
     pthread_cond_destroy(&share->wake);
     pthread_mutex_destroy(&share->lock);
     free(share);
@@ -298,7 +383,8 @@ static int share_create(struct device **out, const struct device_host *host, con
     share->guard = loop_guard(host->loop);
     share->at_once = fs_config->at_once;
     share->last = &share->first;
-    patience_init(&share->patience);
+    sem_init(&share->errand.asked, 0, 0);
+    sem_init(&share->errand.answered, 0, 0);
     pthread_mutex_init(&share->lock, NULL);
     pthread_cond_init(&share->wake, NULL);
     ret = fs_create(&share->fs, &fs_config->fs, err);

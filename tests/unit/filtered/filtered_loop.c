@@ -1,4 +1,4 @@
-/* The loop's rounds on a thread of kind IN_LOOP, and threads of back ends in what they enter in a machine. */
+/* The loop's rounds on a thread of kind IN_LOOP. */
 #include "filtered.h"
 
 #include "util/loop.h"
@@ -11,7 +11,6 @@ SANDBOX_ALLOW(IN_LOOP, sendto);
 
 int __real_loop_run_once(struct loop *loop, int timeout_ms);
 int __wrap_loop_run_once(struct loop *loop, int timeout_ms);
-bool __wrap_loop_thread_enter(struct loop *loop, unsigned kind);
 
 struct round {
     struct loop *loop;
@@ -29,10 +28,4 @@ int __wrap_loop_run_once(struct loop *loop, int timeout_ms)
     struct round round = {loop, timeout_ms, 0};
     filtered_call(IN_LOOP, run_once, &round);
     return round.result;
-}
-
-bool __wrap_loop_thread_enter(struct loop *loop, unsigned kind)
-{
-    filtered_enter(kind);
-    return true;
 }
