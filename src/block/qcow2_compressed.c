@@ -2,14 +2,13 @@
  * qcow2: compressed clusters, which are only read here. Threading: none.
  */
 #include <errno.h>
+#include <libdeflate.h>
 #include <string.h>
 
-#include <zlib.h>
 #include <zstd.h>
 
 #include "block/qcow2.h"
 
-#define DEFLATE_WINDOW_BITS (-12) /* no header */
 #define WINDOW_LOG_MAX 22         /* what a hostile frame may make us allocate; a cluster has 2 MiB at most */
 
 /* The descriptor: the byte in the file, and how many sectors follow the first one. */
@@ -24,15 +23,14 @@ void qcow2_compressed_place(const struct qcow2 *image, uint64_t entry, uint64_t 
 
 static int inflate_all(const uint8_t *data, size_t bytes, uint8_t *out, size_t out_bytes)
 {
-    z_stream stream = {.next_in = (uint8_t *)(uintptr_t)data, .avail_in = (unsigned)bytes, .next_out = out, .avail_out = (unsigned)out_bytes};
-    int ret;
+    struct libdeflate_decompressor *decompressor = libdeflate_alloc_decompressor();
+    enum libdeflate_result result;
 
-    if (inflateInit2(&stream, DEFLATE_WINDOW_BITS) != Z_OK)
+    if (!decompressor)
         return -ENOMEM;
-    ret = inflate(&stream, Z_FINISH);
-    inflateEnd(&stream);
-    /* Sectors may have more after the end. */
-    return (ret == Z_STREAM_END || ret == Z_BUF_ERROR || ret == Z_OK) && stream.avail_out == 0 ? 0 : -EIO;
+    result = libdeflate_deflate_decompress(decompressor, data, bytes, out, out_bytes, NULL); /* sectors may have more after the end */
+    libdeflate_free_decompressor(decompressor);
+    return result == LIBDEFLATE_SUCCESS ? 0 : -EIO;
 }
 
 static int unzstd_all(const uint8_t *data, size_t bytes, uint8_t *out, size_t out_bytes)

@@ -5,11 +5,12 @@
  * Threading: none.
  */
 #include <errno.h>
+#include <libdeflate.h>
 #include <limits.h>
 #include <lz4.h>
 #include <lzma.h>
 #include <stdlib.h>
-#include <zlib.h>
+#include <sys/mman.h>
 #include <zstd.h>
 
 #include "chipset/boot_priv.h"
@@ -37,14 +38,14 @@ static int unpack_xz(const uint8_t *from, size_t from_bytes, uint8_t *to, size_t
 
 static int unpack_gzip(const uint8_t *from, size_t from_bytes, uint8_t *to, size_t to_bytes)
 {
-    z_stream stream = {.next_in = (Bytef *)from, .avail_in = (uInt)from_bytes, .next_out = to, .avail_out = (uInt)to_bytes};
-    int ret;
+    struct libdeflate_decompressor *decompressor = libdeflate_alloc_decompressor();
+    enum libdeflate_result result;
 
-    if (inflateInit2(&stream, MAX_WBITS + 16) != Z_OK) /* with a gzip header */
+    if (!decompressor)
         return -ENOMEM;
-    ret = inflate(&stream, Z_FINISH);
-    inflateEnd(&stream);
-    return ret == Z_STREAM_END && stream.avail_out == 0 ? 0 : -EBADMSG;
+    result = libdeflate_gzip_decompress(decompressor, from, from_bytes, to, to_bytes, NULL);
+    libdeflate_free_decompressor(decompressor);
+    return result == LIBDEFLATE_SUCCESS ? 0 : -EBADMSG;
 }
 
 static int unpack_zstd(const uint8_t *from, size_t from_bytes, uint8_t *to, size_t to_bytes)
@@ -112,6 +113,17 @@ static const struct {
     {{0x7F, 'E', 'L', 'F'}, 4, 0, unpack_none},
 };
 
+/* Aligned for large pages, which take a tenth of the time to come by. */
+static uint8_t *allocate(uint64_t size)
+{
+    const size_t large = 2u << 20, rounded = ((size_t)size + large - 1) & ~(large - 1);
+    uint8_t *bytes = aligned_alloc(large, rounded);
+
+    if (bytes)
+        (void)madvise(bytes, rounded, MADV_HUGEPAGE); /* not every kernel has them */
+    return bytes;
+}
+
 int boot_unpack(const struct image *payload, uint64_t limit_bytes, uint8_t **bytes, uint64_t *size_bytes)
 {
     unsigned format = 0, count = sizeof(formats) / sizeof(formats[0]);
@@ -127,7 +139,7 @@ int boot_unpack(const struct image *payload, uint64_t limit_bytes, uint8_t **byt
         return -EBADMSG;
     if (size > limit_bytes)
         return -EFBIG;
-    *bytes = malloc(size);
+    *bytes = allocate(size);
     if (!*bytes)
         return -ENOMEM;
     rc = formats[format].unpack(payload->bytes, payload->size_bytes - formats[format].trailer_bytes, *bytes, size);
