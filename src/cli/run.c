@@ -177,12 +177,12 @@ static void end_signals(struct run *run, pthread_t signals)
 }
 
 /* What a signal handler can know is static: the terminal as it was. */
-static struct termios terminal_before;
+static char terminal_before[128]; /* the kernel's struct termios (36 bytes), not the C library's, whose tcsetattr() looks by a second call what came of the first */
 
 /* Dies of the signal after all, with a terminal that can be used. */
 static void restore_terminal(int number)
 {
-    tcsetattr(STDIN_FILENO, TCSANOW, &terminal_before);
+    ioctl(STDIN_FILENO, TCSETS, terminal_before);
     signal(number, SIG_DFL);
     raise(number);
 }
@@ -192,7 +192,7 @@ static void guard_terminal(void)
 {
     static const int fatal[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGABRT, SIGSYS, SIGQUIT};
     struct sigaction action = {.sa_handler = restore_terminal};
-    if (tcgetattr(STDIN_FILENO, &terminal_before))
+    if (ioctl(STDIN_FILENO, TCGETS, terminal_before))
         return;
     for (size_t i = 0; i < sizeof fatal / sizeof *fatal; i++)
         sigaction(fatal[i], &action, NULL);

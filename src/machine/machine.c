@@ -665,6 +665,7 @@ int machine_create_with(struct machine **out, const struct machine_config *confi
 static void *loop_main(void *arg)
 {
     struct machine *machine = arg;
+    pthread_setname_np(pthread_self(), "loop");
     if (!machine_enter_sandbox(machine, IN_LOOP))
         return NULL;
     int r = loop_run(machine->loop);

@@ -15,9 +15,6 @@
 #include "machine/machine_priv.h"
 #include "memory/page_source.h"
 #include "memory/ram_file.h"
-#include "util/sandbox_rules.h"
-
-SANDBOX_ALLOW(IN_GUEST | IN_SHARE | IN_MAIN, pread64); /* from the files' descriptors, for pages that are touched */
 
 _Static_assert(CHUNK_BYTES % PAGE_SOURCE_BYTES == 0, "what is fetched at once is in one chunk");
 

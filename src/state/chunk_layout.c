@@ -7,6 +7,7 @@
 #include "util/sandbox_rules.h"
 
 SANDBOX_ALLOW(IN_API, pwrite64);
+SANDBOX_ALLOW(IN_GUEST | IN_API | IN_SHARE | IN_MAIN, pread64); /* for pages of a restored machine that are touched */
 
 #define CHECK_OFFSET (CHUNK_HEADER_BYTES - CHUNK_CHECK_BYTES)
 

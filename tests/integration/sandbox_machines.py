@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
 """Machines whose threads make the system calls that sandbox_rules.txt names them for. `sandbox_machines.py DOPPEL SCENARIO`; what the machines said comes last."""
 import contextlib
+import ctypes
+import functools
 import glob
 import json
 import os
+import pathlib
 import pty
 import resource
 import select
@@ -11,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 import traceback
 
 import migrate
@@ -21,6 +25,7 @@ import vms
 from vms import run, start, state, wait_for
 
 
+TGKILL = 234
 PIDFD_GETFD = 438
 
 
@@ -129,6 +134,18 @@ def terminal():
         assert machine.wait(vms.LIMIT) == 5
 
 
+def dying(name):
+    """A signal that kills, in a thread of this name: the terminal is as it was."""
+    with vms.runtime():
+        master, slave = pty.openpty()
+        before = termios.tcgetattr(slave)
+        machine = foreground(small_guests.HALT, "--console", "stdio", stdin=slave, stdout=slave)
+        wait_for("start", lambda: state_of_first() == "running" and termios.tcgetattr(slave) != before)
+        threads = {pathlib.Path(path).read_text().strip(): int(path.split("/")[-2]) for path in glob.glob(f"/proc/{machine.pid}/task/*/comm")}
+        assert ctypes.CDLL(None, use_errno=True).syscall(TGKILL, machine.pid, machine.pid if name == "main" else threads[name], signal.SIGABRT) == 0, threads
+        assert machine.wait(vms.LIMIT) == -signal.SIGABRT and termios.tcgetattr(slave) == before
+
+
 def plugged():
     """Disks that come, change and go."""
     with vms.runtime():
@@ -232,7 +249,7 @@ def streams():
 
 
 scenarios = {scenario.__name__: scenario for scenario in (plain, migrated, waiting, translated, signals, stopped, sockets, terminal, plugged, served, served_without_broker, direct, streams, vms.names, vms.life, vms.crash, vms.console)}
-scenarios |= {"tree": snapshots.tree}
+scenarios |= {"tree": snapshots.tree} | {f"dying_{name}": functools.partial(dying, name) for name in ("main", "loop", "vcpu0", "control")}
 
 if __name__ == "__main__":
     try:

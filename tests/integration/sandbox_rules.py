@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Each rule of the sandbox is needed: without it a test fails that passes with it, and the program says which call it lacks. `sandbox_rules.py DOPPEL FILTERED-DIRECTORY`.
 
-sandbox_rules.txt names for each rule (`doppel run --sandbox omit=list`) the test that needs it: `libc SCENARIO` (tests/unit/filtered/libc.c), `unit NAME` (a unit test under filters,
+sandbox_rules.txt names for each rule (`doppel run --sandbox omit=list`) the test that needs it: `libc SCENARIO` or `pages touched` (tests/unit/filtered/libc.c and pages.c), `unit NAME` (a unit test under filters,
 tests/unit/filtered) or `machine NAME` (sandbox_machines.py); or `none` and why no test shows that it is needed. A rule without a line fails, and a line without a rule. Then a few rules are tried, others each day (--seed N; --seconds N), or
 --all of them; --rule NAME tries one. --learn looks for tests of rules that have none, and says them."""
 import argparse
@@ -76,7 +76,8 @@ def run_test(test, rule, omit):
     kind, _, _, needs = parts(rule)
     needs |= {name} if test in ("unit user", "unit vsock") else set()
     environment = {**os.environ, "FILTER_OMIT": rule if omit else "none", "FILTER_NEEDS": str(sum(NEEDS[need] for need in needs)), "REAL_DOPPEL": doppel}
-    command = {"libc": [f"{options.filtered}/filtered_libc", kind, name], "unit": [f"{options.filtered}/filtered_{name}"],
+    alone = [f"{options.filtered}/filtered_{family}", kind, name]
+    command = {"libc": alone, "pages": alone, "unit": [f"{options.filtered}/filtered_{name}"],
                "machine": [sys.executable, str(here / "sandbox_machines.py"), wrapper, name]}[family]
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
@@ -103,7 +104,7 @@ passed_with = {}
 def check(rule, test):
     """None, or what is wrong."""
     kind, _, _, needs = parts(rule)
-    key = (test, kind if test.startswith("libc") else "", needs)
+    key = (test, kind if test.startswith(("libc", "pages")) else "", needs)
     if key not in passed_with:
         passed, said = run_test(test, rule, False)
         passed_with[key] = passed and (STOPPED not in said or test == "libc does what is forbidden")
