@@ -12,6 +12,7 @@ import resource
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import termios
@@ -231,6 +232,41 @@ def direct():
             assert "DONE 0 failures" in out.read() and "is translated" not in done.stderr
 
 
+def kvm():
+    """By the host's kernel: paused, stopped, and one that waits for an interrupt of the PIT, by the IOAPIC, at its local APIC (IRR)."""
+    store = lambda address, value: b"\xc7\x05" + struct.pack("<II", address, value)
+    out = lambda port, value: b"\xb0" + bytes((value,)) + b"\xe6" + bytes((port,))
+    interrupted = store(0xfee000f0, 0x1ff) + store(0xfec00000, 0x14) + store(0xfec00010, 0x40) + out(0x43, 0x34) + out(0x40, 0) + out(0x40, 1) + b"\xf6\x05\x20\x02\xe0\xfe\x01\x74\xf7"
+    with vms.runtime():
+        machine = foreground(interrupted + small_guests.ECHO, "--engine", "kvm", "--console", "unix:serial")
+        wait_for("socket", lambda: os.path.exists("serial") and state_of_first() == "running")
+        name = next(iter(vms.vms()))
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(vms.LIMIT)
+            client.connect("serial")
+            client.sendall(b"a")
+            assert client.recv(1) == b"a"
+        run("pause", name)
+        run("resume", name)
+        run("kill", name)
+        assert machine.wait(vms.LIMIT) == 5
+
+
+def kept():
+    """Snapshots with disks, named relatively."""
+    with vms.runtime():
+        with open("raw", "wb") as disk:
+            disk.truncate(1 << 20)
+        run("disk", "create", "new.qcow2", "1M")
+        start(snapshots.KEEPS, "--disk", "raw", "--disk", "new.qcow2", name="vm")
+        run("snapshot", "create", "vm", "first")
+        run("snapshot", "create", "vm", "second", "--incremental", "--compress", "zstd")
+        run("snapshot", "delete", "vm", "first")
+        run("kill", "vm")
+        run("snapshot", "restore", "vm", "second", "--as", "back")
+        run("kill", "back")
+
+
 def streams():
     """Clients that listen when the machine ends get what is left."""
     with vms.runtime():
@@ -248,7 +284,7 @@ def streams():
         assert b"ended" in said[0] and said[1] == b"typed"
 
 
-scenarios = {scenario.__name__: scenario for scenario in (plain, migrated, waiting, translated, signals, stopped, sockets, terminal, plugged, served, served_without_broker, direct, streams, vms.names, vms.life, vms.crash, vms.console)}
+scenarios = {scenario.__name__: scenario for scenario in (plain, migrated, waiting, translated, signals, stopped, sockets, terminal, plugged, served, served_without_broker, direct, kvm, kept, streams, vms.names, vms.life, vms.crash, vms.console)}
 scenarios |= {"tree": snapshots.tree} | {f"dying_{name}": functools.partial(dying, name) for name in ("main", "loop", "vcpu0", "control")}
 
 if __name__ == "__main__":

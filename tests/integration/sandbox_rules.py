@@ -140,7 +140,8 @@ def main():
     if options.learn:
         learn(rules, entries)
     untested = sum(test.startswith(UNTESTED) for test in entries.values())
-    order = [rule for rule in entries if rule in rules and not entries[rule].startswith(UNTESTED) and (not options.rule or rule in options.rule) and (not options.test or entries[rule] in options.test)]
+    skipped = {rule for rule in rules if "kvm" in parts(rule)[3] and not os.access("/dev/kvm", os.R_OK | os.W_OK)}
+    order = [rule for rule in entries if rule in rules and rule not in skipped and not entries[rule].startswith(UNTESTED) and (not options.rule or rule in options.rule) and (not options.test or entries[rule] in options.test)]
     if not (options.all or options.rule or options.test or options.learn):
         print(f"seed {options.seed}")
         random.Random(options.seed).shuffle(order)
