@@ -198,7 +198,7 @@ int filter_load(const struct sock_fprog *program, bool listen)
 
 /* ---- when a rule is missing ---- */
 
-static __thread unsigned thread_kind; /* for the message */
+static __thread unsigned thread_kind = IN_API; /* for the message; what has a filter and no kind is a thread that one of these made */
 
 void filter_note_kind(unsigned kind)
 {
@@ -242,7 +242,7 @@ static void append_name(char *line, size_t size, int number)
 static void forbidden(int number, siginfo_t *info, void *context)
 {
     char line[160] = "doppel: sandbox: a thread (";
-    append(line, sizeof line, thread_kind ? sandbox_kind_name(thread_kind) : "?");
+    append(line, sizeof line, sandbox_kind_name(thread_kind));
     append(line, sizeof line, ") tried system call ");
     append_number(line, sizeof line, (unsigned long)info->si_syscall);
     append_name(line, sizeof line, info->si_syscall);
