@@ -27,6 +27,8 @@
 #define HERE_MAX 16u /* requests served on the thread that makes them, of one notification */
 #define SLOW_NS 1000000u
 #define SLOW_FACTOR 10u
+#define TICK_NS 5000000u
+#define FORGETS 64u
 #define WAIT_NS 4000000u /* a vCPU waits no longer for the companion; a busy host's time slice */
 
 SANDBOX_ALLOW_IF(IN_SHARE, sched_setaffinity, ARG_IS(0, 0)); /* its own */
@@ -68,6 +70,8 @@ struct device {
     atomic_bool stopping;
     bool at_once;
     uint64_t slow_until_ns; /* requests go to the workers */
+    struct loop_timer *tick; /* while requests come: looks after what the driver did not notify of, see serve_forgets */
+    bool ticking;
     pthread_t worker[WORKERS + 1]; /* the first is the companion */
     unsigned worker_count;
 };
@@ -286,12 +290,62 @@ static void stop_workers(struct device *share)
 
 /* ---- the driver ---- */
 
+/*
+ * Nobody waits for these. So the driver need not notify of each, nor is it told of the end of each at once: they are looked after when a request comes, when there are many, and
+ * by a clock that runs while requests come.
+ */
+static void serve_forgets(struct device *share)
+{
+    struct virtqueue *queue = virtio_queue(&share->virtio, QUEUE_HIPRIO);
+    bool quick = loop_now_ns() >= share->slow_until_ns;
+    struct virtqueue_chain *chain;
+
+    for (unsigned i = 1; i <= QUEUE_SIZE && (chain = virtqueue_pop(queue)); i++) {
+        struct fs_message message = message_of(chain);
+
+        if (!share->guard)
+            serve_here(share, chain);
+        else if (quick && fs_is_quick(share->fs, &message) && fs_serve_forget(share->fs, &message))
+            virtqueue_push(chain, 0, i % FORGETS == 0);
+        else
+            hand_over(share, chain);
+    }
+    if (!share->guard)
+        return;
+    virtqueue_notify_after(queue, FORGETS);
+    if (!share->ticking)
+        loop_timer_arm(share->tick, loop_now_ns() + TICK_NS);
+    share->ticking = true;
+}
+
+/* What was put off is told, and the driver notifies again. */
+static void end_ticking(struct device *share)
+{
+    struct virtqueue *queue = virtio_queue(&share->virtio, QUEUE_HIPRIO);
+
+    loop_timer_disarm(share->tick);
+    share->ticking = false;
+    virtqueue_flush(queue);
+    if (virtqueue_set_notification(queue, true))
+        virtio_wake_queue(&share->virtio, QUEUE_HIPRIO);
+}
+
+static void tick(void *ctx)
+{
+    struct device *share = ctx;
+
+    if (!share->ticking || !virtio_ready(&share->virtio))
+        return;
+    serve_forgets(share);
+    end_ticking(share);
+}
+
 static void serve_queue(struct device *share, unsigned index)
 {
     struct virtqueue *queue = virtio_queue(&share->virtio, index);
     struct virtqueue_chain *chain;
 
-    for (unsigned i = 0; i < QUEUE_SIZE && (chain = virtqueue_pop(queue)); i++) {
+    for (unsigned i = 0; index != QUEUE_HIPRIO && i < QUEUE_SIZE && (chain = virtqueue_pop(queue)); i++) {
         struct fs_message message = message_of(chain);
         bool quick = i < HERE_MAX && loop_now_ns() >= share->slow_until_ns && fs_is_quick(share->fs, &message);
 
@@ -300,6 +354,7 @@ static void serve_queue(struct device *share, unsigned index)
         else if (!quick || !run_errand(share, chain))
             hand_over(share, chain);
     }
+    serve_forgets(share);
     if (virtqueue_pending(queue))
         virtio_wake_queue(&share->virtio, index);
 }
@@ -331,6 +386,7 @@ static void driver_reset(void *ctx)
     struct virtqueue_chain *chain;
 
     fs_reset(share->fs);
+    share->ticking = false;
     do {
         pthread_mutex_lock(&share->lock);
         chain = take_first(share);
@@ -356,6 +412,8 @@ static const struct virtio_device_ops fs_ops = {
 static void share_free(struct device *share)
 {
     stop_workers(share);
+    if (share->tick)
+        loop_timer_destroy(share->tick);
     virtio_fini(&share->virtio);
     fs_destroy(share->fs);
     sem_destroy(&share->errand.asked);
@@ -387,6 +445,11 @@ static int share_create(struct device **out, const struct device_host *host, con
     sem_init(&share->errand.answered, 0, 0);
     pthread_mutex_init(&share->lock, NULL);
     pthread_cond_init(&share->wake, NULL);
+    share->tick = loop_timer_create(host->loop, tick, share);
+    if (!share->tick) {
+        share_free(share);
+        return error_set(err, -ENOMEM, "virtio-fs: no memory");
+    }
     ret = fs_create(&share->fs, &fs_config->fs, err);
     if (ret == 0)
         ret = virtio_init(&share->virtio, host, &fs_ops, share, &virtio_config, err);
@@ -422,6 +485,8 @@ static int share_state(struct device *share, struct state_io *io)
 
 static bool share_quiesce(struct device *share)
 {
+    if (share->ticking)
+        end_ticking(share);
     return !virtio_in_use(&share->virtio);
 }
 

@@ -179,6 +179,14 @@ bool virtqueue_set_notification(struct virtqueue *queue, bool enabled)
     return virtqueue_pending(queue);
 }
 
+void virtqueue_notify_after(struct virtqueue *queue, unsigned count)
+{
+    if (!queue->enabled || !queue->rings.event_index)
+        return;
+    queue->notification = false;
+    set_available_event(queue, (uint16_t)(queue->avail_next + count - 1));
+}
+
 /* ---- pop ---- */
 
 /* Takes one descriptor into the scratch vectors. NULL, or what is wrong with it. */
@@ -375,7 +383,6 @@ void virtqueue_push(struct virtqueue_chain *chain, uint64_t used_bytes, bool flu
 {
     struct virtqueue *queue = chain->queue;
     unsigned slot = queue->used_next & (queue->rings.size - 1);
-    uint16_t old = queue->used_signalled;
 
     if (used_bytes > chain->out_bytes)
         used_bytes = chain->out_bytes;
@@ -391,7 +398,15 @@ void virtqueue_push(struct virtqueue_chain *chain, uint64_t used_bytes, bool flu
                        sizeof(struct used_element));
     queue->used_next++;
     chain_forget(chain);
-    if (!flush)
+    if (flush)
+        virtqueue_flush(queue);
+}
+
+void virtqueue_flush(struct virtqueue *queue)
+{
+    uint16_t old = queue->used_signalled;
+
+    if (!queue->enabled || queue->broken || queue->used_next == old)
         return;
     __atomic_store_n(&queue->used->index, queue->used_next, __ATOMIC_RELEASE);
     physmap_mark_dirty(queue->config.memory, queue->rings.used, sizeof(struct used_ring));

@@ -85,6 +85,13 @@ bool virtqueue_pending(struct virtqueue *queue);
  * chain added after the enabling call notifies.
  */
 bool virtqueue_set_notification(struct virtqueue *queue, bool enabled);
+/*
+ * The driver is not to notify until `count` more chains are in the ring, one at least; for those nobody waits for, whose device looks by itself from time to time. Until the next
+ * virtqueue_set_notification(). Drivers without VIRTIO_F_EVENT_IDX go on notifying.
+ */
+void virtqueue_notify_after(struct virtqueue *queue, unsigned count);
+/* Shows the driver what was pushed without `flush`. */
+void virtqueue_flush(struct virtqueue *queue);
 /* The device found the chain itself unusable (too short for its header ...). */
 void virtqueue_fail(struct virtqueue *queue, const char *reason);
 

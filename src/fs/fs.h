@@ -53,6 +53,10 @@ uint64_t fs_serve(struct fs *fs, const struct fs_message *message);
  * may change the message behind it.
  */
 bool fs_is_quick(const struct fs *fs, const struct fs_message *message);
+/*
+ * Does what the message says if it gives files up (FORGET), without any system call but close(); for threads that may not touch files. False: it is something else, nothing was done.
+ */
+bool fs_serve_forget(struct fs *fs, const struct fs_message *message);
 /* For threads that only call fs_serve: gives them a file mode mask of their own (none), and lets them make files for the guest's users. */
 void fs_thread_prepare(const struct fs *fs);
 /* The guest's driver started anew: it holds nothing any more. Calls under way end with nothing kept. Any thread. */

@@ -329,6 +329,20 @@ bool fs_is_quick(const struct fs *fs, const struct fs_message *message)
     return true;
 }
 
+bool fs_serve_forget(struct fs *fs, const struct fs_message *message)
+{
+    struct fs_call call = {.fs = fs, .message = message};
+
+    if (message->in_bytes < IN_HEADER_BYTES)
+        return false;
+    copy_out(message, 0, &call.header, IN_HEADER_BYTES);
+    if (call.header.opcode != FUSE_FORGET)
+        return false;
+    if (call.header.len >= IN_HEADER_BYTES && call.header.len <= message->in_bytes)
+        (void)check_and_run(&call, &operations[FUSE_FORGET]);
+    return true;
+}
+
 uint64_t fs_serve(struct fs *fs, const struct fs_message *message)
 {
     struct fs_call call = {.fs = fs, .message = message};
