@@ -594,6 +594,11 @@ static int open_trace(struct machine *machine, struct error *err)
     machine->trace = strcmp(path, "-") == 0 ? stderr : fopen(path, "we");
     if (!machine->trace)
         return error_set(err, -errno, "--trace: cannot write %s: %s", path, strerror(errno));
+    machine->trace_buffer = malloc(BUFSIZ);
+    if (!machine->trace_buffer)
+        return error_set(err, -ENOMEM, "out of memory");
+    if (machine->trace != stderr)
+        (void)setvbuf(machine->trace, machine->trace_buffer, _IOFBF, BUFSIZ);
     return 0;
 }
 
@@ -769,6 +774,7 @@ void machine_destroy(struct machine *machine)
     machine_trace_destroy(machine);
     if (machine->trace && machine->trace != stderr)
         fclose(machine->trace);
+    free(machine->trace_buffer);
     pthread_cond_destroy(&machine->run_changed);
     pthread_mutex_destroy(&machine->watch_lock);
     pthread_mutex_destroy(&machine->join_lock);

@@ -155,6 +155,7 @@ struct machine {
     struct boot_entry boot;
     int kernel_fd, initrd_fd; /* kept for resets */
     FILE *trace;                      /* --trace; NULL: not there */
+    char *trace_buffer;               /* its bytes to be written: made here, because the C library would look at the file first, which vCPU threads may not */
     struct machine_trace *live_trace; /* machine_trace.c; NULL: nobody has asked yet */
     uint64_t tsc_khz;
     struct sandbox *sandbox; /* NULL: off */

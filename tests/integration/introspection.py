@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What the translator tells about itself: --stats and SIGUSR1 while the guest runs, --perf-map, --dump-code; from the command line and from a file.
+"""What the translator tells about itself: --stats and SIGUSR1 while the guest runs, --perf-map, --dump-code; from the command line and from a file. And --trace into a file.
 
 usage: introspection.py DOPPEL
 """
@@ -13,6 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
+
+import small_guests
 
 SKIPPED = 77
 STOPPED, USAGE = 5, 2  # exit statuses of doppel
@@ -102,6 +104,15 @@ def run(doppel, options, perf_map):
         return first, read(errors.name)
 
 
+def check_trace(doppel, work):
+    """In the sandbox, where vCPU threads write and look at nothing."""
+    path = os.path.join(work, "trace")
+    subprocess.run([doppel, "run", "--kernel", small_guests.write(os.path.join(work, "off"), small_guests.say("x" * 2000) + small_guests.POWER_OFF), "--memory", "8M", "--net", "none",
+                    "--console", "none", "--trace", path], stdin=subprocess.DEVNULL, timeout=60, check=True)
+    lines = read(path).splitlines()
+    assert sum(line.startswith("out 0x3f8 ") for line in lines) == 2000 and lines[-1].startswith("out 0x604 "), lines[-3:]
+
+
 def main():
     doppel = sys.argv[1]
     with tempfile.TemporaryDirectory() as work:
@@ -123,6 +134,7 @@ def main():
         check_report(first, "SIGUSR1, from a file")
         first, text = run(doppel, options, False)
         assert "code dumps" not in first and "code dumps" not in text
+        check_trace(doppel, work)
 
 
 main()
