@@ -3,7 +3,8 @@
  *
  * Requests that are quick are served in the doorbell: to the guest, the answer is there when its write to the register ends. All others, and those of storage that turned out
  * to be slow, are served by a few workers, so that the machine does not stand still. A vCPU that may not touch files (sandbox) waits in the doorbell for a thread that may, the
- * companion, which is kept on the same processor: changing threads there costs a twentieth of what waking another processor does, and works on busy hosts as well.
+ * companion, which is kept on the same processor: changing threads there costs a twentieth of what waking another processor does, and works on busy hosts as well. There are a few,
+ * so that those of vCPUs on several processors stay where they are.
  * Threading: with the device lock held; the list of chains for workers has a lock of its own, inside the device lock. Workers take the device lock to push, the companion when
  * the vCPU has left. A loop without a guard belongs to one thread, and everything is served on it.
  */
@@ -24,6 +25,7 @@
 
 #define QUEUE_SIZE 1024u /* the guest's kernel makes requests no longer than a ring */
 #define WORKERS 4u
+#define COMPANIONS_MAX 4u
 #define HERE_MAX 16u /* requests served on the thread that makes them, of one notification */
 #define SLOW_NS 1000000u
 #define SLOW_FACTOR 10u
@@ -50,9 +52,12 @@ enum errand_state { ERRAND_NONE, ERRAND_WAITED, ERRAND_DONE, ERRAND_LEFT };
 
 /* A chain that a vCPU waits for. WAITED becomes DONE by the companion or LEFT by the vCPU; who comes second pushes it. */
 struct errand {
+    struct device *share;
     _Atomic int state;
     struct virtqueue_chain *chain;
-    int processor; /* of the vCPU */
+    int processor; /* of the vCPU, and where the companion is */
+    bool moved;    /* it is not yet */
+    uint64_t started_ns;
     uint64_t used_bytes;
     bool slow;
     sem_t asked, answered;
@@ -66,13 +71,14 @@ struct device {
     pthread_mutex_t lock;
     pthread_cond_t wake;
     struct virtqueue_chain *first, **last; /* waiting for a worker */
-    struct errand errand;
+    struct errand errand[COMPANIONS_MAX];
+    unsigned companions;
     atomic_bool stopping;
     bool at_once;
     uint64_t slow_until_ns; /* requests go to the workers */
     struct loop_timer *tick; /* while requests come: looks after what the driver did not notify of, see serve_forgets */
     bool ticking;
-    pthread_t worker[WORKERS + 1]; /* the first is the companion */
+    pthread_t worker[COMPANIONS_MAX + WORKERS]; /* companions first */
     unsigned worker_count;
 };
 
@@ -133,18 +139,38 @@ static void errand_push(struct errand *errand)
     atomic_store(&errand->state, ERRAND_NONE);
 }
 
-/* The companion serves the chain while this vCPU waits for it. False: it has no time. */
+/* Of those that have time the one on this processor, otherwise the one used least lately. */
+static struct errand *find_companion(struct device *share, int processor)
+{
+    struct errand *found = NULL;
+
+    for (unsigned i = 0; i < share->companions; i++) {
+        struct errand *errand = &share->errand[i];
+
+        if (atomic_load(&errand->state) != ERRAND_NONE)
+            continue;
+        if (errand->processor == processor)
+            return errand;
+        if (!found || errand->started_ns < found->started_ns)
+            found = errand;
+    }
+    return found;
+}
+
+/* A companion serves the chain while this vCPU waits for it. False: none has time. */
 static bool run_errand(struct device *share, struct virtqueue_chain *chain)
 {
-    struct errand *errand = &share->errand;
+    int processor = sched_getcpu(), ret;
+    struct errand *errand = find_companion(share, processor);
     uint64_t started_ns = loop_now_ns(), until_ns = started_ns + WAIT_NS;
     struct timespec until = {(time_t)(until_ns / 1000000000u), (long)(until_ns % 1000000000u)};
-    int ret;
 
-    if (atomic_load(&errand->state) != ERRAND_NONE)
+    if (!errand)
         return false;
     errand->chain = chain;
-    errand->processor = sched_getcpu();
+    errand->moved = errand->processor != processor;
+    errand->processor = processor;
+    errand->started_ns = started_ns;
     atomic_store(&errand->state, ERRAND_WAITED);
     sem_post(&errand->asked);
     do
@@ -172,12 +198,29 @@ static void move_to(int processor)
     (void)sched_setaffinity(0, sizeof(set), &set);
 }
 
+/* One for each of the host's processors, up to a few; none where vCPUs serve themselves. */
+static void companions_init(struct device *share)
+{
+    cpu_set_t set;
+    unsigned processors = sched_getaffinity(0, sizeof(set), &set) < 0 ? 1 : (unsigned)CPU_COUNT(&set);
+
+    if (!share->at_once)
+        share->companions = processors < COMPANIONS_MAX ? processors : COMPANIONS_MAX;
+    for (unsigned i = 0; i < share->companions; i++) {
+        struct errand *errand = &share->errand[i];
+
+        errand->share = share;
+        errand->processor = -1;
+        sem_init(&errand->asked, 0, 0);
+        sem_init(&errand->answered, 0, 0);
+    }
+}
+
 static void *companion_main(void *ctx)
 {
-    struct device *share = ctx;
-    struct errand *errand = &share->errand;
+    struct errand *errand = ctx;
+    struct device *share = errand->share;
     bool entered = false;
-    int processor = -1;
 
     fs_thread_prepare(share->fs);
     for (;;) {
@@ -186,8 +229,8 @@ static void *companion_main(void *ctx)
         if (atomic_load(&share->stopping))
             return NULL;
         entered = entered || loop_thread_enter(share->virtio.host->loop, IN_SHARE);
-        if (errand->processor != processor && errand->processor >= 0 && errand->processor < CPU_SETSIZE)
-            move_to(processor = errand->processor);
+        if (errand->moved && errand->processor >= 0 && errand->processor < CPU_SETSIZE)
+            move_to(errand->processor);
         errand->slow = serve_timed(share, errand->chain, &errand->used_bytes);
         if (atomic_exchange(&errand->state, ERRAND_DONE) == ERRAND_LEFT) {
             pthread_mutex_lock(share->guard);
@@ -267,8 +310,11 @@ static int start_workers(struct device *share)
     /* Signals are for the threads that expect them. */
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    while (ret == 0 && share->worker_count <= WORKERS) {
-        ret = -pthread_create(&share->worker[share->worker_count], NULL, share->worker_count ? worker_main : companion_main, share);
+    while (ret == 0 && share->worker_count < share->companions + WORKERS) {
+        bool companion = share->worker_count < share->companions;
+
+        ret = -pthread_create(&share->worker[share->worker_count], NULL, companion ? companion_main : worker_main,
+                              companion ? (void *)&share->errand[share->worker_count] : share);
         if (ret == 0)
             share->worker_count++;
     }
@@ -282,7 +328,8 @@ static void stop_workers(struct device *share)
     atomic_store(&share->stopping, true);
     pthread_cond_broadcast(&share->wake);
     pthread_mutex_unlock(&share->lock);
-    sem_post(&share->errand.asked);
+    for (unsigned i = 0; i < share->companions; i++)
+        sem_post(&share->errand[i].asked);
     for (unsigned i = 0; i < share->worker_count; i++)
         pthread_join(share->worker[i], NULL);
     share->worker_count = 0;
@@ -416,8 +463,10 @@ static void share_free(struct device *share)
         loop_timer_destroy(share->tick);
     virtio_fini(&share->virtio);
     fs_destroy(share->fs);
-    sem_destroy(&share->errand.asked);
-    sem_destroy(&share->errand.answered);
+    for (unsigned i = 0; i < share->companions; i++) {
+        sem_destroy(&share->errand[i].asked);
+        sem_destroy(&share->errand[i].answered);
+    }
     pthread_cond_destroy(&share->wake);
     pthread_mutex_destroy(&share->lock);
     free(share);
@@ -441,8 +490,7 @@ static int share_create(struct device **out, const struct device_host *host, con
     share->guard = loop_guard(host->loop);
     share->at_once = fs_config->at_once;
     share->last = &share->first;
-    sem_init(&share->errand.asked, 0, 0);
-    sem_init(&share->errand.answered, 0, 0);
+    companions_init(share);
     pthread_mutex_init(&share->lock, NULL);
     pthread_cond_init(&share->wake, NULL);
     share->tick = loop_timer_create(host->loop, tick, share);
