@@ -317,10 +317,19 @@ int instance_write(const struct instance *instance, const char *file, const json
 {
     char draft[64];
     snprintf(draft, sizeof draft, ".%s.%d", file, (int)gettid()); /* threads may write the same file */
-    int fd = openat(instance->dir, draft, O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, 0600);
+    char *text = json_dumps(value, JSON_COMPACT | JSON_PRESERVE_ORDER);
+    if (!text)
+        return -ENOMEM;
+    size_t size = strlen(text);
+    text[size++] = '\n'; /* in the place of the zero; at once: json_dumpfd writes each word by itself */
+    int r = 0, fd = openat(instance->dir, draft, O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, 0600);
     if (fd < 0)
-        return -errno;
-    int r = json_dumpfd(value, fd, JSON_COMPACT | JSON_PRESERVE_ORDER) || write(fd, "\n", 1) != 1 ? -EIO : 0;
+        r = -errno;
+    else if (write(fd, text, size) != (ssize_t)size)
+        r = -EIO;
+    free(text);
+    if (fd < 0)
+        return r;
     close(fd);
     if (r == 0 && renameat(instance->dir, draft, instance->dir, file))
         r = -errno;

@@ -35,9 +35,14 @@ static json_t *read_json(int dir, const char *file)
 {
     struct stat st;
     json_t *value = NULL;
+    char *text = NULL;
     int fd = open_file(dir, file, O_RDONLY);
     if (fd >= 0 && fstat(fd, &st) == 0 && st.st_size <= (off_t)INSTANCE_FILE_BYTES_MAX)
-        value = json_loadfd(fd, JSON_REJECT_DUPLICATES, NULL);
+        text = malloc((size_t)st.st_size + 1);
+    ssize_t size = text ? read(fd, text, (size_t)st.st_size) : -1; /* at once: json_loadfd reads by the byte */
+    if (size >= 0)
+        value = json_loadb(text, (size_t)size, JSON_REJECT_DUPLICATES, NULL);
+    free(text);
     if (fd >= 0)
         close(fd);
     if (json_is_object(value))
