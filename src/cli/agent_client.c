@@ -57,12 +57,15 @@ static int ask_for_port(int fd, unsigned port)
     return -EPROTO;
 }
 
-/* By a name that may be shortened. */
-static int connect_vm(const char *vm)
+/* By its whole name, or one that is shortened: to find whose that is, all machines are read. */
+static int connect_vm(const char *vm, bool whole_name)
 {
     struct instance_info info;
     struct error err;
-    int result = instance_find(vm, &info, &err);
+    int result = instance_connect(vm, "vsock.sock");
+    if (result >= 0 || whole_name)
+        return result;
+    result = instance_find(vm, &info, &err);
     if (result)
         return result;
     result = instance_connect(info.name, "vsock.sock");
@@ -72,7 +75,7 @@ static int connect_vm(const char *vm)
 
 static int try_open(const struct agent_address *address)
 {
-    int fd = address->socket ? connect_socket(address->socket) : connect_vm(address->vm);
+    int fd = address->socket ? connect_socket(address->socket) : connect_vm(address->vm, address->whole_name);
     int result = fd < 0 ? fd : ask_for_port(fd, address->port);
     if (fd >= 0 && result < 0)
         close(fd);

@@ -17,6 +17,7 @@ struct agent_address {
     const char *vm, *socket;
     unsigned port;
     unsigned wait_s; /* tries again until the agent is there */
+    bool whole_name; /* nobody else is meant, even if nobody has this name now */
 };
 
 /* From the options that these commands share. 0 or an exit status, after a message. */

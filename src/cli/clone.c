@@ -19,7 +19,8 @@
 
 #define COUNT_MAX 1000ul
 #define AT_ONCE 8u
-#define AGENT_ANSWER_S 10
+#define AGENT_ANSWER_S_FIRST 2u
+#define AGENT_ANSWER_S_LAST 16u
 #define AGENT_TRIES 4u
 #define AGENT_PAUSE_NS 50000000l
 
@@ -82,27 +83,42 @@ static int change(struct machine_config *config, void *ctx)
     return r;
 }
 
-static const char *tell_agent(const struct clone *clone, const char *name)
+/* Once. NULL: it has answered that it did all of it. */
+static const char *tell_once(const struct clone *clone, const struct agent_address *address, unsigned answer_s, bool *again)
 {
     struct agent_client client;
     struct agent_frame frame;
     uint8_t body[AGENT_IDENTITY_BYTES_MAX];
-    const struct agent_address address = {.vm = name, .port = AGENT_PORT};
-    const struct timeval limit = {.tv_sec = AGENT_ANSWER_S};
+    const struct timeval limit = {.tv_sec = answer_s};
     const struct timespec pause = {.tv_nsec = AGENT_PAUSE_NS};
-    bool there = clone->has_vsock && agent_client_try(&client, &address);
-    for (unsigned i = 1; clone->has_vsock && !there && i < AGENT_TRIES; i++) { /* the guest may have to be told first that its connections are gone */
+    bool there = agent_client_try(&client, address);
+    for (unsigned i = 1; !there && i < AGENT_TRIES; i++) { /* the guest may have to be told first that its connections are gone */
         nanosleep(&pause, NULL);
-        there = agent_client_try(&client, &address);
+        there = agent_client_try(&client, address);
     }
+    *again = there;
     if (!there)
         return "no agent answers in the guest";
     setsockopt(client.fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
     size_t size = agent_identity_format(&clone->identity, body);
     bool answered = agent_client_send(&client, AGENT_IDENTITY, body, size) && agent_client_receive(&client, &frame);
-    const char *trouble = !answered ? "the guest's agent does not answer" : frame.type != AGENT_DONE ? "the guest's agent could not do all of it" : NULL;
+    *again = !answered;
     agent_client_close(&client);
     explicit_bzero(body, sizeof body);
+    return !answered ? "the guest's agent does not answer" : frame.type != AGENT_DONE ? "the guest's agent could not do all of it" : NULL;
+}
+
+/*
+ * The agent of just this machine, never of one whose name only begins so. A connection that the guest took before it was told that all of them are gone ends without an answer, so
+ * it is told once more, which does no harm; each time it has longer, as many clones may share few processors.
+ */
+static const char *tell_agent(const struct clone *clone, const char *name)
+{
+    const struct agent_address address = {.vm = name, .port = AGENT_PORT, .whole_name = true};
+    const char *trouble = "no agent answers in the guest";
+    bool again = clone->has_vsock;
+    for (unsigned answer_s = AGENT_ANSWER_S_FIRST; again && answer_s <= AGENT_ANSWER_S_LAST; answer_s *= 2)
+        trouble = tell_once(clone, &address, answer_s, &again);
     return trouble;
 }
 
