@@ -5,6 +5,7 @@
  */
 #include <errno.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -143,7 +144,7 @@ static int request_migration(struct migrate *migrate)
         wait_with_progress(migrate);
         pthread_join(thread, NULL);
     }
-    return migrate->result ? complain(STATUS_ERROR, "%s: %s", migrate->name, migrate->err.text) : 0;
+    return migrate->result ? complain(STATUS_ERROR, "%s", migrate->err.text) : 0;
 }
 
 static void print_result(const struct migrate *migrate, const char *to)
@@ -326,6 +327,7 @@ int receive_main(int argc, char **argv)
         return r < 0 ? 0 : r;
     if (arguments.value[RECEIVE_NAME] && !instance_name_valid(arguments.value[RECEIVE_NAME]))
         return complain(STATUS_USAGE, "receive: \"%s\" is no name for a virtual machine", arguments.value[RECEIVE_NAME]);
+    signal(SIGPIPE, SIG_IGN); /* the source may close the connection at any moment */
     r = wait_for_one(&arguments, &wire);
     if (r)
         return r;

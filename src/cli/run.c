@@ -348,7 +348,8 @@ int run_vm(struct run *run)
         run->config.snapshots_directory = run->snapshots[0] ? run->snapshots : NULL;
     }
     open_control(run);
-    int code = run->snapshots[0] ? snapshot_disks_apply(run->snapshots, &run->config, &err) : 0;
+    /* One that comes names the files that it has there; what a machine of this name had here before is not its. */
+    int code = run->snapshots[0] && !run->incoming ? snapshot_disks_apply(run->snapshots, &run->config, &err) : 0;
     if (code || make_machine(run, &err)) {
         complain(0, "%s", err.text);
         pid_file = NULL;
