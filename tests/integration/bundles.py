@@ -13,8 +13,7 @@ import sys
 import tarfile
 
 import small_guests
-from snapshots import KEEPS, knows, snapshots, type_in
-from vms import doppel, run, runtime, start, state
+from vms import KEEPS, doppel, knows, run, runtime, snapshots, start, state, type_in
 
 KIB, MIB = 1 << 10, 1 << 20
 

@@ -4,8 +4,7 @@ import json
 import os
 import pathlib
 
-from vms import doppel, run, runtime, start, state, vms, wait_for
-from snapshots import KEEPS, knows, snapshots, type_in
+from vms import KEEPS, knows, run, runtime, snapshots, start, state, type_in, wait_for
 
 
 def clones():

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """doppel migrate and doppel receive: a guest that keeps what is typed moves between processes, and stays where it was when something fails. `migrate.py DOPPEL SCENARIO` is one test."""
 import contextlib
+import ctypes
 import json
 import os
 import re
@@ -11,23 +12,7 @@ import subprocess
 import sys
 import threading
 
-from vms import LIMIT, ask, doppel, run, runtime, start, state, vms, wait_for
-
-# Each byte from the serial port goes to a page of its own, from 0x200000 on; "?" says them all.
-KEEPS = bytes.fromhex("be00002000 bafd030000 eca8017504f390ebf7 baf8030000ec 3c3f740a 8806 81c600100000 ebde bf00002000 39f773d5 8a07ee 81c700100000 ebf1")
-
-
-def type_in(name, text):
-    assert ask(name, "POST", "/doppel/v1/console", text.encode())[0] == 200
-
-
-def knows(name, text):
-    """Whether the guest has kept just that, and runs."""
-    before = len(run("logs", name))
-    type_in(name, "?")
-    wait_for(text, lambda: len(run("logs", name)) >= before + len(text))
-    said = run("logs", name)[before:]
-    assert said == text, f"{said!r}, not {text!r}"
+from vms import KEEPS, LIMIT, doppel, knows, run, runtime, start, state, type_in, vms, wait_for
 
 
 @contextlib.contextmanager
@@ -38,9 +23,9 @@ def tcp_receiver(*options):
 
 
 @contextlib.contextmanager
-def receiver(*options, listen="unix:there", shown="unix:there"):
-    """doppel receive, ready to be connected to; ended, if it has not by itself."""
-    process = subprocess.Popen([doppel, "receive", "--listen", listen, *options], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def receiver(*options, listen="unix:there", shown="unix:there", wrapper=()):
+    """doppel receive, ready to be connected to; ended, if it has not by itself. `wrapper` is a command that runs it."""
+    process = subprocess.Popen([*wrapper, doppel, "receive", "--listen", listen, *options], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         line = process.stderr.readline()
         found = re.fullmatch(rf"doppel: waiting for a virtual machine at ({shown})\n", line)
@@ -196,9 +181,9 @@ def damage(wire, header, body):
     return header, body[:-1] + bytes([body[-1] ^ 1]) if body else body
 
 
-def attempt(message, act, during=None):
+def attempt(message, act, during=None, wrapper=()):
     """One migration on which something happens; the outputs of both sides, which both must have failed."""
-    with receiver("--name", "there") as there:
+    with receiver("--name", "there", wrapper=wrapper) as there:
         def kill(wire, header, body):
             for pid in [*children(there.pid), there.pid]:  # once it has ended, nobody knows whose they are
                 os.kill(pid, signal.SIGKILL)
@@ -215,15 +200,33 @@ def attempt(message, act, during=None):
         return said[1], there
 
 
+def as_it_is(wire, header, body):
+    return header, body
+
+
+def newer(wire, header, body):
+    """HELLO as a version might send it that nobody knows yet."""
+    at = body.index(b"migration") + len(b"migration")
+    return with_checksum(header, body[:at] + struct.pack("<I", 99) + body[at + 4:])
+
+
+def with_checksum(header, body):
+    library = ctypes.CDLL("libxxhash.so.0")
+    library.XXH3_64bits.restype = library.XXH3_64bits_withSeed.restype = ctypes.c_uint64
+    head = header[:-8]
+    seed = library.XXH3_64bits(head, ctypes.c_size_t(len(head)))
+    return head + struct.pack("<Q", library.XXH3_64bits_withSeed(body, ctypes.c_size_t(len(body)), ctypes.c_uint64(seed))), body
+
+
 def children(pid):
     return [int(child) for child in open(f"/proc/{pid}/task/{pid}/children").read().split()]
 
 
-def stays(message, act, text="", during=None):
-    """The guest goes on where it was, with its disk, and nowhere else."""
-    said, there = attempt(message, act, during)
-    assert text in said, said
-    assert there.returncode != 0
+def stays(message, act, text="", during=None, wrapper=()):
+    """The guest goes on where it was, with its disk, and nowhere else; one line says why."""
+    said, there = attempt(message, act, during, wrapper)
+    assert text in said and len(said.splitlines()) == 1, said
+    assert there.returncode > 0 or act == "kill", there.returncode
     wait_for("end of the target", lambda: state("there") in (None, "ended", "died"))
     assert state("vm") == "running"
     knows("vm", "ab")
@@ -319,5 +322,41 @@ def strangers():
         knows("there", "ab")
 
 
+def limits():
+    """A target of another version, or without room; a second migration, one to nobody, and cancelling at each moment."""
+    with runtime():
+        with open("disk", "wb") as disk:
+            disk.truncate(1 << 20)
+        start(KEEPS, "--disk", "disk", name="vm")
+        type_in("vm", "ab")
+        stays(HELLO, newer, "section \"migration\"")
+        rooms = ("--as=60000000", "Cannot allocate memory"), ("--nofile=12", "Too many open files"), ("--nofile=28", "Too many open files"), ("--fsize=4096", "File too large")
+        for limit, text in rooms:
+            assert text in stays(FAILED, as_it_is, text, wrapper=["prlimit", limit])
+        for message in HELLO, WELCOME, PAGES:
+            stalled = threading.Event()
+            stays(message, lambda wire, *frame: (wire.reached.set(), stalled.wait(LIMIT), frame)[-1], "cancelled", lambda: (run("migrate", "--cancel", "vm"), stalled.set()))
+
+        def second():
+            for command in ["migrate", "vm", "unix:other"], ["snapshot", "create", "vm"]:
+                run(*command, status=1)
+                assert "under way" in run.errors and len(run.errors.splitlines()) == 1, run.errors
+            stalled.set()
+        stalled = threading.Event()
+        with receiver("--name", "other", listen="unix:other", shown="unix:other") as other:
+            stays(PAGES, lambda wire, *frame: (wire.reached.set(), stalled.wait(LIMIT), wire.cut(), frame)[-1], "closed", second)
+            run("receive", "--listen", "unix:other", status=1)
+            assert "unix:other: Address already in use" in run.errors, run.errors
+            assert "the connection was closed" in finish(other, 1)
+        with tcp_receiver("--insecure") as (_, address):
+            run("receive", "--insecure", "--listen", address, status=1)
+            assert f"{address}: Address already in use" in run.errors, run.errors
+        run("migrate", "vm", f"unix:{os.environ['XDG_RUNTIME_DIR']}/doppel/vm/api.sock", status=1)
+        assert len(run.errors.splitlines()) == 1, run.errors
+        knows("vm", "ab")
+        migrate("vm", "there")
+        knows("there", "ab")
+
+
 if __name__ == "__main__":
-    {"move": move, "tcp": tcp, "faults": faults, "strangers": strangers}[sys.argv[2]]()
+    {"limits": limits, "move": move, "tcp": tcp, "faults": faults, "strangers": strangers}[sys.argv[2]]()

@@ -64,7 +64,7 @@ def migrated():
     with vms.runtime():
         with open("disk", "wb") as disk:
             disk.truncate(1 << 20)
-        start(migrate.KEEPS, "--disk", "disk", name="vm")
+        start(vms.KEEPS, "--disk", "disk", name="vm")
         migrate.migrate("vm", "there")
 
 
@@ -258,7 +258,7 @@ def kept():
         with open("raw", "wb") as disk:
             disk.truncate(1 << 20)
         run("disk", "create", "new.qcow2", "1M")
-        start(snapshots.KEEPS, "--disk", "raw", "--disk", "new.qcow2", name="vm")
+        start(vms.KEEPS, "--disk", "raw", "--disk", "new.qcow2", name="vm")
         run("snapshot", "create", "vm", "first")
         run("snapshot", "create", "vm", "second", "--incremental", "--compress", "zstd")
         run("snapshot", "delete", "vm", "first")

@@ -9,28 +9,7 @@ import signal
 import subprocess
 import sys
 
-from vms import doppel, run, runtime, start, state, vms, wait_for, ask
-
-# Each byte from the serial port goes to a page of its own, from 0x200000 on; "?" says them all.
-KEEPS = bytes.fromhex("be00002000 bafd030000 eca8017504f390ebf7 baf8030000ec 3c3f740a 8806 81c600100000 ebde bf00002000 39f773d5 8a07ee 81c700100000 ebf1")
-
-
-def type_in(name, text):
-    assert ask(name, "POST", "/doppel/v1/console", text.encode())[0] == 200
-
-
-def knows(name, text):
-    """Whether the guest has kept just that."""
-    before = len(run("logs", name))
-    type_in(name, "?")
-    wait_for(text, lambda: len(run("logs", name)) >= before + len(text))
-    said = run("logs", name)[before:]
-    assert said == text, f"{said!r}, not {text!r}"
-    return True
-
-
-def snapshots(name):
-    return {s["name"]: s for s in json.loads(run("snapshot", "list", name, "--json"))}
+from vms import KEEPS, doppel, knows, run, runtime, snapshots, start, state, type_in, vms, wait_for
 
 
 def tree():
