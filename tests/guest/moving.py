@@ -19,18 +19,19 @@ SEED = int(os.environ.get("SEED", "1"))
 WAYS = [], ["--compress", "zstd"], ["--downtime", "200ms"], ["--bandwidth", "400M"]
 
 
-def command(*arguments, seconds=120):
-    done = subprocess.run([doppel, *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=seconds)
+def command(*arguments, seconds=120, here=()):
+    done = subprocess.run([*here, doppel, *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=seconds)
     assert done.returncode == 0, f"doppel {' '.join(arguments)}: {done.returncode} {done.stdout}{done.stderr}"
     return done.stdout
 
 
-def move(source, target, engine, way, wrapper=()):
-    """What doppel migrate says of it."""
-    there = subprocess.Popen([*wrapper, doppel, "receive", "--listen", "unix:there", "--name", target, "--engine", engine], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def move(source, target, engine, way, wrapper=(), listen="unix:there", both=(), here=()):
+    """What doppel migrate says of it. `wrapper` and `here` are commands that run the target and doppel migrate, `both` what the two are told."""
+    there = subprocess.Popen([*wrapper, doppel, "receive", *both, "--listen", listen, "--name", target, "--engine", engine], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        assert "waiting" in there.stderr.readline()
-        said = command("migrate", *way, source, "unix:there")
+        waiting = there.stderr.readline()
+        assert "waiting" in waiting, waiting
+        said = command("migrate", *both, *way, source, waiting.split()[-1], here=here)
         out, errors = there.communicate(timeout=60)
         assert there.returncode == 0 and out == f"{target}\n", errors
         return said.strip()
@@ -152,4 +153,5 @@ def tap():
             os.chdir("/")
 
 
-guest.main({"moving": moving, "moving-tap": tap})
+if __name__ == "__main__":
+    guest.main({"moving": moving, "moving-tap": tap})
