@@ -416,12 +416,26 @@ static int wrap(struct wire *wire, bool server, const struct wire_security *secu
 
 /* ---- connections ---- */
 
+/* Whoever connects and goes without a word wanted to know whether somebody listens. */
+static int wait_for_word(struct wire *wire, struct error *err)
+{
+    char first;
+    ssize_t n;
+    do
+        n = recv(wire->fd, &first, 1, MSG_PEEK);
+    while (n < 0 && errno == EINTR);
+    return n > 0 ? 0 : error_set(err, -EPROTO, "a connection was closed before anything was said");
+}
+
 static int begin(struct wire *wire, int fd, bool server, const char *address, const struct wire_security *security, struct error *err)
 {
     const int bytes = BUFFER_BYTES;
     *wire = (struct wire){.fd = fd};
     setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof bytes);
-    int r = unix_path(address) || security->insecure ? 0 : wrap(wire, server, security, err);
+    bool plain = unix_path(address) || security->insecure;
+    int r = plain ? 0 : wrap(wire, server, security, err);
+    if (r == 0 && plain && server)
+        r = wait_for_word(wire, err);
     if (r)
         wire_close(wire);
     return r;

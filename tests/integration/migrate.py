@@ -46,6 +46,8 @@ def finish(process, status=0):
 
 def migrate(source, target, *options, sending=()):
     with receiver("--name", target, *options) as there:
+        run("receive", "--listen", "unix:there", status=1)
+        assert "already in use" in run.errors, run.errors
         said = run("migrate", source, "unix:there", *sending)
         assert finish(there) == target
     assert re.match(rf"{source} runs at unix:there: [0-9.]+ s, \d+ MiB in \d+ rounds, still for [0-9.]+ ms$", said), said
@@ -294,7 +296,7 @@ def strangers():
         for wrong in ("--compress", "lz4"), ("--compress", "zstd=20"), ("--bandwidth", "1x"), ("--bandwidth", "0"), ("--bandwidth", "9999999999G"):
             run("migrate", "vm", "unix:there", *wrong, status=2)
         run("migrate", "nobody", "unix:there", status=1)
-        for said in b"", b"GET / HTTP/1.0\r\n\r\n" * 3, HEADER.pack(b"DPMF", HELLO, 0, 1 << 31, 0, 0), HEADER.pack(b"DPMF", HELLO, 0, 0, 0, 0):
+        for said in b"GET / HTTP/1.0\r\n\r\n" * 3, HEADER.pack(b"DPMF", HELLO, 0, 1 << 31, 0, 0), HEADER.pack(b"DPMF", HELLO, 0, 0, 0, 0):
             with receiver() as there:
                 connection = socket.socket(socket.AF_UNIX)
                 connection.connect("there")
