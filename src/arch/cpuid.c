@@ -604,6 +604,22 @@ static struct cpuid_regs features_of(const struct cpuid_table *t, unsigned n)
                                feature_leaves[n].edx ? r->edx : 0};
 }
 
+bool cpuid_feature(const struct cpuid_table *table, unsigned n, struct cpuid_mask *feature)
+{
+    for (unsigned i = 0; i < sizeof(feature_leaves) / sizeof(feature_leaves[0]); i++) {
+        const bool is_set[] = {feature_leaves[i].eax, feature_leaves[i].ebx, feature_leaves[i].ecx, feature_leaves[i].edx};
+        const struct cpuid_regs r = features_of(table, i);
+        const uint32_t values[] = {r.eax, r.ebx, r.ecx, r.edx};
+        for (unsigned reg = 0; reg < 4; reg++)
+            if (is_set[reg] && n-- == 0) {
+                *feature = (struct cpuid_mask){.leaf = feature_leaves[i].leaf, .subleaf = feature_leaves[i].subleaf == ANY_SUBLEAF ? 0 : feature_leaves[i].subleaf, .reg = reg,
+                                               .mask = ~0u, .value = values[reg]};
+                return true;
+            }
+    }
+    return false;
+}
+
 /* What `saved` offers and `host` lacks. */
 static bool find_missing(const struct cpuid_table *saved, const struct cpuid_table *host, char *reason, size_t reason_bytes)
 {

@@ -68,6 +68,9 @@ bool cpuid_entry(const struct cpuid_table *table, unsigned n, uint32_t *leaf, ui
  */
 int cpuid_limit(struct cpuid_table *table, struct cpuid_regs (*allowed)(void *ctx, uint32_t leaf, uint32_t subleaf), void *ctx, struct error *err);
 
+/* The n-th register that is a set of features, all of its bits (0 where there is no such leaf). False: there are no more. */
+bool cpuid_feature(const struct cpuid_table *table, unsigned n, struct cpuid_mask *feature);
+
 struct state_io;
 /*
  * Section "cpuid". Loading replaces the table, so that a guest goes on seeing what it saw; refused, with the leaf's name, when the saved one

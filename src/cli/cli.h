@@ -94,6 +94,7 @@ int rm_main(int argc, char **argv);
 int migrate_main(int argc, char **argv);
 int receive_main(int argc, char **argv);
 int clone_main(int argc, char **argv);
+int cpu_baseline_main(int argc, char **argv);
 int disk_main(int argc, char **argv);
 int snapshot_main(int argc, char **argv);
 int export_main(int argc, char **argv);

@@ -166,6 +166,7 @@ const struct subcommand subcommands[] = {
     {"snapshot", snapshot_main, "create VM [NAME] | list [VM] | show VM NAME | restore VM NAME | delete VM NAME... | diff VM NAME NAME | export VM NAME FILE | import FILE [VM]",
      "keep states of virtual machines and go back to them", NAMES_OWN, snapshot_options},
     {"disk", disk_main, "create FILE [SIZE] | info FILE... | check FILE | commit FILE | convert FILE NEW", "make images of disks and look after them", NAMES_OWN, disk_options},
+    {"cpu-baseline", cpu_baseline_main, "[FILE...]", "print the processor features that guests can have here, or on all hosts where these files come from, for run --cpu-baseline", NAMES_OWN, no_options},
     {"migrate", migrate_main, "[OPTIONS] VM HOST[:PORT]|unix:PATH", "move a running virtual machine to where doppel receive waits", NAMES_SOME, migrate_options},
     {"receive", receive_main, "[OPTIONS]", "wait for a virtual machine that migrates, and run it in the background; prints its name", NAMES_NONE, receive_options},
     {"export", export_main, "[OPTIONS] VM|VM/SNAPSHOT FILE", "put a virtual machine into one file, with kernel, disks and (of a snapshot) its state; - is standard output", NAMES_SOME, export_options},

@@ -6,10 +6,10 @@
 
 #include <cpuid.h>
 #include <errno.h>
-#include <stdlib.h>
 #include <string.h>
 
-#include "control/api.h"
+#include "machine/cpu_template.h"
+#include "machine/machine.h"
 
 #define BIT(n) (1u << (n))
 enum { EAX, EBX, ECX, EDX };
@@ -86,101 +86,7 @@ int api_cpu_template(const char *name, struct processor_config *processor, struc
     return error_set(err, -ENOTSUP, "The CPU template %s is for processors of another architecture.", name);
 }
 
-/* ---- custom ---- */
-
-/* "0x7", "0b111", "7". */
-static int parse_number(const char *text, const char *what, uint32_t *value, struct error *err)
-{
-    char *end;
-    bool binary = strncmp(text, "0b", 2) == 0, hexadecimal = strncmp(text, "0x", 2) == 0;
-    const char *digits = text + (binary || hexadecimal ? 2 : 0);
-    errno = 0;
-    unsigned long long number = strtoull(digits, &end, binary ? 2 : hexadecimal ? 16 : 10);
-    if (!strchr("0123456789abcdefABCDEF", *digits) || !*digits || *end || errno || number > UINT32_MAX)
-        return error_set(err, -EINVAL, "CPU configuration: %s \"%.40s\" is not a 32-bit number such as 0x10a, 0b100 or 266", what, text);
-    *value = (uint32_t)number;
-    return 0;
-}
-
-/* "0b" and up to `bits` of 0, 1 and x, the lowest last. */
-static int parse_bitmap(const char *text, unsigned bits, uint64_t *mask, uint64_t *value, struct error *err)
-{
-    unsigned count = 0;
-    *mask = *value = 0;
-    bool valid = strncmp(text, "0b", 2) == 0;
-    for (const char *c = text + 2; valid && *c; c++) {
-        if (*c == '_')
-            continue;
-        valid = strchr("01x", *c) != NULL && ++count <= bits;
-        *mask = *mask << 1 | (*c != 'x');
-        *value = *value << 1 | (*c == '1');
-    }
-    return valid && count ? 0 : error_set(err, -EINVAL, "CPU configuration: \"%.80s\" is not 0b and up to %u of 0, 1 and x", text, bits);
-}
-
-static int add_leaf(const json_t *modifier, struct processor_config *processor, struct error *err)
-{
-    static const char *const registers[] = {"eax", "ebx", "ecx", "edx"};
-    struct cpuid_mask mask;
-    size_t index;
-    json_t *element;
-    int r = parse_number(api_text(modifier, "leaf"), "leaf", &mask.leaf, err);
-    if (r == 0)
-        r = parse_number(api_text(modifier, "subleaf"), "subleaf", &mask.subleaf, err);
-    json_array_foreach(json_object_get(modifier, "modifiers"), index, element)
-    {
-        uint64_t bits, value;
-        if (r == 0)
-            r = parse_bitmap(api_text(element, "bitmap"), 32, &bits, &value, err);
-        if (r == 0 && processor->cpuid_count == CONFIG_CPUID_MASKS_MAX)
-            r = error_set(err, -E2BIG, "CPU configuration: more than %d registers of CPUID are modified", CONFIG_CPUID_MASKS_MAX);
-        if (r)
-            return r;
-        mask.mask = (uint32_t)bits;
-        mask.value = (uint32_t)value;
-        for (mask.reg = 0; mask.reg < 3 && strcmp(registers[mask.reg], api_text(element, "register")) != 0;)
-            mask.reg++;
-        processor->cpuid[processor->cpuid_count++] = mask;
-    }
-    return r;
-}
-
-static int add_msr(const json_t *modifier, struct processor_config *processor, struct error *err)
-{
-    struct msr_mask *mask = &processor->msr[processor->msr_count];
-    if (processor->msr_count == CPUID_MSR_MASKS_MAX)
-        return error_set(err, -E2BIG, "CPU configuration: more than %d MSRs are modified", CPUID_MSR_MASKS_MAX);
-    int r = parse_number(api_text(modifier, "addr"), "addr", &mask->index, err);
-    if (r == 0)
-        r = parse_bitmap(api_text(modifier, "bitmap"), 64, &mask->mask, &mask->value, err);
-    if (r == 0)
-        processor->msr_count++;
-    return r;
-}
-
-/* Taking one away is nothing to do here. */
-static int check_capability(const char *text, struct error *err)
-{
-    uint32_t number;
-    if (*text != '!')
-        return error_set(err, -ENOTSUP, "CPU configuration: the capability %.20s cannot be required: Doppel runs without KVM, too", text);
-    return parse_number(text + 1, "capability", &number, err);
-}
-
 int api_cpu_custom(const json_t *config, struct processor_config *processor, struct error *err)
 {
-    size_t index;
-    json_t *element;
-    int r = 0;
-    if (json_array_size(json_object_get(config, "reg_modifiers")) || json_array_size(json_object_get(config, "vcpu_features")))
-        return error_set(err, -ENOTSUP, "CPU configuration: `reg_modifiers` and `vcpu_features` are for another architecture");
-    json_array_foreach(json_object_get(config, "kvm_capabilities"), index, element)
-        r = r ? r : check_capability(json_string_value(element), err);
-    json_array_foreach(json_object_get(config, "cpuid_modifiers"), index, element)
-        r = r ? r : add_leaf(element, processor, err);
-    json_array_foreach(json_object_get(config, "msr_modifiers"), index, element)
-        r = r ? r : add_msr(element, processor, err);
-    if (r)
-        return r;
-    return machine_check_processor(processor, err) ? error_prefix(err, "CPU configuration") : 0;
+    return cpu_template_read(config, processor, err);
 }

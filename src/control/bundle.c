@@ -34,6 +34,7 @@ static const struct portable {
     {"append", AS_IT_IS},
     {"memory", AS_IT_IS},
     {"cpus", AS_IT_IS},
+    {"cpu-baseline", FILE_ALONE},
     {"disk", FILE_FIRST, {"readonly", "readonly=", "serial=", "id=", "root", "cache=", "bps=", "iops=", "format="}},
     {"net", NETWORK},
     {"metadata", FILE_FIRST, {"version=", "address=", "imds"}},

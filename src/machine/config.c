@@ -14,6 +14,7 @@
 
 #include "engine/engine.h"
 #include "machine/config_priv.h"
+#include "machine/cpu_template.h"
 
 const struct option_info option_table[] = {
 #define OPTION(key, argument, flags, help) {key, argument, help, flags},
@@ -327,12 +328,18 @@ static int set_config(struct machine_config *config, const char *key, const char
     return machine_config_load(config, value, err);
 }
 
+static int set_cpu_baseline(struct machine_config *config, const char *key, const char *value, struct error *err)
+{
+    return cpu_template_load(value, &config->processor, err) ? error_prefix(err, "--%s", key) : 0;
+}
+
 static const struct {
     const char *key;
     setter_fn *set;
 } setters[] = {
     {"memory", set_memory},
     {"cpus", set_cpus},
+    {"cpu-baseline", set_cpu_baseline},
     {"disk", config_set_disk},
     {"net", config_set_net},
     {"share", config_set_share},

@@ -115,6 +115,8 @@ int machine_trace(struct machine *machine, const struct machine_trace_sink *sink
 
 /* Whether a processor can be made so here. */
 int machine_check_processor(const struct processor_config *config, struct error *err) __attribute__((warn_unused_result));
+/* All features that guests can have on this host, as masks that want just them. */
+int machine_host_features(struct processor_config *features, struct error *err) __attribute__((warn_unused_result));
 
 /* Every counter: `group` is "vcpu", "uart" or a device's kind with its id behind, such as "block_rootfs". With the device lock held. */
 typedef void machine_counter_fn(void *ctx, const char *group, const char *name, uint64_t value);

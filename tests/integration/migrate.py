@@ -12,7 +12,8 @@ import subprocess
 import sys
 import threading
 
-from vms import KEEPS, LIMIT, doppel, knows, run, runtime, start, state, type_in, vms, wait_for
+import small_guests
+from vms import KEEPS, LIMIT, doppel, kernel, knows, run, runtime, start, state, type_in, vms, wait_for
 
 
 @contextlib.contextmanager
@@ -343,5 +344,43 @@ def limits():
         knows("there", "ab")
 
 
+def baseline():
+    """The features of a fleet: what all hosts have, what a guest with that sees, and hosts that lack some of it."""
+    def register(description, leaf, name):
+        return next(entry for modifier in description["cpuid_modifiers"] if (modifier["leaf"], modifier["subleaf"]) == (leaf, "0") for entry in modifier["modifiers"] if entry["register"] == name)
+
+    def write(path, bitmap):
+        entry["bitmap"] = "0b" + bitmap
+        with open(path, "w") as file:
+            json.dump(host, file)
+    with runtime():
+        host = json.loads(run("cpu-baseline"))
+        entry = register(host, "0x7", "ebx")
+        bits = entry["bitmap"][2:]
+        feature, absent = bits.rindex("1"), bits.index("0")
+        write("host", bits)
+        write("less", bits[:feature] + "0" + bits[feature + 1:])
+        write("more", bits[:absent] + "1" + bits[absent + 1:])
+        write("short", bits[:feature] + "x" + bits[feature + 1:])
+        assert json.loads(run("cpu-baseline", "host", "less", "more")) == json.load(open("less"))
+        assert json.loads(run("cpu-baseline", "more")) == json.load(open("more"))  # of another host
+        for wrong in "short", "kernel", "nothing":
+            run("cpu-baseline", "host", wrong, status=1)
+            assert wrong in run.errors
+        # CPUID leaf 7: EBX's bit, said at the serial port
+        code = b"\xb8\x07\0\0\0\x31\xc9\x0f\xa2\x89\xd8\xc1\xe8" + bytes((31 - feature,)) + b"\x24\x01\x04\x30" + small_guests.COM1 + b"\xee" + small_guests.POWER_OFF
+        for engine in "interp", "bt":
+            for options, seen in ([], "1"), (["--cpu-baseline", "host"], "1"), (["--cpu-baseline", "less"], "0"):
+                run("run", "--kernel", kernel(code), "--memory", "4M", "--net", "none", "--engine", engine, "--console", "file:out", *options)
+                assert open("out").read() == seen, (options, open("out").read())
+        for wrong in "more", "kernel", "nothing":
+            run("run", "--kernel", kernel(code), "--cpu-baseline", wrong, status=2)
+            assert wrong in run.errors and len(run.errors.splitlines()) == 1, run.errors
+        start(KEEPS, "--cpu-baseline", "less", name="vm")
+        type_in("vm", "ab")
+        migrate("vm", "there")
+        knows("there", "ab")
+
+
 if __name__ == "__main__":
-    {"limits": limits, "move": move, "tcp": tcp, "faults": faults, "strangers": strangers}[sys.argv[2]]()
+    {"baseline": baseline, "limits": limits, "move": move, "tcp": tcp, "faults": faults, "strangers": strangers}[sys.argv[2]]()
