@@ -345,6 +345,13 @@ void guest_kick(struct guest_queue *q)
     bus_write(q->guest->bus, BUS_MMIO, q->guest->notify + q->index * q->guest->multiplier, q->guest->mmio ? 4 : 2, q->index);
 }
 
+bool guest_kick_is_wanted(const struct guest_queue *q)
+{
+    if (q->event_index)
+        return __atomic_load_n(&q->used[2 + 4 * q->size], __ATOMIC_ACQUIRE) == (uint16_t)(q->avail[1] - 1);
+    return !(__atomic_load_n(&q->used[0], __ATOMIC_ACQUIRE) & 1);
+}
+
 bool guest_has_used(struct guest_queue *q)
 {
     return __atomic_load_n(&q->used[1], __ATOMIC_ACQUIRE) != q->next_used;

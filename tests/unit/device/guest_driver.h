@@ -121,6 +121,8 @@ void guest_run(struct guest *g); /* rounds of the loop until nothing is due */
 uint16_t guest_add(struct guest_queue *q, const struct guest_buffer *buffers, unsigned count);
 void guest_publish(struct guest_queue *q, uint16_t head); /* only the available ring */
 void guest_kick(struct guest_queue *q);
+/* Whether the device wants to know of the buffers that were added last (virtio 1.2, 2.7.10). */
+bool guest_kick_is_wanted(const struct guest_queue *q);
 bool guest_has_used(struct guest_queue *q);
 void guest_wait_used(struct guest_queue *q);
 uint32_t guest_take_used(struct guest_queue *q, uint16_t *head); /* its length */
