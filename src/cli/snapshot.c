@@ -248,6 +248,14 @@ static json_t *describe(const struct create *create)
     return meta;
 }
 
+/* Who asked for encryption should not take more for encrypted than is. */
+static void tell_of_plain_disks(const struct create *create)
+{
+    const json_t *files = json_object_get(create->answer, "disk_files");
+    if (create->secret.size_bytes && (json_array_size(files) || json_object_size(files)))
+        complain(0, "%s/%s: memory and state are encrypted, the images of its disks are not; --no-disks leaves them out", create->vm.name, create->name);
+}
+
 static int create_locked(struct create *create)
 {
     struct error err = {0};
@@ -270,6 +278,8 @@ static int create_locked(struct create *create)
         snapshot_store_abort(create->vm.name, create->name);
     else if (!create->for_clones)
         printf("%s/%s\n", create->vm.name, create->name);
+    if (r == 0)
+        tell_of_plain_disks(create);
     json_decref(meta);
     return r;
 }

@@ -262,6 +262,11 @@ def kept():
         run("snapshot", "create", "vm", "first")
         run("snapshot", "create", "vm", "second", "--incremental", "--compress", "zstd")
         run("snapshot", "delete", "vm", "first")
+        with open("key", "w") as key:
+            key.write("0123456789abcdef" * 4)
+        for options in [], ["--no-disks"]:
+            run("snapshot", "create", "vm", "--encrypt", "--key-file", "key", *options)
+            assert ("images of its disks are not" in run.errors) == (not options), run.errors
         run("kill", "vm")
         run("snapshot", "restore", "vm", "second", "--as", "back")
         run("kill", "back")
