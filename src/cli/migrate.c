@@ -4,7 +4,6 @@
  * Threading: requests to a machine that take long have a thread of their own, so that progress can be shown meanwhile.
  */
 #include <errno.h>
-#include <pthread.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,13 +12,13 @@
 #include <unistd.h>
 
 #include "cli/arguments.h"
+#include "cli/progress.h"
 #include "cli/run.h"
 #include "cli/wire.h"
 #include "control/client.h"
 
 #define ANSWER_MS 10000
 #define MIGRATE_MS (24 * 3600 * 1000)
-#define PROGRESS_MS 200
 #define DOWNTIME_MS_MAX 60000ul
 #define ZSTD_LEVEL_MAX 19ul
 #define BANDWIDTH_MAX (1ul << 40)
@@ -58,16 +57,6 @@ static int wait_for_one(const struct arguments *arguments, struct wire *wire)
 
 /* ---- migrate ---- */
 
-struct migrate {
-    const char *name;
-    json_t *body, *answer;
-    struct error err;
-    int result;
-    pthread_mutex_t lock;
-    pthread_cond_t changed;
-    bool done;
-};
-
 /* A byte with the descriptor. The connection stays open until the machine has taken it: with it, what is on its way would go. */
 static int hand_over_connection(const char *vm, int fd, int *through)
 {
@@ -84,20 +73,9 @@ static int hand_over_connection(const char *vm, int fd, int *through)
     return sendmsg(*through, &message, MSG_NOSIGNAL) == 1 ? 0 : complain(STATUS_ERROR, "%s cannot be given the connection: %s", vm, strerror(errno));
 }
 
-static void *request_main(void *arg)
+static void show_progress(const void *ctx)
 {
-    struct migrate *migrate = arg;
-    int r = client_request(migrate->name, "POST", "/doppel/v1/migration", migrate->body, MIGRATE_MS, &migrate->answer, &migrate->err);
-    pthread_mutex_lock(&migrate->lock);
-    migrate->result = r;
-    migrate->done = true;
-    pthread_cond_signal(&migrate->changed);
-    pthread_mutex_unlock(&migrate->lock);
-    return NULL;
-}
-
-static void show_progress(const char *name)
-{
+    const char *name = ctx;
     json_t *answer;
     if (client_request(name, "GET", "/doppel/v1/migration", NULL, ANSWER_MS, &answer, NULL))
         return;
@@ -111,47 +89,11 @@ static void show_progress(const char *name)
     json_decref(answer);
 }
 
-static void wait_with_progress(struct migrate *migrate)
+static void print_result(const char *name, const json_t *answer, const char *to)
 {
-    pthread_mutex_lock(&migrate->lock);
-    while (!migrate->done) {
-        struct timespec until;
-        clock_gettime(CLOCK_MONOTONIC, &until);
-        until.tv_nsec += PROGRESS_MS * 1000000l;
-        until.tv_sec += until.tv_nsec / 1000000000;
-        until.tv_nsec %= 1000000000;
-        if (pthread_cond_timedwait(&migrate->changed, &migrate->lock, &until) != ETIMEDOUT)
-            continue;
-        pthread_mutex_unlock(&migrate->lock);
-        show_progress(migrate->name);
-        pthread_mutex_lock(&migrate->lock);
-    }
-    pthread_mutex_unlock(&migrate->lock);
-    fprintf(stderr, "\r\033[K");
-}
-
-static int request_migration(struct migrate *migrate)
-{
-    pthread_t thread;
-    pthread_condattr_t monotonic;
-    pthread_mutex_init(&migrate->lock, NULL);
-    pthread_condattr_init(&monotonic);
-    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
-    pthread_cond_init(&migrate->changed, &monotonic);
-    if (!isatty(STDERR_FILENO) || pthread_create(&thread, NULL, request_main, migrate)) {
-        request_main(migrate);
-    } else {
-        wait_with_progress(migrate);
-        pthread_join(thread, NULL);
-    }
-    return migrate->result ? complain(STATUS_ERROR, "%s", migrate->err.text) : 0;
-}
-
-static void print_result(const struct migrate *migrate, const char *to)
-{
-    double downtime = (double)json_integer_value(json_object_get(migrate->answer, "downtime_ns")), duration = (double)json_integer_value(json_object_get(migrate->answer, "duration_ns"));
-    printf("%s runs at %s: %.2f s, %lld MiB in %d rounds, still for %.1f ms\n", migrate->name, to, duration / 1e9, (long long)json_integer_value(json_object_get(migrate->answer, "bytes")) >> 20,
-           (int)json_integer_value(json_object_get(migrate->answer, "rounds")) + 1, downtime / 1e6);
+    double downtime = (double)json_integer_value(json_object_get(answer, "downtime_ns")), duration = (double)json_integer_value(json_object_get(answer, "duration_ns"));
+    printf("%s runs at %s: %.2f s, %lld MiB in %d rounds, still for %.1f ms\n", name, to, duration / 1e9, (long long)json_integer_value(json_object_get(answer, "bytes")) >> 20,
+           (int)json_integer_value(json_object_get(answer, "rounds")) + 1, downtime / 1e6);
 }
 
 /* 50, 50ms, 2s */
@@ -202,11 +144,11 @@ static int read_bandwidth(const char *text, unsigned long *bytes)
 
 static int start_migration(const struct arguments *arguments, const struct instance_info *vm)
 {
-    struct migrate migrate = {.name = vm->name};
     unsigned long downtime_ms, level, bandwidth;
     const struct wire_security security = security_of(arguments);
     struct wire wire = {.fd = -1};
     struct error err = {0};
+    json_t *body = NULL, *answer = NULL;
     int through = -1, r = read_downtime(arguments->value[MIGRATE_DOWNTIME], &downtime_ms);
     if (r == 0)
         r = read_level(arguments->value[MIGRATE_COMPRESS], &level);
@@ -224,17 +166,18 @@ static int start_migration(const struct arguments *arguments, const struct insta
     if (r == 0) {
         char instance[INSTANCE_PATH_BYTES] = "";
         (void)!instance_path_of(vm->name, "", instance, NULL);
-        migrate.body = json_pack("{s:i, s:i, s:I, s:{s:s, s:s, s:O*, s:O*}}", "downtime_ms", (int)downtime_ms, "zstd_level", (int)level, "bandwidth_bytes", (json_int_t)bandwidth, "about", "name", vm->name, "instance", instance, "arguments", json_object_get(vm->vm, "arguments"), "directory",
-                                 json_object_get(vm->vm, "directory"));
-        r = request_migration(&migrate);
+        body = json_pack("{s:i, s:i, s:I, s:{s:s, s:s, s:O*, s:O*}}", "downtime_ms", (int)downtime_ms, "zstd_level", (int)level, "bandwidth_bytes", (json_int_t)bandwidth, "about", "name",
+                         vm->name, "instance", instance, "arguments", json_object_get(vm->vm, "arguments"), "directory", json_object_get(vm->vm, "directory"));
+        if (request_with_progress(vm->name, "/doppel/v1/migration", body, MIGRATE_MS, show_progress, vm->name, &answer, &err))
+            r = complain(STATUS_ERROR, "%s", err.text);
     }
     if (through >= 0)
         close(through);
     wire_close(&wire);
     if (r == 0)
-        print_result(&migrate, arguments->names[1]);
-    json_decref(migrate.body);
-    json_decref(migrate.answer);
+        print_result(vm->name, answer, arguments->names[1]);
+    json_decref(body);
+    json_decref(answer);
     return r;
 }
 

@@ -4,7 +4,6 @@
  */
 #include <errno.h>
 #include <fcntl.h>
-#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
@@ -13,6 +12,7 @@
 #include <unistd.h>
 
 #include "cli/arguments.h"
+#include "cli/progress.h"
 #include "cli/run.h"
 #include "cli/snapshot.h"
 #include "control/bundle.h"
@@ -23,7 +23,6 @@
 
 #define CREATE_MS (24 * 3600 * 1000)
 #define ANSWER_MS 10000
-#define PROGRESS_MS 200
 #define CLONE_DEPTH_MAX 4u
 #define ZSTD_LEVEL_DEFAULT 3ul
 #define ZSTD_LEVEL_MAX 19ul
@@ -82,13 +81,6 @@ struct create {
     const struct stored_snapshot *base; /* NULL: a full one */
     json_t *answer;
     bool for_clones;
-    /* The request's thread. */
-    json_t *body;
-    struct error err;
-    int result;
-    pthread_mutex_t lock;
-    pthread_cond_t changed;
-    bool done;
 };
 
 static int choose_name(struct create *create, const char *wanted)
@@ -167,22 +159,11 @@ static json_t *request_body(const struct create *create)
     return body;
 }
 
-static void *request_main(void *arg)
+static void show_request_progress(const void *ctx)
 {
-    struct create *create = arg;
-    int r = client_request(create->vm.name, "POST", create->for_clones ? "/doppel/v1/clone" : "/doppel/v1/snapshot", create->body, CREATE_MS, &create->answer, &create->err);
-    pthread_mutex_lock(&create->lock);
-    create->result = r;
-    create->done = true;
-    pthread_cond_signal(&create->changed);
-    pthread_mutex_unlock(&create->lock);
-    return NULL;
-}
-
-static void show_request_progress(const struct create *create)
-{
+    const struct create *create = ctx;
     json_t *answer;
-    if (!isatty(STDERR_FILENO) || client_request(create->vm.name, "GET", "/doppel/v1/snapshot", NULL, ANSWER_MS, &answer, NULL))
+    if (client_request(create->vm.name, "GET", "/doppel/v1/snapshot", NULL, ANSWER_MS, &answer, NULL))
         return;
     json_int_t pages = json_integer_value(json_object_get(answer, "pages")), all = json_integer_value(json_object_get(answer, "pages_expected"));
     if (all > 0)
@@ -192,36 +173,11 @@ static void show_request_progress(const struct create *create)
 
 static int request_snapshot(struct create *create)
 {
-    pthread_t thread;
-    pthread_condattr_t monotonic;
-    create->body = request_body(create);
-    pthread_mutex_init(&create->lock, NULL);
-    pthread_condattr_init(&monotonic);
-    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
-    pthread_cond_init(&create->changed, &monotonic);
-    if (pthread_create(&thread, NULL, request_main, create)) {
-        request_main(create);
-    } else {
-        pthread_mutex_lock(&create->lock);
-        while (!create->done) {
-            struct timespec until;
-            clock_gettime(CLOCK_MONOTONIC, &until);
-            until.tv_nsec += PROGRESS_MS * 1000000l;
-            until.tv_sec += until.tv_nsec / 1000000000;
-            until.tv_nsec %= 1000000000;
-            if (pthread_cond_timedwait(&create->changed, &create->lock, &until) != ETIMEDOUT)
-                continue;
-            pthread_mutex_unlock(&create->lock);
-            show_request_progress(create);
-            pthread_mutex_lock(&create->lock);
-        }
-        pthread_mutex_unlock(&create->lock);
-        pthread_join(thread, NULL);
-    }
-    if (isatty(STDERR_FILENO))
-        fprintf(stderr, "\r\033[K");
-    json_decref(create->body);
-    return create->result ? complain(STATUS_ERROR, "%s", create->err.text) : 0;
+    struct error err = {0};
+    json_t *body = request_body(create);
+    int r = request_with_progress(create->vm.name, create->for_clones ? "/doppel/v1/clone" : "/doppel/v1/snapshot", body, CREATE_MS, show_request_progress, create, &create->answer, &err);
+    json_decref(body);
+    return r ? complain(STATUS_ERROR, "%s", err.text) : 0;
 }
 
 /* snapshot.json, complete. */
