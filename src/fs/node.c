@@ -25,6 +25,7 @@
 
 SANDBOX_ALLOW(IN_SHARE, openat2);
 SANDBOX_ALLOW(IN_SHARE, openat);
+SANDBOX_ALLOW(IN_SHARE, read); /* /proc/sys/vm/overcommit_memory, by the C library's free(), where a share has it */
 SANDBOX_ALLOW(IN_SHARE, statx);
 SANDBOX_ALLOW(IN_SHARE, fstatfs);
 SANDBOX_ALLOW(IN_SHARE | IN_LOOP | IN_VCPU, close); /* a driver's reset gives everything up on the thread that asks for it */
