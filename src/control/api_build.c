@@ -6,6 +6,7 @@
 
 #include "control/api_cpu.h"
 #include "control/api_priv.h"
+#include "machine/cpu_template.h"
 
 /* What the description gives a guest that names no arguments. */
 #define DEFAULT_ARGUMENTS "reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042.noaux i8042.nomux i8042.dumbkbd swiotlb=noforce"
@@ -177,7 +178,7 @@ int api_build_config(struct api *api, struct machine_config *config, struct erro
     config->on_reset = ON_RESET_EXIT;
     config->on_panic = ON_PANIC_IGNORE; /* it resets by itself, or stays for a look, as its command line says */
     const json_t *custom = api_section(api, "cpu-config");
-    int r = custom ? api_cpu_custom(custom, &config->processor, err) : api_cpu_template(api_text(machine, "cpu_template"), &config->processor, err);
+    int r = custom ? cpu_template_read(custom, &config->processor, err) : api_cpu_template(api_text(machine, "cpu_template"), &config->processor, err);
     if (r == 0)
         r = build_boot(api, config, err);
     if (r == 0)

@@ -13,6 +13,7 @@
 
 #include "control/api_cpu.h"
 #include "control/api_priv.h"
+#include "machine/cpu_template.h"
 #include "util/log.h"
 
 #define COMMAND_LINE_BYTES_MAX 2048u
@@ -128,7 +129,7 @@ int api_patch_machine_config(struct api_request *request, struct error *err)
 int api_check_cpu_config(struct api *api, const json_t *body, struct error *err)
 {
     struct processor_config processor = {0};
-    return api_cpu_custom(body, &processor, err);
+    return cpu_template_read(body, &processor, err);
 }
 
 int api_put_cpu_config(struct api_request *request, struct error *err)

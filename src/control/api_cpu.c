@@ -1,5 +1,5 @@
 /*
- * Processor templates (api_cpu.h). A template by name says which features instances of that type do not have, and the signature they show; it only takes away, so what
+ * Processor templates by name (api_cpu.h). A template by name says which features instances of that type do not have, and the signature they show; it only takes away, so what
  * the host lacks stays absent.
  */
 #include "control/api_cpu.h"
@@ -8,7 +8,6 @@
 #include <errno.h>
 #include <string.h>
 
-#include "machine/cpu_template.h"
 #include "machine/machine.h"
 
 #define BIT(n) (1u << (n))
@@ -84,9 +83,4 @@ int api_cpu_template(const char *name, struct processor_config *processor, struc
         return machine_check_processor(processor, err) ? error_prefix(err, "CPU template %s", name) : 0;
     }
     return error_set(err, -ENOTSUP, "The CPU template %s is for processors of another architecture.", name);
-}
-
-int api_cpu_custom(const json_t *config, struct processor_config *processor, struct error *err)
-{
-    return cpu_template_read(config, processor, err);
 }
