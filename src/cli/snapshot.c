@@ -300,6 +300,21 @@ int snapshot_create_for_clones(struct instance_info *vm, int lock, char name[STO
 
 /* ---- restore ---- */
 
+/* What a snapshot says of the machine does not say this; the machine's own options do. On without a word. */
+static int set_sandbox(struct machine_config *config, const json_t *arguments, struct error *err)
+{
+    static const char option[] = "--sandbox";
+    const char *value = "on";
+    for (size_t i = 0; i < json_array_size(arguments); i++) {
+        const char *text = json_string_value(json_array_get(arguments, i)), *next = json_string_value(json_array_get(arguments, i + 1));
+        if (text && strcmp(text, option) == 0 && next)
+            value = next;
+        else if (text && strncmp(text, option, sizeof option - 1) == 0 && text[sizeof option - 1] == '=')
+            value = text + sizeof option;
+    }
+    return machine_config_set(config, "sandbox", value, err);
+}
+
 int snapshot_start(const struct stored_snapshot *snapshot, struct snapshot_chain *chain, const char *name, int lock, int (*change)(struct machine_config *config, void *ctx), void *ctx)
 {
     struct instance_info old;
@@ -312,7 +327,8 @@ int snapshot_start(const struct stored_snapshot *snapshot, struct snapshot_chain
     if (directory && chdir(directory))
         return complain(STATUS_ERROR, "%s was started in %s, where one cannot go: %s", snapshot->vm, directory, strerror(errno));
     machine_config_init(&run.config);
-    int r = machine_snapshot_check(&chain->files, &err) || machine_snapshot_config(&chain->files, &run.config, &err) ? complain(STATUS_ERROR, "%s", err.text) : 0;
+    bool wrong = machine_snapshot_check(&chain->files, &err) || machine_snapshot_config(&chain->files, &run.config, &err) || set_sandbox(&run.config, arguments, &err);
+    int r = wrong ? complain(STATUS_ERROR, "%s", err.text) : 0;
     if (r == 0 && json_object_get(snapshot->meta, "files") && bundle_set_paths(&run.config, json_object_get(snapshot->meta, "files"), &err)) /* it came in a bundle */
         r = complain(STATUS_ERROR, "%s/%s: %s", snapshot->vm, snapshot->name, err.text);
     if (r == 0 && change)

@@ -13,6 +13,9 @@
 #include <zstd.h>
 
 #include "state/chunk_priv.h"
+#include "util/sandbox_rules.h"
+
+SANDBOX_ALLOW(IN_WORKER, close); /* whoever fetched the last page */
 
 #define NO_ENTRY UINT32_MAX
 

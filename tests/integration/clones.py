@@ -4,7 +4,7 @@ import json
 import os
 import pathlib
 
-from vms import KEEPS, knows, run, runtime, snapshots, start, state, type_in, wait_for
+from vms import KEEPS, knows, run, runtime, snapshots, start, state, type_in, vms, wait_for
 
 
 def clones():
@@ -57,6 +57,25 @@ def clones():
         assert knows("later", "z")
 
 
+def filters(name):
+    """How the system calls of the machine's threads are filtered, as numbers."""
+    pid = vms()[name]["pid"]
+    return {status.read_text().split("Seccomp:")[1].split()[0] for status in pathlib.Path(f"/proc/{pid}/task").glob("*/status")}
+
+
+def sandbox():
+    """What goes on from a snapshot is as shut in as what was started."""
+    with runtime():
+        start(KEEPS, name="vm")
+        run("snapshot", "create", "vm", "kept")
+        run("clone", "vm", "--name", "clone")
+        run("snapshot", "restore", "vm", "kept", "--as", "restored")
+        assert filters("vm") == filters("clone") == filters("restored") == {"2"}
+        start(KEEPS, "--sandbox", "off", name="open")
+        run("clone", "open", "--name", "as-open")
+        assert filters("as-open") == {"0"}
+
+
 def disks():
     """Each clone writes to an overlay of its own; the source goes on with its."""
     with runtime() as folder:
@@ -78,5 +97,6 @@ def disks():
         wait_for("start", lambda: state("vm-clone-1") == "running")
 
 
+sandbox()
 disks()
 clones()

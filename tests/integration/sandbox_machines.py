@@ -272,6 +272,22 @@ def kept():
         run("kill", "back")
 
 
+def filled():
+    """The thread that reads a compressed snapshot's memory in the background gets the last page of it, and closes the file."""
+    with vms.runtime() as folder:
+        start(vms.KEEPS, name="vm")
+        run("snapshot", "create", "vm", "one", "--compress", "zstd")
+        run("kill", "vm")
+        run("snapshot", "restore", "vm", "one", "--load", "fill")
+        pid = vms.vms()["vm"]["pid"]
+
+        def closed():
+            files = [os.readlink(entry) for entry in glob.glob(f"/proc/{pid}/fd/*")]
+            return not any(file.endswith("/one/memory") for file in files)
+        wait_for("the whole memory", closed)
+        assert state("vm") == "running"
+
+
 def streams():
     """Clients that listen when the machine ends get what is left."""
     with vms.runtime():
@@ -289,7 +305,7 @@ def streams():
         assert b"ended" in said[0] and said[1] == b"typed"
 
 
-scenarios = {scenario.__name__: scenario for scenario in (plain, migrated, waiting, translated, signals, stopped, sockets, terminal, plugged, served, served_without_broker, direct, kvm, kept, streams, vms.names, vms.life, vms.crash, vms.console)}
+scenarios = {scenario.__name__: scenario for scenario in (plain, migrated, waiting, translated, signals, stopped, sockets, terminal, plugged, served, served_without_broker, direct, kvm, kept, filled, streams, vms.names, vms.life, vms.crash, vms.console)}
 scenarios |= {"tree": snapshots.tree} | {f"dying_{name}": functools.partial(dying, name) for name in ("main", "loop", "vcpu0", "control")}
 
 if __name__ == "__main__":
