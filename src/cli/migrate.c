@@ -83,9 +83,10 @@ static void show_progress(const void *ctx)
     char slowed[48] = "";
     if (throttle)
         snprintf(slowed, sizeof slowed, ", the guest is held up for %d %%", throttle);
+    const char *where = json_is_true(json_object_get(answer, "following")) ? ", the guest runs there" : slowed;
     if (json_is_true(json_object_get(answer, "under_way")))
         fprintf(stderr, "\r%s: %lld MiB sent, %lld MiB left%s\033[K", name, (long long)json_integer_value(json_object_get(answer, "bytes")) >> 20,
-                (long long)json_integer_value(json_object_get(answer, "pages_left")) / 256, slowed);
+                (long long)json_integer_value(json_object_get(answer, "pages_left")) / 256, where);
     json_decref(answer);
 }
 
@@ -166,7 +167,8 @@ static int start_migration(const struct arguments *arguments, const struct insta
     if (r == 0) {
         char instance[INSTANCE_PATH_BYTES] = "";
         (void)!instance_path_of(vm->name, "", instance, NULL);
-        body = json_pack("{s:i, s:i, s:I, s:{s:s, s:s, s:O*, s:O*}}", "downtime_ms", (int)downtime_ms, "zstd_level", (int)level, "bandwidth_bytes", (json_int_t)bandwidth, "about", "name",
+        body = json_pack("{s:i, s:i, s:I, s:b, s:b, s:{s:s, s:s, s:O*, s:O*}}", "downtime_ms", (int)downtime_ms, "zstd_level", (int)level, "bandwidth_bytes", (json_int_t)bandwidth, "post_copy",
+                         arguments->value[MIGRATE_POST_COPY] != NULL, "recover", arguments->value[MIGRATE_RECOVER] != NULL, "about", "name",
                          vm->name, "instance", instance, "arguments", json_object_get(vm->vm, "arguments"), "directory", json_object_get(vm->vm, "directory"));
         if (request_with_progress(vm->name, "/doppel/v1/migration", body, MIGRATE_MS, show_progress, vm->name, &answer, &err))
             r = complain(STATUS_ERROR, "%s", err.text);
@@ -220,6 +222,25 @@ int migrate_main(int argc, char **argv)
 
 /* ---- receive ---- */
 
+/* The machine is there already, and only its connection was lost. */
+static int receive_again(const struct arguments *arguments, struct wire *wire)
+{
+    const char *name = arguments->value[RECEIVE_RECOVER];
+    struct error err = {0};
+    int through = -1, r = hand_over_connection(name, wire->fd, &through);
+    close(wire->fd);
+    wire->fd = -1;
+    json_t *body = json_pack("{s:b}", "recover", 1);
+    if (r == 0 && client_request(name, "POST", "/doppel/v1/migration", body, MIGRATE_MS, NULL, &err))
+        r = complain(STATUS_ERROR, "%s", err.text);
+    if (through >= 0)
+        close(through);
+    json_decref(body);
+    if (r == 0)
+        printf("%s\n", name);
+    return r;
+}
+
 /* What the source tells about its machine is foreign text. *stored: arguments that doppel start may use, or none. */
 static void read_about(const struct run *run, json_t **about, json_t **stored)
 {
@@ -271,9 +292,16 @@ int receive_main(int argc, char **argv)
     if (arguments.value[RECEIVE_NAME] && !instance_name_valid(arguments.value[RECEIVE_NAME]))
         return complain(STATUS_USAGE, "receive: \"%s\" is no name for a virtual machine", arguments.value[RECEIVE_NAME]);
     signal(SIGPIPE, SIG_IGN); /* the source may close the connection at any moment */
+    if (arguments.value[RECEIVE_RECOVER] && (arguments.value[RECEIVE_NAME] || arguments.value[RECEIVE_ENGINE]))
+        return complain(STATUS_USAGE, "receive: --recover is for a machine that is there: it has its name and engine");
     r = wait_for_one(&arguments, &wire);
     if (r)
         return r;
+    if (arguments.value[RECEIVE_RECOVER]) {
+        r = receive_again(&arguments, &wire);
+        wire_close(&wire);
+        return r;
+    }
     machine_config_init(&run.config);
     if (machine_incoming_open(&run.incoming, wire.fd, &run.config, &err)) {
         r = complain(STATUS_ERROR, "receive: %s", err.text);

@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "chipset/acpi.h"
+#include "machine/post_copy.h"
 #include "state/inputs.h"
 #include "util/log.h"
 
@@ -732,6 +733,7 @@ void machine_destroy(struct machine *machine)
         pthread_join(machine->loop_thread, NULL);
     }
     read_ahead_close(machine);
+    post_copy_target_stop(machine);
     if (machine->loop)
         while (!machine_quiesce(machine) && loop_run_once(machine->loop, -1) >= 0)
             continue;
@@ -753,6 +755,8 @@ void machine_destroy(struct machine *machine)
         bus_destroy(machine->bus);
     if (machine->memory)
         physmap_destroy(machine->memory);
+    post_copy_target_destroy(machine);
+    post_copy_source_destroy(machine);
     for (unsigned i = 0; i < CONFIG_DISKS_MAX; i++)
         if (machine->disk[i].block)
             block_close(machine->disk[i].block);

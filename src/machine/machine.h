@@ -278,10 +278,13 @@ struct machine_migration {
     uint64_t downtime_ns;   /* wanted; afterwards: what it was */
     uint64_t bandwidth_bytes; /* a second, while the guest runs; 0: no limit */
     int zstd_level;         /* 0: memory is not compressed */
+    bool post_copy;         /* a guest that writes faster than can be sent is not held up, but goes before its memory has */
+    bool recover;           /* such a migration goes on, over another connection; at the source until all is there, at the target until memory comes again */
     _Atomic int phase;      /* 0 at first */
     _Atomic uint64_t pages_sent, pages_left, bytes_sent; /* any thread may look */
     _Atomic unsigned throttle; /* per cent of its time that the guest is held up, because it writes faster than can be sent */
     uint64_t duration_ns;
+    _Atomic bool following; /* by post-copy: the guest runs there, and memory follows */
     unsigned rounds;
     bool unknown; /* the other side was told to run the guest and did not answer: it is paused here, until somebody resumes or ends it */
 };

@@ -179,6 +179,9 @@ struct machine {
     bool has_base;        /* run_lock */
     struct chunk_id base; /* the snapshot that the marks are counted from */
     struct read_ahead *read_ahead; /* NULL: nothing is */
+    struct post_copy_source *post_copy_source; /* post_copy.h; NULL: all of its memory is here, or there */
+    struct post_copy_target *post_copy_target;
+    bool gone; /* run_lock. The guest runs elsewhere, for certain, and never here again */
     pthread_mutex_t join_lock; /* outermost; guards vcpu_thread.started from start to end */
 };
 
@@ -305,14 +308,15 @@ int snapshot_check_layers(uint64_t ram_bytes, const struct snapshot_files *files
 int snapshot_decode(struct machine *machine, const void *data, size_t size, const char *name, struct error *err);
 /*
  * The rounds of machine_snapshot_live with another end. put, on the caller's thread and in the last round on the loop's: pages of one chunk (state/chunk_file.h), from `data`, where the chunk is in
- * RAM; the guest may be writing to them. is_last: whether what the guest wrote lately, `count` pages, goes now that
- * everything stands still, since still_since_ns; `must`: there are no more rounds. finish, on the loop's thread: all is sent but the state; what it
- * returns is the result, and the guest goes on afterwards unless it has seen to something else.
+ * RAM; the guest may be writing to them. what_now: whether what the guest wrote lately, `count` pages, goes now that
+ * everything stands still, since still_since_ns, or is left to finish; `must`: there are no more rounds. finish, on the loop's thread: all is sent but the state and the pages of `left` (NULL: none);
+ * what it returns is the result, and the guest goes on afterwards unless it has seen to something else.
  */
+enum snapshot_step { SNAPSHOT_ANOTHER_ROUND, SNAPSHOT_LAST_ROUND, SNAPSHOT_LEAVE_REST };
 struct snapshot_sink {
     int (*put)(void *ctx, uint64_t chunk, uint64_t pages, const uint8_t *data, struct error *err);
-    bool (*is_last)(void *ctx, uint64_t count, uint64_t still_since_ns, bool must);
-    int (*finish)(void *ctx, struct state_io *state, struct error *err);
+    enum snapshot_step (*what_now)(void *ctx, uint64_t count, uint64_t still_since_ns, bool must);
+    int (*finish)(void *ctx, struct state_io *state, const uint64_t *left, struct error *err);
     void *ctx;
     unsigned rounds_max;
 };

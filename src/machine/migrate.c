@@ -8,7 +8,8 @@
 
 int migrate_hello_state(struct migrate_hello *hello, struct state_io *io)
 {
-    state_begin(io, "migration", 1);
+    unsigned version = state_begin(io, "migration", state_loading(io) || hello->post_copy ? 2 : 1); /* 2: who does not know post-copy need not begin */
+    hello->post_copy = version > 1;
     state_string(io, &hello->version);
     state_u64(io, &hello->ram_bytes);
     state_string(io, &hello->about);
@@ -26,6 +27,14 @@ int migrate_unexpected(unsigned type, const uint8_t *body, size_t size_bytes, st
             text[length++] = (char)body[i];
     text[length] = '\0';
     return error_set(err, -ECONNABORTED, "the other side refuses: %s", text);
+}
+
+void migrate_say_failed(struct stream *stream, const char *reason)
+{
+    struct error ignored = {0};
+    stream_set_deadline(stream, loop_now_ns() + 1000000000ull);
+    if (stream_put(stream, MIGRATE_FAILED, reason, strnlen(reason, MIGRATE_REASON_BYTES), NULL, 0, &ignored) == 0)
+        (void)!stream_flush(stream, &ignored);
 }
 
 int migrate_expect(struct stream *stream, unsigned type, const uint8_t **body, size_t *size_bytes, struct error *err)

@@ -8,7 +8,7 @@
 #include <string.h>
 
 #include "machine/migrate_pack.h"
-#include "machine/migrate_priv.h"
+#include "machine/post_copy.h"
 
 #define HELLO_NS 30000000000ull
 #define SILENCE_NS 60000000000ull  /* between two messages while the guest runs on the other side */
@@ -22,6 +22,9 @@ struct machine_incoming {
     struct unpacker *unpacker;
     uint8_t *state;
     size_t state_bytes, state_capacity;
+    uint8_t post_copy_id[MIGRATE_ID_BYTES];
+    uint64_t *remote; /* pages that come later; NULL: none. All are known */
+    bool remote_complete;
 };
 
 void machine_incoming_close(struct machine_incoming *incoming)
@@ -35,15 +38,13 @@ void machine_incoming_close(struct machine_incoming *incoming)
     free(incoming->hello.about);
     free(incoming->hello_body);
     free(incoming->state);
+    free(incoming->remote);
     free(incoming);
 }
 
 void machine_incoming_refuse(struct machine_incoming *incoming, const char *reason)
 {
-    struct error ignored = {0};
-    stream_set_deadline(incoming->stream, loop_now_ns() + 1000000000ull);
-    if (stream_put(incoming->stream, MIGRATE_FAILED, reason, strnlen(reason, MIGRATE_REASON_BYTES), NULL, 0, &ignored) == 0)
-        (void)!stream_flush(incoming->stream, &ignored);
+    migrate_say_failed(incoming->stream, reason);
 }
 
 const char *machine_incoming_about(const struct machine_incoming *incoming)
@@ -116,9 +117,18 @@ static int take_state(struct machine_incoming *incoming, const uint8_t *body, si
     return 0;
 }
 
+static int begin_post_copy(struct machine_incoming *incoming, uint64_t chunks, const uint8_t *id, size_t size, struct error *err)
+{
+    if (!incoming->hello.post_copy || incoming->remote || size != sizeof incoming->post_copy_id)
+        return error_set(err, -EPROTO, "the other side begins with post-copy, which does not belong here");
+    memcpy(incoming->post_copy_id, id, size);
+    incoming->remote = calloc(chunks, sizeof *incoming->remote);
+    return incoming->remote ? 0 : error_set(err, -ENOMEM, "out of memory");
+}
+
 static int receive_all(struct machine *machine, struct machine_incoming *incoming, struct error *err)
 {
-    uint64_t ram_bytes = physmap_ram_bytes(machine->memory);
+    uint64_t ram_bytes = physmap_ram_bytes(machine->memory), chunks = (ram_bytes + CHUNK_BYTES - 1) / CHUNK_BYTES;
     uint8_t *ram = physmap_get(machine->memory, 0, PAGE_SIZE_BYTES, PHYSMAP_WRITE);
     bool last = false;
     while (!last) {
@@ -127,9 +137,13 @@ static int receive_all(struct machine *machine, struct machine_incoming *incomin
         unsigned type;
         stream_set_deadline(incoming->stream, loop_now_ns() + SILENCE_NS);
         int r = stream_get(incoming->stream, &type, &body, &size, err);
-        if (r == 0 && type == MIGRATE_PAGES && !incoming->state_bytes)
+        if (r == 0 && type == MIGRATE_PAGES && !incoming->state_bytes && !incoming->remote)
             r = unpacker_take(incoming->unpacker, ram, ram_bytes, body, size, err);
-        else if (r == 0 && type == MIGRATE_STATE)
+        else if (r == 0 && type == MIGRATE_POST_COPY && !incoming->state_bytes)
+            r = begin_post_copy(incoming, chunks, body, size, err);
+        else if (r == 0 && type == MIGRATE_REMOTE && incoming->remote && !incoming->remote_complete)
+            r = post_copy_take_remote(incoming->remote, chunks, body, size, &incoming->remote_complete, err);
+        else if (r == 0 && type == MIGRATE_STATE && (!incoming->remote || incoming->remote_complete))
             r = take_state(incoming, body, size, &last, err);
         else if (r == 0)
             r = migrate_unexpected(type, body, size, err);
@@ -153,6 +167,8 @@ static int begin_incoming(struct machine *machine, void *ctx, struct error *err)
         r = stream_flush(incoming->stream, err);
     if (r == 0)
         r = receive_all(machine, incoming, err);
+    if (r == 0 && incoming->remote && (r = post_copy_target_create(machine, incoming->stream, incoming->unpacker, incoming->post_copy_id, incoming->remote, err)) == 0)
+        incoming->unpacker = NULL;
     if (r == 0)
         r = machine_take_over_disks(machine, err);
     return r ? r : snapshot_decode(machine, incoming->state, incoming->state_bytes, "the state that came", err);
@@ -171,8 +187,25 @@ int machine_receive(struct machine **machine, const struct machine_config *confi
     return r;
 }
 
+static int go_before_memory(struct machine *machine, struct machine_incoming *incoming, struct error *err)
+{
+    struct error ignored = {0};
+    bool paused = false;
+    int r = post_copy_target_start(machine, &paused, err);
+    if (r)
+        return r;
+    incoming->stream = NULL;
+    if (!paused)
+        (void)!machine_resume(machine, &ignored);
+    post_copy_target_started(machine);
+    (void)!loop_post(machine->loop, machine_announce_nets, machine);
+    return 0;
+}
+
 int machine_receive_go(struct machine *machine, struct machine_incoming *incoming, struct error *err)
 {
+    if (machine->post_copy_target)
+        return go_before_memory(machine, incoming, err);
     const uint8_t *body;
     size_t size;
     stream_set_deadline(incoming->stream, loop_now_ns() + GO_NS);

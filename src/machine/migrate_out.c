@@ -10,7 +10,7 @@
 #include <string.h>
 
 #include "machine/migrate_pack.h"
-#include "machine/migrate_priv.h"
+#include "machine/post_copy.h"
 #include "util/log.h"
 
 #define ANSWER_NS 30000000000ull   /* for all that is asked while the guest runs: making a machine takes a while */
@@ -31,21 +31,27 @@ struct source {
     struct machine_migration *migration;
     struct stream *stream;
     struct machine_snapshot rounds;
-    uint64_t began_ns, sending_ns; /* since when pages go */
+    uint64_t began_ns, sending_ns; /* since when pages go, or follow */
     uint64_t still_ns;             /* when the guest stood still for good */
     uint64_t count_before;
     unsigned slow; /* rounds that were not much shorter than the one before */
+    uint64_t left, followed_bytes; /* by post-copy: pages; what was sent before */
     struct packer *packer;
 };
 
 /* ---- pages ---- */
 
-/* What the stream has taken takes a while to send at the speed that is wanted. */
+/* When the next bytes may go: what the stream has taken takes a while to send at the speed that is wanted. */
+static uint64_t due(const struct source *source)
+{
+    uint64_t rate = source->migration->bandwidth_bytes, bytes = stream_bytes_sent(source->stream) - source->followed_bytes;
+    return rate ? source->sending_ns + (uint64_t)((double)bytes * 1e9 / (double)rate) : 0;
+}
+
 static void keep_to_bandwidth(const struct source *source)
 {
-    uint64_t rate = source->migration->bandwidth_bytes;
-    while (rate && !source->still_ns && atomic_load(&source->migration->phase) == MOVING) {
-        uint64_t due_ns = source->sending_ns + (uint64_t)((double)stream_bytes_sent(source->stream) * 1e9 / (double)rate), now = loop_now_ns();
+    while (!source->still_ns && atomic_load(&source->migration->phase) == MOVING) {
+        uint64_t due_ns = due(source), now = loop_now_ns();
         if (due_ns < now + 1000000)
             return;
         poll(NULL, 0, due_ns - now < WAIT_NS_MAX ? (int)((due_ns - now) / 1000000) : (int)(WAIT_NS_MAX / 1000000));
@@ -66,7 +72,7 @@ static void slow_down(struct source *source, uint64_t count)
     unsigned throttle = atomic_load(&source->migration->throttle);
     source->slow = count > source->count_before / 4 * 3 ? source->slow + 1 : 0;
     source->count_before = count;
-    if (source->slow < SLOW_ROUNDS || throttle == THROTTLE_MAX)
+    if (source->slow < SLOW_ROUNDS || throttle == THROTTLE_MAX || source->migration->post_copy)
         return;
     throttle = throttle ? throttle + (THROTTLE_MAX - throttle + 1) / 2 : THROTTLE_FIRST;
     atomic_store(&source->migration->throttle, throttle);
@@ -75,18 +81,23 @@ static void slow_down(struct source *source, uint64_t count)
 }
 
 /* As many as go in half of the time that the guest may stand still; the rest is for the state. */
-static bool is_last(void *ctx, uint64_t count, uint64_t still_since_ns, bool must)
+static enum snapshot_step what_now(void *ctx, uint64_t count, uint64_t still_since_ns, bool must)
 {
     struct source *source = ctx;
     uint64_t took_ns = still_since_ns - source->sending_ns, sent = source->migration->zstd_level ? source->rounds.pages * PAGE_SIZE_BYTES : stream_bytes_sent(source->stream);
     double rate = took_ns > 1000000 && sent ? (double)sent * 1e9 / (double)took_ns : RATE_FIRST;
     uint64_t few = (uint64_t)(rate * (double)source->migration->downtime_ns / 2e9) / PAGE_SIZE_BYTES;
-    if (count > (few > FEW_PAGES_MIN ? few : FEW_PAGES_MIN) && !must) {
+    bool fits = count <= (few > FEW_PAGES_MIN ? few : FEW_PAGES_MIN);
+    if (!fits)
         slow_down(source, count);
-        return false;
+    if (!fits && source->migration->post_copy && (must || source->slow >= SLOW_ROUNDS)) {
+        source->still_ns = still_since_ns;
+        return SNAPSHOT_LEAVE_REST;
     }
+    if (!fits && !must)
+        return SNAPSHOT_ANOTHER_ROUND;
     source->still_ns = still_since_ns;
-    return true;
+    return SNAPSHOT_LAST_ROUND;
 }
 
 /* ---- the handover ---- */
@@ -105,28 +116,20 @@ static int send_state(struct source *source, struct state_io *state, struct erro
     return r ? r : stream_flush(source->stream, err);
 }
 
-/* So that the other side says why it ends. */
-static void send_reason(struct source *source, const struct error *err)
-{
-    struct error ignored = {0};
-    stream_set_deadline(source->stream, loop_now_ns() + 1000000000ull);
-    if (stream_put(source->stream, MIGRATE_FAILED, err->text, strnlen(err->text, MIGRATE_REASON_BYTES), NULL, 0, &ignored) == 0)
-        (void)!stream_flush(source->stream, &ignored);
-}
-
-/* The guest is the target's, or nobody knows. Either way no device of this machine does anything more by itself. */
+/* The guest is the target's, or nobody knows. Either way no device of this machine does anything more by itself. It ends, unless the target needs its memory or somebody has to look. */
 static void stay_still(struct source *source, bool certain)
 {
     struct machine *machine = source->machine;
     loop_hold(machine->loop, true);
-    if (certain) {
+    if (certain && !machine->post_copy_source) {
         machine_stop(machine, MACHINE_MIGRATED);
         return;
     }
     pthread_mutex_lock(&machine->run_lock);
     machine->paused = machine->given_away = true;
+    machine->gone = certain;
     pthread_mutex_unlock(&machine->run_lock);
-    machine_tell(machine, MACHINE_EVENT_PAUSED, "migration");
+    machine_tell(machine, MACHINE_EVENT_PAUSED, certain ? "post-copy" : "migration");
 }
 
 /* The other side must have let the disks go to be believed that it failed; it does so when the connection ends. Until then, and if somebody else has them now, the guest stays paused. */
@@ -135,7 +138,7 @@ static int stay_here(struct source *source, int result, const struct error *caus
     struct error why = {0};
     uint64_t give_up_ns = loop_now_ns() + TAKE_BACK_NS;
     int r;
-    send_reason(source, cause);
+    migrate_say_failed(source->stream, cause->text);
     stream_cut(source->stream);
     while ((r = machine_give_disks(source->machine, false, &why)) && loop_now_ns() < give_up_ns)
         poll(NULL, 0, 10);
@@ -146,36 +149,106 @@ static int stay_here(struct source *source, int result, const struct error *caus
     return result;
 }
 
+static int expect(struct source *source, unsigned type, struct error *err)
+{
+    const uint8_t *body;
+    size_t size;
+    if (source->machine->post_copy_source)
+        return post_copy_source_expect(source->machine->post_copy_source, type, err);
+    return migrate_expect(source->stream, type, &body, &size, err);
+}
+
+static int leave_pages(struct source *source, const uint64_t *left, struct error *err)
+{
+    int r = post_copy_source_create(source->machine, left, err);
+    if (r)
+        return r;
+    post_copy_source_connect(source->machine->post_copy_source, source->stream, source->packer);
+    return post_copy_source_announce(source->machine->post_copy_source, err);
+}
+
 /* On the loop's thread; everything stands still. */
-static int hand_over(void *ctx, struct state_io *state, struct error *err)
+static int hand_over(void *ctx, struct state_io *state, const uint64_t *left, struct error *err)
 {
     struct source *source = ctx;
     struct machine_migration *migration = source->migration;
-    const uint8_t *body;
-    size_t size;
     int expected = MOVING;
     stream_set_deadline(source->stream, source->still_ns + HANDOVER_NS);
     int r = packer_flush(source->packer, err);
+    if (r == 0 && left)
+        r = leave_pages(source, left, err);
     if (r == 0)
         r = machine_give_disks(source->machine, true, err);
     if (r == 0)
         r = send_state(source, state, err);
     if (r == 0)
-        r = migrate_expect(source->stream, MIGRATE_READY, &body, &size, err);
+        r = expect(source, MIGRATE_READY, err);
     if (r == 0 && !atomic_compare_exchange_strong(&migration->phase, &expected, HANDED_OVER))
         r = error_set(err, -ECANCELED, "the migration was cancelled");
-    if (r)
+    if (r) {
+        post_copy_source_destroy(source->machine);
         return stay_here(source, r, err);
+    }
     const uint8_t paused = machine_is_paused(source->machine);
     r = stream_put(source->stream, MIGRATE_GO, &paused, 1, NULL, 0, err);
     if (r == 0)
         r = stream_flush(source->stream, err);
     if (r == 0)
-        r = migrate_expect(source->stream, MIGRATE_STARTED, &body, &size, err);
+        r = expect(source, MIGRATE_STARTED, err);
     migration->downtime_ns = loop_now_ns() - source->still_ns;
     migration->unknown = r != 0;
     stay_still(source, r == 0);
     return r ? error_prefix(err, "the guest was handed over, but the other side did not say that it runs; it is paused here. Look there: if it does not run, doppel resume lets it go on here, else doppel kill ends it") : 0;
+}
+
+/* ---- memory that follows ---- */
+
+static void tell_left(void *ctx)
+{
+    struct source *source = ctx;
+    uint64_t left = post_copy_source_pages(source->machine->post_copy_source);
+    atomic_store(&source->migration->pages_sent, source->rounds.pages + source->left - left);
+    atomic_store(&source->migration->pages_left, left);
+    atomic_store(&source->migration->bytes_sent, stream_bytes_sent(source->stream));
+}
+
+static uint64_t rest_ns(void *ctx)
+{
+    const struct source *source = ctx;
+    uint64_t now = loop_now_ns(), due_ns = due(source);
+    return due_ns > now ? due_ns - now : 0;
+}
+
+/* The guest runs there; it ends here when all of its memory is there, too. */
+static int follow(struct source *source, struct error *err)
+{
+    struct machine *machine = source->machine;
+    const struct post_copy_pace pace = {.rest_ns = rest_ns, .sent = tell_left, .ctx = source};
+    source->left = post_copy_source_pages(machine->post_copy_source);
+    source->sending_ns = loop_now_ns();
+    source->followed_bytes = stream_bytes_sent(source->stream);
+    atomic_store(&source->migration->following, true);
+    tell_left(source);
+    int r = post_copy_source_serve(machine->post_copy_source, &pace, err);
+    if (r)
+        return error_prefix(err, "the guest runs at the other side, and waits for memory that is here: go on with doppel receive --recover there and doppel migrate --recover here");
+    machine_stop(machine, MACHINE_MIGRATED);
+    return 0;
+}
+
+static int go_on(struct source *source, struct error *err)
+{
+    struct machine *machine = source->machine;
+    if (!machine->post_copy_source)
+        return error_set(err, -EINVAL, "there is no migration of it to go on with");
+    post_copy_source_connect(machine->post_copy_source, source->stream, source->packer);
+    int r = post_copy_source_rejoin(machine->post_copy_source, err);
+    if (r)
+        return r;
+    pthread_mutex_lock(&machine->run_lock);
+    machine->gone = true;
+    pthread_mutex_unlock(&machine->run_lock);
+    return follow(source, err);
 }
 
 /* ---- all of it ---- */
@@ -183,7 +256,7 @@ static int hand_over(void *ctx, struct state_io *state, struct error *err)
 static int send_hello(struct source *source, struct error *err)
 {
     struct machine *machine = source->machine;
-    struct migrate_hello hello = {.version = (char *)DOPPEL_VERSION, .ram_bytes = physmap_ram_bytes(machine->memory), .about = (char *)source->migration->about};
+    struct migrate_hello hello = {.version = (char *)DOPPEL_VERSION, .ram_bytes = physmap_ram_bytes(machine->memory), .about = (char *)source->migration->about, .post_copy = source->migration->post_copy};
     struct state_io *io = state_writer_create();
     size_t size = 0;
     if (!io)
@@ -229,16 +302,20 @@ static void tell_progress(void *ctx, uint64_t pages, uint64_t pages_expected)
 
 static int move(struct source *source, struct error *err)
 {
-    const struct snapshot_sink sink = {.put = put_pages, .is_last = is_last, .finish = hand_over, .ctx = source, .rounds_max = ROUNDS_MAX};
+    const struct snapshot_sink sink = {.put = put_pages, .what_now = what_now, .finish = hand_over, .ctx = source, .rounds_max = ROUNDS_MAX};
     const uint8_t *body;
     size_t size;
+    if (source->machine->post_copy_source)
+        return error_set(err, -EINVAL, "the guest has gone already, and its memory is to follow: doppel migrate --recover goes on with that");
     source->rounds = (struct machine_snapshot){.without_disks = true, .progress = tell_progress, .ctx = source};
     stream_set_deadline(source->stream, loop_now_ns() + ANSWER_NS);
     int r = send_hello(source, err);
     if (r == 0)
         r = migrate_expect(source->stream, MIGRATE_WELCOME, &body, &size, err);
     source->sending_ns = loop_now_ns();
-    return r ? r : snapshot_to_sink(source->machine, &source->rounds, &sink, err);
+    if (r == 0)
+        r = snapshot_to_sink(source->machine, &source->rounds, &sink, err);
+    return r == 0 && source->machine->post_copy_source ? follow(source, err) : r;
 }
 
 int machine_migration_open(struct machine_migration *migration, int fd)
@@ -256,19 +333,24 @@ void machine_migration_close(struct machine_migration *migration)
 int machine_migrate(struct machine *machine, struct machine_migration *migration, struct error *err)
 {
     struct error own = {0};
+    if (migration->recover && post_copy_target_waits(machine)) {
+        struct stream *stream = migration->stream;
+        migration->stream = NULL;
+        return post_copy_target_rejoin(machine, stream, err);
+    }
     struct source *source = calloc(1, sizeof *source);
     if (!source)
         return error_set(err, -ENOMEM, "out of memory");
     *source = (struct source){.machine = machine, .migration = migration, .stream = migration->stream, .began_ns = loop_now_ns()};
     machine_tell(machine, MACHINE_EVENT_MIGRATING, NULL);
     source->packer = packer_create(source->stream, migration->zstd_level, PACK_THREADS);
-    int r = source->packer ? move(source, &own) : error_set(&own, -ENOMEM, "out of memory");
+    int r = !source->packer ? error_set(&own, -ENOMEM, "out of memory") : migration->recover ? go_on(source, &own) : move(source, &own);
     if (r == -EPIPE && !migration->unknown)
         r = find_reason(source, r, &own);
     if (r && atomic_load(&migration->phase) == CANCELLED)
         r = error_set(&own, -ECANCELED, "the migration was cancelled");
     if (r && !migration->unknown)
-        send_reason(source, &own);
+        migrate_say_failed(source->stream, own.text);
     if (r) {
         machine_tell(machine, MACHINE_EVENT_MIGRATION_FAILED, own.text);
         log_warning("migration: %s", own.text);

@@ -40,6 +40,7 @@ struct packer {
     bool over;
     uint64_t put, taken, sent; /* counts of slots; lock, but for their own thread */
     uint64_t *cache, *cached;  /* contents, and number of the page + 1, 0 none */
+    struct slot first;         /* packer_put_first's */
     struct slot slot[];
 };
 
@@ -180,6 +181,19 @@ int packer_flush(struct packer *packer, struct error *err)
     return r;
 }
 
+int packer_put_first(struct packer *packer, uint64_t chunk, uint64_t pages, const uint8_t *data, struct error *err)
+{
+    fill(packer, &packer->first, chunk, pages, data);
+    return send_slot(packer, &packer->first, err);
+}
+
+void packer_no_differences(struct packer *packer)
+{
+    if (packer->cache)
+        munmap(packer->cache, (size_t)CACHE_PAGES * PAGE_SIZE_BYTES);
+    packer->cache = NULL;
+}
+
 struct packer *packer_create(struct stream *stream, int level, unsigned threads)
 {
     struct packer *packer = calloc(1, sizeof *packer + SLOTS * sizeof packer->slot[0]);
@@ -212,8 +226,7 @@ void packer_destroy(struct packer *packer)
     pthread_mutex_unlock(&packer->lock);
     for (unsigned i = 0; i < packer->thread_count; i++)
         pthread_join(packer->thread[i], NULL);
-    if (packer->cache)
-        munmap(packer->cache, (size_t)CACHE_PAGES * PAGE_SIZE_BYTES);
+    packer_no_differences(packer);
     free(packer->cached);
     pthread_cond_destroy(&packer->filled);
     pthread_cond_destroy(&packer->emptied);
@@ -245,17 +258,18 @@ void unpacker_destroy(struct unpacker *unpacker)
     free(unpacker);
 }
 
-/* Pages of `data` to their places. */
-static void place(uint8_t *chunk, uint64_t pages, uint64_t zero, uint64_t delta, const uint8_t *data)
+/* To their places. */
+static void place(uint8_t *chunk, const struct unpacked_pages *in)
 {
-    for (uint64_t left = pages; left; left &= left - 1) {
+    const uint8_t *data = in->data;
+    for (uint64_t left = in->pages; left; left &= left - 1) {
         unsigned page = (unsigned)__builtin_ctzll(left);
         uint8_t *to = chunk + page * PAGE_SIZE_BYTES;
-        if (zero >> page & 1) {
+        if (in->zero >> page & 1) {
             memset(to, 0, PAGE_SIZE_BYTES);
             continue;
         }
-        if (delta >> page & 1)
+        if (in->delta >> page & 1)
             for (unsigned i = 0; i < PAGE_SIZE_BYTES; i++)
                 to[i] ^= data[i];
         else
@@ -264,13 +278,13 @@ static void place(uint8_t *chunk, uint64_t pages, uint64_t zero, uint64_t delta,
     }
 }
 
-int unpacker_take(struct unpacker *unpacker, uint8_t *ram, uint64_t ram_bytes, const uint8_t *body, size_t size_bytes, struct error *err)
+int unpacker_open(struct unpacker *unpacker, uint64_t ram_bytes, const uint8_t *body, size_t size_bytes, struct unpacked_pages *out, struct error *err)
 {
     if (size_bytes < MIGRATE_PAGES_HEAD_BYTES)
         return error_set(err, -EPROTO, "a message with pages is too short");
     uint64_t chunk = stream_number(body, 8), pages = stream_number(body + 8, 8), zero = stream_number(body + 16, 8), delta = stream_number(body + 24, 8);
-    const uint8_t *data = body + MIGRATE_PAGES_HEAD_BYTES;
     size_t data_bytes = size_bytes - MIGRATE_PAGES_HEAD_BYTES;
+    *out = (struct unpacked_pages){chunk, pages, zero, delta, body + MIGRATE_PAGES_HEAD_BYTES};
     if (chunk >= (ram_bytes + CHUNK_BYTES - 1) / CHUNK_BYTES)
         return error_set(err, -EPROTO, "pages came that the guest's memory does not have");
     uint64_t room = (ram_bytes - chunk * CHUNK_BYTES) / PAGE_SIZE_BYTES, has = room < CHUNK_PAGES ? (1ull << room) - 1 : ~0ull;
@@ -278,11 +292,19 @@ int unpacker_take(struct unpacker *unpacker, uint8_t *ram, uint64_t ram_bytes, c
     if (pages & ~has || zero & ~pages || delta & ~(pages & ~zero) || body[32] > 1 || (!body[32] && data_bytes != expected))
         return error_set(err, -EPROTO, "a message with pages has not what it says");
     if (body[32]) {
-        size_t n = ZSTD_decompressDCtx(unpacker->context, unpacker->room, expected, data, data_bytes);
+        size_t n = ZSTD_decompressDCtx(unpacker->context, unpacker->room, expected, out->data, data_bytes);
         if (ZSTD_isError(n) || n != expected)
             return error_set(err, -EPROTO, "compressed pages are damaged");
-        data = (const uint8_t *)unpacker->room;
+        out->data = (const uint8_t *)unpacker->room;
     }
-    place(ram + chunk * CHUNK_BYTES, pages, zero, delta, data);
     return 0;
+}
+
+int unpacker_take(struct unpacker *unpacker, uint8_t *ram, uint64_t ram_bytes, const uint8_t *body, size_t size_bytes, struct error *err)
+{
+    struct unpacked_pages in;
+    int r = unpacker_open(unpacker, ram_bytes, body, size_bytes, &in, err);
+    if (r == 0)
+        place(ram + in.chunk * CHUNK_BYTES, &in);
+    return r;
 }

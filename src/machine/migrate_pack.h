@@ -27,10 +27,19 @@ void packer_destroy(struct packer *packer);
  */
 int packer_put(struct packer *packer, uint64_t chunk, uint64_t pages, const uint8_t *data, struct error *err) __attribute__((warn_unused_result));
 int packer_flush(struct packer *packer, struct error *err) __attribute__((warn_unused_result));
+/* Before what was put and not sent, uncompressed. Only when nothing goes as a difference any more. */
+int packer_put_first(struct packer *packer, uint64_t chunk, uint64_t pages, const uint8_t *data, struct error *err) __attribute__((warn_unused_result));
+void packer_no_differences(struct packer *packer);
 
 struct unpacker;
 struct unpacker *unpacker_create(void); /* NULL: no memory */
 void unpacker_destroy(struct unpacker *unpacker);
+/* What a PAGES message has: foreign bytes, checked against RAM of ram_bytes. `data` has those that are not zero, until the next message. */
+struct unpacked_pages {
+    uint64_t chunk, pages, zero, delta;
+    const uint8_t *data;
+};
+int unpacker_open(struct unpacker *unpacker, uint64_t ram_bytes, const uint8_t *body, size_t size_bytes, struct unpacked_pages *out, struct error *err) __attribute__((warn_unused_result));
 /* Puts a PAGES message where it belongs in RAM of ram_bytes at `ram`. Foreign bytes. */
 int unpacker_take(struct unpacker *unpacker, uint8_t *ram, uint64_t ram_bytes, const uint8_t *body, size_t size_bytes, struct error *err) __attribute__((warn_unused_result));
 

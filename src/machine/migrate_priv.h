@@ -11,6 +11,19 @@
  *     GO: the source never runs it again  ->   runs it
  *                                         <-   STARTED
  *
+ * By post-copy (post_copy.h) the guest goes before all of its memory has:
+ *
+ *     POST_COPY, REMOTE: what is missing  ->
+ *     STATE                               ->   loads it, and may want pages already
+ *                                         <-   REQUEST, any time from here on
+ *     PAGES, wanted or not                ->
+ *                                         <-   ARRIVED, for each
+ *     READY, GO, STARTED as above; then more of the same until
+ *                                         <-   COMPLETE
+ *     and over another connection, when one was lost:
+ *     RECOVER                             ->
+ *                                         <-   REMOTE
+ *
  * Before GO the source may go on at any time, and the target must not run the guest. After GO it is the other way round. Who sends GO and hears nothing more cannot know whether it
  * arrived: the source then keeps the guest paused, until somebody who has looked at the target decides.
  */
@@ -20,12 +33,30 @@
 #include "machine/machine_priv.h"
 #include "state/stream.h"
 
-enum migrate_message { MIGRATE_HELLO = 1, MIGRATE_WELCOME, MIGRATE_PAGES, MIGRATE_STATE, MIGRATE_READY, MIGRATE_GO, MIGRATE_STARTED, MIGRATE_FAILED };
+enum migrate_message {
+    MIGRATE_HELLO = 1,
+    MIGRATE_WELCOME,
+    MIGRATE_PAGES,
+    MIGRATE_STATE,
+    MIGRATE_READY,
+    MIGRATE_GO,
+    MIGRATE_STARTED,
+    MIGRATE_FAILED,
+    MIGRATE_POST_COPY,
+    MIGRATE_REMOTE,
+    MIGRATE_REQUEST,
+    MIGRATE_ARRIVED,
+    MIGRATE_COMPLETE,
+    MIGRATE_RECOVER,
+};
 
 /*
  * PAGES: migrate_pack.h.
  * STATE: u8 1: more comes, 0: the last piece; then a piece of the state. GO: u8 1: the guest is to stay paused. FAILED: the reason, text.
+ * POST_COPY, RECOVER: MIGRATE_ID_BYTES by which both sides know the migration. REMOTE: u64 first chunk, then a u64 of pages for it and for those that follow it; 0 to 65536 of them.
+ * REQUEST: u64 chunk, u64 pages.
  */
+#define MIGRATE_ID_BYTES 16u
 #define MIGRATE_STATE_BYTES_MAX (64u << 20)
 #define MIGRATE_REASON_BYTES 400u
 
@@ -33,11 +64,14 @@ struct migrate_hello {
     char *version; /* of the program */
     uint64_t ram_bytes;
     char *about;
+    bool post_copy; /* may follow */
 };
 
 /* The first section of HELLO; "config" and "cpuid" follow. */
 int migrate_hello_state(struct migrate_hello *hello, struct state_io *io);
 
+/* So that the other side can say why this one ends. Whether it arrives or not. */
+void migrate_say_failed(struct stream *stream, const char *reason);
 /* The next message must be this one; the other side's reason when it is FAILED. */
 int migrate_expect(struct stream *stream, unsigned type, const uint8_t **body, size_t *size_bytes, struct error *err);
 /* The error for a message that is not the one expected. */

@@ -156,12 +156,15 @@ static int look(struct machine *machine, void *ctx, struct error *err)
     if (live->snapshot->rounds == 0 && !at_once)
         return 0;
     live->snapshot->rounds += live->snapshot->rounds == 0;
-    live->last = live->sink ? live->sink->is_last(live->sink->ctx, count, live->still_since_ns, live->last) : live->last || count <= FEW_PAGES;
+    enum snapshot_step step = live->last || count <= FEW_PAGES ? SNAPSHOT_LAST_ROUND : SNAPSHOT_ANOTHER_ROUND;
+    if (live->sink)
+        step = live->sink->what_now(live->sink->ctx, count, live->still_since_ns, live->last);
+    live->last = step != SNAPSHOT_ANOTHER_ROUND;
     if (!live->last)
         return 0;
     if (!live->sink && count <= live->room_pages)
         r = copy_pages(live, err);
-    else
+    else if (step == SNAPSHOT_LAST_ROUND)
         r = write_round(live, false, err);
     if (r == 0)
         r = snapshot_encode(machine, &live->snapshot->id, &live->state, err);
@@ -169,7 +172,7 @@ static int look(struct machine *machine, void *ctx, struct error *err)
         r = machine_overlay_still(machine, live->snapshot->overlays, live->snapshot->overlay_count, err);
         live->snapshot->overlaid = r == 0;
     }
-    return r == 0 && live->sink ? live->sink->finish(live->sink->ctx, live->state, err) : r;
+    return r == 0 && live->sink ? live->sink->finish(live->sink->ctx, live->state, step == SNAPSHOT_LEAVE_REST ? live->todo : NULL, err) : r;
 }
 
 static int look_while_still(struct live *live, struct error *err)

@@ -8,6 +8,7 @@
 #include <errno.h>
 
 #include "machine/machine_priv.h"
+#include "machine/post_copy.h"
 #include "util/log.h"
 
 #define STILL_RETRY_NS 1000000
@@ -151,6 +152,7 @@ void machine_stop(struct machine *machine, enum machine_end end)
     /* With the lock: a parked vCPU that sees the end must see the request too, and not run what a reset is writing. */
     vcpu_threads_request(machine, REQUEST_STOP);
     pthread_mutex_unlock(&machine->run_lock);
+    post_copy_target_end(machine);
     if (first)
         machine_tell(machine, MACHINE_EVENT_ENDED, machine_end_name(end));
 }
@@ -184,6 +186,10 @@ int machine_resume(struct machine *machine, struct error *err)
 {
     pthread_mutex_lock(&machine->run_lock);
     bool was_paused = machine->paused;
+    if (machine->gone) {
+        pthread_mutex_unlock(&machine->run_lock);
+        return error_set(err, -EBUSY, "the guest runs where it has migrated to, and only some of its memory is still here; doppel migrate --recover goes on sending it");
+    }
     if (machine->given_away && machine_give_disks(machine, false, err)) {
         pthread_mutex_unlock(&machine->run_lock);
         return error_prefix(err, "the guest may run where it has migrated to");

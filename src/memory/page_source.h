@@ -1,7 +1,7 @@
 /*
  * Where the bytes of remote pages are (memory.h): a snapshot's file that is compressed or encrypted, another host that the guest comes from.
  *
- * A source is asked once for each page, by whatever thread touches it first, for up to PAGE_SOURCE_BYTES around it: a vCPU in the middle of an instruction, the loop's thread with the
+ * A source is asked once for each page, by whatever thread touches it first, for up to group_bytes around it: a vCPU in the middle of an instruction, the loop's thread with the
  * device lock held, a thread of physmap_fetch_next. So it answers by itself: it needs no lock of the machine, no loop, and no page of the guest. Several calls may be under way, for
  * different pages; whoever wants a page that is being fetched waits for it.
  * Sandbox: these threads make only the calls that are allowed them (util/sandbox_rules.h).
@@ -24,6 +24,7 @@ struct page_source {
     /* Once, when nothing is remote any more or the map goes; no fetch is under way, and none comes. On the thread that got the last page. NULL: nothing to do. */
     void (*close)(void *ctx);
     void *ctx;
+    uint64_t group_bytes; /* at most, a power of two from a page to PAGE_SOURCE_BYTES; 0: that */
 };
 
 #endif

@@ -322,7 +322,8 @@ static void fetching_set(struct pages *pages, uint64_t first, uint64_t count, bo
 /* The page and its neighbours that are as far. The lock is let go meanwhile. */
 static int fetch_around(struct pages *pages, uint64_t page)
 {
-    uint64_t low = page & ~(uint64_t)(GROUP_PAGES - 1), high = low + GROUP_PAGES, first = page, end = page + 1;
+    uint64_t group = pages->source.group_bytes ? pages->source.group_bytes / PAGE_SIZE_BYTES : GROUP_PAGES;
+    uint64_t low = page & ~(group - 1), high = low + group, first = page, end = page + 1;
     struct error err = {0};
     while (first > low && can_fetch(pages, first - 1))
         first--;

@@ -73,6 +73,22 @@ void stream_destroy(struct stream *stream)
     free(stream);
 }
 
+int stream_descriptor(const struct stream *stream)
+{
+    return stream->fd;
+}
+
+bool stream_has_frame(const struct stream *stream)
+{
+    size_t here = stream->in_end - stream->in_begin;
+    return stream->get_failed || (here >= STREAM_HEADER_BYTES && here - STREAM_HEADER_BYTES >= stream_number(stream->in + stream->in_begin + 8, 4));
+}
+
+void stream_set_peer(struct stream *stream, const char *peer)
+{
+    stream->peer = peer;
+}
+
 void stream_set_deadline(struct stream *stream, uint64_t deadline_ns)
 {
     stream->deadline_ns = deadline_ns;

@@ -10,6 +10,7 @@
 #ifndef DOPPEL_STATE_STREAM_H
 #define DOPPEL_STATE_STREAM_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -23,6 +24,7 @@ struct stream;
 /* Takes the descriptor over (also after a failure): a socket that is connected. `peer` is for messages, and stays the caller's. NULL: no memory. */
 struct stream *stream_create(int fd, const char *peer);
 void stream_destroy(struct stream *stream);
+void stream_set_peer(struct stream *stream, const char *peer);
 
 /* When whatever is under way must be over (loop_now_ns), 0: never. -ETIMEDOUT afterwards. */
 void stream_set_deadline(struct stream *stream, uint64_t deadline_ns);
@@ -37,6 +39,10 @@ int stream_put(struct stream *stream, unsigned type, const void *head, size_t he
 int stream_flush(struct stream *stream, struct error *err) __attribute__((warn_unused_result));
 /* The next frame, waited for; the body is valid until the next call. -EPIPE: the other side has closed the stream. */
 int stream_get(struct stream *stream, unsigned *type, const uint8_t **body, size_t *size_bytes, struct error *err) __attribute__((warn_unused_result));
+
+/* For who waits for other things as well: readable, unless a whole frame is here already, means that there is something to get. */
+int stream_descriptor(const struct stream *stream);
+bool stream_has_frame(const struct stream *stream);
 
 uint64_t stream_bytes_sent(const struct stream *stream);
 /* Ends it for both sides at once: whoever waits in it fails. Any thread, as long as the stream is there. */

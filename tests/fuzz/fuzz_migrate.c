@@ -8,7 +8,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "machine/migrate_pack.h"
+#include "machine/post_copy.h"
 #include "machine/migrate_priv.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
@@ -84,7 +84,11 @@ static void read_messages(int fd)
     struct unpacker *unpacker = unpacker_create();
     must(stream && unpacker);
     while (stream_get(stream, &type, &body, &size, &err) == 0) {
-        int r = type == MIGRATE_PAGES ? unpacker_take(unpacker, ram, sizeof ram, body, size, &err) : migrate_unexpected(type, body, size, &err);
+        uint64_t remote[3] = {0};
+        bool last = false;
+        int r = type == MIGRATE_PAGES    ? unpacker_take(unpacker, ram, sizeof ram, body, size, &err)
+                : type == MIGRATE_REMOTE ? post_copy_take_remote(remote, 3, body, size, &last, &err)
+                                         : migrate_unexpected(type, body, size, &err);
         must(r == 0 || err.text[0]);
     }
     must(err.text[0]);

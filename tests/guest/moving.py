@@ -86,6 +86,38 @@ def moving():
         subprocess.run(["/sbin/e2fsck", "-fn", f"{folder}/disk"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
+def writer():
+    """One that writes faster than can be sent goes before its memory has, by TLS, and finds all of it."""
+    guest.need(doppel, guest.kernel, guest.cache)
+    with tempfile.TemporaryDirectory(prefix="doppel-moving-", dir="/dev/shm") as folder:
+        os.environ["XDG_RUNTIME_DIR"] = os.environ["XDG_DATA_HOME"] = folder
+        steady = os.path.abspath(memory.churn_program)
+        os.chdir(folder)
+        memory.archive("initrd", [("steady", open(steady, "rb").read())])
+        with open("key", "w") as key:
+            key.write("a secret of the two of them")
+        try:
+            command("run", "-d", "--name", "vm0", "--engine", "bt", "--kernel", guest.kernel, "--initrd", "initrd", "--append", "console=ttyS0 quiet", "--memory", "512M", "--cpus", "2", "--net", "user")
+            with Guest(["--recent", "vm0"], "vm0", command="console") as vm:
+                guest.wait_for_shell(vm)
+                vm.run("mkdir -p /fill && mount -t tmpfs -o size=300m none /fill && dd if=/dev/urandom of=/fill/kept bs=1M count=60 && md5sum /fill/kept >/fill/sum", 60)
+                vm.run("(cd /; exec /extra/steady 40 /fill) & true")
+                vm.run("while :; do dd if=/dev/zero of=/fill/written bs=1M count=60 conv=notrunc; done >/dev/null 2>&1 & true")
+                vm.expect(TICK, 60)
+            said = move("vm0", "vm1", "bt", ["--post-copy", "--bandwidth", "40M"], listen="127.0.0.1:0", both=["--key-file", "key"])
+            print(said, flush=True)
+            with Guest(["vm1"], "vm1", command="console") as vm:
+                vm.expect(TICK, 60)
+                vm.run("md5sum -c /fill/sum", 60)
+                vm.run("! dmesg | grep -E 'BUG:|Oops|Call Trace|WARNING|stall|blocked for'")
+                vm.run("killall -TERM steady; while pidof steady; do usleep 10000; done", 60)
+                assert "steady: ok" in guest.plain(vm.transcript) and "WRONG" not in guest.plain(vm.transcript)
+        finally:
+            for left in "vm0", "vm1":
+                subprocess.run([doppel, "rm", "-f", left], capture_output=True, timeout=60)
+            os.chdir("/")
+
+
 def host(*words, need=True):
     done = subprocess.run([word for text in words for word in text.split()], capture_output=True, text=True)
     if need and done.returncode:
@@ -154,4 +186,4 @@ def tap():
 
 
 if __name__ == "__main__":
-    guest.main({"moving": moving, "moving-tap": tap})
+    guest.main({"moving": moving, "moving-writer": writer, "moving-tap": tap})

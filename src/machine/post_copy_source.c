@@ -1,0 +1,254 @@
+/*
+ * The source of a post-copy migration (post_copy.h). The guest stands still for good, so pages can go in any order and more than once: what is asked for is always answered, even when it is on its way.
+ * Invariants: a page whose bit is in `left` has not been sent over this connection. At most UNANSWERED_MAX messages with pages are under way, so that an answer does not wait behind many others.
+ */
+#include <errno.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "machine/post_copy.h"
+#include "state/inputs.h"
+
+#define SILENCE_NS 60000000000ull
+#define LOOK_NS 200000000ull /* then it is seen whether the machine has ended */
+#define UNANSWERED_MAX 8u
+#define REMOTE_WORDS 65536u
+
+struct post_copy_source {
+    struct machine *machine;
+    struct stream *stream;
+    struct packer *packer;
+    const uint8_t *ram;
+    uint8_t id[MIGRATE_ID_BYTES];
+    uint64_t words, next; /* next: the chunk to look at for what is to be sent unasked */
+    _Atomic uint64_t pages;
+    unsigned unanswered;
+    bool complete;
+    uint64_t left[];
+};
+
+/* ---- what is missing ---- */
+
+int post_copy_put_remote(struct stream *stream, const uint64_t *pages, uint64_t words, struct error *err)
+{
+    uint8_t head[8], *body = malloc(REMOTE_WORDS * 8);
+    int r = body ? 0 : error_set(err, -ENOMEM, "out of memory");
+    for (uint64_t at = 0, count = 1; r == 0 && count; at += count) {
+        while (at < words && !pages[at])
+            at++;
+        count = words - at < REMOTE_WORDS ? words - at : REMOTE_WORDS;
+        for (uint64_t i = 0; i < count; i++)
+            stream_put_number(body + 8 * i, pages[at + i], 8);
+        stream_put_number(head, at, 8);
+        r = stream_put(stream, MIGRATE_REMOTE, head, sizeof head, body, count * 8, err);
+    }
+    free(body);
+    return r;
+}
+
+int post_copy_take_remote(uint64_t *pages, uint64_t words, const uint8_t *body, size_t size_bytes, bool *last, struct error *err)
+{
+    uint64_t at = size_bytes >= 8 ? stream_number(body, 8) : 0, count = size_bytes / 8 - 1;
+    if (size_bytes < 8 || size_bytes % 8 || count > REMOTE_WORDS || at > words || count > words - at)
+        return error_set(err, -EPROTO, "what is said of missing pages is not as it should be");
+    for (uint64_t i = 0; i < count; i++)
+        pages[at + i] |= stream_number(body + 8 + 8 * i, 8);
+    *last = count == 0;
+    return 0;
+}
+
+static uint64_t count_left(const struct post_copy_source *source)
+{
+    uint64_t count = 0;
+    for (uint64_t i = 0; i < source->words; i++)
+        count += (uint64_t)__builtin_popcountll(source->left[i]);
+    return count;
+}
+
+int post_copy_source_create(struct machine *machine, const uint64_t *left, struct error *err)
+{
+    uint64_t words = (physmap_ram_bytes(machine->memory) + CHUNK_BYTES - 1) / CHUNK_BYTES;
+    struct post_copy_source *source = calloc(1, sizeof *source + words * sizeof source->left[0]);
+    if (!source)
+        return error_set(err, -ENOMEM, "out of memory");
+    source->machine = machine;
+    source->ram = physmap_get(machine->memory, 0, PAGE_SIZE_BYTES, PHYSMAP_READ);
+    source->words = words;
+    memcpy(source->left, left, words * sizeof source->left[0]);
+    atomic_store(&source->pages, count_left(source));
+    int r = inputs_random(source->id, sizeof source->id);
+    if (r) {
+        free(source);
+        return error_set(err, r, "no random numbers: %s", strerror(-r));
+    }
+    machine->post_copy_source = source;
+    return 0;
+}
+
+void post_copy_source_destroy(struct machine *machine)
+{
+    free(machine->post_copy_source);
+    machine->post_copy_source = NULL;
+}
+
+uint64_t post_copy_source_pages(const struct post_copy_source *source)
+{
+    return atomic_load(&source->pages);
+}
+
+void post_copy_source_connect(struct post_copy_source *source, struct stream *stream, struct packer *packer)
+{
+    source->stream = stream;
+    source->packer = packer;
+    packer_no_differences(packer);
+}
+
+int post_copy_source_announce(struct post_copy_source *source, struct error *err)
+{
+    int r = stream_put(source->stream, MIGRATE_POST_COPY, source->id, sizeof source->id, NULL, 0, err);
+    return r ? r : post_copy_put_remote(source->stream, source->left, source->words, err);
+}
+
+/* ---- sending ---- */
+
+typedef int put_fn(struct packer *packer, uint64_t chunk, uint64_t pages, const uint8_t *data, struct error *err);
+
+static int send_pages(struct post_copy_source *source, uint64_t chunk, uint64_t pages, put_fn *put, struct error *err)
+{
+    for (uint64_t rest = pages; rest; rest &= rest - 1)
+        if (physmap_need(source->machine->memory, chunk * CHUNK_BYTES + (uint64_t)__builtin_ctzll(rest) * PAGE_SIZE_BYTES, PAGE_SIZE_BYTES, PHYSMAP_READ))
+            return error_set(err, -EIO, "a page of the guest's memory cannot be had from where it is");
+    atomic_fetch_sub(&source->pages, (uint64_t)__builtin_popcountll(source->left[chunk] & pages));
+    source->left[chunk] &= ~pages;
+    source->unanswered++;
+    return put(source->packer, chunk, pages, source->ram + chunk * CHUNK_BYTES, err);
+}
+
+/* The chunk that is to go unasked, from the last one that was asked for on; words: none. */
+static uint64_t next_chunk(struct post_copy_source *source)
+{
+    for (uint64_t n = 0; n < source->words; n++, source->next = (source->next + 1) % source->words)
+        if (source->left[source->next])
+            return source->next;
+    return source->words;
+}
+
+/* ---- what the other side says ---- */
+
+static int answer(struct post_copy_source *source, const uint8_t *body, size_t size, struct error *err)
+{
+    uint64_t chunk = size == 16 ? stream_number(body, 8) : source->words, pages = chunk < source->words ? stream_number(body + 8, 8) : 0;
+    uint64_t room = chunk < source->words ? (physmap_ram_bytes(source->machine->memory) - chunk * CHUNK_BYTES) / PAGE_SIZE_BYTES : 0;
+    if (!pages || (room < CHUNK_PAGES && pages >> room))
+        return error_set(err, -EPROTO, "pages were asked for that the guest's memory does not have");
+    source->next = chunk;
+    return send_pages(source, chunk, pages, packer_put_first, err);
+}
+
+/* One message, waited for; *type 0 when it was for this file. */
+static int take_message(struct post_copy_source *source, unsigned *type, struct error *err)
+{
+    const uint8_t *body;
+    size_t size;
+    int r = stream_get(source->stream, type, &body, &size, err);
+    if (r || *type == MIGRATE_READY || *type == MIGRATE_STARTED)
+        return r;
+    if (*type == MIGRATE_REQUEST)
+        r = answer(source, body, size, err);
+    else if (*type == MIGRATE_ARRIVED && source->unanswered)
+        source->unanswered--;
+    else if (*type == MIGRATE_COMPLETE)
+        source->complete = true;
+    else
+        return migrate_unexpected(*type, body, size, err);
+    *type = 0;
+    return r ? r : stream_flush(source->stream, err);
+}
+
+int post_copy_source_expect(struct post_copy_source *source, unsigned type, struct error *err)
+{
+    unsigned came = 0;
+    int r = 0;
+    while (r == 0 && !came)
+        r = take_message(source, &came, err);
+    return r ? r : came == type && !source->complete ? 0 : migrate_unexpected(came, NULL, 0, err);
+}
+
+int post_copy_source_rejoin(struct post_copy_source *source, struct error *err)
+{
+    const uint8_t *body;
+    size_t size;
+    bool last = false;
+    stream_set_deadline(source->stream, loop_now_ns() + SILENCE_NS);
+    int r = stream_put(source->stream, MIGRATE_RECOVER, source->id, sizeof source->id, NULL, 0, err);
+    if (r == 0)
+        r = stream_flush(source->stream, err);
+    memset(source->left, 0, source->words * sizeof source->left[0]);
+    while (r == 0 && !last) {
+        r = migrate_expect(source->stream, MIGRATE_REMOTE, &body, &size, err);
+        if (r == 0)
+            r = post_copy_take_remote(source->left, source->words, body, size, &last, err);
+    }
+    uint64_t room = (physmap_ram_bytes(source->machine->memory) / PAGE_SIZE_BYTES) % CHUNK_PAGES;
+    if (room)
+        source->left[source->words - 1] &= (1ull << room) - 1;
+    source->unanswered = 0;
+    atomic_store(&source->pages, count_left(source));
+    return r;
+}
+
+/* ---- all of it ---- */
+
+static bool has_ended(struct machine *machine)
+{
+    pthread_mutex_lock(&machine->run_lock);
+    bool ended = machine->end != MACHINE_RUNNING;
+    pthread_mutex_unlock(&machine->run_lock);
+    return ended;
+}
+
+/* Whether there is a message now, or within so much time. */
+static bool can_take(const struct post_copy_source *source, uint64_t ns)
+{
+    struct pollfd poll_fd = {.fd = stream_descriptor(source->stream), .events = POLLIN};
+    return stream_has_frame(source->stream) || poll(&poll_fd, 1, (int)((ns + 999999) / 1000000)) > 0;
+}
+
+static int push(struct post_copy_source *source, const struct post_copy_pace *pace, struct error *err)
+{
+    uint64_t chunk = next_chunk(source);
+    int r = send_pages(source, chunk, source->left[chunk], packer_put, err);
+    if (r == 0 && (source->unanswered == UNANSWERED_MAX || next_chunk(source) == source->words))
+        r = packer_flush(source->packer, err);
+    if (r == 0)
+        r = stream_flush(source->stream, err);
+    pace->sent(pace->ctx);
+    return r;
+}
+
+int post_copy_source_serve(struct post_copy_source *source, const struct post_copy_pace *pace, struct error *err)
+{
+    uint64_t heard_ns = loop_now_ns();
+    int r = 0;
+    while (r == 0 && !source->complete) {
+        bool more = next_chunk(source) < source->words && source->unanswered < UNANSWERED_MAX;
+        uint64_t rest_ns = more ? pace->rest_ns(pace->ctx) : LOOK_NS, now;
+        unsigned type = 0;
+        if (can_take(source, rest_ns < LOOK_NS ? rest_ns : LOOK_NS)) {
+            heard_ns = now = loop_now_ns();
+            stream_set_deadline(source->stream, now + SILENCE_NS);
+            r = take_message(source, &type, err);
+            if (r == 0 && type)
+                r = migrate_unexpected(type, NULL, 0, err);
+        } else if (has_ended(source->machine)) {
+            r = error_set(err, -ESRCH, "the virtual machine has ended");
+        } else if ((now = loop_now_ns()) - heard_ns > SILENCE_NS && !rest_ns) {
+            r = error_set(err, -ETIMEDOUT, "the other side says nothing more");
+        } else if (more && !rest_ns) {
+            stream_set_deadline(source->stream, now + SILENCE_NS);
+            r = push(source, pace, err);
+        }
+    }
+    return r;
+}
