@@ -1,7 +1,4 @@
-/*
- * libarchive, loaded when it is first needed: it and what it needs in turn take some 3 ms, which every start of a machine would pay otherwise. Its functions are called as
- * ever once archive_library_load() has returned 0. Threading: load before other threads use it.
- */
+/* libarchive (util/library.h): it and what it needs in turn take some 3 ms. */
 #ifndef DOPPEL_CLI_ARCHIVE_LIBRARY_H
 #define DOPPEL_CLI_ARCHIVE_LIBRARY_H
 

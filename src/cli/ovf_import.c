@@ -13,14 +13,14 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include <openssl/evp.h>
-
 #include "cli/archive_files.h"
 #include "cli/import.h"
 #include "control/bundle.h"
 #include "control/ovf.h"
+#include "util/gnutls_library.h"
 
 #define MANIFEST_BYTES_MAX (64u << 10)
+#define DIGEST_BYTES_MAX 64u
 #define BLOCK_BYTES (256u << 10)
 #define MEMORY_USUAL_BYTES (512ull << 20)
 
@@ -54,42 +54,41 @@ static int bad(const struct appliance *appliance, const char *what)
 
 /* ---- the manifest ---- */
 
-static int digest_file(int fd, EVP_MD_CTX *context)
+static int digest_file(int fd, gnutls_hash_hd_t hash)
 {
     uint8_t *block = malloc(BLOCK_BYTES);
     ssize_t n = block ? 1 : -1;
     for (off_t at = 0; n > 0; at += n) {
         n = pread(fd, block, BLOCK_BYTES, at);
         if (n > 0)
-            EVP_DigestUpdate(context, block, (size_t)n);
+            gnutls_hash(hash, block, (size_t)n);
     }
     free(block);
     return n < 0 ? -1 : 0;
 }
 
 /* Whether the file (or the descriptor) is what the manifest says. What is not used is not looked at. */
-static int check_line(const struct appliance *appliance, const char *name, const EVP_MD *kind, const char *wanted)
+static int check_line(const struct appliance *appliance, const char *name, gnutls_digest_algorithm_t kind, const char *wanted)
 {
-    uint8_t digest[EVP_MAX_MD_SIZE];
-    char text[2 * EVP_MAX_MD_SIZE + 1] = "";
-    unsigned length = 0;
+    uint8_t digest[DIGEST_BYTES_MAX];
+    char text[2 * DIGEST_BYTES_MAX + 1] = "";
     bool own = strcmp(name, appliance->file) == 0, used = own;
     for (unsigned i = 0; i < appliance->ovf.disk_count; i++)
         used = used || strcmp(name, appliance->ovf.disk[i].file) == 0;
     if (!used)
         return 0;
-    EVP_MD_CTX *context = EVP_MD_CTX_new();
+    gnutls_hash_hd_t hash = NULL;
     int fd = own ? -1 : openat(appliance->source, name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC), r = 0;
-    if (!context || EVP_DigestInit_ex(context, kind, NULL) != 1 || (!own && (fd < 0 || digest_file(fd, context))))
+    if (gnutls_hash_init(&hash, kind) || (!own && (fd < 0 || digest_file(fd, hash))))
         r = complain(STATUS_ERROR, "cannot read %s of %s", name, appliance->import->path);
     if (r == 0 && own)
-        EVP_DigestUpdate(context, appliance->text, appliance->text_bytes);
-    if (r == 0 && EVP_DigestFinal_ex(context, digest, &length) == 1)
-        for (unsigned i = 0; i < length; i++)
-            snprintf(text + 2 * i, 3, "%02x", digest[i]);
+        gnutls_hash(hash, appliance->text, appliance->text_bytes);
+    if (hash)
+        gnutls_hash_deinit(hash, digest);
+    for (unsigned i = 0; r == 0 && i < gnutls_hash_get_len(kind); i++)
+        snprintf(text + 2 * i, 3, "%02x", digest[i]);
     if (r == 0 && strcasecmp(text, wanted) != 0)
         r = complain(STATUS_ERROR, "%s is damaged: %s is not what its manifest says", appliance->import->path, name);
-    EVP_MD_CTX_free(context);
     if (fd >= 0)
         close(fd);
     return r;
@@ -98,16 +97,20 @@ static int check_line(const struct appliance *appliance, const char *name, const
 /* Lines such as SHA256(disk.vmdk)= 1234 */
 static int check_manifest(struct appliance *appliance)
 {
-    int r = 0;
+    struct error err = {0};
+    int r = appliance->manifest && library_load(&gnutls_library_file, &err) ? bad(appliance, err.text) : 0;
     for (char *rest = appliance->manifest, *line; r == 0 && rest && (line = strsep(&rest, "\n"));) {
         char *open = strchr(line, '('), *close = strrchr(line, ')'), *equals = close ? strchr(close, '=') : NULL;
         if (!open || !equals)
             continue;
         *open = *close = '\0';
-        const EVP_MD *kind = strcmp(line, "SHA1") == 0 ? EVP_sha1() : strcmp(line, "SHA256") == 0 ? EVP_sha256() : strcmp(line, "SHA512") == 0 ? EVP_sha512() : NULL;
+        gnutls_digest_algorithm_t kind = strcmp(line, "SHA1") == 0     ? GNUTLS_DIG_SHA1
+                                         : strcmp(line, "SHA256") == 0 ? GNUTLS_DIG_SHA256
+                                         : strcmp(line, "SHA512") == 0 ? GNUTLS_DIG_SHA512
+                                                                       : GNUTLS_DIG_UNKNOWN;
         char *wanted = equals + 1 + strspn(equals + 1, " \t");
         wanted[strcspn(wanted, " \t\r")] = '\0';
-        r = kind ? check_line(appliance, open + 1, kind, wanted) : bad(appliance, "its manifest has sums of an unknown kind");
+        r = kind != GNUTLS_DIG_UNKNOWN ? check_line(appliance, open + 1, kind, wanted) : bad(appliance, "its manifest has sums of an unknown kind");
     }
     return r;
 }

@@ -282,13 +282,6 @@ static void open_control(struct run *run)
 static int start_machine(struct run *run, struct error *err)
 {
     vm_control_attach(run->control, run->machine, &run->config);
-    if (run->server) {
-        struct error why = {0};
-        if (http_server_post(run->server, shut_in_server, run->machine))
-            error_set(&why, -ENOMEM, "out of memory");
-        if (why.code || http_server_start(run->server, &why))
-            complain(0, "this virtual machine cannot be reached by doppel's commands: %s", why.text);
-    }
     if (!run->incoming)
         return machine_start(run->machine, err);
     int r = machine_pause(run->machine, err);
@@ -303,6 +296,21 @@ static int start_machine(struct run *run, struct error *err)
     return r;
 }
 
+/* While the guest runs already, because it takes some time. Clients that come before wait at the socket. */
+static void start_server(struct run *run)
+{
+    struct error err = {0};
+    if (!run->server)
+        return;
+    if (http_server_post(run->server, shut_in_server, run->machine))
+        error_set(&err, -ENOMEM, "out of memory");
+    if (err.code || http_server_start(run->server, &err) || chunk_prepare_encryption(&err)) {
+        complain(0, "this virtual machine cannot be reached by doppel's commands: %s", err.text);
+        http_server_destroy(run->server);
+        run->server = NULL;
+    }
+}
+
 /* Waits for the machine's end with a thread that takes signals. */
 static int wait_for_end(struct run *run, enum machine_end *end)
 {
@@ -311,6 +319,7 @@ static int wait_for_end(struct run *run, enum machine_end *end)
         return complain(STATUS_ERROR, "cannot start a thread: too little memory, or too many of them (ulimit -u)");
     vm_control_sync(run->control);
     tell_ready(run);
+    start_server(run);
     shut_in(run);
     *end = machine_wait(run->machine);
     end_signals(run, signals);

@@ -269,6 +269,8 @@ static int start(struct serve *serve, struct error *err)
     serve->sandbox_config.sandbox = api.sandbox;
     serve->sandbox_config.sandbox_omit = api.sandbox_omit ? serve->sandbox + 5 : NULL; /* not its own */
     api.broker = machine_start_broker(&serve->sandbox_config);
+    if (chunk_prepare_encryption(err))
+        return SERVE_ERROR;
     open_control(serve);
     api.control = serve->control;
     api.api_socket = serve->no_api ? NULL : serve->api_sock;

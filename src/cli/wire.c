@@ -3,7 +3,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <gnutls/gnutls.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
@@ -16,6 +15,8 @@
 #include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
+
+#include "util/gnutls_library.h"
 
 #define KEY_BYTES_MIN 16u
 #define KEY_BYTES_MAX 4096u
@@ -68,8 +69,9 @@ static int read_key(const char *path, gnutls_datum_t *key, struct error *err)
 
 static void free_key(gnutls_datum_t *key)
 {
-    if (key->data)
-        explicit_bzero(key->data, key->size);
+    if (!key->data)
+        return;
+    explicit_bzero(key->data, key->size);
     gnutls_free(key->data);
 }
 
@@ -86,7 +88,9 @@ int wire_check(const char *address, const struct wire_security *security, struct
     if ((security->insecure != 0) + (security->key_file != NULL) + certificates != 1)
         return error_set(err, -EINVAL, "over TCP the guest's memory is to be encrypted: give both sides --key-file with the same secret, or --cert, --cert-key and --ca; or --insecure");
     gnutls_datum_t key = {0};
-    int r = security->key_file ? read_key(security->key_file, &key, err) : 0;
+    int r = security->insecure ? 0 : library_load(&gnutls_library_file, err);
+    if (r == 0 && security->key_file)
+        r = read_key(security->key_file, &key, err);
     free_key(&key);
     return r;
 }
@@ -282,7 +286,10 @@ static int use_certificates(struct tls *tls, const struct wire_security *securit
 
 static int begin_tls(struct tls *tls, const struct wire_security *security, struct error *err)
 {
-    int r = gnutls_init(&tls->session, (tls->server ? GNUTLS_SERVER : GNUTLS_CLIENT) | GNUTLS_NO_SIGNAL);
+    int r = library_load(&gnutls_library_file, err);
+    if (r)
+        return r;
+    r = gnutls_init(&tls->session, (tls->server ? GNUTLS_SERVER : GNUTLS_CLIENT) | GNUTLS_NO_SIGNAL);
     if (r)
         return tls_error(err, "TLS", r);
     gnutls_session_set_ptr(tls->session, tls);
@@ -292,7 +299,7 @@ static int begin_tls(struct tls *tls, const struct wire_security *security, stru
     r = security->key_file ? use_key(tls, security, err) : use_certificates(tls, security, err);
     if (r)
         return r;
-    gnutls_transport_set_int(tls->session, tls->fd);
+    gnutls_transport_set_int2(tls->session, tls->fd, tls->fd);
     gnutls_handshake_set_timeout(tls->session, HANDSHAKE_MS);
     do
         r = gnutls_handshake(tls->session);

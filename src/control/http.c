@@ -475,7 +475,10 @@ int http_server_add_routes(struct http_server *server, const struct http_route *
 
 int http_server_start(struct http_server *server, struct error *err)
 {
-    int r = start_mhd(server);
+    int r = library_load(&http_library_file, err);
+    if (r)
+        return error_prefix(err, "cannot start the API server");
+    r = start_mhd(server);
     if (r)
         return error_set(err, r, "cannot start the API server: %s", strerror(-r));
     r = -pthread_create(&server->thread, NULL, server_main, server);

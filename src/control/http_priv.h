@@ -2,12 +2,12 @@
 #ifndef DOPPEL_CONTROL_HTTP_PRIV_H
 #define DOPPEL_CONTROL_HTTP_PRIV_H
 
-#include <microhttpd.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <sys/queue.h>
 
 #include "control/http.h"
+#include "control/http_library.h"
 #include "util/loop.h"
 
 #define HTTP_TABLES_MAX 8

@@ -8,22 +8,21 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include <openssl/crypto.h>
-#include <openssl/evp.h>
-#include <openssl/hmac.h>
 #define XXH_INLINE_ALL
 #include <xxhash.h>
 
 #include "state/chunk_priv.h"
+#include "state/scrypt.h"
+#include "util/gnutls_library.h"
 
 #define NONCE_BYTES 12
 #define SCRYPT_N 32768
 #define SCRYPT_R 8
 #define SCRYPT_P 1
-#define SCRYPT_MEMORY (64ull << 20)
 
 struct chunk_cipher {
-    EVP_CIPHER_CTX *evp;
+    gnutls_aead_cipher_hd_t handle; /* NULL: no key yet */
+    uint8_t key[CHUNK_KEY_BYTES];
 };
 
 int chunk_secret_set(struct chunk_secret *secret, const void *data, size_t size_bytes)
@@ -70,41 +69,45 @@ static bool keyed_hash(const uint8_t key[CHUNK_KEY_BYTES], const char *text, con
     size_t length = strlen(text);
     memcpy(message, text, length);
     memcpy(message + length, salt, CHUNK_SALT_BYTES);
-    return HMAC(EVP_sha256(), key, CHUNK_KEY_BYTES, message, length + CHUNK_SALT_BYTES, out, NULL) != NULL;
+    return gnutls_hmac_fast(GNUTLS_MAC_SHA256, key, CHUNK_KEY_BYTES, message, length + CHUNK_SALT_BYTES, out) == 0;
+}
+
+int chunk_prepare_encryption(struct error *err)
+{
+    return library_load(&gnutls_library_file, err);
 }
 
 int chunk_key_make(const struct chunk_secret *secret, uint32_t *key_kind, const uint8_t salt[CHUNK_SALT_BYTES], uint8_t key[CHUNK_KEY_BYTES],
                    uint8_t key_check[CHUNK_CHECK_BYTES])
 {
     uint8_t master[CHUNK_KEY_BYTES], check[CHUNK_KEY_BYTES];
-    OPENSSL_init_crypto(OPENSSL_INIT_NO_LOAD_CONFIG, NULL); /* no file of the host's is looked for: threads that come here may open none */
+    struct error why = {0};
+    int r = chunk_prepare_encryption(&why);
+    if (r)
+        return r;
     bool good = true, raw = raw_key(secret, master);
     *key_kind = raw ? CHUNK_KEY_RAW : CHUNK_KEY_SCRYPT;
     if (!raw)
-        good = EVP_PBE_scrypt((const char *)secret->data, secret->size_bytes, salt, CHUNK_SALT_BYTES, SCRYPT_N, SCRYPT_R, SCRYPT_P, SCRYPT_MEMORY, master, sizeof master) == 1;
+        good = scrypt(secret->data, secret->size_bytes, salt, CHUNK_SALT_BYTES, SCRYPT_N, SCRYPT_R, SCRYPT_P, master, sizeof master) == 0;
     good = good && keyed_hash(master, "doppel chunk file key", salt, key) && keyed_hash(key, "doppel chunk file check", salt, check);
     if (good)
         memcpy(key_check, check, CHUNK_CHECK_BYTES);
-    OPENSSL_cleanse(master, sizeof master);
+    explicit_bzero(master, sizeof master);
     return good ? 0 : -ENOMEM;
 }
 
 struct chunk_cipher *chunk_cipher_create(void)
 {
-    struct chunk_cipher *cipher = calloc(1, sizeof *cipher);
-    if (cipher)
-        cipher->evp = EVP_CIPHER_CTX_new();
-    if (cipher && cipher->evp)
-        return cipher;
-    free(cipher);
-    return NULL;
+    return calloc(1, sizeof(struct chunk_cipher));
 }
 
 void chunk_cipher_destroy(struct chunk_cipher *cipher)
 {
     if (!cipher)
         return;
-    EVP_CIPHER_CTX_free(cipher->evp);
+    if (cipher->handle)
+        gnutls_aead_cipher_deinit(cipher->handle);
+    explicit_bzero(cipher->key, sizeof cipher->key);
     free(cipher);
 }
 
@@ -114,35 +117,36 @@ static void make_nonce(enum chunk_part part, uint64_t offset, uint8_t nonce[NONC
     chunk_put_number(nonce + 4, offset, 8);
 }
 
-/* The library's lengths are ints. */
-static bool begin(struct chunk_cipher *cipher, const uint8_t *key, enum chunk_part part, uint64_t offset, const void *extra, size_t extra_bytes, size_t size_bytes, int encrypt)
+static bool set_key(struct chunk_cipher *cipher, const uint8_t key[CHUNK_KEY_BYTES])
 {
-    uint8_t nonce[NONCE_BYTES];
-    int length;
-    make_nonce(part, offset, nonce);
-    return size_bytes <= 1u << 30 && EVP_CipherInit_ex(cipher->evp, EVP_aes_256_gcm(), NULL, key, nonce, encrypt) == 1 &&
-           (!extra_bytes || EVP_CipherUpdate(cipher->evp, NULL, &length, extra, (int)extra_bytes) == 1);
+    const gnutls_datum_t datum = {(void *)(uintptr_t)key, CHUNK_KEY_BYTES};
+    if (cipher->handle && memcmp(cipher->key, key, CHUNK_KEY_BYTES) == 0)
+        return true;
+    if (cipher->handle)
+        gnutls_aead_cipher_deinit(cipher->handle);
+    cipher->handle = NULL;
+    memcpy(cipher->key, key, CHUNK_KEY_BYTES);
+    return gnutls_aead_cipher_init(&cipher->handle, GNUTLS_CIPHER_AES_256_GCM, &datum) == 0;
 }
 
 int chunk_seal(struct chunk_cipher *cipher, const uint8_t key[CHUNK_KEY_BYTES], enum chunk_part part, uint64_t offset, const void *extra, size_t extra_bytes, uint8_t *data,
                size_t size_bytes, uint8_t tag[CHUNK_CHECK_BYTES])
 {
-    int length;
-    bool good = begin(cipher, key, part, offset, extra, extra_bytes, size_bytes, 1) && EVP_CipherUpdate(cipher->evp, data, &length, data, (int)size_bytes) == 1 &&
-                EVP_CipherFinal_ex(cipher->evp, data + size_bytes, &length) == 1 &&
-                EVP_CIPHER_CTX_ctrl(cipher->evp, EVP_CTRL_AEAD_GET_TAG, CHUNK_CHECK_BYTES, tag) == 1;
-    return good ? 0 : -EIO;
+    uint8_t nonce[NONCE_BYTES];
+    const struct iovec also = {(void *)(uintptr_t)extra, extra_bytes}, text = {data, size_bytes};
+    size_t tag_bytes = CHUNK_CHECK_BYTES;
+    make_nonce(part, offset, nonce);
+    return set_key(cipher, key) && gnutls_aead_cipher_encryptv2(cipher->handle, nonce, sizeof nonce, &also, extra_bytes ? 1 : 0, &text, 1, tag, &tag_bytes) == 0 ? 0 : -EIO;
 }
 
 int chunk_unseal(struct chunk_cipher *cipher, const uint8_t key[CHUNK_KEY_BYTES], enum chunk_part part, uint64_t offset, const void *extra, size_t extra_bytes, uint8_t *data,
                  size_t size_bytes, const uint8_t tag[CHUNK_CHECK_BYTES])
 {
-    uint8_t expected[CHUNK_CHECK_BYTES];
-    int length;
+    uint8_t nonce[NONCE_BYTES], expected[CHUNK_CHECK_BYTES];
+    const struct iovec also = {(void *)(uintptr_t)extra, extra_bytes}, text = {data, size_bytes};
     memcpy(expected, tag, sizeof expected);
-    bool good = begin(cipher, key, part, offset, extra, extra_bytes, size_bytes, 0) && EVP_CipherUpdate(cipher->evp, data, &length, data, (int)size_bytes) == 1 &&
-                EVP_CIPHER_CTX_ctrl(cipher->evp, EVP_CTRL_AEAD_SET_TAG, CHUNK_CHECK_BYTES, expected) == 1 && EVP_CipherFinal_ex(cipher->evp, data + size_bytes, &length) == 1;
-    return good ? 0 : -EBADMSG;
+    make_nonce(part, offset, nonce);
+    return set_key(cipher, key) && gnutls_aead_cipher_decryptv2(cipher->handle, nonce, sizeof nonce, &also, extra_bytes ? 1 : 0, &text, 1, expected, sizeof expected) == 0 ? 0 : -EBADMSG;
 }
 
 void chunk_checksum(const void *extra, size_t extra_bytes, const void *data, size_t size_bytes, uint8_t check[CHUNK_CHECK_BYTES])

@@ -30,6 +30,9 @@ struct chunk_secret {
 /* As read from a file: a line's end is not part of it. -EINVAL: it is empty or too long. */
 int chunk_secret_set(struct chunk_secret *secret, const void *data, size_t size_bytes) __attribute__((warn_unused_result));
 
+/* Files with a secret need it, and ask for it themselves; who is about to enter a sandbox, where nothing can be loaded, does so before. 0 or -ENOENT. */
+int chunk_prepare_encryption(struct error *err);
+
 struct chunk_id {
     uint8_t bytes[16];
 };

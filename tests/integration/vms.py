@@ -257,6 +257,7 @@ def restart():
     with runtime():
         start(small_guests.say("x") + small_guests.HALT, "--restart", "always", name="vm", sandbox="on")
         first = vms()["vm"]["pid"]
+        wait_for("its word", lambda: run("logs", "vm") == "x")
         os.kill(first, signal.SIGKILL)
         wait_for("restart", lambda: vms()["vm"].get("restarts") == 1 and state("vm") == "running" and vms()["vm"]["pid"] != first)
         wait_for("both in the log", lambda: run("logs", "vm") == "xx")
