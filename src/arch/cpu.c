@@ -37,7 +37,7 @@
 #define CR4_DEFINED                                                                                \
     (CR4_TSD | CR4_DE | CR4_PSE | CR4_PAE | CR4_MCE | CR4_PGE | CR4_PCE | CR4_OSFXSR |             \
      CR4_OSXMMEXCPT | CR4_UMIP | CR4_FSGSBASE | CR4_PCIDE | CR4_OSXSAVE | CR4_SMEP | CR4_SMAP)
-#define EFER_DEFINED (EFER_SCE | EFER_LME | EFER_LMA | EFER_NXE)
+#define EFER_DEFINED (EFER_SCE | EFER_LME | EFER_LMA | EFER_NXE | EFER_AIBRSE)
 #define SEG_ATTR_DEFINED 0xF0FFu
 #define PHYSICAL_MASK ((1ull << 52) - 1)
 #define LOWER_HALF_END (1ull << 47)

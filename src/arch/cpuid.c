@@ -75,6 +75,7 @@ struct cpuid_table {
 #define L7_EDX_FORCED BIT(14) /* SERIALIZE */
 /* Speculation control is shown to Intel guests only, together with IA32_ARCH_CAPABILITIES saying that nothing is needed. */
 #define L7_EDX_INTEL (BIT(26) /* IBRS, IBPB */ | BIT(27) /* STIBP */ | BIT(29) | BIT(31) /* SSBD */)
+#define AUTOMATIC_IBRS BIT(8) /* 0x80000021.EAX */
 #define L7_1_EAX_HOST (BIT(4) | BIT(5)) /* AVX-VNNI, AVX512_BF16 */
 #define L7_1_EAX_AVX BIT(4)
 #define L7_1_EAX_AVX512 BIT(5)
@@ -305,9 +306,11 @@ static void build_amd(struct cpuid_table *t)
         build_caches(t, 0x8000001D);
         add(t, 0x8000001E, ANY_SUBLEAF, (struct cpuid_regs){0}); /* filled by fill_live */
     }
-    if (t->max_extended >= 0x80000021) /* LFENCE serialises; null selector clears base; not affected by SRSO */
+    /* LFENCE serialises; null selector clears base; automatic IBRS, without which Linux replaces its indirect jumps; not affected by SRSO, nor (ECX) by TSA, against which it would clear
+     * buffers at each return to user mode. Translated code does what guests would do against these no more than it does on Intel. */
+    if (t->max_extended >= 0x80000021)
         add(t, 0x80000021, ANY_SUBLEAF,
-            (struct cpuid_regs){.eax = (host_cpuid(0x80000021, 0).eax & BIT(2)) | BIT(6) | BIT(29)});
+            (struct cpuid_regs){.eax = (host_cpuid(0x80000021, 0).eax & BIT(2)) | BIT(6) | AUTOMATIC_IBRS | BIT(29), .ecx = BIT(1) | BIT(2)});
 }
 
 static void build_extended(struct cpuid_table *t)
@@ -348,7 +351,7 @@ static void derive_allowed(struct cpuid_table *t)
              CR4_OSXMMEXCPT | CR4_UMIP | CR4_FSGSBASE | CR4_PCIDE | CR4_SMEP | CR4_SMAP;
     if (find(t, 1, 0)->ecx & L1_ECX_XSAVE)
         t->cr4 |= CR4_OSXSAVE;
-    t->efer = EFER_SCE | EFER_LME | EFER_LMA | EFER_NXE;
+    t->efer = EFER_SCE | EFER_LME | EFER_LMA | EFER_NXE | EFER_AIBRSE;
 }
 
 struct cpuid_table *cpuid_table_build(struct cpuid_config *config)
@@ -388,7 +391,7 @@ static const struct {
     {0xD, 1, .eax = true},
     {0x80000001, ANY_SUBLEAF, .ecx = true, .edx = true},
     {0x80000008, ANY_SUBLEAF, .ebx = true},
-    {0x80000021, ANY_SUBLEAF, .eax = true},
+    {0x80000021, ANY_SUBLEAF, .eax = true, .ecx = true},
 };
 
 static bool is_feature_register(const struct entry *entry, unsigned reg)
@@ -436,7 +439,7 @@ uint64_t cpuid_msr_value(const struct cpuid_table *table, uint32_t index, uint64
 
 int cpuid_table_seal(struct cpuid_table *t, struct error *err)
 {
-    const struct cpuid_regs *xsave = find(t, 0xD, 0), *one = find(t, 1, 0), *seven = find(t, 7, 0);
+    const struct cpuid_regs *xsave = find(t, 0xD, 0), *one = find(t, 1, 0), *seven = find(t, 7, 0), *amd = find(t, 0x80000021, 0);
     if (xsave)
         t->xcr0 = xsave->eax | (uint64_t)xsave->edx << 32;
     /* SDM vol. 1, section 13.3: AVX needs SSE, the three parts of AVX-512 go together and need AVX. */
@@ -453,6 +456,8 @@ int cpuid_table_seal(struct cpuid_table *t, struct error *err)
             t->cr4 &= ~switches[n].cr4;
     if (!(find(t, 0x80000001, 0)->edx & BIT(20)))
         t->efer &= ~(uint64_t)EFER_NXE;
+    if (!amd || !(amd->eax & AUTOMATIC_IBRS))
+        t->efer &= ~(uint64_t)EFER_AIBRSE;
     return 0;
 }
 

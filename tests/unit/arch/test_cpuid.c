@@ -75,7 +75,9 @@ static void allowed_control_bits(void **state)
     uint64_t cr4 = cpuid_cr4_allowed(f->table);
     assert_true(cr4 & CR4_PAE);
     assert_int_equal(cr4 & (CR4_LA57 | CR4_PKE | CR4_VME | 1ull << 13), 0);
-    assert_int_equal(cpuid_efer_allowed(f->table), EFER_SCE | EFER_LME | EFER_LMA | EFER_NXE);
+    bool automatic_ibrs = !is_intel(f) && query(f, 0x80000000, 0).eax >= 0x80000021;
+    assert_int_equal(query(f, 0x80000021, 0).eax >> 8 & 1 && automatic_ibrs, automatic_ibrs);
+    assert_int_equal(cpuid_efer_allowed(f->table), EFER_SCE | EFER_LME | EFER_LMA | EFER_NXE | (automatic_ibrs ? EFER_AIBRSE : 0));
     assert_int_equal(cpuid_xcr0_allowed(f->table), f->config.xcr0_supported);
     unsigned bits = cpuid_physical_address_bits(f->table);
     assert_in_range(bits, 36, 52);
