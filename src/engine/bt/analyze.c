@@ -368,7 +368,8 @@ static bool string_insn(struct tinsn *t, const struct decode *d, const struct bt
     return true;
 }
 
-/* What of the processor's state MOV, RDFSBASE and RDGSBASE read: its place in the context, 0: not translated. Not CS and SS: after SYSCALL and SYSRET they are what bt_settle makes them. */
+/* What of the processor's state MOV, RDFSBASE and RDGSBASE read: its place in the context, 0: not translated. Not CS: after SYSCALL and SYSRET it is what
+ * bt_settle makes it. So is SS after SYSRET; SYSCALL sets its selector. */
 static int32_t state_field(ZydisRegister reg, enum tinsn_kind *kind)
 {
     static const struct {
@@ -378,6 +379,7 @@ static int32_t state_field(ZydisRegister reg, enum tinsn_kind *kind)
     } fields[] = {
         {ZYDIS_REGISTER_ES, TI_LOAD_SELECTOR, BT_CTX(c.v.cpu.seg[SEG_ES].selector)}, {ZYDIS_REGISTER_DS, TI_LOAD_SELECTOR, BT_CTX(c.v.cpu.seg[SEG_DS].selector)},
         {ZYDIS_REGISTER_FS, TI_LOAD_SELECTOR, BT_CTX(c.v.cpu.seg[SEG_FS].selector)}, {ZYDIS_REGISTER_GS, TI_LOAD_SELECTOR, BT_CTX(c.v.cpu.seg[SEG_GS].selector)},
+        {ZYDIS_REGISTER_SS, TI_LOAD_SELECTOR, BT_CTX(c.v.cpu.seg[SEG_SS].selector)},
         {ZYDIS_REGISTER_CR0, TI_LOAD_STATE, BT_CTX(c.v.cpu.cr0)},                    {ZYDIS_REGISTER_CR2, TI_LOAD_STATE, BT_CTX(c.v.cpu.cr2)},
         {ZYDIS_REGISTER_CR3, TI_LOAD_STATE, BT_CTX(c.v.cpu.cr3)},                    {ZYDIS_REGISTER_CR4, TI_LOAD_STATE, BT_CTX(c.v.cpu.cr4)},
     };
@@ -396,7 +398,7 @@ static bool state_move(struct tinsn *t, const struct decode *d, bool user)
     if (d->op[0].type != ZYDIS_OPERAND_TYPE_REGISTER || d->op[1].type != ZYDIS_OPERAND_TYPE_REGISTER)
         return false;
     int32_t field = state_field(d->op[1].reg.value, &kind);
-    if (!field || (user && kind != TI_LOAD_SELECTOR))
+    if (!field || (user && (kind != TI_LOAD_SELECTOR || d->op[1].reg.value == ZYDIS_REGISTER_SS)))
         return false;
     if (d->op[0].size == 16)
         kind = TI_LOAD_SELECTOR16;
@@ -454,6 +456,9 @@ static bool system_state(struct tinsn *t, const struct decode *d, const struct b
     case ZYDIS_MNEMONIC_CLAC:
         t->kind = d->zi.mnemonic == ZYDIS_MNEMONIC_STAC ? TI_STAC : TI_CLAC;
         return !mode->user;
+    case ZYDIS_MNEMONIC_SERIALIZE:
+        t->kind = TI_SERIALIZE;
+        return true;
     case ZYDIS_MNEMONIC_SYSCALL:
         t->kind = TI_SYSCALL;
         if (!mode->user || mode->code_bits != 64)

@@ -96,6 +96,7 @@ static void system_calls_prepare(struct bt_vcpu *b)
     const struct bt_stubs *stubs = &b->engine->stubs;
     bool possible = cpu->efer & EFER_SCE && (cpu->msr_sfmask & SYSCALL_CLEARS) == SYSCALL_CLEARS && tables_are_long(b);
     uintptr_t tc = (uintptr_t)b->engine->layout.tc_exec;
+    b->syscall_ss = ((cpu->msr_star >> 32) + 8) & 0xfffc;
     b->syscall_stub = tc + (possible ? stubs->syscall : stubs->syscall_slow);
     b->sysret_stub = tc + (possible && !direct_active(b) ? stubs->sysret : stubs->sysret_slow);
 }

@@ -359,6 +359,7 @@ struct bt_vcpu {
     uint8_t *table_of[VIEW_COUNT]; /* T of the views of the current address space, by enum tlb_view */
     uint64_t ac;           /* the guest's RFLAGS.AC, while cpu.rflags has it clear; says with the CPL which view is in GS */
     uint64_t transition;   /* enum bt_transition: SYSCALL or SYSRET done by translated code that bt_settle has to finish */
+    uint64_t syscall_ss; /* the selector that SYSCALL gives SS */
     uint64_t syscall_stub, sysret_stub; /* host addresses that do these, or leave */
     uintptr_t segment_guard[2]; /* FS, GS: 32-bit code that is about to use one reads 4 bytes from: poll_quiet, or layout.poison when the segment is not flat. Changes outside only */
 #define STRING_RDI_END 2

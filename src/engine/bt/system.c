@@ -152,6 +152,9 @@ void emit_system(struct translation *t, const struct tinsn *i, struct bt_site *s
     case TI_RDTSCP:
         emit_rdtsc(t, i);
         break;
+    case TI_SERIALIZE: /* hosts may lack it. Code that changes is seen to by the cache; what is left are the stores before it */
+        emit8(out, 0x0f), emit8(out, 0xae), emit8(out, 0xf0); /* mfence */
+        break;
     case TI_SWAPGS:
         emit_swapgs(t);
         break;

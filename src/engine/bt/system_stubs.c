@@ -86,6 +86,9 @@ static void syscall_emit(struct emitter *e, uint32_t tc_base)
     emit_op_imm32(e, EXT_OR, GPR_R11, RFLAGS_FIXED);
     emit_store_gs(e, GPR_R11, BT_CTX(c.v.cpu.rflags));
     emit_op_gs(e, true, 0xff, 0, BT_CTX(c.v.counters[COUNTER_system_calls])); /* inc */
+    emit_load_gs(e, GPR_R10, BT_CTX(syscall_ss));
+    emit8(e, 0x66);
+    emit_op_gs(e, false, 0x89, GPR_R10, BT_CTX(c.v.cpu.seg[SEG_SS].selector));
     emit_store_gs_imm32(e, BT_CTX(transition), BT_TO_SUPERVISOR);
     emit_load_gs(e, GPR_R10, BT_CTX(table_of[VIEW_SUPERVISOR]));
     emit_wrgsbase(e, GPR_R10);

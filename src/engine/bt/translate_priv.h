@@ -37,6 +37,7 @@ enum tinsn_kind {
     TI_LOAD_SELECTOR16, /* its low half */
     TI_LOAD_STATE,    /* `reg` gets the 64 bits at gs:[imm] */
     TI_LOAD_STATE32,
+    TI_SERIALIZE,
     TI_STAC,
     TI_CLAC,
     TI_WRITE_BASE,    /* WRFSBASE, WRGSBASE: `imm` is the segment's number */
