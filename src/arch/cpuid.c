@@ -362,9 +362,7 @@ struct cpuid_table *cpuid_table_build(struct cpuid_config *config)
     t->cpu_count = config->cpu_count < 1 ? 1 : config->cpu_count > 255 ? 255 : config->cpu_count;
     while ((1u << t->core_bits) < t->cpu_count)
         t->core_bits++;
-    /* Hygon and AMD share their extended leaves; everybody else is taken for Intel. */
-    uint32_t vendor = host_cpuid(0, 0).ebx;
-    t->intel = vendor != 0x68747541 /* "Auth" */ && vendor != 0x6F677948 /* "Hygo" */;
+    t->intel = !host_is_amd();
     t->xcr0 = host_xcr0();
     config->xcr0_supported = t->xcr0;
     build_basic(t, config);

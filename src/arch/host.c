@@ -12,6 +12,12 @@
 #define FXSAVE_BYTES 512
 #define FXSAVE_MXCSR_MASK 28
 
+bool host_is_amd(void)
+{
+    unsigned eax, ebx = 0, ecx, edx;
+    return __get_cpuid(0, &eax, &ebx, &ecx, &edx) && (ebx == signature_AMD_ebx || ebx == 0x6F677948 /* "Hygo" */);
+}
+
 uint64_t host_xcr0(void)
 {
     unsigned eax, ebx, ecx, edx;

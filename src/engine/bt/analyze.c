@@ -642,6 +642,8 @@ static void classify(const struct analyze_context *a, struct tinsn *t, const str
 {
     const ZydisDecodedOperand *memory;
     exit_with(t, BT_EXIT_interp);
+    if (a->c->amd && decode_is_hint_of_intel(d))
+        return;
     if (is_skipped(d)) {
         t->kind = TI_SKIP;
         return;
@@ -781,12 +783,14 @@ void analyze_insn(const struct analyze_context *a, const uint8_t *bytes, unsigne
     out->base = out->index = out->reg = out->adjusts = out->implied = TI_NONE;
     out->legacy = a->mode.code_bits == 32;
     exit_with(out, BT_EXIT_interp);
-    decoder_init(&decoder, a->mode.code_bits);
+    decoder_init(&decoder, a->mode.code_bits, a->c->amd);
     if (!ZYAN_SUCCESS(ZydisDecoderDecodeFull(&decoder, bytes, available < 15 ? available : 15, &d.zi, d.op)))
         return;
     d.code_bits = a->mode.code_bits;
     d.bytes = bytes;
     out->length = d.zi.length;
+    if (a->c->amd && decode_amd_branch(&d))
+        return;
     out->encoding = (uint8_t)d.zi.encoding;
     out->disp_at = d.zi.raw.disp.offset;
     out->disp_bytes = d.zi.raw.disp.size / 8;

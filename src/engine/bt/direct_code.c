@@ -15,6 +15,7 @@
 #include <Zydis/Zydis.h>
 
 #include "arch/cpu.h"
+#include "arch/host.h"
 
 #define PAGE 4096u
 #define LEAD_MAX 128u  /* bytes before the suspect where decoding begins */
@@ -115,6 +116,7 @@ unsigned direct_code_tells(const uint8_t page[4096], uint16_t *offset, unsigned 
     const uint8_t *end = page + PAGE - 2, *start;
     ZydisDecoderInit(&decoder, ZYDIS_MACHINE_MODE_LONG_64, ZYDIS_STACK_WIDTH_64);
     ZydisDecoderEnableMode(&decoder, ZYDIS_DECODER_MODE_MINIMAL, ZYAN_TRUE); /* lengths are enough */
+    ZydisDecoderEnableMode(&decoder, ZYDIS_DECODER_MODE_AMD_BRANCHES, host_is_amd());
     for (const uint8_t *p = memchr(page, 0x0f, PAGE - 2); p && count <= max; p = p + 1 < end ? memchr(p + 1, 0x0f, (size_t)(end - (p + 1))) : NULL) {
         if (!is_suspect(page, p, extended, &start))
             continue;

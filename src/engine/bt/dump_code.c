@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "arch/host.h"
 #include "engine/bt/bt_priv.h"
 
 #define RECORDS_MAX 64u
@@ -241,13 +242,13 @@ void dump_code_print(struct bt_engine *e, FILE *out)
 {
     const struct dump_code *dump = e->dump_code;
     struct listing l = {.e = e, .out = out};
-    decoder_init(&l.host_decoder, 64);
+    decoder_init(&l.host_decoder, 64, host_is_amd());
     ZydisFormatterInit(&l.formatter, ZYDIS_FORMATTER_STYLE_INTEL);
     uint64_t first = dump->recorded > RECORDS_MAX ? dump->recorded - RECORDS_MAX : 0;
     fprintf(out, "code dumps: %" PRIu64 ", the first %" PRIu64 " of them left out\n", dump->recorded, first);
     for (uint64_t n = first; n < dump->recorded; n++) {
         l.record = dump->record[n % RECORDS_MAX];
-        decoder_init(&l.guest_decoder, l.record->mode.code_bits);
+        decoder_init(&l.guest_decoder, l.record->mode.code_bits, host_is_amd());
         print_record(e, &l);
     }
 }

@@ -33,7 +33,7 @@ static void op_too_long(struct icpu *c, const struct insn *i)
     raise_gp0(c);
 }
 
-void decoder_init(ZydisDecoder *decoder, unsigned code_bits)
+void decoder_init(ZydisDecoder *decoder, unsigned code_bits, bool amd)
 {
     static const struct {
         ZydisMachineMode mode;
@@ -48,6 +48,7 @@ void decoder_init(ZydisDecoder *decoder, unsigned code_bits)
     ZydisDecoderEnableMode(decoder, ZYDIS_DECODER_MODE_MPX, ZYAN_FALSE);
     ZydisDecoderEnableMode(decoder, ZYDIS_DECODER_MODE_CET, ZYAN_FALSE);
     ZydisDecoderEnableMode(decoder, ZYDIS_DECODER_MODE_CLDEMOTE, ZYAN_FALSE);
+    ZydisDecoderEnableMode(decoder, ZYDIS_DECODER_MODE_AMD_BRANCHES, amd);
 }
 
 /* Byte offset into cpu_state.gpr, or that of the zero register when it is not a general register. */
@@ -245,6 +246,37 @@ static void fill_generic(const struct decode *d, struct insn *i)
     i->src_size = (uint8_t)operand_bytes(d, 1);
 }
 
+bool decode_amd_branch(struct decode *d)
+{
+    ZydisDecodedInstruction *zi = &d->zi;
+    bool near = zi->meta.branch_type == ZYDIS_BRANCH_TYPE_SHORT || zi->meta.branch_type == ZYDIS_BRANCH_TYPE_NEAR;
+    bool narrow = near && d->code_bits == 64 && zi->attributes & ZYDIS_ATTRIB_HAS_OPERANDSIZE && !zi->raw.rex.W;
+    ZydisMnemonic before = zi->mnemonic;
+    if (narrow)
+        zi->operand_width = 16;
+    for (unsigned n = 0; (before == ZYDIS_MNEMONIC_LOOPE || before == ZYDIS_MNEMONIC_LOOPNE) && n < zi->raw.prefix_count; n++) {
+        uint8_t prefix = zi->raw.prefixes[n].value;
+        zi->mnemonic = prefix == 0xf3 ? ZYDIS_MNEMONIC_LOOPE : prefix == 0xf2 ? ZYDIS_MNEMONIC_LOOPNE : zi->mnemonic;
+    }
+    return narrow || zi->mnemonic != before;
+}
+
+bool decode_is_hint_of_intel(const struct decode *d)
+{
+    const ZydisDecodedInstruction *zi = &d->zi;
+    if (zi->mnemonic == ZYDIS_MNEMONIC_PAUSE)
+        return zi->raw.rex.B;
+    return zi->mnemonic == ZYDIS_MNEMONIC_NOP && zi->opcode_map == ZYDIS_OPCODE_MAP_0F && zi->opcode == 0x0d && zi->raw.modrm.mod == 3;
+}
+
+/* F3 REX.B 90 */
+static void op_exchange_r8(struct icpu *c, const struct insn *i)
+{
+    uint64_t rax = reg_read(c, REG_OFFSET(GPR_RAX), i->op_size), r8 = reg_read(c, REG_OFFSET(GPR_R8), i->op_size);
+    reg_write(c, REG_OFFSET(GPR_RAX), i->op_size, r8);
+    reg_write(c, REG_OFFSET(GPR_R8), i->op_size, rax);
+}
+
 static void select_handler(struct icpu *c, const struct decode *d, struct insn *i)
 {
     static bool (*const select[])(struct icpu *, const struct decode *, struct insn *) = {
@@ -259,6 +291,13 @@ static void select_handler(struct icpu *c, const struct decode *d, struct insn *
         return;
     default:
         break;
+    }
+    if (c->amd && decode_is_hint_of_intel(d)) {
+        bool exchange = d->zi.mnemonic == ZYDIS_MNEMONIC_PAUSE;
+        i->fn = exchange ? op_exchange_r8 : op_invalid;
+        i->flags |= exchange ? 0 : INSN_ENDS_BLOCK;
+        i->op_size = d->zi.raw.rex.W ? 8 : d->zi.attributes & ZYDIS_ATTRIB_HAS_OPERANDSIZE ? 2 : 4;
+        return;
     }
     for (unsigned n = 0; n < sizeof(select) / sizeof(select[0]); n++)
         if (select[n](c, d, i))
@@ -285,7 +324,7 @@ unsigned decode_insn(struct icpu *c, const uint8_t *bytes, unsigned available, u
 
     simd_save(c);
     memset(out, 0, sizeof(*out));
-    decoder_init(&decoder, code_bits);
+    decoder_init(&decoder, code_bits, c->amd);
     ZyanStatus status = ZydisDecoderDecodeFull(&decoder, bytes, length, &d.zi, d.op);
     if (status == ZYDIS_STATUS_NO_MORE_DATA)
         return available < INSN_BYTES_MAX ? 0 : refuse(out, op_too_long, length);
@@ -296,6 +335,8 @@ unsigned decode_insn(struct icpu *c, const uint8_t *bytes, unsigned available, u
     d.code_bits = code_bits;
     d.bytes = bytes;
     drop_false_base(&d);
+    if (c->amd)
+        decode_amd_branch(&d);
     fill_generic(&d, out);
     select_handler(c, &d, out);
     return out->length;

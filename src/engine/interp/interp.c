@@ -523,6 +523,8 @@ static void vcpu_configure(struct icpu *c, struct engine *e, const struct engine
     c->delivering = -1;
     c->max_phys_bits = cpuid_physical_address_bits(config->cpuid);
     cpu_reset(&c->v.cpu, CPU_RESET_POWER_ON);
+    uint32_t vendor = cpuid_query(config->cpuid, &c->v.cpu, c->v.index, 0, 0).ebx;
+    c->amd = vendor == 0x68747541 /* "Auth" */ || vendor == 0x6F677948 /* "Hygo" */;
 }
 
 int icpu_create(struct icpu *c, struct engine *e, const struct engine_ops *ops, const struct vcpu_config *config,

@@ -68,8 +68,13 @@ void block_drop(struct icpu *c, struct block *b);
 /* Code bytes within one page for which mem_fetch_host gave NULL. */
 void mem_fetch_mmio(struct icpu *c, gva_t gva, uint8_t *to, unsigned length);
 
-/* decode.c: a decoder of what guests are offered. */
-void decoder_init(ZydisDecoder *decoder, unsigned code_bits);
+/* decode.c: a decoder of what guests are offered. amd: with 66 near branches in 64-bit code have 16-bit displacements and cut RIP to 16 bits, where Intel's ignore the prefix. */
+void decoder_init(ZydisDecoder *decoder, unsigned code_bits, bool amd);
+struct decode;
+/* What Zydis leaves to do of that, after decoding; and REPE or REPNE before LOOPE or LOOPNE say which of the two it is. True: it is not what it is by Intel. */
+bool decode_amd_branch(struct decode *d);
+/* What is a hint by Intel and not by AMD: PREFETCH with a register is invalid, PAUSE with REX.B exchanges. */
+bool decode_is_hint_of_intel(const struct decode *d);
 
 /* Code lies anywhere; the processor loads it in one piece all the same. */
 __attribute__((no_sanitize("alignment"))) static inline uint64_t block_load64(const uint8_t *p)

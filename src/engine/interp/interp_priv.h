@@ -174,6 +174,7 @@ struct icpu {
     uint32_t debug_hits; /* DR6.B0-3 of data breakpoints that the current instruction touched; #DB follows it */
     uint64_t paging_key; /* the control bits that TLB entries were made under */
     unsigned max_phys_bits;
+    bool amd; /* the guest sees an AMD processor, which the host's then is, too */
 
     const struct insn *current; /* the instruction being executed; NULL between instructions */
     struct block *block;
@@ -490,17 +491,24 @@ static inline bool gva_is_canonical(gva_t gva)
 {
     return (uint64_t)(((int64_t)(gva << 16)) >> 16) == gva;
 }
-static inline void branch_to(struct icpu *c, uint64_t target, unsigned op_size)
+/* Where it goes, checked. */
+static inline uint64_t near_target(struct icpu *c, uint64_t target, unsigned op_size)
 {
     if (likely(c->code_bits == 64)) {
+        if (unlikely(op_size == 2)) /* AMD's */
+            return target & 0xffff;
         if (unlikely(!gva_is_canonical(target)))
             branch_fault(c);
-    } else {
-        target &= op_size == 2 ? 0xffffu : 0xffffffffu;
-        if (unlikely(target > c->v.cpu.seg[SEG_CS].limit))
-            branch_fault(c);
+        return target;
     }
-    c->v.cpu.gpr[GPR_RIP] = target;
+    target &= op_size == 2 ? 0xffffu : 0xffffffffu;
+    if (unlikely(target > c->v.cpu.seg[SEG_CS].limit))
+        branch_fault(c);
+    return target;
+}
+static inline void branch_to(struct icpu *c, uint64_t target, unsigned op_size)
+{
+    c->v.cpu.gpr[GPR_RIP] = near_target(c, target, op_size);
 }
 
 /* ---- tracing ---- */

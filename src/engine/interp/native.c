@@ -219,6 +219,11 @@ static bool x87_withheld(struct icpu *c, const struct insn *i, uint64_t offset)
         native_state_reload(c);
         return false;
     }
+    if (c->amd) { /* AMD's look at the operand all the same */
+        native_state_reload(c);
+        mem_probe_write(c, c->view, linear_address(c, i->flags & INSN_LEGACY, i->segment, offset, n->size, true), n->size);
+        native_run(c, n, c->native->bounce);
+    }
     note_pointers(c, i, n, offset);
     return true;
 }

@@ -116,7 +116,7 @@ static unsigned gather_bytes(const struct native_code *n)
     return n->mask_bits * (n->index_size > n->element_size ? n->index_size : n->element_size);
 }
 
-/* AVX2: each element of the mask, used or not, becomes all ones or zero, and what lies above them zero, before anything is read: seen when a read faults (SDM vol. 2C, VGATHERDPD, VGATHERQPS). */
+/* AVX2: each element of the mask, used or not, becomes all ones or zero, and what lies above them zero, before anything is read by Intel's: seen when a read faults (SDM vol. 2C, VGATHERDPD, VGATHERQPS). */
 static void mask_extend(struct icpu *c, const struct native_code *n)
 {
     unsigned bytes = gather_bytes(n), size = n->element_size;
@@ -147,7 +147,7 @@ void native_gather(struct icpu *c, const struct insn *i)
     const struct native_code *n = i->native;
     prepare(c, n);
     uint64_t mask = mask_get(c, n);
-    if (!n->opmask)
+    if (!n->opmask && !c->amd)
         mask_extend(c, n);
     for (unsigned k = 0; k < n->mask_bits; k++) {
         if (!(mask >> k & 1))

@@ -57,6 +57,7 @@ struct native_code {
 #define XSAVE_FDP 16
 #define XSAVE_MXCSR 24
 #define XSAVE_MXCSR_MASK 28
+#define FSW_ES 0x0080u
 #define XSAVE_ST 32
 #define XSAVE_XMM 160
 #define XSAVE_BV 512

@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "engine/interp/native_priv.h"
+#include "engine/interp/system_priv.h"
 
 #define ALLOWED 0x80u
 #define HINT 0x40u  /* no effect that a guest can see */
@@ -336,8 +337,10 @@ static unsigned simd_classes(const struct decode *d)
 }
 
 /* Of the memory operand, in bytes: SDM vol. 2A, tables 2-15 to 2-30, and vol. 1, 14.9. */
-static unsigned required_alignment(const ZydisDecodedInstruction *zi, unsigned size)
+static unsigned required_alignment(const struct icpu *c, const ZydisDecodedInstruction *zi, unsigned size)
 {
+    if (c->amd && zi->meta.isa_set == ZYDIS_ISA_SET_SHA)
+        return 1;
     switch (zi->mnemonic) {
     case ZYDIS_MNEMONIC_MOVUPS:
     case ZYDIS_MNEMONIC_MOVUPD:
@@ -370,7 +373,7 @@ static unsigned required_alignment(const ZydisDecodedInstruction *zi, unsigned s
     }
 }
 
-static void describe_flags(const struct decode *d, const ZydisDecodedOperand *op, unsigned classes, struct native_code *n)
+static void describe_flags(const struct icpu *c, const struct decode *d, const ZydisDecodedOperand *op, unsigned classes, struct native_code *n)
 {
     const ZydisDecodedInstruction *zi = &d->zi;
     n->blocked = classes & 0xf;
@@ -392,31 +395,46 @@ static void describe_flags(const struct decode *d, const ZydisDecodedOperand *op
         /* MASKMOVDQU and stores under a mask leave some bytes as they are. */
         if (op->encoding == ZYDIS_OPERAND_ENCODING_NONE || has_opmask(zi))
             n->flags |= NATIVE_READ;
-        n->align_mask = (uint8_t)(required_alignment(zi, n->size) - 1);
+        n->align_mask = (uint8_t)(required_alignment(c, zi, n->size) - 1);
     }
 }
 
 /*
- * Sets that many processors with all else lack: #UD comes before any fault of the memory operand, so they must not get as far as reading it. Bits of CPUID 0x80000001 ECX and 7 EDX.
+ * Sets that many processors with all else lack: #UD comes before any fault of the memory operand, so they must not get as far as reading it.
  */
 static bool is_offered(struct icpu *c, const struct decode *d)
 {
     static const struct {
         uint16_t isa_set;
+        uint8_t subleaf;
         uint32_t leaf;
+        enum cpuid_register where;
         uint8_t bit;
-    } sets[] = {{ZYDIS_ISA_SET_SSE4A, 0x80000001, 6},
-                {ZYDIS_ISA_SET_XOP, 0x80000001, 11},
-                {ZYDIS_ISA_SET_FMA4, 0x80000001, 16},
-                {ZYDIS_ISA_SET_TBM, 0x80000001, 21},
-                {ZYDIS_ISA_SET_AVX512_VP2INTERSECT_128, 7, 8},
-                {ZYDIS_ISA_SET_AVX512_VP2INTERSECT_256, 7, 8},
-                {ZYDIS_ISA_SET_AVX512_VP2INTERSECT_512, 7, 8}};
+    } sets[] = {
+        {ZYDIS_ISA_SET_SSE4A, 0, 0x80000001, CPUID_ECX, 6},
+        {ZYDIS_ISA_SET_XOP, 0, 0x80000001, CPUID_ECX, 11},
+        {ZYDIS_ISA_SET_FMA4, 0, 0x80000001, CPUID_ECX, 16},
+        {ZYDIS_ISA_SET_TBM, 0, 0x80000001, CPUID_ECX, 21},
+        {ZYDIS_ISA_SET_MOVDIR, 0, 7, CPUID_ECX, 27},
+        {ZYDIS_ISA_SET_AVX512_VP2INTERSECT_128, 0, 7, CPUID_EDX, 8},
+        {ZYDIS_ISA_SET_AVX512_VP2INTERSECT_256, 0, 7, CPUID_EDX, 8},
+        {ZYDIS_ISA_SET_AVX512_VP2INTERSECT_512, 0, 7, CPUID_EDX, 8},
+        {ZYDIS_ISA_SET_AVX512_FP16_128, 0, 7, CPUID_EDX, 23},
+        {ZYDIS_ISA_SET_AVX512_FP16_128N, 0, 7, CPUID_EDX, 23},
+        {ZYDIS_ISA_SET_AVX512_FP16_256, 0, 7, CPUID_EDX, 23},
+        {ZYDIS_ISA_SET_AVX512_FP16_512, 0, 7, CPUID_EDX, 23},
+        {ZYDIS_ISA_SET_AVX512_FP16_SCALAR, 0, 7, CPUID_EDX, 23},
+        {ZYDIS_ISA_SET_AVX_VNNI, 1, 7, CPUID_EAX, 4},
+        {ZYDIS_ISA_SET_AVX512_BF16_128, 1, 7, CPUID_EAX, 5},
+        {ZYDIS_ISA_SET_AVX512_BF16_256, 1, 7, CPUID_EAX, 5},
+        {ZYDIS_ISA_SET_AVX512_BF16_512, 1, 7, CPUID_EAX, 5},
+    };
     for (unsigned n = 0; n < sizeof(sets) / sizeof(sets[0]); n++) {
         if (d->zi.meta.isa_set != sets[n].isa_set)
             continue;
-        struct cpuid_regs r = cpuid_query(c->v.cpuid, &c->v.cpu, c->v.index, sets[n].leaf, 0);
-        return (sets[n].leaf == 7 ? r.edx : r.ecx) >> sets[n].bit & 1;
+        struct cpuid_regs r = cpuid_query(c->v.cpuid, &c->v.cpu, c->v.index, sets[n].leaf, sets[n].subleaf);
+        const uint32_t values[] = {r.eax, r.ebx, r.ecx, r.edx};
+        return values[sets[n].where] >> sets[n].bit & 1;
     }
     return true;
 }
@@ -436,7 +454,7 @@ unsigned native_classes(struct icpu *c, const struct decode *d, unsigned *alignm
         const ZydisDecodedOperand *op = &d->op[memory];
         if (op->encoding == ZYDIS_OPERAND_ENCODING_NONE || op->mem.type != ZYDIS_MEMOP_TYPE_MEM)
             return 0;
-        *alignment = required_alignment(&d->zi, op->size / 8);
+        *alignment = required_alignment(c, &d->zi, op->size / 8);
     }
     return classes;
 }
@@ -462,7 +480,7 @@ bool native_select(struct icpu *c, const struct decode *d, struct insn *i)
     const ZydisDecodedOperand *op = memory < 0 ? NULL : &d->op[memory];
     struct native_code n;
     memset(&n, 0, sizeof(n));
-    describe_flags(d, op, classes, &n);
+    describe_flags(c, d, op, classes, &n);
     if (op && op->mem.type == ZYDIS_MEMOP_TYPE_VSIB) {
         if (!select_vsib(c, d, op, &n, i))
             return false;

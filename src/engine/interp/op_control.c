@@ -17,20 +17,6 @@ static uint64_t *rip(struct icpu *c)
     return &c->v.cpu.gpr[GPR_RIP];
 }
 
-/* What branch_to does, without going there. */
-static inline uint64_t near_target(struct icpu *c, uint64_t target, unsigned op_size)
-{
-    if (likely(c->code_bits == 64)) {
-        if (unlikely(!gva_is_canonical(target)))
-            branch_fault(c);
-        return target;
-    }
-    target &= op_size == 2 ? 0xffffu : 0xffffffffu;
-    if (unlikely(target > c->v.cpu.seg[SEG_CS].limit))
-        branch_fault(c);
-    return target;
-}
-
 static void jmp_rel(struct icpu *c, const struct insn *i)
 {
     branch_to(c, *rip(c) + i->imm, i->op_size);

@@ -32,13 +32,6 @@ bool guest_has_feature(struct icpu *c, uint32_t leaf, enum cpuid_register which,
     return values[which] >> bit & 1;
 }
 
-bool guest_is_amd(struct icpu *c)
-{
-    simd_save(c);
-    uint32_t ebx = cpuid_query(c->v.cpuid, &c->v.cpu, c->v.index, 0, 0).ebx;
-    return ebx == 0x68747541 /* "Auth" */ || ebx == 0x6F677948 /* "Hygo" */;
-}
-
 /* ---- CR3 and the PDPTEs ---- */
 
 static bool uses_pdpte(uint64_t cr0, uint64_t cr4, uint64_t efer)

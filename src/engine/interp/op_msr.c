@@ -309,7 +309,7 @@ static const struct msr *msr_find(struct icpu *c, uint32_t index)
         const struct msr *m = &msr_table[n];
         if (index - m->index >= m->count)
             continue;
-        return m->owner == MSR_ANY || (m->owner == MSR_AMD) == guest_is_amd(c) ? m : NULL;
+        return m->owner == MSR_ANY || (m->owner == MSR_AMD) == c->amd ? m : NULL;
     }
     return NULL;
 }

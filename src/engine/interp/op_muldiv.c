@@ -1,8 +1,7 @@
 /*
  * MUL IMUL DIV IDIV.
  *
- * Results and flags come from the host's instruction; those of DIV and IDIV are undefined in the manual, so the guest's are put into the host's before
- * it divides. Quotients are checked before that, so that #DE is the guest's.
+ * Results and flags come from the host's instruction; those that are undefined in the manual may be what they were, so the guest's are put into the host's before. Quotients are checked before that, so that #DE is the guest's.
  * Threading: the vCPU's thread.
  */
 #include "engine/interp/op_priv.h"
@@ -11,18 +10,20 @@
 #define MULTIPLY8(name, mnem)                                                                      \
     static void name##_do8(struct icpu *c, uint8_t b)                                              \
     {                                                                                              \
-        uint32_t f = (uint8_t)c->v.cpu.gpr[GPR_RAX], product;                                      \
-        __asm__ volatile(mnem "b %2\n\tmovzwl %%ax, %1" FLAGS_SAVE : "+a"(f), "=&r"(product) : "q"(b) : "cc"); \
+        uint32_t f = c->oszapc, product = (uint8_t)c->v.cpu.gpr[GPR_RAX];                          \
+        __asm__ volatile(FLAGS_RESTORE "movl %1, %%eax\n\t" mnem "b %2\n\tmovzwl %%ax, %1" FLAGS_SAVE \
+                         : "+&a"(f), "+&r"(product)                                                \
+                         : "q"(b)                                                                  \
+                         : "cc");                                                                  \
         reg_write(c, REG_OFFSET(GPR_RAX), 2, product);                                             \
         c->oszapc = f;                                                                             \
     }
 #define MULTIPLY(bits, s, name, mnem)                                                              \
     static void name##_do##bits(struct icpu *c, uint##bits##_t b)                                  \
     {                                                                                              \
-        uint64_t low = c->v.cpu.gpr[GPR_RAX], high, f_;                                            \
-        f_ = low;                                                                                  \
-        __asm__ volatile(mnem s " %3\n\tmovq %%rax, %1" FLAGS_SAVE                                 \
-                         : "+a"(f_), "=&r"(low), "=&d"(high)                                       \
+        uint64_t f_ = c->oszapc, low = c->v.cpu.gpr[GPR_RAX], high;                                \
+        __asm__ volatile(FLAGS_RESTORE "movq %1, %%rax\n\t" mnem s " %3\n\tmovq %%rax, %1" FLAGS_SAVE \
+                         : "+&a"(f_), "+&r"(low), "=&d"(high)                                      \
                          : "r"(b)                                                                  \
                          : "cc");                                                                  \
         reg_write(c, REG_OFFSET(GPR_RAX), bits / 8, low);                                          \
@@ -132,8 +133,8 @@ SIZES(ONE_OPERAND, idiv, )
     static void name##bits(struct icpu *c, const struct insn *i)                                   \
     {                                                                                              \
         uint##bits##_t a = (uint##bits##_t)(a_value), b = (uint##bits##_t)(b_value);               \
-        uint32_t f;                                                                                \
-        __asm__ volatile("imul" s " %2, %0" FLAGS_SAVE : "+r"(a), "=a"(f) : "r"(b) : "cc");        \
+        uint32_t f = c->oszapc;                                                                    \
+        __asm__ volatile(FLAGS_RESTORE "imul" s " %2, %0" FLAGS_SAVE : "+&r"(a), "+&a"(f) : "r"(b) : "cc"); \
         reg_write(c, i->dst, bits / 8, a);                                                         \
         c->oszapc = f;                                                                             \
     }

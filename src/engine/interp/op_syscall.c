@@ -1,8 +1,7 @@
 /*
  * SYSCALL SYSRET SYSENTER SYSEXIT SWAPGS, and the FSGSBASE family.
  *
- * SYSCALL and SYSRET follow Intel where the vendors differ about canonical addresses and SS, and AMD in allowing
- * SYSCALL outside 64-bit mode when the guest sees an AMD processor, because AMD guests' 32-bit system calls rely on it.
+ * They do what the processor that the guest sees does: AMD's has SYSCALL outside 64-bit mode, no SYSENTER in long mode, and returns to addresses that are not canonical; about SS both are Intel's.
  * Sources: SDM vol. 2 under each name; AMD APM vol. 3, SYSCALL. Threading: as interp_priv.h.
  */
 #include "engine/interp/interp_core.h"
@@ -42,7 +41,7 @@ void op_syscall(struct icpu *c, const struct insn *i)
 {
     struct cpu_state *s = &c->v.cpu;
     if (!(s->efer & EFER_SCE) || !(s->cr0 & CR0_PE) || (s->rflags & RFLAGS_VM) ||
-        (c->code_bits != 64 && !guest_is_amd(c)))
+        (c->code_bits != 64 && !c->amd))
         raise_fault(c, VECTOR_UD);
     vcpu_count(&c->v, COUNTER_system_calls);
     uint64_t flags = flags_get(c) & ~RFLAGS_RF;
@@ -66,15 +65,15 @@ void op_syscall(struct icpu *c, const struct insn *i)
 void op_sysret(struct icpu *c, const struct insn *i)
 {
     struct cpu_state *s = &c->v.cpu;
-    if (!(s->efer & EFER_SCE) || !is_protected(c) || (c->code_bits != 64 && !guest_is_amd(c)))
+    if (!(s->efer & EFER_SCE) || !is_protected(c) || (c->code_bits != 64 && !c->amd))
         raise_fault(c, VECTOR_UD);
     require_cpl0(c);
     uint16_t selector = (uint16_t)(s->msr_star >> 48);
     uint64_t flags = (s->gpr[GPR_R11] & SYSRET_FLAGS) | RFLAGS_FIXED;
 
     if (i->op_size == 8) {
-        if (!gva_is_canonical(s->gpr[GPR_RCX]))
-            raise_gp0(c);
+        if (!c->amd && !gva_is_canonical(s->gpr[GPR_RCX]))
+            raise_gp0(c); /* AMD's notice in ring 3 */
         s->gpr[GPR_RIP] = s->gpr[GPR_RCX];
         syscall_segments_load(c, true);
     } else {
@@ -91,6 +90,8 @@ void op_sysenter(struct icpu *c, const struct insn *i)
 {
     struct cpu_state *s = &c->v.cpu;
     uint16_t cs = (uint16_t)(s->msr_sysenter_cs & 0xFFFC);
+    if (c->amd && is_long(c))
+        raise_fault(c, VECTOR_UD);
     if (!(s->cr0 & CR0_PE) || !cs)
         raise_gp0(c);
     vcpu_count(&c->v, COUNTER_system_calls);
@@ -107,6 +108,8 @@ void op_sysexit(struct icpu *c, const struct insn *i)
 {
     struct cpu_state *s = &c->v.cpu;
     uint16_t cs = (uint16_t)(s->msr_sysenter_cs & 0xFFFC);
+    if (c->amd && is_long(c))
+        raise_fault(c, VECTOR_UD);
     if (!(s->cr0 & CR0_PE) || !cs)
         raise_gp0(c);
     require_cpl0(c);

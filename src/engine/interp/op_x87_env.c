@@ -9,7 +9,6 @@
 
 #include "engine/interp/native_priv.h"
 
-#define FSW_ES 0x0080u
 #define FSW_B 0x8000u
 #define FSW_EXCEPTIONS 0x3fu
 #define FSW_TOP(fsw) ((fsw) >> 11 & 7)

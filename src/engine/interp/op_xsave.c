@@ -150,6 +150,11 @@ static void legacy_header(const struct icpu *c, bool wide, uint8_t out[32])
 {
     memcpy(out, c->v.cpu.xsave, 32);
     out[5] = 0;
+    if (c->amd && !(get16(out + XSAVE_FSW) & FSW_ES)) { /* AMD's have pointers for who handles an exception (APM vol. 2, 11.4.4) */
+        put16(out + XSAVE_FOP, 0);
+        put64(out + XSAVE_FIP, 0);
+        put64(out + XSAVE_FDP, 0);
+    }
     if (!wide) { /* 32-bit offsets, selectors deprecated */
         put32(out + XSAVE_FIP + 4, 0);
         put32(out + XSAVE_FDP + 4, 0);

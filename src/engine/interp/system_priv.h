@@ -184,7 +184,6 @@ void control_write_cr3(struct icpu *c, uint64_t value);
 /* Feature bit of CPUID as this guest sees it. */
 enum cpuid_register { CPUID_EAX, CPUID_EBX, CPUID_ECX, CPUID_EDX };
 bool guest_has_feature(struct icpu *c, uint32_t leaf, enum cpuid_register which, unsigned bit);
-bool guest_is_amd(struct icpu *c);
 
 /* ---- handlers; op_system.c selects them ---- */
 

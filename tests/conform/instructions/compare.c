@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "../../unit/engine/tiny_vm.h"
+#include "arch/host.h"
 #include "cases.h"
 #include "jobs.h"
 #include "util/log.h"
@@ -134,8 +135,13 @@ static const char *difference(struct comparison *r, const struct test_case *test
     struct state *a = &r->processor, *b = &r->interp;
     if (a->vector != b->vector)
         return faults_may_differ(r, test) ? NULL : "fault";
-    if (a->rip != b->rip)
-        return "RIP";
+    if (a->rip != b->rip) {
+        snprintf(text, sizeof text, "RIP %#llx, %#llx", (unsigned long long)a->rip, (unsigned long long)b->rip);
+        return text;
+    }
+    /* How much of a gather has been done, and what its mask is like then, AMD's manual leaves open. */
+    if (host_is_amd() && a->vector >= 0 && test->zi.meta.isa_set == ZYDIS_ISA_SET_AVX2GATHER)
+        return NULL;
     uint64_t significant = is_short_string(test) ? 0xffffffff : ~0ull;
     for (unsigned n = 0; n < 16; n++)
         if ((a->gpr[n] ^ b->gpr[n]) & significant) {

@@ -11,6 +11,8 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include "arch/host.h"
+
 struct rig rig;
 
 /* ---- stand-ins ---- */
@@ -99,6 +101,8 @@ void block_cache_flush(struct icpu *c)
 }
 struct cpuid_regs cpuid_query(const struct cpuid_table *table, const struct cpu_state *cpu, unsigned apic_id, uint32_t leaf, uint32_t subleaf)
 {
+    if (leaf == 0)
+        return (struct cpuid_regs){.ebx = host_is_amd() ? 0x68747541 : 0};
     return (struct cpuid_regs){.eax = 7}; /* XSAVEOPT, XSAVEC, XGETBV */
 }
 bool op_integer_select(struct icpu *c, const struct decode *d, struct insn *i)
@@ -264,6 +268,8 @@ static void normalize(struct rig_state *state)
     native_state_materialize(c, rig.xsave_mask);
     memcpy(state->xsave, c->v.cpu.xsave, sizeof(keep));
     memcpy(c->v.cpu.xsave, keep, sizeof(keep));
+    if (c->amd && !(get16(state->xsave + XSAVE_FSW) & FSW_ES)) /* then nobody is shown the pointers */
+        memset(state->xsave + XSAVE_FOP, 0, XSAVE_MXCSR - XSAVE_FOP);
 }
 
 const char *rig_compare(const struct rig_result *a, const struct rig_result *b)

@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "arch/host.h"
 #include "bt_random.h"
 #include "bt_verify.h"
 #include "engine/bt/translate_priv.h"
@@ -78,7 +79,7 @@ static void code_make(uint8_t *code, unsigned bytes)
 {
     ZydisDecoder decoder;
     ZydisDecodedInstruction zi;
-    decoder_init(&decoder, narrow ? 32 : 64);
+    decoder_init(&decoder, narrow ? 32 : 64, host_is_amd());
     for (unsigned at = 0; at + 128 < bytes;) {
         if (!bt_below(12)) {
             at += group_put(code + at);
@@ -252,7 +253,7 @@ static void largest_blocks(void **state)
         struct bt_mode mode = {.code_bits = narrow ? 32 : 64, .cr4 = BT_MODE_FSGSBASE, .flat = narrow ? BT_MODE_SEGMENTS : 0};
         ZydisDecoder decoder;
         ZydisDecodedInstruction zi;
-        decoder_init(&decoder, mode.code_bits);
+        decoder_init(&decoder, mode.code_bits, host_is_amd());
         for (unsigned k = 0; k < 2; k++) {
             do
                 bt_insn_put(bytes[k], narrow);
