@@ -13,6 +13,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "arch/host.h"
 #include "arch/paging.h"
 
 #define HANG_SECONDS 30
@@ -319,6 +320,8 @@ void engines_outcome(struct tiny_vm *vm, const struct generator *g, struct outco
     memcpy(to->state.xsave, cpu->xsave, sizeof to->state.xsave);
     state_normalize(g, &to->state);
     memset(to->state.xsave + 6, 0, 2); /* FOP is of the last instruction with an unmasked exception, on some processors; of the last one otherwise */
+    if (host_is_amd())
+        memset(to->state.xsave + 8, 0, 8); /* FIP is saved while an exception waits only, and FLDCW can make an old one wait */
     memset(to->state.xsave + 16, 0, 8); /* what the last x87 instruction accessed: not kept */
     to->cr2 = cpu->cr2;
     to->cs = cpu->seg[SEG_CS];

@@ -14,6 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "arch/host.h"
 #include "arch/paging.h"
 #include "util/log.h"
 
@@ -231,6 +232,9 @@ static bool native_differs(struct comparison *r, struct difference *d)
         a->cr2 = b->cr2 = a->error = b->error = 0;
     a->cr2 &= ~PAGE_MASK_BITS, b->cr2 &= ~PAGE_MASK_BITS; /* of operands that reach into a page some tell the first byte there that they would have used */
     a->rflags &= flags, b->rflags &= flags;
+    struct encoded e;
+    if (host_is_amd() && a->vector >= 0 && culprit_decode(r, &e) && is_repeated_comparison(&e)) /* its flags are then those of some element */
+        a->rflags &= ~RFLAGS_OSZAPC, b->rflags &= ~RFLAGS_OSZAPC;
     a->state.rflags = b->state.rflags = 0;
     a->state.gpr[GPR_RSP] = b->state.gpr[GPR_RSP] = 0;
     memcpy(b->data, a->data, sizeof b->data);

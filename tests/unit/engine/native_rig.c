@@ -101,8 +101,6 @@ void block_cache_flush(struct icpu *c)
 }
 struct cpuid_regs cpuid_query(const struct cpuid_table *table, const struct cpu_state *cpu, unsigned apic_id, uint32_t leaf, uint32_t subleaf)
 {
-    if (leaf == 0)
-        return (struct cpuid_regs){.ebx = host_is_amd() ? 0x68747541 : 0};
     return (struct cpuid_regs){.eax = 7}; /* XSAVEOPT, XSAVEC, XGETBV */
 }
 bool op_integer_select(struct icpu *c, const struct decode *d, struct insn *i)
@@ -440,6 +438,7 @@ int rig_create(void)
     memset(c, 0, sizeof(*c));
     rig.c = c;
     c->code_bits = 64;
+    c->amd = host_is_amd();
     c->tlb = calloc(TLB_ENTRIES, sizeof(*c->tlb));
     c->tlb_generation = 1;
     error = native_create(c, 8u << 20);

@@ -223,8 +223,10 @@ static void test_traps(void **state)
     for (unsigned n = 0; n < sizeof(cases) / sizeof(cases[0]); n++) {
         struct user_regs_struct regs = regs_new();
         regs.rdi = 1ull << 63, regs.rcx = 100;
-        assert_int_equal(run_code(cases[n].code, cases[n].length, &regs), cases[n].stop);
-        assert_int_equal(regs.rip, CODE + cases[n].end);
+        enum direct_stop stop = run_code(cases[n].code, cases[n].length, &regs);
+        bool left = stop == DIRECT_FAULT && cases[n].code[0] == '\xf1'; /* hypervisors on AMD's processors leave RIP at INT1: it is done again, as a fault is */
+        assert_true(stop == cases[n].stop || left);
+        assert_int_equal(regs.rip, CODE + (left ? 0 : cases[n].end));
         assert_int_equal(!!(regs.eflags & FLAG_TF), cases[n].length > 6);
         assert_int_equal(direct_child_fault_address(child), ~0ull);
         check_alive();
