@@ -85,7 +85,7 @@ static void go_on(const char *name, const char *engine)
     set(&config, "debug-console", output);
     set(&config, "engine", usable(engine));
     bool loaded = machine_snapshot_load(&machine, &config, &files, &err) == 0;
-    if (!loaded && strstr(err.text, "this host lacks")) { /* it was made on one with more features */
+    if (!loaded && (strstr(err.text, "this host lacks") || strstr(err.text, "vendor differs"))) { /* it was made on one with more features, or of the other vendor */
         print_message("%s\n", err.text);
         machine_config_clear(&config);
         unlink(disk);
