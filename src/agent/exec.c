@@ -137,7 +137,8 @@ static void run_child(const struct agent_exec *exec, const struct user *user, st
     set_environment(exec, user);
     if (chdir(*exec->directory ? exec->directory : user->home) && (*exec->directory || chdir("/")))
         fail_child(failure, AGENT_STATUS_TROUBLE, exec->directory);
-    signal(SIGPIPE, SIG_DFL);
+    for (int number = 1; number < NSIG; number++) /* what was ignored where the agent was started stays so otherwise */
+        signal(number, SIG_DFL);
     sigemptyset(&none);
     sigprocmask(SIG_SETMASK, &none, NULL);
     execvp(exec->argument[0], (char **)(uintptr_t)exec->argument);
