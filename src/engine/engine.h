@@ -136,6 +136,7 @@ struct engine_options {
     const struct code_address *dump_code; /* report shows the blocks that contain these */
     unsigned dump_code_count;
     enum engine_irqchip irqchip;
+    bool patient; /* in its first moments a guest's code is translated only when it has run often enough for that to pay */
 };
 
 /*

@@ -499,11 +499,11 @@ int machine_power_on(struct machine *machine, void *ctx, struct error *err)
 
 /* ---- creation ---- */
 
-static int set_engine_options(struct machine *machine, struct error *err)
+static int set_engine_options(struct machine *machine, bool goes_on, struct error *err)
 {
     const struct machine_config *config = machine->config;
     const struct engine_options options = {
-        .direct = config->direct, .perf_map = config->perf_map, .dump_code = config->dump_code, .dump_code_count = config->dump_code_count, .irqchip = config->irqchip};
+        .direct = config->direct, .perf_map = config->perf_map, .dump_code = config->dump_code, .dump_code_count = config->dump_code_count, .irqchip = config->irqchip, .patient = goes_on};
     if (machine->engine_ops->set_options)
         return machine->engine_ops->set_options(machine->engine, &options, err);
     if (config->perf_map || config->dump_code_count)
@@ -567,7 +567,7 @@ static int create_engine(struct machine *machine, bool goes_on, struct error *er
             return r;
         r = machine->engine_ops->create(&machine->engine, machine->memory, err);
         if (r == 0) {
-            r = set_engine_options(machine, err);
+            r = set_engine_options(machine, goes_on, err);
             if (r == 0 && machine->engine_ops->limit_cpuid)
                 r = machine->engine_ops->limit_cpuid(machine->engine, machine->cpuid, err);
             if (r)

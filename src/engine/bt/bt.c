@@ -317,6 +317,44 @@ static struct bt_block *block_lock(struct bt_vcpu *b)
     return block;
 }
 
+/* ---- code that has not run often ---- */
+
+/*
+ * A block takes as long to translate as the interpreter takes to run it some hundred times, and most of what a guest runs in its first moments runs less often: so what has no translation is
+ * counted first, for as long as that is more than a guest that computes would lose by it. Counts are by linear address and shared by what has the same hash: it only matters that what runs
+ * often is translated soon.
+ */
+#define COLD_RUNS 64u /* below 256 */
+#define COLD_COUNTED_MAX (1u << 17) /* in all: some 20 ms */
+#define COLD_HASH_BITS 14u
+
+struct bt_cold {
+    bool here;        /* the block that ran last was */
+    uint32_t counted; /* in all */
+    uint8_t runs[1u << COLD_HASH_BITS];
+};
+
+/* Whether the block at rip, which may have no translation, is the interpreter's for now; counts that. User code that is executed directly has another balance (direct.c). */
+static bool is_cold(struct bt_vcpu *b)
+{
+    struct bt_cold *cold = b->cold;
+    if (!cold || cold->counted == COLD_COUNTED_MAX)
+        return false;
+    uint8_t *runs = &cold->runs[b->c.v.cpu.gpr[GPR_RIP] * 0x9e3779b97f4a7c15ull >> (64 - COLD_HASH_BITS)];
+    cold->here = *runs < COLD_RUNS && !(b->c.cpl == 3 && direct_active(b));
+    if (cold->here) {
+        ++*runs;
+        cold->counted++;
+    }
+    return cold->here;
+}
+
+static void run_cold(struct bt_vcpu *b)
+{
+    b->c.tally = b->interpreted[BT_TALLY_COLD];
+    interp_run_next(&b->c);
+}
+
 /* ---- why translated code was left ---- */
 
 /* True: enter again, in the same mode. */
@@ -338,6 +376,10 @@ static bool exit_sysret(struct bt_vcpu *b, struct entry *entry)
 
 static bool exit_miss(struct bt_vcpu *b, struct entry *entry)
 {
+    if (is_cold(b)) {
+        run_cold(b);
+        return false;
+    }
     struct bt_block *block = block_lock(b);
     if (!block) {
         interp_run_next(&b->c);
@@ -383,6 +425,10 @@ static bool exit_link(struct bt_vcpu *b, struct entry *entry)
 {
     if (b->link_site & BT_LINK_CAREFUL && !(b->link_site & BT_LINK_FAR))
         return exit_link_careful(b, entry);
+    if (is_cold(b)) {
+        run_cold(b);
+        return false;
+    }
     struct bt_engine *e = b->engine;
     uint64_t epoch = entry->epoch;
     uint32_t site = (uint32_t)b->link_site & ~BT_LINK_FAR;
@@ -578,6 +624,8 @@ static __attribute__((noinline)) enum engine_exit run_loop(struct bt_vcpu *b)
         } else if (!bt_usable(b) || !is_dispatched(c)) {
             c->tally = b->interpreted[BT_TALLY_MODE];
             interp_run_next(c);
+        } else if (b->cold && b->cold->here && is_cold(b)) {
+            run_cold(b);
         } else {
             run_translated(b);
         }
@@ -680,6 +728,7 @@ static void bt_vcpu_destroy(struct vcpu *v)
 {
     struct bt_vcpu *b = (struct bt_vcpu *)v;
     direct_destroy(b);
+    free(b->cold);
     icpu_destroy(&b->c);
     fault_vcpu_destroy(b);
     report_vcpu_destroy(b);
@@ -734,6 +783,7 @@ static int bt_vcpu_create(struct engine *engine, const struct vcpu_config *confi
     b->mask_bit12 = PAGE_SIZE_BYTES;
     b->mask_arith = RFLAGS_OSZAPC | RFLAGS_DF;
     polls_reset(b);
+    b->cold = e->patient ? calloc(1, sizeof(*b->cold)) : NULL; /* without, more is translated */
     rc = icpu_create(&b->c, &e->interp, &bt_engine_ops, config, &sizes);
     if (rc) {
         bt_vcpu_destroy(&b->c.v);

@@ -249,6 +249,7 @@ enum bt_tally {
     BT_TALLY_SLOW = BT_EXIT_COUNT, /* debug traps, interrupt shadows: one instruction at a time */
     BT_TALLY_THRASH,               /* the page keeps changing */
     BT_TALLY_MODE,                 /* bt_usable says no */
+    BT_TALLY_COLD,                 /* it has not run often */
     BT_TALLY_COUNT
 };
 #define BT_MNEMONICS (ZYDIS_MNEMONIC_MAX_VALUE + 1)
@@ -325,6 +326,7 @@ struct bt_engine {
     bool avx512, fsgsbase;
 
     enum engine_direct direct;
+    bool patient;
     bool direct_told; /* why some of it is translated all the same */
     cpu_set_t pinned; /* processors that direct execution has bound a vCPU to */
     struct perf_map *perf_map;   /* NULL: off */
@@ -375,6 +377,7 @@ struct bt_vcpu {
     struct bt_engine *engine;
     struct bt_tables *tables; /* tables.c */
     struct direct *direct;    /* direct.c; NULL: none */
+    struct bt_cold *cold;     /* bt.c; NULL: everything is translated at once */
     struct bt_view *view;     /* the one in GS */
     uint8_t *table;           /* its base T */
     struct bt_mode mode;

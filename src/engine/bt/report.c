@@ -19,6 +19,7 @@ static const char *const tally_names[BT_TALLY_COUNT] = {
     [BT_TALLY_SLOW] = "debugging or an interrupt shadow",
     [BT_TALLY_THRASH] = "blocks, code that keeps changing",
     [BT_TALLY_MODE] = "blocks, mode that is not translated",
+    [BT_TALLY_COLD] = "blocks, code that has not run often",
 };
 
 int report_vcpu_create(struct bt_vcpu *b)
@@ -38,6 +39,7 @@ int report_options_set(struct engine *engine, const struct engine_options *optio
 {
     struct bt_engine *e = (struct bt_engine *)engine;
     e->direct = options->direct;
+    e->patient = options->patient;
     int rc = options->perf_map ? perf_map_create(e, err) : 0;
     if (!rc && options->dump_code_count)
         rc = dump_code_create(e, options->dump_code, options->dump_code_count, err);
