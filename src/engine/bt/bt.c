@@ -596,9 +596,11 @@ static enum attend_result attend(struct bt_vcpu *b)
 {
     bool user = b->c.cpl == 3;
     enum attend_result result = interp_attend(&b->c);
-    if (user && result == ATTEND_DELIVERED)
+    if (result != ATTEND_DELIVERED)
+        return result;
+    if (user)
         direct_tick(b);
-    return result;
+    return interp_attend(&b->c); /* raised again by the delivery: now, while the vector state is out of the way, rather than on the way into translated code */
 }
 
 static __attribute__((noinline)) enum engine_exit run_loop(struct bt_vcpu *b)
