@@ -29,6 +29,7 @@
 #define HERE_MAX 16u /* requests served on the thread that makes them, of one notification */
 #define SLOW_NS 1000000u
 #define SLOW_FACTOR 10u
+#define WATCHED_NS 1000000000u
 #define TICK_NS 5000000u
 #define FORGETS 64u
 #define WAIT_NS 4000000u /* a vCPU waits no longer for the companion; a busy host's time slice */
@@ -76,6 +77,7 @@ struct device {
     atomic_bool stopping;
     bool at_once;
     uint64_t slow_until_ns; /* requests go to the workers */
+    _Atomic uint64_t watched_until_ns; /* whose time it is that requests take is looked at */
     struct loop_timer *tick; /* while requests come: looks after what the driver did not notify of, see serve_forgets */
     bool ticking;
     pthread_t worker[COMPANIONS_MAX + WORKERS]; /* companions first */
@@ -104,15 +106,20 @@ static long waits(void)
     return getrusage(RUSAGE_THREAD, &usage) < 0 ? 0 : usage.ru_nvcsw;
 }
 
-/* Serves on this thread. True: it was the storage that took long. */
+/* Serves on this thread. True: it was the storage that took long. That is asked only while something has taken long not long ago, as the two calls would be a part of what quick requests cost. */
 static bool serve_timed(struct device *share, const struct virtqueue_chain *chain, uint64_t *used_bytes)
 {
     struct fs_message message = message_of(chain);
-    uint64_t started_ns = loop_now_ns();
-    long waited = waits();
+    uint64_t started_ns = loop_now_ns(), ended_ns;
+    bool watched = started_ns < atomic_load(&share->watched_until_ns);
+    long waited = watched ? waits() : 0;
 
     *used_bytes = fs_serve(share->fs, &message);
-    return loop_now_ns() - started_ns > SLOW_NS && waits() != waited;
+    ended_ns = loop_now_ns();
+    if (ended_ns - started_ns <= SLOW_NS)
+        return false;
+    atomic_store(&share->watched_until_ns, ended_ns + WATCHED_NS);
+    return watched && waits() != waited;
 }
 
 /* Storage that makes the machine stand still is left to the workers for a while, so that this is a small part of the time only. With the device lock, like all that serve. */
@@ -490,6 +497,7 @@ static int share_create(struct device **out, const struct device_host *host, con
     share->guard = loop_guard(host->loop);
     share->at_once = fs_config->at_once;
     share->last = &share->first;
+    share->watched_until_ns = loop_now_ns() + WATCHED_NS; /* its first accesses may well wait */
     companions_init(share);
     pthread_mutex_init(&share->lock, NULL);
     pthread_cond_init(&share->wake, NULL);
