@@ -675,10 +675,10 @@ int cpuid_state(struct cpuid_table *table, struct state_io *io)
     }
     uint64_t *const masks[] = {&t.xcr0, &t.cr4, &t.efer};
     const uint64_t most[] = {table->xcr0, table->cr4, table->efer};
+    bool more = false;
     for (unsigned i = 0; i < sizeof(masks) / sizeof(masks[0]); i++) {
         state_u64(io, masks[i]);
-        if (state_loading(io) && *masks[i] & ~most[i])
-            state_fail(io, "the guest's processor allows what this host's does not");
+        more |= (*masks[i] & ~most[i]) != 0;
     }
     if (state_loading(io) && !state_failed(io)) {
         const struct cpuid_regs *vendor = find(&t, 0, 0), *own = find(table, 0, 0);
@@ -686,6 +686,8 @@ int cpuid_state(struct cpuid_table *table, struct state_io *io)
             state_fail(io, "the processor's vendor differs from this host's");
         else if (find_missing(&t, table, reason, sizeof(reason)))
             state_fail(io, reason);
+        else if (more)
+            state_fail(io, "the guest's processor allows what this host's does not");
         else
             *table = t;
     }

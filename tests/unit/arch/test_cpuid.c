@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "arch/cpuid.h"
+#include "state/state.h"
 
 #define TSC_KHZ 2299998u
 
@@ -196,6 +197,38 @@ static void msr_masks(void **state)
     assert_int_equal(cpuid_msr_value(f->table, 0x99, 0x1234), 0x1234);
 }
 
+/* Why `host` does not take what was saved of `guest`: "" when it does. */
+static void check_refusal(struct cpuid_table *guest, struct cpuid_table *host, const char *reason)
+{
+    size_t bytes;
+    struct state_io *saved = state_writer_create();
+    assert_int_equal(cpuid_state(guest, saved), 0);
+    const void *data = state_writer_data(saved, &bytes);
+    struct state_io *io = state_reader_create(data, bytes);
+    assert_int_equal(cpuid_state(host, io), *reason ? -EINVAL : 0);
+    assert_non_null(strstr(state_error(io), reason));
+    state_io_destroy(io);
+    state_io_destroy(saved);
+}
+
+/* A host of another vendor lacks control bits and features besides; told is what matters most. */
+static void other_hosts(void **state)
+{
+    struct fixture *f = *state;
+    struct cpuid_config config = f->config;
+    struct cpuid_table *host = cpuid_table_build(&config);
+    const struct cpuid_mask lacks = {0x80000001, 0, 3, 1u << 20, 0}, vendor = {0, 0, 1, ~0u, 0x756E6547 ^ 1};
+    struct error err = {0};
+    assert_non_null(host);
+    check_refusal(f->table, host, "");
+    assert_int_equal(cpuid_table_mask(host, &lacks, &err), 0);
+    assert_int_equal(cpuid_table_seal(host, &err), 0);
+    check_refusal(f->table, host, "features that this host lacks (CPUID leaf 80000001.0 EDX bits 00100000)");
+    assert_int_equal(cpuid_table_mask(host, &vendor, &err), 0);
+    check_refusal(f->table, host, "vendor differs");
+    cpuid_table_destroy(host);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -208,6 +241,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(out_of_range, setup, teardown),
         cmocka_unit_test_setup_teardown(masks, setup, teardown),
         cmocka_unit_test_setup_teardown(msr_masks, setup, teardown),
+        cmocka_unit_test_setup_teardown(other_hosts, setup, teardown),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
