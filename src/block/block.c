@@ -182,6 +182,7 @@ void block_close(struct block *block)
     if (block->completion)
         loop_event_destroy(block->completion);
     block_io_put(block->io);
+    free(block->written);
     free(block->path);
     free(block);
 }
@@ -255,6 +256,8 @@ void block_complete(struct block *block, struct block_request *request, int resu
 {
     assert(block->in_flight > 0);
     block->in_flight--;
+    if (block->written)
+        block_note_written(block, request);
     count(&block->counters, request, result);
     request->done(request, result);
 }
@@ -296,6 +299,8 @@ void block_submit(struct block *block, struct block_request *request)
     int ret = check_request(block, request);
 
     block->in_flight++;
+    if (block->written)
+        block_note_written(block, request);
     if (ret < 0 || (request->op != BLOCK_FLUSH && request->length_bytes == 0) || (request->op == BLOCK_FLUSH && block->readonly))
         block_complete_later(block, request, ret);
     else

@@ -82,6 +82,15 @@ bool block_holds(const struct block *block, const char *path);
 int block_refresh(struct block *block, struct error *err) __attribute__((warn_unused_result));
 unsigned block_in_flight(const struct block *block);
 
+/*
+ * Which parts of the image are written while somebody copies it, in units of BLOCK_WRITTEN_BYTES; all of it is at first. Take the next parts from *offset on, at most `most` bytes (a multiple of the unit), and read
+ * them then: what is written at the same time is noted again. False: there is none. With the guard.
+ */
+#define BLOCK_WRITTEN_BYTES (64u << 10)
+int block_track_writes(struct block *block, bool on); /* -ENOMEM */
+bool block_take_written(struct block *block, uint64_t *offset, uint64_t *length, uint64_t most);
+uint64_t block_written_bytes(const struct block *block); /* that are left, about */
+
 /* Of requests that succeeded, since the image was opened. */
 struct block_counters {
     uint64_t reads, read_bytes, writes, write_bytes, flushes, discards, errors;

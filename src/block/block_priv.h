@@ -42,6 +42,7 @@ struct block {
     struct block_io *io; /* of the file, shared by all files of a chain */
     unsigned in_flight;
     struct block_counters counters;
+    struct block_written *written; /* written.c; NULL: nobody asked */
     struct loop_event *completion; /* for block_complete_later */
     struct block_request *later;   /* linked by backend_private[0] */
 };
@@ -62,6 +63,9 @@ int block_open_file(struct block **block, const struct block_config *config, int
 int block_raw_fd(const struct block *block); /* of a raw one */
 /* Like block_submit without its checks: an offset may be behind the end of a file beneath. */
 void block_submit_unchecked(struct block *block, struct block_request *request);
+
+/* With block->written, when a request begins and when it ends. */
+void block_note_written(struct block *block, const struct block_request *request);
 
 /* Ends a request. Not from inside submit: the caller of block_submit does not expect `done` yet. */
 void block_complete(struct block *block, struct block_request *request, int result);

@@ -84,6 +84,7 @@ static const struct cli_option migrate_options[] = {
     [MIGRATE_COMPRESS] = {"compress", 0, "zstd[=LEVEL]", "compress memory on its way, LEVEL from 1 to 19 (default 1), and send what changed of pages that go again: for slow networks"},
     [MIGRATE_BANDWIDTH] = {"bandwidth", 0, "BYTES[K|M|G]", "send at most so many bytes a second while the guest runs"},
     [MIGRATE_POST_COPY] = {"post-copy", 0, NULL, "a guest that writes faster than can be sent is not held up, but goes before its memory has, which follows"},
+    [MIGRATE_DISKS] = {"disks", 0, NULL, "the disks that the guest can write are copied and move, too; otherwise both sides must have them"},
     [MIGRATE_RECOVER] = {"recover", 0, NULL, "go on sending the memory of a guest that has gone so, when the connection was lost"},
     [MIGRATE_CANCEL] = {"cancel", 0, NULL, "give up the migration that is under way; the machine goes on here"},
     [MIGRATE_STATUS] = {"status", 0, NULL, "print how far it is, as JSON"},
@@ -94,6 +95,7 @@ static const struct cli_option receive_options[] = {
     [RECEIVE_LISTEN] = {"listen", 0, "ADDRESS", "where to wait for it: HOST:PORT, [IPV6]:PORT or unix:PATH; port 0 takes a free one (default 0.0.0.0:4446)"},
     [RECEIVE_NAME] = {"name", 0, "NAME", "name of the virtual machine here (default: the one it has there)"},
     [RECEIVE_ENGINE] = {"engine", 0, "ENGINE", "run it by this engine (default: as there)"},
+    [RECEIVE_DISK_DIR] = {"disk-dir", 0, "DIRECTORY", "where disks that come with it get their images; nothing there is overwritten"},
     [RECEIVE_RECOVER] = {"recover", 0, "VM", "go on receiving the memory of this virtual machine, whose migration lost its connection"},
     {0},
 };

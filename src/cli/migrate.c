@@ -83,10 +83,11 @@ static void show_progress(const void *ctx)
     char slowed[48] = "";
     if (throttle)
         snprintf(slowed, sizeof slowed, ", the guest is held up for %d %%", throttle);
+    long long disks = (long long)json_integer_value(json_object_get(answer, "disk_bytes_left")) >> 20;
     const char *where = json_is_true(json_object_get(answer, "following")) ? ", the guest runs there" : slowed;
     if (json_is_true(json_object_get(answer, "under_way")))
         fprintf(stderr, "\r%s: %lld MiB sent, %lld MiB left%s\033[K", name, (long long)json_integer_value(json_object_get(answer, "bytes")) >> 20,
-                (long long)json_integer_value(json_object_get(answer, "pages_left")) / 256, where);
+                (long long)json_integer_value(json_object_get(answer, "pages_left")) / 256 + disks, where);
     json_decref(answer);
 }
 
@@ -167,8 +168,8 @@ static int start_migration(const struct arguments *arguments, const struct insta
     if (r == 0) {
         char instance[INSTANCE_PATH_BYTES] = "";
         (void)!instance_path_of(vm->name, "", instance, NULL);
-        body = json_pack("{s:i, s:i, s:I, s:b, s:b, s:{s:s, s:s, s:O*, s:O*}}", "downtime_ms", (int)downtime_ms, "zstd_level", (int)level, "bandwidth_bytes", (json_int_t)bandwidth, "post_copy",
-                         arguments->value[MIGRATE_POST_COPY] != NULL, "recover", arguments->value[MIGRATE_RECOVER] != NULL, "about", "name",
+        body = json_pack("{s:i, s:i, s:I, s:b, s:b, s:b, s:{s:s, s:s, s:O*, s:O*}}", "downtime_ms", (int)downtime_ms, "zstd_level", (int)level, "bandwidth_bytes", (json_int_t)bandwidth, "post_copy",
+                         arguments->value[MIGRATE_POST_COPY] != NULL, "disks", arguments->value[MIGRATE_DISKS] != NULL, "recover", arguments->value[MIGRATE_RECOVER] != NULL, "about", "name",
                          vm->name, "instance", instance, "arguments", json_object_get(vm->vm, "arguments"), "directory", json_object_get(vm->vm, "directory"));
         if (request_with_progress(vm->name, "/doppel/v1/migration", body, MIGRATE_MS, show_progress, vm->name, &answer, &err))
             r = complain(STATUS_ERROR, "%s", err.text);
@@ -264,6 +265,83 @@ static void forget_own_vsock(struct vsock_config *vsock, const char *instance)
     vsock->present = false;
 }
 
+/* "PATH,OPTION..." names `from`, as --disk has it: its options, behind the comma or at the end. NULL: it does not. */
+static const char *options_behind(const char *text, const char *from)
+{
+    for (; *from; from++, text++) {
+        if (*text != *from || (*from == ',' && *++text != ','))
+            return NULL;
+    }
+    return *text == '\0' || (*text == ',' && text[1] != ',') ? text : NULL;
+}
+
+/* The same disk with another file, which is raw. NULL: no memory. */
+static char *with_file(const char *options, const char *path)
+{
+    char *text = malloc(2 * strlen(path) + strlen(options) + 16), *to = text;
+    if (!text)
+        return NULL;
+    for (; *path; path++) {
+        if (*path == ',')
+            *to++ = ',';
+        *to++ = *path;
+    }
+    to = stpcpy(to, ",format=raw");
+    while (*options) { /* each begins with its comma */
+        size_t length = 1 + strcspn(options + 1, ",");
+        if (strncmp(options, ",format=", 8) != 0)
+            to = mempcpy(to, options, length);
+        options += length;
+    }
+    *to = '\0';
+    return text;
+}
+
+/* doppel start is to use the images that disks have got here. */
+static void rename_disks(json_t *stored, char *const from[], const struct machine_config *config)
+{
+    json_t *argument;
+    size_t i;
+    json_array_foreach(stored, i, argument)
+    {
+        const char *text = json_string_value(argument);
+        bool joined = strncmp(text, "--disk=", 7) == 0, after = i > 0 && strcmp(json_string_value(json_array_get(stored, i - 1)), "--disk") == 0;
+        for (unsigned n = 0; (joined || after) && n < config->disk_count; n++) {
+            const char *options = config->disk[n].fresh && from[n] ? options_behind(text + (joined ? 7 : 0), from[n]) : NULL;
+            char *other = options ? with_file(options, config->disk[n].path) : NULL;
+            if (!other)
+                continue;
+            json_array_set_new(stored, i, joined ? json_sprintf("--disk=%s", other) : json_string(other));
+            free(other);
+            break;
+        }
+    }
+}
+
+static int make_disks(struct run *run, const struct arguments *arguments, json_t *stored)
+{
+    const char *directory = arguments->value[RECEIVE_DISK_DIR];
+    char *from[CONFIG_DISKS_MAX] = {0};
+    struct error err = {0};
+    int r = 0;
+    if (!machine_incoming_disks(run->incoming))
+        return 0;
+    if (!directory)
+        r = error_set(&err, -EINVAL, "disks come with it: --disk-dir says where they get their images");
+    for (unsigned i = 0; i < run->config.disk_count; i++)
+        from[i] = strdup(run->config.disk[i].path);
+    if (r == 0)
+        r = machine_incoming_make_disks(run->incoming, directory, &run->config, &err);
+    if (r == 0 && stored)
+        rename_disks(stored, from, &run->config);
+    for (unsigned i = 0; i < CONFIG_DISKS_MAX; i++)
+        free(from[i]);
+    if (r == 0)
+        return 0;
+    machine_incoming_refuse(run->incoming, err.text);
+    return complain(STATUS_ERROR, "receive: %s", err.text);
+}
+
 static int start_incoming(struct run *run, const struct arguments *arguments)
 {
     json_t *about, *stored;
@@ -271,12 +349,14 @@ static int start_incoming(struct run *run, const struct arguments *arguments)
     const char *name = json_string_value(json_object_get(about, "name")), *directory = json_string_value(json_object_get(about, "directory"));
     run->name = arguments->value[RECEIVE_NAME] ? arguments->value[RECEIVE_NAME] : name && instance_name_valid(name) ? name : NULL;
     forget_own_vsock(&run->config.vsock, json_string_value(json_object_get(about, "instance")));
+    int r = make_disks(run, arguments, stored);
     if (directory && chdir(directory)) /* its files may all have whole paths */
         fprintf(stderr, "doppel: it was started in %s, where one cannot go here\n", directory);
-    int r = run_again(run, stored);
-    json_decref(about);
-    if (r)
+    if (r == 0 && (r = run_again(run, stored)))
         machine_incoming_refuse(run->incoming, "the machine cannot be made there; doppel receive says why");
+    json_decref(about);
+    if (r == 0)
+        machine_incoming_keep_disks(run->incoming);
     return r;
 }
 
@@ -292,6 +372,7 @@ int receive_main(int argc, char **argv)
     if (arguments.value[RECEIVE_NAME] && !instance_name_valid(arguments.value[RECEIVE_NAME]))
         return complain(STATUS_USAGE, "receive: \"%s\" is no name for a virtual machine", arguments.value[RECEIVE_NAME]);
     signal(SIGPIPE, SIG_IGN); /* the source may close the connection at any moment */
+    signal(SIGXFSZ, SIG_IGN); /* and a disk may be too large */
     if (arguments.value[RECEIVE_RECOVER] && (arguments.value[RECEIVE_NAME] || arguments.value[RECEIVE_ENGINE]))
         return complain(STATUS_USAGE, "receive: --recover is for a machine that is there: it has its name and engine");
     r = wait_for_one(&arguments, &wire);

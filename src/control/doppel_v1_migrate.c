@@ -139,6 +139,8 @@ static bool understand(struct moving *moving, json_t *body)
             moving->migration.bandwidth_bytes = (uint64_t)number;
         else if (strcmp(key, "post_copy") == 0 && json_is_boolean(value))
             moving->migration.post_copy = json_is_true(value);
+        else if (strcmp(key, "disks") == 0 && json_is_boolean(value))
+            moving->migration.disks = json_is_true(value);
         else if (strcmp(key, "recover") == 0 && json_is_boolean(value))
             moving->migration.recover = json_is_true(value);
         else if (strcmp(key, "about") == 0 && json_is_object(value) && !moving->about)
@@ -166,7 +168,7 @@ static struct moving *prepare(struct http_call *call, struct vm_control *control
     json_decref(body);
     if (good)
         return moving;
-    http_reply_error(call, 400, "The body may have \"downtime_ms\" (1 to %d), \"zstd_level\" (0 to %d), \"bandwidth_bytes\", \"post_copy\", \"recover\" and \"about\" (an object).", DOWNTIME_MS_MAX, ZSTD_LEVEL_MAX);
+    http_reply_error(call, 400, "The body may have \"downtime_ms\" (1 to %d), \"zstd_level\" (0 to %d), \"bandwidth_bytes\", \"post_copy\", \"disks\", \"recover\" and \"about\" (an object).", DOWNTIME_MS_MAX, ZSTD_LEVEL_MAX);
     if (moving)
         free(moving->about);
     free(moving);
@@ -206,8 +208,8 @@ void vm_get_migration(struct http_call *call, void *ctx)
     struct vm_control *control = ctx;
     pthread_mutex_lock(&control->migration_lock);
     struct machine_migration *migration = control->migration;
-    json_t *answer = json_pack("{s:b, s:b, s:i, s:I, s:I, s:I}", "under_way", migration != NULL, "following", migration && atomic_load(&migration->following), "throttle", migration ? (int)atomic_load(&migration->throttle) : 0, "pages", migration ? (json_int_t)atomic_load(&migration->pages_sent) : 0, "pages_left",
-                               migration ? (json_int_t)atomic_load(&migration->pages_left) : 0, "bytes", migration ? (json_int_t)atomic_load(&migration->bytes_sent) : 0);
+    json_t *answer = json_pack("{s:b, s:b, s:i, s:I, s:I, s:I, s:I}", "under_way", migration != NULL, "following", migration && atomic_load(&migration->following), "throttle", migration ? (int)atomic_load(&migration->throttle) : 0, "pages", migration ? (json_int_t)atomic_load(&migration->pages_sent) : 0, "pages_left",
+                               migration ? (json_int_t)atomic_load(&migration->pages_left) : 0, "disk_bytes_left", migration ? (json_int_t)atomic_load(&migration->disk_bytes_left) : 0, "bytes", migration ? (json_int_t)atomic_load(&migration->bytes_sent) : 0);
     pthread_mutex_unlock(&control->migration_lock);
     http_reply_json(call, 200, answer);
 }

@@ -279,9 +279,10 @@ struct machine_migration {
     uint64_t bandwidth_bytes; /* a second, while the guest runs; 0: no limit */
     int zstd_level;         /* 0: memory is not compressed */
     bool post_copy;         /* a guest that writes faster than can be sent is not held up, but goes before its memory has */
+    bool disks;             /* the disks that the guest can write are copied, and are the target's then */
     bool recover;           /* such a migration goes on, over another connection; at the source until all is there, at the target until memory comes again */
     _Atomic int phase;      /* 0 at first */
-    _Atomic uint64_t pages_sent, pages_left, bytes_sent; /* any thread may look */
+    _Atomic uint64_t pages_sent, pages_left, bytes_sent, disk_bytes_left; /* any thread may look */
     _Atomic unsigned throttle; /* per cent of its time that the guest is held up, because it writes faster than can be sent */
     uint64_t duration_ns;
     _Atomic bool following; /* by post-copy: the guest runs there, and memory follows */
@@ -300,6 +301,10 @@ struct machine_incoming;
 int machine_incoming_open(struct machine_incoming **incoming, int fd, struct machine_config *config, struct error *err) __attribute__((warn_unused_result));
 const char *machine_incoming_about(const struct machine_incoming *incoming); /* foreign text */
 void machine_incoming_refuse(struct machine_incoming *incoming, const char *reason); /* the other side is told, and goes on */
+/* How many disks come with it. They need new images, which this makes, and puts into the configuration; -EEXIST. Before machine_receive; machine_incoming_close removes them unless they are kept. */
+unsigned machine_incoming_disks(const struct machine_incoming *incoming);
+int machine_incoming_make_disks(struct machine_incoming *incoming, const char *directory, struct machine_config *config, struct error *err) __attribute__((warn_unused_result));
+void machine_incoming_keep_disks(struct machine_incoming *incoming);
 void machine_incoming_close(struct machine_incoming *incoming); /* NULL: nothing */
 /*
  * As machine_create, with the memory and state that come; takes as long as they do. Then machine_pause, machine_start, and machine_receive_go: the guest is taken over and runs (unless it was

@@ -143,6 +143,8 @@ int machine_overlay_still(struct machine *machine, struct machine_overlay *overl
 {
     struct change change[CONFIG_DISKS_MAX] = {0};
     int r = count > CONFIG_DISKS_MAX ? error_set(err, -E2BIG, "more than %d disks", CONFIG_DISKS_MAX) : 0;
+    if (r == 0 && machine->disks_leaving)
+        r = error_set(err, -EBUSY, "the disks are being copied to another host");
     unsigned prepared = 0;
     while (r == 0 && prepared < count) {
         r = prepare_one(machine, &overlays[prepared], &change[prepared], err);

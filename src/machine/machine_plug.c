@@ -60,6 +60,11 @@ static void tell(struct machine *machine, enum machine_event event, const struct
         }
 }
 
+static int check_staying(const struct machine *machine, struct error *err)
+{
+    return machine->disks_leaving ? error_set(err, -EBUSY, "the disks are being copied to another host") : 0;
+}
+
 /* The first free one of `count` slots from `first` on, or of all that can be plugged. Without PCI it does not matter. */
 static unsigned choose_slot(const struct machine *machine, unsigned first, unsigned count)
 {
@@ -80,7 +85,7 @@ static unsigned choose_slot(const struct machine *machine, unsigned first, unsig
 static struct block_config disk_file(const struct machine *machine, const struct disk_config *disk, const char *path)
 {
     return (struct block_config){.path = path, .format = disk->format, .readonly = disk->readonly, .backing = disk->backing, .io = machine->loop_started && machine->sandbox ? "threads" : NULL,
-                                 .later = machine->config->incoming && !disk->readonly};
+                                 .later = machine->config->incoming && !disk->readonly && !disk->fresh};
 }
 
 static int open_disk(struct machine *machine, const struct disk_config *disk, const char *path, struct block **block, struct error *err)
@@ -96,7 +101,7 @@ int machine_take_over_disks(struct machine *machine, struct error *err)
     config->incoming = false;
     for (unsigned i = 0; r == 0 && i < config->disk_count; i++) {
         const struct block_config file = disk_file(machine, &config->disk[i], config->disk[i].path);
-        if (machine->disk[i].block && !file.readonly)
+        if (machine->disk[i].block && !file.readonly && !config->disk[i].fresh)
             r = block_take_over(machine->disk[i].block, &file, err);
     }
     for (unsigned i = 0; r == 0 && i < config->pmem_count; i++) {
@@ -313,10 +318,10 @@ int machine_disk_replace(struct machine *machine, const char *id, const char *pa
 {
     struct plug_request request = {.id = id, .text = path};
     pthread_mutex_lock(&machine->device_lock);
-    int index = find_disk(machine, id), r = 0;
-    if (index < 0)
+    int index = find_disk(machine, id), r = check_staying(machine, err);
+    if (r == 0 && index < 0)
         r = error_set(err, -ENODEV, "there is no disk \"%s\"", id);
-    else if (!block_holds(machine->disk[index].block, path))
+    else if (r == 0 && !block_holds(machine->disk[index].block, path))
         r = open_disk(machine, &machine->own_config.disk[index], path, &request.block, err);
     pthread_mutex_unlock(&machine->device_lock);
     return r ? r : finish_plug(machine, replace_medium, &request, err);
@@ -326,6 +331,8 @@ int machine_disk_replace(struct machine *machine, const char *id, const char *pa
 
 static int can_plug(const struct machine *machine, struct error *err)
 {
+    if (machine->disks_leaving)
+        return check_staying(machine, err);
     return machine->hotplug ? 0 : error_set(err, -ENOTSUP, "devices are plugged into a running machine by PCI, which this one does not have");
 }
 

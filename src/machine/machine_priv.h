@@ -181,6 +181,7 @@ struct machine {
     struct read_ahead *read_ahead; /* NULL: nothing is */
     struct post_copy_source *post_copy_source; /* post_copy.h; NULL: all of its memory is here, or there */
     struct post_copy_target *post_copy_target;
+    bool disks_leaving; /* device lock. They are being copied to another host: none comes, goes or changes its file */
     bool gone; /* run_lock. The guest runs elsewhere, for certain, and never here again */
     pthread_mutex_t join_lock; /* outermost; guards vcpu_thread.started from start to end */
 };
@@ -317,6 +318,7 @@ struct snapshot_sink {
     int (*put)(void *ctx, uint64_t chunk, uint64_t pages, const uint8_t *data, struct error *err);
     enum snapshot_step (*what_now)(void *ctx, uint64_t count, uint64_t still_since_ns, bool must);
     int (*finish)(void *ctx, struct state_io *state, const uint64_t *left, struct error *err);
+    int (*between)(void *ctx, struct error *err); /* on the caller's thread, before all but the first look. NULL: nothing */
     void *ctx;
     unsigned rounds_max;
 };

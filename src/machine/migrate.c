@@ -8,11 +8,24 @@
 
 int migrate_hello_state(struct migrate_hello *hello, struct state_io *io)
 {
-    unsigned version = state_begin(io, "migration", state_loading(io) || hello->post_copy ? 2 : 1); /* 2: who does not know post-copy need not begin */
-    hello->post_copy = version > 1;
+    unsigned lowest = hello->disk_count ? 3 : hello->post_copy ? 2 : 1; /* who does not know what is to come need not begin */
+    unsigned version = state_begin(io, "migration", state_loading(io) ? 3 : lowest);
     state_string(io, &hello->version);
     state_u64(io, &hello->ram_bytes);
     state_string(io, &hello->about);
+    hello->post_copy |= version == 2;
+    if (version == 3) {
+        state_bool(io, &hello->post_copy);
+        state_u32(io, &hello->disk_count);
+        if (hello->disk_count > CONFIG_DISKS_MAX) {
+            state_fail(io, "more disks than there can be");
+            hello->disk_count = 0;
+        }
+        for (unsigned i = 0; i < hello->disk_count; i++) {
+            state_u32(io, &hello->disk[i].index);
+            state_u64(io, &hello->disk[i].bytes);
+        }
+    }
     return state_end(io);
 }
 

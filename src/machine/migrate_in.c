@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "machine/migrate_pack.h"
+#include "machine/migrate_disks.h"
 #include "machine/post_copy.h"
 
 #define HELLO_NS 30000000000ull
@@ -25,6 +26,8 @@ struct machine_incoming {
     uint8_t post_copy_id[MIGRATE_ID_BYTES];
     uint64_t *remote; /* pages that come later; NULL: none. All are known */
     bool remote_complete;
+    struct disks_in *disks; /* NULL: none come */
+    bool keep_disks;
 };
 
 void machine_incoming_close(struct machine_incoming *incoming)
@@ -39,6 +42,7 @@ void machine_incoming_close(struct machine_incoming *incoming)
     free(incoming->hello_body);
     free(incoming->state);
     free(incoming->remote);
+    disks_in_close(incoming->disks, incoming->keep_disks);
     free(incoming);
 }
 
@@ -50,6 +54,21 @@ void machine_incoming_refuse(struct machine_incoming *incoming, const char *reas
 const char *machine_incoming_about(const struct machine_incoming *incoming)
 {
     return incoming->hello.about ? incoming->hello.about : "";
+}
+
+unsigned machine_incoming_disks(const struct machine_incoming *incoming)
+{
+    return incoming->hello.disk_count;
+}
+
+int machine_incoming_make_disks(struct machine_incoming *incoming, const char *directory, struct machine_config *config, struct error *err)
+{
+    return disks_in_make(&incoming->disks, &incoming->hello, directory, config, err);
+}
+
+void machine_incoming_keep_disks(struct machine_incoming *incoming)
+{
+    incoming->keep_disks = true;
 }
 
 static int read_hello(struct machine_incoming *incoming, struct machine_config *config, struct error *err)
@@ -139,6 +158,8 @@ static int receive_all(struct machine *machine, struct machine_incoming *incomin
         int r = stream_get(incoming->stream, &type, &body, &size, err);
         if (r == 0 && type == MIGRATE_PAGES && !incoming->state_bytes && !incoming->remote)
             r = unpacker_take(incoming->unpacker, ram, ram_bytes, body, size, err);
+        else if (r == 0 && type == MIGRATE_DISK && !incoming->state_bytes)
+            r = disks_in_take(incoming->disks, body, size, err);
         else if (r == 0 && type == MIGRATE_POST_COPY && !incoming->state_bytes)
             r = begin_post_copy(incoming, chunks, body, size, err);
         else if (r == 0 && type == MIGRATE_REMOTE && incoming->remote && !incoming->remote_complete)
@@ -160,6 +181,8 @@ static int begin_incoming(struct machine *machine, void *ctx, struct error *err)
     if (incoming->hello.ram_bytes != physmap_ram_bytes(machine->memory))
         return error_set(err, -EINVAL, "the guest's memory has %llu bytes there and %llu here", (unsigned long long)incoming->hello.ram_bytes,
                          (unsigned long long)physmap_ram_bytes(machine->memory));
+    if (incoming->hello.disk_count && !incoming->disks)
+        return error_set(err, -EINVAL, "disks come with it, and there is no place for them");
     if (cpuid_state(machine->cpuid, incoming->io))
         return error_set(err, -EINVAL, "the guest's processor cannot be made here: %s", state_error(incoming->io));
     int r = stream_put(incoming->stream, MIGRATE_WELCOME, DOPPEL_VERSION, strlen(DOPPEL_VERSION), NULL, 0, err);
@@ -167,6 +190,8 @@ static int begin_incoming(struct machine *machine, void *ctx, struct error *err)
         r = stream_flush(incoming->stream, err);
     if (r == 0)
         r = receive_all(machine, incoming, err);
+    if (r == 0)
+        r = disks_in_settle(incoming->disks, err);
     if (r == 0 && incoming->remote && (r = post_copy_target_create(machine, incoming->stream, incoming->unpacker, incoming->post_copy_id, incoming->remote, err)) == 0)
         incoming->unpacker = NULL;
     if (r == 0)
@@ -195,6 +220,7 @@ static int go_before_memory(struct machine *machine, struct machine_incoming *in
     if (r)
         return r;
     incoming->stream = NULL;
+    incoming->keep_disks = true;
     if (!paused)
         (void)!machine_resume(machine, &ignored);
     post_copy_target_started(machine);
@@ -220,6 +246,7 @@ int machine_receive_go(struct machine *machine, struct machine_incoming *incomin
         return r;
     /* From here on the guest is this machine's: nobody else will run it, so nothing that happens to the connection matters any more. */
     struct error ignored = {0};
+    incoming->keep_disks = true;
     if (!body[0])
         (void)!machine_resume(machine, &ignored);
     if (stream_put(incoming->stream, MIGRATE_STARTED, NULL, 0, NULL, 0, &ignored) == 0)

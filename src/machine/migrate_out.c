@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "machine/migrate_pack.h"
+#include "machine/migrate_disks.h"
 #include "machine/post_copy.h"
 #include "util/log.h"
 
@@ -23,6 +24,8 @@
 #define ROUNDS_MAX 40u
 #define SLOW_ROUNDS 2u     /* in a row, before the guest is held up (more) */
 #define THROTTLE_FIRST 40u /* per cent */
+#define FEW_DISK_BYTES (4ull << 20) /* then it is memory's turn */
+#define DISK_PASSES_MAX 30u
 
 enum { MOVING, CANCELLED, HANDED_OVER };
 
@@ -36,7 +39,11 @@ struct source {
     uint64_t count_before;
     unsigned slow; /* rounds that were not much shorter than the one before */
     uint64_t left, followed_bytes; /* by post-copy: pages; what was sent before */
+    struct disks_out *disks;       /* NULL: they stay */
+    uint64_t paused_ns;            /* when the guest was paused for the last of its disks; 0: it was not */
+    bool pause_next;
     struct packer *packer;
+    struct migrate_hello hello;
 };
 
 /* ---- pages ---- */
@@ -50,7 +57,7 @@ static uint64_t due(const struct source *source)
 
 static void keep_to_bandwidth(const struct source *source)
 {
-    while (!source->still_ns && atomic_load(&source->migration->phase) == MOVING) {
+    while (!source->still_ns && !source->paused_ns && atomic_load(&source->migration->phase) == MOVING) {
         uint64_t due_ns = due(source), now = loop_now_ns();
         if (due_ns < now + 1000000)
             return;
@@ -80,24 +87,74 @@ static void slow_down(struct source *source, uint64_t count)
     source->slow = 0;
 }
 
-/* As many as go in half of the time that the guest may stand still; the rest is for the state. */
+/* ---- disks ---- */
+
+static int piece_sent(void *ctx, struct error *err)
+{
+    struct source *source = ctx;
+    keep_to_bandwidth(source);
+    stream_set_deadline(source->stream, loop_now_ns() + ANSWER_NS);
+    atomic_store(&source->migration->bytes_sent, stream_bytes_sent(source->stream));
+    pthread_mutex_lock(&source->machine->device_lock);
+    atomic_store(&source->migration->disk_bytes_left, disks_out_left(source->disks));
+    pthread_mutex_unlock(&source->machine->device_lock);
+    return atomic_load(&source->migration->phase) == MOVING ? 0 : error_set(err, -ECANCELED, "the migration was cancelled");
+}
+
+static int send_disks(struct source *source, struct error *err)
+{
+    const struct disks_pass pass = {.stream = source->stream, .zstd_level = source->migration->zstd_level, .sent = piece_sent, .ctx = source};
+    stream_set_deadline(source->stream, loop_now_ns() + ANSWER_NS);
+    return disks_out_send(source->disks, &pass, err);
+}
+
+/* All of them, and what is written meanwhile, until that is little or does not become less; while the guest runs. */
+static int send_disks_first(struct source *source, struct error *err)
+{
+    uint64_t before = UINT64_MAX, left = UINT64_MAX - 1;
+    int r = 0;
+    for (unsigned n = 0; r == 0 && n < DISK_PASSES_MAX && left > FEW_DISK_BYTES && left < before / 4 * 3; n++) {
+        before = left;
+        r = send_disks(source, err);
+        left = atomic_load(&source->migration->disk_bytes_left);
+    }
+    return r;
+}
+
+/* Between rounds. The last of them goes with the guest paused and its requests done: they are read by the loop, which cannot wait for itself. */
+static int between(void *ctx, struct error *err)
+{
+    struct source *source = ctx;
+    if (!source->disks)
+        return 0;
+    if (source->pause_next && !source->paused_ns && !machine_is_paused(source->machine)) {
+        source->paused_ns = loop_now_ns();
+        int r = machine_pause(source->machine, err);
+        if (r)
+            return r;
+    }
+    return send_disks(source, err);
+}
+
+/*
+ * As many as go in half of the time that the guest may stand still; the rest is for the state. Of disks nothing may be left then: first comes another round, with the guest paused when little is left.
+ */
 static enum snapshot_step what_now(void *ctx, uint64_t count, uint64_t still_since_ns, bool must)
 {
     struct source *source = ctx;
     uint64_t took_ns = still_since_ns - source->sending_ns, sent = source->migration->zstd_level ? source->rounds.pages * PAGE_SIZE_BYTES : stream_bytes_sent(source->stream);
     double rate = took_ns > 1000000 && sent ? (double)sent * 1e9 / (double)took_ns : RATE_FIRST;
-    uint64_t few = (uint64_t)(rate * (double)source->migration->downtime_ns / 2e9) / PAGE_SIZE_BYTES;
-    bool fits = count <= (few > FEW_PAGES_MIN ? few : FEW_PAGES_MIN);
-    if (!fits)
-        slow_down(source, count);
-    if (!fits && source->migration->post_copy && (must || source->slow >= SLOW_ROUNDS)) {
-        source->still_ns = still_since_ns;
-        return SNAPSHOT_LEAVE_REST;
-    }
-    if (!fits && !must)
+    uint64_t few = (uint64_t)(rate * (double)source->migration->downtime_ns / 2e9) / PAGE_SIZE_BYTES, disks = source->disks ? disks_out_left(source->disks) : 0;
+    bool fits = count + disks / PAGE_SIZE_BYTES <= (few > FEW_PAGES_MIN ? few : FEW_PAGES_MIN);
+    if (!fits && !source->paused_ns)
+        slow_down(source, count + disks / PAGE_SIZE_BYTES);
+    bool leave = !fits && source->migration->post_copy && (must || source->paused_ns || source->slow >= SLOW_ROUNDS);
+    bool over = fits || must || leave || source->paused_ns;
+    source->pause_next = source->pause_next || over;
+    if (!over || disks)
         return SNAPSHOT_ANOTHER_ROUND;
     source->still_ns = still_since_ns;
-    return SNAPSHOT_LAST_ROUND;
+    return leave ? SNAPSHOT_LEAVE_REST : SNAPSHOT_LAST_ROUND;
 }
 
 /* ---- the handover ---- */
@@ -189,13 +246,13 @@ static int hand_over(void *ctx, struct state_io *state, const uint64_t *left, st
         post_copy_source_destroy(source->machine);
         return stay_here(source, r, err);
     }
-    const uint8_t paused = machine_is_paused(source->machine);
+    const uint8_t paused = machine_is_paused(source->machine) && !source->paused_ns;
     r = stream_put(source->stream, MIGRATE_GO, &paused, 1, NULL, 0, err);
     if (r == 0)
         r = stream_flush(source->stream, err);
     if (r == 0)
         r = expect(source, MIGRATE_STARTED, err);
-    migration->downtime_ns = loop_now_ns() - source->still_ns;
+    migration->downtime_ns = loop_now_ns() - (source->paused_ns ? source->paused_ns : source->still_ns);
     migration->unknown = r != 0;
     stay_still(source, r == 0);
     return r ? error_prefix(err, "the guest was handed over, but the other side did not say that it runs; it is paused here. Look there: if it does not run, doppel resume lets it go on here, else doppel kill ends it") : 0;
@@ -256,14 +313,14 @@ static int go_on(struct source *source, struct error *err)
 static int send_hello(struct source *source, struct error *err)
 {
     struct machine *machine = source->machine;
-    struct migrate_hello hello = {.version = (char *)DOPPEL_VERSION, .ram_bytes = physmap_ram_bytes(machine->memory), .about = (char *)source->migration->about, .post_copy = source->migration->post_copy};
+    struct migrate_hello *hello = &source->hello;
     struct state_io *io = state_writer_create();
     size_t size = 0;
     if (!io)
         return error_set(err, -ENOMEM, "out of memory");
     pthread_mutex_lock(&machine->device_lock);
     struct machine_config config = *machine->config;
-    int r = migrate_hello_state(&hello, io);
+    int r = migrate_hello_state(hello, io);
     if (r == 0)
         r = machine_config_state(&config, io);
     if (r == 0)
@@ -302,17 +359,21 @@ static void tell_progress(void *ctx, uint64_t pages, uint64_t pages_expected)
 
 static int move(struct source *source, struct error *err)
 {
-    const struct snapshot_sink sink = {.put = put_pages, .what_now = what_now, .finish = hand_over, .ctx = source, .rounds_max = ROUNDS_MAX};
+    const struct snapshot_sink sink = {.put = put_pages, .what_now = what_now, .finish = hand_over, .between = between, .ctx = source, .rounds_max = ROUNDS_MAX};
     const uint8_t *body;
     size_t size;
     if (source->machine->post_copy_source)
         return error_set(err, -EINVAL, "the guest has gone already, and its memory is to follow: doppel migrate --recover goes on with that");
     source->rounds = (struct machine_snapshot){.without_disks = true, .progress = tell_progress, .ctx = source};
     stream_set_deadline(source->stream, loop_now_ns() + ANSWER_NS);
-    int r = send_hello(source, err);
+    int r = source->migration->disks ? disks_out_create(&source->disks, source->machine, &source->hello, err) : 0;
+    if (r == 0)
+        r = send_hello(source, err);
     if (r == 0)
         r = migrate_expect(source->stream, MIGRATE_WELCOME, &body, &size, err);
     source->sending_ns = loop_now_ns();
+    if (r == 0 && source->disks)
+        r = send_disks_first(source, err);
     if (r == 0)
         r = snapshot_to_sink(source->machine, &source->rounds, &sink, err);
     return r == 0 && source->machine->post_copy_source ? follow(source, err) : r;
@@ -342,6 +403,7 @@ int machine_migrate(struct machine *machine, struct machine_migration *migration
     if (!source)
         return error_set(err, -ENOMEM, "out of memory");
     *source = (struct source){.machine = machine, .migration = migration, .stream = migration->stream, .began_ns = loop_now_ns()};
+    source->hello = (struct migrate_hello){.version = (char *)DOPPEL_VERSION, .ram_bytes = physmap_ram_bytes(machine->memory), .about = (char *)migration->about, .post_copy = migration->post_copy};
     machine_tell(machine, MACHINE_EVENT_MIGRATING, NULL);
     source->packer = packer_create(source->stream, migration->zstd_level, PACK_THREADS);
     int r = !source->packer ? error_set(&own, -ENOMEM, "out of memory") : migration->recover ? go_on(source, &own) : move(source, &own);
@@ -356,6 +418,9 @@ int machine_migrate(struct machine *machine, struct machine_migration *migration
         log_warning("migration: %s", own.text);
         error_set(err, r, "%s", own.text);
     }
+    disks_out_destroy(source->disks);
+    if (r && source->paused_ns && !migration->unknown && !machine->gone)
+        (void)!machine_resume(machine, NULL);
     machine_throttle(machine, 0);
     migration->duration_ns = loop_now_ns() - source->began_ns;
     migration->rounds = source->rounds.rounds;

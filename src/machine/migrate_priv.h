@@ -4,7 +4,7 @@
  *     source                                   target
  *     HELLO  configuration, processor     ->   makes such a machine, or says why it cannot (FAILED)
  *                                         <-   WELCOME
- *     PAGES, in rounds; the guest runs    ->
+ *     DISK, PAGES, in rounds; it runs     ->
  *     the guest stands still
  *     PAGES, STATE                        ->   loads it
  *                                         <-   READY: nothing is left that could fail
@@ -48,6 +48,7 @@ enum migrate_message {
     MIGRATE_ARRIVED,
     MIGRATE_COMPLETE,
     MIGRATE_RECOVER,
+    MIGRATE_DISK,
 };
 
 /*
@@ -55,7 +56,9 @@ enum migrate_message {
  * STATE: u8 1: more comes, 0: the last piece; then a piece of the state. GO: u8 1: the guest is to stay paused. FAILED: the reason, text.
  * POST_COPY, RECOVER: MIGRATE_ID_BYTES by which both sides know the migration. REMOTE: u64 first chunk, then a u64 of pages for it and for those that follow it; 0 to 65536 of them.
  * REQUEST: u64 chunk, u64 pages.
+ * DISK, before STATE: u32 disk, u64 offset, u32 bytes, u8 how the bytes follow: MIGRATE_DISK_*.
  */
+enum { MIGRATE_DISK_PLAIN, MIGRATE_DISK_ZERO, MIGRATE_DISK_ZSTD };
 #define MIGRATE_ID_BYTES 16u
 #define MIGRATE_STATE_BYTES_MAX (64u << 20)
 #define MIGRATE_REASON_BYTES 400u
@@ -65,6 +68,11 @@ struct migrate_hello {
     uint64_t ram_bytes;
     char *about;
     bool post_copy; /* may follow */
+    uint32_t disk_count;
+    struct migrate_hello_disk {
+        uint32_t index; /* in the configuration */
+        uint64_t bytes;
+    } disk[CONFIG_DISKS_MAX]; /* that come with it */
 };
 
 /* The first section of HELLO; "config" and "cpuid" follow. */

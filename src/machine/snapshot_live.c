@@ -204,6 +204,8 @@ static int write_memory(struct live *live, struct error *err)
         snapshot->rounds++;
         live->last = live->sink ? snapshot->rounds == live->sink->rounds_max : snapshot->rounds == ROUNDS_MAX || (snapshot->rounds > 2 && count > before / 4 * 3);
         before = count;
+        if (r == 0 && live->sink && live->sink->between)
+            r = live->sink->between(live->sink->ctx, err);
         if (r == 0)
             r = look_while_still(live, err);
     }

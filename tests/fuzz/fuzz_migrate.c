@@ -8,6 +8,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "machine/migrate_disks.h"
 #include "machine/post_copy.h"
 #include "machine/migrate_priv.h"
 
@@ -73,6 +74,25 @@ static void read_hello(int fd)
     machine_config_clear(&config);
 }
 
+/* One disk, in a file without a name. */
+static struct disks_in *the_disks(void)
+{
+    static struct disks_in *disks;
+    const struct migrate_hello hello = {.disk_count = 1, .disk = {{0, 1 << 20}}};
+    struct machine_config config;
+    struct error err = {0};
+    char directory[] = "/tmp/doppel-fuzz-XXXXXX";
+    if (disks)
+        return disks;
+    machine_config_init(&config);
+    config.disk_count = 1;
+    config.disk[0].path = strdup("/a/b");
+    must(mkdtemp(directory) && disks_in_make(&disks, &hello, directory, &config, &err) == 0);
+    must(unlink(config.disk[0].path) == 0 && rmdir(directory) == 0);
+    machine_config_clear(&config);
+    return disks;
+}
+
 static void read_messages(int fd)
 {
     static uint8_t ram[RAM_BYTES];
@@ -87,6 +107,7 @@ static void read_messages(int fd)
         uint64_t remote[3] = {0};
         bool last = false;
         int r = type == MIGRATE_PAGES    ? unpacker_take(unpacker, ram, sizeof ram, body, size, &err)
+                : type == MIGRATE_DISK   ? disks_in_take(the_disks(), body, size, &err)
                 : type == MIGRATE_REMOTE ? post_copy_take_remote(remote, 3, body, size, &last, &err)
                                          : migrate_unexpected(type, body, size, &err);
         must(r == 0 || err.text[0]);

@@ -25,9 +25,9 @@ def command(*arguments, seconds=120, here=()):
     return done.stdout
 
 
-def move(source, target, engine, way, wrapper=(), listen="unix:there", both=(), here=()):
-    """What doppel migrate says of it. `wrapper` and `here` are commands that run the target and doppel migrate, `both` what the two are told."""
-    there = subprocess.Popen([*wrapper, doppel, "receive", *both, "--listen", listen, "--name", target, "--engine", engine], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def move(source, target, engine, way, wrapper=(), listen="unix:there", both=(), here=(), there=()):
+    """What doppel migrate says of it. `wrapper` and `here` are commands that run the target and doppel migrate, `both` what the two are told, `there` what the target is."""
+    there = subprocess.Popen([*wrapper, doppel, "receive", *both, *there, "--listen", listen, "--name", target, "--engine", engine], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         waiting = there.stderr.readline()
         assert "waiting" in waiting, waiting
@@ -84,6 +84,52 @@ def moving():
                 subprocess.run([doppel, "rm", "-f", left], capture_output=True, timeout=60)
             os.chdir("/")
         subprocess.run(["/sbin/e2fsck", "-fn", f"{folder}/disk"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def disks():
+    """Its disk comes with it, while it writes there: from a qcow2 image into a raw one, and on."""
+    guest.need(doppel, guest.kernel, guest.cache)
+    with tempfile.TemporaryDirectory(prefix="doppel-moving-", dir="/dev/shm") as folder:
+        os.environ["XDG_RUNTIME_DIR"] = os.environ["XDG_DATA_HOME"] = folder
+        steady = os.path.abspath(memory.churn_program)
+        os.chdir(folder)
+        image("plain", "192M")
+        command("disk", "convert", "plain", "disk.qcow2")
+        modules = memory.modules("ext4")
+        memory.archive("initrd", [("steady", open(steady, "rb").read()), *((os.path.basename(file), open(file, "rb").read()) for file in modules)])
+        names, name = ["vm0"], "vm0"
+        try:
+            command("run", "-d", "--name", name, "--engine", "bt", "--kernel", guest.kernel, "--initrd", "initrd", "--append", "console=ttyS0 quiet", "--memory", "192M", "--cpus", "2", "--net", "user",
+                    "--disk", "disk.qcow2,serial=moves")
+            with Guest(["--recent", name], name, command="console") as vm:
+                guest.wait_for_shell(vm)
+                for file in modules:
+                    vm.attempt(f"insmod /extra/{os.path.basename(file)}")
+                vm.run("mkdir -p /disk && mount /dev/vda /disk && dd if=/dev/urandom of=/disk/kept bs=1M count=40 && md5sum /disk/kept >/disk/sum", 60)
+                vm.run("(cd /; exec /extra/steady 40 /disk) & true")
+                vm.expect(TICK, 60)
+            for step, way in enumerate(([], ["--compress", "zstd", "--bandwidth", "60M"], ["--post-copy"])):
+                os.mkdir(f"host{step}")
+                names.append(f"vm{step + 1}")
+                print(move(name, names[-1], "bt", [*way, "--disks"], there=["--disk-dir", f"host{step}"]), flush=True)
+                name = names[-1]
+                with Guest([name], name, command="console") as vm:
+                    vm.expect(TICK, 60)
+                    vm.expect(TICK, 60)
+            assert os.listdir("host2") == ["disk.raw"]
+            with Guest([name], name, command="console") as vm:
+                vm.run("echo 3 >/proc/sys/vm/drop_caches; md5sum -c /disk/sum", 60)
+                vm.run("! dmesg | grep -E 'BUG:|Oops|Call Trace|WARNING|I/O error|EXT4-fs error|stall|blocked for'")
+                vm.run("killall -TERM steady; while pidof steady; do usleep 10000; done; umount /disk", 60)
+                assert "WRONG" not in guest.plain(vm.transcript) and "steady: ok" in guest.plain(vm.transcript)
+            command("stop", "-t", "60", name)
+            command("start", name)  # with the image that it has here
+            assert "host2/disk.raw,format=raw,serial=moves" in command("inspect", name)
+        finally:
+            for left in names:
+                subprocess.run([doppel, "rm", "-f", left], capture_output=True, timeout=60)
+            os.chdir("/")
+        subprocess.run(["/sbin/e2fsck", "-fn", f"{folder}/host2/disk.raw"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def writer():
@@ -186,4 +232,4 @@ def tap():
 
 
 if __name__ == "__main__":
-    guest.main({"moving": moving, "moving-writer": writer, "moving-tap": tap})
+    guest.main({"moving": moving, "moving-writer": writer, "moving-disks": disks, "moving-tap": tap})

@@ -122,7 +122,7 @@ def tcp():
         run("rm", "vm3", "vm2", "vm1", "vm0")
 
 
-HELLO, WELCOME, PAGES, STATE, READY, GO, STARTED, FAILED, POST_COPY, REMOTE, REQUEST, ARRIVED, COMPLETE, RECOVER = range(1, 15)
+HELLO, WELCOME, PAGES, STATE, READY, GO, STARTED, FAILED, POST_COPY, REMOTE, REQUEST, ARRIVED, COMPLETE, RECOVER, DISK = range(1, 16)
 HEADER = struct.Struct("<4sHHIIQ")
 
 
@@ -163,6 +163,8 @@ class Wire(threading.Thread):
             while (header := take(one, HEADER.size)) is not None:
                 _, kind, _, size, _, _ = HEADER.unpack(header)
                 body = take(one, size) if size else b""
+                if body is None:  # cut in the middle
+                    break
                 if kind == self.message and not self.reached.is_set():
                     header, body = self.act(self, header, body)
                     if kind == self.message:
@@ -191,9 +193,9 @@ def damage(wire, header, body):
     return header, body[:-1] + bytes([body[-1] ^ 1]) if body else body
 
 
-def attempt(message, act, during=None, wrapper=(), sending=()):
+def attempt(message, act, during=None, wrapper=(), sending=(), receiving=()):
     """One migration on which something happens; the outputs of both sides, which both must have failed."""
-    with receiver("--name", "there", wrapper=wrapper) as there:
+    with receiver("--name", "there", *receiving, wrapper=wrapper) as there:
         def kill(wire, header, body):
             for pid in [*children(there.pid), there.pid]:  # once it has ended, nobody knows whose they are
                 os.kill(pid, signal.SIGKILL)
@@ -234,9 +236,9 @@ def children(pid):
     return [int(child) for child in open(f"/proc/{pid}/task/{pid}/children").read().split()]
 
 
-def stays(message, act, text="", during=None, wrapper=(), sending=(), sound=lambda: knows("vm", "ab")):
+def stays(message, act, text="", during=None, wrapper=(), sending=(), receiving=(), sound=lambda: knows("vm", "ab")):
     """The guest goes on where it was, with its disk, and nowhere else; one line says why."""
-    said, there = attempt(message, act, during, wrapper, sending)
+    said, there = attempt(message, act, during, wrapper, sending, receiving)
     assert text in said and len(said.splitlines()) == 1, said
     assert there.returncode == -signal.SIGTERM if (message, act) == (HELLO, cut) else there.returncode > 0 or act == "kill", there.returncode
     wait_for("end of the target", lambda: state("there") in (None, "ended", "died"))
@@ -351,6 +353,50 @@ def post_copy():
         assert state("there") == "ended"
 
 
+def disks():
+    """Disks that come along have new images there, which go again when the migration fails; those here stay as they are."""
+    with runtime():
+        content = os.urandom(3 << 20) + bytes(2 << 20) + os.urandom(512)
+        for name in "disk", "other", "same/disk":
+            os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
+            with open(name, "wb") as disk:
+                disk.write(content)
+        os.mkdir("host")
+        start(KEEPS, "--disk", "disk", "--disk", "other,readonly", "--disk", "same/disk", name="vm")
+        type_in("vm", "ab")
+        moving = {"sending": ["--disks"], "receiving": ["--disk-dir", "host"]}
+        for message, act in (DISK, cut), (DISK, damage), (DISK, "kill"), (STATE, cut), (READY, cut):
+            stays(message, act, **moving)
+            for name in os.listdir("host") if act == "kill" else ():
+                os.unlink(f"host/{name}")
+            assert os.listdir("host") == [], (message, act)
+        assert "File too large" in stays(FAILED, as_it_is, "File too large", wrapper=["prlimit", "--fsize=4096"], **moving)
+        assert "--disk-dir" in stays(FAILED, as_it_is, "--disk-dir", sending=["--disks"])
+        stays(FAILED, as_it_is, "nowhere", sending=["--disks"], receiving=["--disk-dir", "nowhere"])
+        stalled = threading.Event()
+        stays(DISK, lambda wire, *frame: (wire.reached.set(), stalled.wait(LIMIT), frame)[-1], "cancelled", lambda: (run("migrate", "--cancel", "vm"), stalled.set()), **moving)
+        with open("host/disk", "w") as mine:
+            mine.write("mine")
+        stays(FAILED, as_it_is, "is there already", **moving)
+        assert os.listdir("host") == ["disk"] and open("host/disk").read() == "mine"
+        os.unlink("host/disk")
+
+        with receiver("--name", "there", "--disk-dir", "host") as there:
+            run("migrate", "--disks", "vm", "unix:there")
+            finish(there)
+        knows("there", "ab")
+        assert sorted(os.listdir("host")) == ["2-disk", "disk"]
+        for name in "disk", "same/disk", "host/disk", "host/2-disk":
+            assert open(name, "rb").read() == content, name
+        arguments = vms_arguments("there")
+        assert [text for text in arguments if "disk" in text and "--" not in text] == [f"{os.getcwd()}/host/disk,format=raw", f"{os.getcwd()}/host/2-disk,format=raw"], arguments
+        run("kill", "there")
+
+
+def vms_arguments(name):
+    return json.loads(run("inspect", name))[0]["vm"]["arguments"]
+
+
 def strangers():
     """Who is no target, or cannot make such a machine, and who is no source."""
     with runtime():
@@ -461,4 +507,4 @@ def baseline():
 
 
 if __name__ == "__main__":
-    {"baseline": baseline, "post_copy": post_copy, "limits": limits, "move": move, "tcp": tcp, "faults": faults, "strangers": strangers}[sys.argv[2]]()
+    {"baseline": baseline, "post_copy": post_copy, "disks": disks, "limits": limits, "move": move, "tcp": tcp, "faults": faults, "strangers": strangers}[sys.argv[2]]()

@@ -511,7 +511,7 @@ def api():
         body = json.dumps({"name": "y", "since": made["id"], "without_disks": True}).encode()
         assert request("POST", "/doppel/v1/clone", 200, body)["parent_id"] == made["id"]
         request("POST", "/doppel/v1/clone", 400, body)
-        assert request("GET", "/doppel/v1/migration", 200) == {"under_way": False, "following": False, "throttle": 0, "pages": 0, "pages_left": 0, "bytes": 0}
+        assert request("GET", "/doppel/v1/migration", 200) == {"under_way": False, "following": False, "throttle": 0, "pages": 0, "pages_left": 0, "disk_bytes_left": 0, "bytes": 0}
         request("DELETE", "/doppel/v1/migration", 400)
         for body in (b"", b"[]", b'{"downtime_ms": 0}', b'{"downtime_ms": "50"}', b'{"about": "x"}', b'{"x": 1}'):
             request("POST", "/doppel/v1/migration", 400, body)

@@ -248,6 +248,55 @@ static void test_zeroing(void **state)
     free(data);
 }
 
+static unsigned take_all(struct fixture *f, uint64_t expected[8], uint64_t most)
+{
+    unsigned count = 0;
+    for (uint64_t offset = 0, length; block_take_written(f->block, &offset, &length, most); offset += length, count++) {
+        assert_in_range(count, 0, 3);
+        expected[2 * count] = offset;
+        expected[2 * count + 1] = length;
+    }
+    assert_int_equal(block_written_bytes(f->block), 0);
+    return count;
+}
+
+static void test_written(void **state)
+{
+    struct fixture *f = ready(state);
+    uint64_t parts[8], unit = BLOCK_WRITTEN_BYTES;
+    uint8_t *data = calloc(1, MIB);
+    assert_int_equal(block_written_bytes(f->block), 0);
+    assert_int_equal(block_track_writes(f->block, true), 0);
+    assert_int_equal(block_written_bytes(f->block), IMAGE_BYTES); /* all of it at first */
+    assert_int_equal(take_all(f, parts, IMAGE_BYTES), 1);
+    assert_int_equal(parts[1], IMAGE_BYTES);
+    assert_int_equal(run_one(f, BLOCK_READ, 0, data, MIB), 0);
+    assert_int_equal(run(f, BLOCK_FLUSH, 0, NULL, 0, 0, false), 0);
+    assert_int_equal(take_all(f, parts, IMAGE_BYTES), 0);
+
+    assert_int_equal(run_one(f, BLOCK_WRITE, unit - 512, data, 1024), 0);           /* two parts */
+    assert_int_equal(run(f, BLOCK_WRITE_ZEROES, IMAGE_BYTES - 512, NULL, 0, 512, false), 0); /* the last */
+    assert_int_equal(run(f, BLOCK_DISCARD, 70 * unit, NULL, 0, 4 * unit, true), 0);
+    assert_int_equal(run_one(f, BLOCK_WRITE, IMAGE_BYTES, data, 512), -EINVAL);
+    assert_int_equal(block_written_bytes(f->block), 7 * unit);
+    assert_int_equal(take_all(f, parts, 3 * unit), 4);
+    const uint64_t wanted[] = {0, 2 * unit, 70 * unit, 3 * unit, 73 * unit, unit, IMAGE_BYTES - unit, unit};
+    assert_memory_equal(parts, wanted, sizeof wanted);
+
+    /* What is under way when it is taken counts again when it has ended. */
+    struct iovec iov = {data, 512};
+    struct tracked tracked = {.request = {.op = BLOCK_WRITE, .offset_bytes = 5 * unit, .length_bytes = 512, .iov = &iov, .iov_count = 1, .done = on_done}};
+    block_submit(f->block, &tracked.request);
+    assert_int_equal(take_all(f, parts, IMAGE_BYTES), 1);
+    wait_idle(f);
+    assert_int_equal(take_all(f, parts, IMAGE_BYTES), 1);
+    assert_int_equal(parts[0], 5 * unit);
+    assert_int_equal(block_track_writes(f->block, false), 0);
+    assert_int_equal(run_one(f, BLOCK_WRITE, 0, data, 512), 0);
+    assert_int_equal(block_written_bytes(f->block), 0);
+    free(data);
+}
+
 static void test_bad_requests(void **state)
 {
     struct fixture *f = ready(state);
@@ -434,7 +483,7 @@ static void test_auto(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        BOTH(test_data),     BOTH(test_parallel),  BOTH(test_many_vectors), BOTH(test_zeroing),   BOTH(test_bad_requests),
+        BOTH(test_data),     BOTH(test_parallel),  BOTH(test_many_vectors), BOTH(test_zeroing),   BOTH(test_bad_requests), BOTH(test_written),
         BOTH(test_cut_file), BOTH(test_locks),     BOTH(test_refusals),     BOTH(test_full_host), BOTH(test_enospc),
         {"auto", test_auto, setup_uring, teardown, NULL},
     };
