@@ -578,7 +578,7 @@ static int nic_create(struct device **device, const struct device_host *host, co
     struct virtio_net *nic = calloc(1, sizeof *nic);
     if (!nic)
         return error_set(err, -ENOMEM, "virtio-net: out of memory");
-    const struct net_client client = {.receive = nic_receive, .link = nic_link, .writable = nic_writable, .ctx = nic};
+    const struct net_client client = {.receive = nic_receive, .link = nic_link, .writable = nic_writable, .ctx = nic, .given = config->given};
     int result = rate_gate_init(&nic->rx_gate, host->loop, config->receive, rx_gate_opened, nic);
     if (result == 0)
         result = rate_gate_init(&nic->tx_gate, host->loop, config->transmit, tx_gate_opened, nic);

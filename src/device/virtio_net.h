@@ -19,6 +19,7 @@ struct virtio_net_config {
     unsigned index;      /* of this NIC in its machine: 0, 1, ... */
     const struct rate_limit_config *receive, *transmit; /* NULL: no limit */
     const struct net_server *server; /* in front of the back end; NULL: none */
+    int *given;          /* struct net_client's; NULL: none */
     int slot;            /* PCI slot, -1: the next free one */
 };
 

@@ -8,11 +8,13 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "device/virtio_blk.h"
 #include "device/virtio_net.h"
 #include "device/virtio_pmem.h"
 #include "machine/machine_priv.h"
+#include "net/net.h"
 
 enum { RANK_NET = 1, RANK_DISK = 2 };
 #define EJECT_RETRY_NS 1000000ull
@@ -151,7 +153,8 @@ static int create_disk(struct machine *machine, unsigned index, struct block *op
     return 0;
 }
 
-static int create_net(struct machine *machine, unsigned index, struct error *err)
+/* `given`: struct net_client's. */
+static int create_net(struct machine *machine, unsigned index, int *given, struct error *err)
 {
     struct machine_config *config = &machine->own_config;
     struct net_card_config *card = &config->net_card[index];
@@ -166,6 +169,7 @@ static int create_net(struct machine *machine, unsigned index, struct error *err
                                     .receive = &card->receive,
                                     .transmit = &card->transmit,
                                     .server = machine_metadata_server(machine, card),
+                                    .given = given,
                                     .slot = card->slot ? (int)card->slot : -1};
     int r = machine_make_device(machine, "virtio-net", RANK_NET, &net, &machine->net[index], err);
     if (r)
@@ -197,7 +201,7 @@ int machine_create_nets(struct machine *machine, struct error *err)
         config->net_count = 1;
     }
     for (unsigned i = 0; i < config->net_count; i++) {
-        int r = create_net(machine, i, err);
+        int r = create_net(machine, i, NULL, err);
         if (r)
             return r;
     }
@@ -270,6 +274,7 @@ int machine_pmem_limit(struct machine *machine, const char *id, const struct buc
 struct plug_request {
     const char *id, *text;
     struct block *block; /* opened; NULL: the same file again. Taken over when all is well */
+    int fd;              /* of a network card; -1: none, or taken over */
 };
 
 /* The same file is only looked at again: it is locked by us. */
@@ -402,7 +407,7 @@ static int plug_disk(struct machine *machine, void *ctx, struct error *err)
 
 static int plug_net(struct machine *machine, void *ctx, struct error *err)
 {
-    const struct plug_request *request = ctx;
+    struct plug_request *request = ctx;
     struct machine_config *config = &machine->own_config;
     unsigned index = config->net_count;
     int r = can_plug(machine, err);
@@ -415,7 +420,7 @@ static int plug_net(struct machine *machine, void *ctx, struct error *err)
     else
         r = check_id(machine, config->net_card[index].id, err);
     if (r == 0)
-        r = create_net(machine, index, err);
+        r = create_net(machine, index, &request->fd, err);
     if (r) {
         drop_net_config(machine, index);
         return r;
@@ -441,11 +446,36 @@ int machine_disk_add(struct machine *machine, const char *text, struct error *er
     return r ? r : finish_plug(machine, plug_disk, &request, err);
 }
 
+/* What opening needs, by the broker. */
+static int acquire_card(const char *text, int *fd, struct error *err)
+{
+    struct machine_config config;
+    machine_config_init(&config);
+    int r = machine_config_set(&config, "net", text, err);
+    if (r == 0)
+        r = net_acquire(config.net[0], fd, err);
+    machine_config_clear(&config);
+    return r;
+}
+
 int machine_net_add(struct machine *machine, const char *text, struct error *err)
 {
-    if (machine->sandbox && (strncmp(text, "user", 4) != 0 || !machine->user_network))
-        return error_set(err, -EPERM, "in the sandbox only user networking can be plugged, and only where there was some at the start; --sandbox off does without");
-    return machine_call_still(machine, plug_net, &(struct plug_request){.text = text}, err);
+    struct plug_request request = {.text = text, .fd = -1};
+    bool user = strncmp(text, "user", 4) == 0;
+    int r = can_plug(machine, err);
+    if (r)
+        return r;
+    if (machine->sandbox && user && !machine->user_network)
+        return error_set(err, -EPERM, "in the sandbox user networking can only be plugged where there was some at the start; --sandbox off does without");
+    if (machine->sandbox && !user && !sandbox_has_broker(machine->sandbox))
+        return error_set(err, -EPERM, "in the sandbox only user networking can be plugged on this host, which has no broker for interfaces; --sandbox off does without");
+    if (machine->sandbox)
+        r = acquire_card(text, &request.fd, err);
+    if (r == 0)
+        r = machine_call_still(machine, plug_net, &request, err);
+    if (request.fd >= 0)
+        close(request.fd);
+    return r;
 }
 
 int machine_device_remove(struct machine *machine, const char *id, struct error *err)

@@ -181,6 +181,19 @@ int net_check(const char *spec, struct error *err)
     return result;
 }
 
+int net_acquire(const char *spec, int *fd, struct error *err)
+{
+    struct net *net;
+    int result = parse(&net, spec, err);
+    *fd = -1;
+    if (result < 0)
+        return result;
+    if (net->backend->acquire)
+        result = *fd = net->backend->acquire(net, err);
+    free(net);
+    return result < 0 ? result : 0;
+}
+
 int net_open(struct net **out, const char *spec, struct loop *loop, const struct net_client *client, struct error *err)
 {
     struct net *net;

@@ -28,10 +28,13 @@ struct net_client {
     /* After net_transmit returned false: the back end takes frames again. Optional. */
     void (*writable)(void *ctx);
     void *ctx;
+    int *given; /* net_acquire's descriptor; -1 once the back end has taken it over. NULL: it opens for itself */
 };
 
 /* `spec` is the --net option's text: "user,forward=tcp:8080:80,forward=udp::5353:53", "tap:tap0", "none". */
 int net_open(struct net **net, const char *spec, struct loop *loop, const struct net_client *client, struct error *err) __attribute__((warn_unused_result));
+/* Opens what such a back end needs of the host, where net_open's thread may not and the caller's has a broker (sandbox/broker.h). `fd`: the caller's; -1: it needs nothing. */
+int net_acquire(const char *spec, int *fd, struct error *err) __attribute__((warn_unused_result));
 /* Only checks the spec's syntax, for --config and --help. */
 int net_check(const char *spec, struct error *err) __attribute__((warn_unused_result));
 void net_close(struct net *net);

@@ -37,6 +37,8 @@ struct net_backend {
     const struct net_option *options; /* ends with a NULL name; may be NULL */
     /* All options are in: fills defaults and checks them against each other. Optional. Acquires nothing. */
     int (*check)(struct net *net, struct error *err);
+    /* A descriptor or -errno; NULL: it needs none (net_acquire). */
+    int (*acquire)(const struct net *net, struct error *err);
     /* On failure it leaves nothing behind. Optional, as are all below. */
     int (*open)(struct net *net, struct error *err);
     void (*close)(struct net *net);

@@ -11,6 +11,7 @@
 #include <fcntl.h>
 #include <linux/if_tun.h>
 #include <net/if.h>
+#include <poll.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -22,6 +23,7 @@
 
 SANDBOX_ALLOW(IN_LOOP, writev);
 SANDBOX_ALLOW_IF(IN_LOOP | IN_VCPU, ioctl, ARG_IS(1, TUNSETOFFLOAD));
+SANDBOX_ALLOW_IF(IN_LOOP, ioctl, ARG_IS(1, TUNSETVNETHDRSZ)); /* of an interface that is plugged */
 
 #define TUN_PATH "/dev/net/tun"
 #define TAP_EXAMPLE "tap:tap0"
@@ -157,6 +159,9 @@ static void tap_set_offloads(struct net *net, const struct net_offloads *offload
 static int tap_attach_error(const struct tap *tap, int code, struct error *err)
 {
     switch (-code) {
+    case ENODEV:
+        return error_set(err, code, "network 'tap:%s': there is no such interface; as root: ip tuntap add %s mode tap user $USER; "
+                         "ip link set %s up", tap->name, tap->name, tap->name);
     case EPERM:
     case EACCES:
         return error_set(err, code, "network 'tap:%s': no permission to use the interface; as root: ip tuntap del %s mode tap; "
@@ -171,37 +176,46 @@ static int tap_attach_error(const struct tap *tap, int code, struct error *err)
     }
 }
 
-static int tap_attach(struct tap *tap, struct error *err)
+/* Of an interface that exists: what is held up for a broker does not make one. */
+static int tap_acquire(const struct net *net, struct error *err)
 {
-    if (if_nametoindex(tap->name) == 0)
-        return error_set(err, -ENODEV, "network 'tap:%s': there is no such interface; as root: ip tuntap add %s mode tap user $USER; "
-                         "ip link set %s up", tap->name, tap->name, tap->name);
-    tap->fd = open(TUN_PATH, O_RDWR | O_NONBLOCK | O_CLOEXEC);
-    if (tap->fd < 0)
+    const struct tap *tap = (const struct tap *)net;
+    struct ifreq request = {.ifr_flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR};
+    int fd = open(TUN_PATH, O_RDWR | O_NONBLOCK | O_CLOEXEC);
+    if (fd < 0)
         return error_set(err, -errno, "network 'tap:%s': cannot open " TUN_PATH ": %s; is the tun module loaded and the device "
                          "accessible to this user?", tap->name, strerror(errno));
-
-    struct ifreq request = {.ifr_flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR};
     memcpy(request.ifr_name, tap->name, sizeof tap->name);
-    int header_bytes = NET_HEADER_BYTES;
-    if (ioctl(tap->fd, TUNSETIFF, &request) < 0)
-        return tap_attach_error(tap, -errno, err);
+    if (ioctl(fd, TUNSETIFF, &request) < 0) {
+        int code = -errno;
+        close(fd);
+        return tap_attach_error(tap, code, err);
+    }
+    return fd;
+}
+
+static int tap_attach(struct tap *tap, struct error *err)
+{
+    int *given = tap->net.client.given, header_bytes = NET_HEADER_BYTES;
+    if (given && *given >= 0) {
+        tap->fd = *given;
+        *given = -1;
+    } else if (if_nametoindex(tap->name) == 0) {
+        return tap_attach_error(tap, -ENODEV, err);
+    } else if ((tap->fd = tap_acquire(&tap->net, err)) < 0) {
+        return tap->fd;
+    }
     if (ioctl(tap->fd, TUNSETVNETHDRSZ, &header_bytes) < 0 || ioctl(tap->fd, TUNSETOFFLOAD, 0) < 0)
         return error_set(err, -errno, "network 'tap:%s': the kernel has no 12-byte headers for it: %s", tap->name, strerror(errno));
     return 0;
 }
 
-/* Not an error: the interface may be brought up later. */
+/* Not an error: the interface may be brought up later. The kernel takes frames when it is up. */
 static void tap_warn_down(const struct tap *tap)
 {
-    struct ifreq request = {0};
-    memcpy(request.ifr_name, tap->name, sizeof tap->name);
-    int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-    if (fd < 0)
-        return;
-    if (ioctl(fd, SIOCGIFFLAGS, &request) == 0 && !(request.ifr_flags & IFF_UP))
+    struct pollfd ready = {.fd = tap->fd, .events = POLLOUT};
+    if (poll(&ready, 1, 0) >= 0 && !(ready.revents & POLLOUT))
         log_warning("network 'tap:%s': the interface is down; as root: ip link set %s up", tap->name, tap->name);
-    close(fd);
 }
 
 static void tap_close(struct net *net)
@@ -238,6 +252,7 @@ const struct net_backend net_backend_tap = {
     .example = TAP_EXAMPLE,
     .size_bytes = sizeof(struct tap),
     .set_argument = tap_set_argument,
+    .acquire = tap_acquire,
     .open = tap_open,
     .close = tap_close,
     .transmit = tap_transmit,

@@ -4,6 +4,7 @@
  * Invariants: names come from `take_names` alone, whose bytes were received here from a connection that was accepted at a control socket and made by another process. A file is opened
  * for a name as it is, or for one with mkstemp's six characters behind it when it is made anew; what was made so may be renamed to a name, or removed. What is not named goes on
  * in the caller, where the caller's own limits hold; without such limits (no Landlock) it is refused.
+ * A tap descriptor is attached to an interface that exists and was named. /dev/net/tun is opened whoever asks: such a descriptor can do nothing but wait for that.
  * Everything is bounded: names by NAMES and NAME_BYTES, the oldest goes first.
  */
 #include "sandbox/broker.h"
@@ -11,7 +12,9 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/filter.h>
+#include <linux/if_tun.h>
 #include <linux/seccomp.h>
+#include <net/if.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdint.h>
@@ -22,6 +25,7 @@
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/sysmacros.h>
 #include <sys/uio.h>
 #include <sys/un.h>
 #include <sys/wait.h>
@@ -49,11 +53,16 @@ SANDBOX_ALLOW(IN_BROKER, unlink);
 SANDBOX_ALLOW_IF(IN_BROKER, ioctl, ARG_IS(1, SECCOMP_IOCTL_NOTIF_RECV));
 SANDBOX_ALLOW_IF(IN_BROKER, ioctl, ARG_IS(1, SECCOMP_IOCTL_NOTIF_SEND));
 SANDBOX_ALLOW_IF(IN_BROKER, ioctl, ARG_IS(1, SECCOMP_IOCTL_NOTIF_ADDFD));
+SANDBOX_ALLOW_IF(IN_BROKER, ioctl, ARG_IS(1, SIOCGIFINDEX));
+SANDBOX_ALLOW_IF(IN_BROKER, ioctl, ARG_IS(1, TUNSETIFF));
 
 #define SOCKETS_MAX 4
 #define LISTENERS_MAX 16
 #define PATH_BYTES 4096
 #define PIECE_BYTES 65536
+#define TUN_PATH "/dev/net/tun"
+#define TUN_DEVICE makedev(10, 200)
+#define TAP_FLAGS (IFF_TAP | IFF_NO_PI | IFF_VNET_HDR)
 
 enum message { MESSAGE_SOCKET = 1, MESSAGE_DOORS, MESSAGE_LISTENER };
 
@@ -65,7 +74,7 @@ struct message_packet {
 };
 
 struct broker {
-    int control, pidfd;
+    int control, pidfd, query; /* query: a socket to ask for interfaces by */
     const char *omit;
     pid_t program;
     bool closed, confined;
@@ -94,6 +103,12 @@ static int get_path(const struct broker *broker, uint64_t at, char path[PATH_BYT
         got += part;
     }
     return -ENAMETOOLONG;
+}
+
+static int get(const struct broker *broker, uint64_t at, void *data, size_t size)
+{
+    struct iovec here = {data, size}, there = {(void *)(uintptr_t)at, size};
+    return process_vm_readv(broker->program, &here, 1, &there, 1, 0) == (ssize_t)size ? 0 : -EFAULT;
 }
 
 static int put(const struct broker *broker, uint64_t at, const void *data, size_t size)
@@ -153,7 +168,7 @@ static int64_t do_open(struct broker *broker, int listener, const struct seccomp
     if (r)
         return r;
     bool named = broker_names_has(broker->names, broker->path[0]), draft = !named && makes && broker_names_has_draft(broker->names, broker->path[0]);
-    if (!named && !draft)
+    if (!named && !draft && strcmp(broker->path[0], TUN_PATH) != 0)
         return GO_ON;
     int fd = open(broker->path[0], flags | O_CLOEXEC | O_NOCTTY | O_NONBLOCK, (mode_t)call->args[3]); /* nobody makes it wait for a pipe's other end */
     if (fd < 0)
@@ -205,6 +220,28 @@ static int64_t do_stat(struct broker *broker, const struct seccomp_data *call)
     return fstatat(AT_FDCWD, broker->path[0], &st, (int)call->args[3] & AT_SYMLINK_NOFOLLOW) ? -errno : put(broker, call->args[2], &st, sizeof st);
 }
 
+/* The caller does not go on by itself: interfaces that nobody owns are everybody's. */
+static int64_t do_attach(const struct broker *broker, const struct seccomp_data *call)
+{
+    struct ifreq request = {0}, found;
+    struct stat st;
+    if (get(broker, call->args[2], &request, sizeof request))
+        return -EFAULT;
+    request.ifr_name[IFNAMSIZ - 1] = '\0';
+    if ((request.ifr_flags & 0xffff) != TAP_FLAGS || !broker_names_has(broker->names, request.ifr_name))
+        return -EACCES;
+    found = request;
+    if (ioctl(broker->query, SIOCGIFINDEX, &found))
+        return -errno;
+    int fd = (int)syscall(SYS_pidfd_getfd, broker->pidfd, (int)call->args[0], 0);
+    if (fd < 0)
+        return -errno;
+    bool tun = fstat(fd, &st) == 0 && S_ISCHR(st.st_mode) && st.st_rdev == TUN_DEVICE;
+    int64_t r = !tun ? -ENOTTY : ioctl(fd, TUNSETIFF, &request) ? -errno : 0;
+    close(fd);
+    return r;
+}
+
 static int64_t perform(struct broker *broker, int listener, const struct seccomp_notif *notice)
 {
     const struct seccomp_data *call = &notice->data;
@@ -220,6 +257,8 @@ static int64_t perform(struct broker *broker, int listener, const struct seccomp
         return do_rename(broker, call);
     case SYS_unlink:
         return do_unlink(broker, call);
+    case SYS_ioctl:
+        return do_attach(broker, call);
     }
     return GO_ON;
 }
@@ -330,6 +369,7 @@ static struct broker *settle(int control, pid_t program, const char *omit)
     (void)filter_catch();
     broker->omit = omit;
     broker->program = program;
+    broker->query = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     broker->pidfd = (int)syscall(SYS_pidfd_open, program, 0);
     broker->wait[broker->wait_count++] = (struct pollfd){.fd = broker->control = 0, .events = POLLIN};
     prctl(PR_SET_NAME, "doppel-broker");

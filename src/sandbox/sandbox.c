@@ -289,6 +289,11 @@ int sandbox_create(struct sandbox **out, const struct sandbox_config *config, st
     return 0;
 }
 
+bool sandbox_has_broker(const struct sandbox *sandbox)
+{
+    return sandbox->broker >= 0;
+}
+
 void sandbox_destroy(struct sandbox *sandbox)
 {
     if (!sandbox)

@@ -40,6 +40,8 @@ void sandbox_begin(void);
 int sandbox_create(struct sandbox **sandbox, const struct sandbox_config *config, struct error *err) __attribute__((warn_unused_result));
 /* The calling thread only. `kind` is one of IN_MAIN ... Must be called before what it protects from can happen; a failure (with err) means that it did not take effect. */
 int sandbox_enter(const struct sandbox *sandbox, unsigned kind, struct error *err) __attribute__((warn_unused_result));
+/* IN_API threads' files are opened by another process (sandbox/broker.h). */
+bool sandbox_has_broker(const struct sandbox *sandbox);
 /* Threads that have entered stay as they are. */
 void sandbox_destroy(struct sandbox *sandbox);
 

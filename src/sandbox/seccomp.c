@@ -6,12 +6,14 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/filter.h>
+#include <linux/if_tun.h>
 #include <linux/seccomp.h>
 #include <seccomp.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/stat.h>
@@ -111,6 +113,8 @@ static const struct {
     int number;
     bool by_directory;
 } brokered[] = {{SYS_recvfrom}, {SYS_openat, true}, {SYS_newfstatat, true}, {SYS_rename}, {SYS_unlink}};
+/* And of ioctl this one; without a broker it is nobody's. */
+#define BROKERED_IOCTL TUNSETIFF
 
 static bool is_brokered(int number)
 {
@@ -133,7 +137,8 @@ static int add_brokered(scmp_filter_ctx filter)
         if (r == 0)
             r = seccomp_rule_add_array(filter, SCMP_ACT_NOTIFY, brokered[n].number, 1, &none);
     }
-    return r;
+    const struct scmp_arg_cmp attaches = SCMP_A1(SCMP_CMP_EQ, BROKERED_IOCTL);
+    return r ? r : seccomp_rule_add_array(filter, SCMP_ACT_NOTIFY, SYS_ioctl, 1, &attaches);
 }
 
 int filter_make(struct sock_fprog *program, unsigned kind, unsigned needs, const char *omit, bool broker)

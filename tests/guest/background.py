@@ -5,8 +5,10 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 
 import guest
+import metadata
 from guest import BOOT_SECONDS, Guest, busybox_arguments, doppel, wait_for_shell
 
 
@@ -18,10 +20,11 @@ def command(*arguments, seconds=60):
 
 @contextlib.contextmanager
 def started(*options):
+    arguments = busybox_arguments(*options)  # or skipped
     folder = tempfile.mkdtemp(prefix="doppel-background-")
     os.environ["XDG_RUNTIME_DIR"] = folder
     try:
-        command("run", "-d", "--name", "vm", *busybox_arguments(*options), seconds=BOOT_SECONDS)
+        command("run", "-d", "--name", "vm", *arguments, seconds=BOOT_SECONDS)
         yield
     finally:
         subprocess.run([doppel, "rm", "-f", "vm"], capture_output=True, timeout=60)
@@ -58,6 +61,25 @@ def hotplug():
         assert command("events", "vm").count("device-removed") == 4
 
 
+def hotplug_tap():
+    """The same with an interface of the host's, in a network of this test's own."""
+    metadata.Tap("tap0", "172.16.0.1/24")
+    with started("--net", "none"):
+        with Guest(["--recent", "vm"], "attached", command="console") as terminal:
+            wait_for_shell(terminal)
+            for turn in range(1, 3):
+                command("plug", "--net", "tap:tap0,id=card", "vm")
+                until(terminal, "test -d /sys/class/net/eth0")
+                terminal.run("ip link set eth0 up && ip addr add 172.16.0.2/24 dev eth0 && ping -c 1 -w 20 172.16.0.1", 60)
+                command("unplug", "vm", "card")
+                deadline = time.monotonic() + 60
+                while command("events", "vm").count("device-removed") < turn:
+                    assert time.monotonic() < deadline, "the guest does not let the card go"
+                    time.sleep(0.05)
+            command("kill", "vm")
+            terminal.finish(0)
+
+
 def background():
     with started():
         with Guest(["--recent", "vm"], "attached", command="console") as terminal:
@@ -82,4 +104,4 @@ def background():
         command("rm", "vm")
 
 
-guest.main({"background": background, "hotplug": hotplug})
+guest.main({"background": background, "hotplug": hotplug, "hotplug-tap": hotplug_tap})

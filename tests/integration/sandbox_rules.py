@@ -30,6 +30,7 @@ NEEDS = {"user": 1, "vsock": 2, "direct": 4, "kvm": 8}
 STOPPED = "tried system call"
 # What the program cannot do to say so; or does while a thread is made, with all signals blocked.
 SILENT = {"write", "exit_group", "exit", "clone", "rseq", "set_robust_list"}
+ABSENT = "not on this host"
 UNTESTED = "none "  # and why
 LIMIT = 60
 # `doppel` with a rule left out in each machine that it starts.
@@ -71,7 +72,7 @@ def superfluous(rules):
 
 
 def run_test(test, rule, omit):
-    """Whether it passed, and what it said."""
+    """Whether it passed (or ABSENT), and what it said."""
     family, name = test.split(maxsplit=1)
     kind, _, _, needs = parts(rule)
     needs |= {name} if test in ("unit user", "unit vsock") else set()
@@ -88,7 +89,7 @@ def run_test(test, rule, omit):
             process.wait()
             status = "too late"
         output.seek(0)
-        return status == 0, output.read()
+        return ABSENT if status == 77 else status == 0, output.read()
 
 
 def evidence(rule, said):
@@ -102,16 +103,18 @@ passed_with = {}
 
 
 def check(rule, test):
-    """None, or what is wrong."""
+    """None, what is wrong, or ABSENT."""
     kind, _, _, needs = parts(rule)
     key = (test, kind if test.startswith(("libc", "pages")) else "", needs)
     if key not in passed_with:
         passed, said = run_test(test, rule, False)
-        passed_with[key] = passed and (STOPPED not in said or test == "libc does what is forbidden")
+        passed_with[key] = passed if passed == ABSENT else passed and (STOPPED not in said or test == "libc does what is forbidden")
         if not passed_with[key]:
             return f"{rule}: {test} fails with all rules:\n{said[-3000:]}"
     elif not passed_with[key]:
         return f"{rule}: {test} fails with all rules"
+    if passed_with[key] == ABSENT:
+        return ABSENT
     passed, said = run_test(test, rule, True)
     if passed:
         return f"{rule}: {test} passes without it"
@@ -151,9 +154,9 @@ def main():
             break
         found = check(rule, entries[rule])
         tried += 1
-        if found:
+        if found and found != ABSENT:
             wrong.append(found)
-        print(f"{rule}: {entries[rule]}: {'WRONG' if found else 'needs it'}", flush=True)
+        print(f"{rule}: {entries[rule]}: {ABSENT if found == ABSENT else 'WRONG' if found else 'needs it'}", flush=True)
     print(*wrong, sep="\n")
     print(f"{len(rules)} rules, {untested} of them without a test, {tried} tried, {len(wrong)} wrong")
     return 1 if wrong else 0

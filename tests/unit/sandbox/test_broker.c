@@ -10,11 +10,14 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/filter.h>
+#include <linux/if_tun.h>
+#include <net/if.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
@@ -103,6 +106,29 @@ static void what_was_named(void)
     CHECK(!opens("/proc/self/environ", O_RDONLY) && !opens("/dev/mem", O_RDONLY) && !opens("/dev/null", O_RDWR) && !opens(".", O_RDONLY | O_DIRECTORY));
 }
 
+static int attach(int fd, const char *name, short flags)
+{
+    struct ifreq request = {.ifr_flags = flags};
+    strcpy(request.ifr_name, name);
+    return (int)syscall(SYS_ioctl, fd, TUNSETIFF, &request) < 0 ? errno : 0;
+}
+
+/* Interfaces: by name, that exist, for tap descriptors only, in one way. Each name is that of an interface that is no tap. */
+static void interfaces(void)
+{
+    const short flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR;
+    int tun = (int)syscall(SYS_openat, AT_FDCWD, "/dev/net/tun", O_RDWR); /* hosts may have none */
+    int fd = tun < 0 ? accepted : tun;
+    CHECK(attach(fd, "lo", flags) == EACCES);
+    order("{\"net\": [\"tap:lo,id=x\", \"tap:absent-name\", \"tap:n%d\"]}");
+    CHECK(attach(fd, "lo", IFF_TUN | IFF_NO_PI) == EACCES && attach(fd, "lo", flags | IFF_MULTI_QUEUE) == EACCES && attach(fd, "", flags) == EACCES);
+    CHECK(attach(fd, "absent-name", flags) == ENODEV && attach(fd, "n%d", flags) == ENODEV && attach(fd, "l", flags) == EACCES);
+    CHECK(attach(accepted, "lo", flags) == ENOTTY && attach(-1, "lo", flags) == EBADF);
+    CHECK(tun < 0 || attach(tun, "lo", flags) == EINVAL);
+    CHECK(syscall(SYS_ioctl, fd, TUNSETIFF, 8) < 0 && errno == EFAULT);
+    CHECK(tun < 0 || syscall(SYS_close, tun) == 0);
+}
+
 /* The other thread writes another path over this one all the time. */
 static void changing_path(void)
 {
@@ -185,7 +211,7 @@ static void client_goes(void)
 static void *taken_over(void *ctx)
 {
     struct sock_fprog program;
-    static void (*const attacks[])(void) = {nothing_was_named, what_was_named, changing_path, pipe_without_end, forged_messages, thousands, client_goes};
+    static void (*const attacks[])(void) = {nothing_was_named, what_was_named, interfaces, changing_path, pipe_without_end, forged_messages, thousands, client_goes};
     int notifications;
     filter_note_kind(IN_API);
     if (filter_catch() || filter_make(&program, IN_API, 0, NULL, true) || prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) || (notifications = filter_load(&program, true)) < 0 ||
