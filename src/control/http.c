@@ -281,6 +281,7 @@ static void on_completed(void *ctx, struct MHD_Connection *connection, void **co
 
 static void cut_off(struct http_connection *peer)
 {
+    peer->cut_off = true;
     shutdown(peer->fd, SHUT_RDWR); /* MHD sees the end and cleans up */
 }
 
@@ -289,7 +290,7 @@ static void make_place(struct http_server *server)
     struct http_connection *peer;
     TAILQ_FOREACH(peer, &server->connections, link)
     {
-        if (!peer->at_work) {
+        if (!peer->at_work && !peer->cut_off) {
             cut_off(peer);
             return;
         }
@@ -316,6 +317,7 @@ static void on_connection(void *ctx, struct MHD_Connection *connection, void **s
     } else if (peer) {
         TAILQ_REMOVE(&server->connections, peer, link);
         server->connection_count--;
+        loop_event_raise(server->again); /* at its limit MHD does not listen, and it looks for room only when it runs */
         free(peer);
     }
 }
@@ -334,7 +336,7 @@ static void sweep(void *ctx)
     struct http_connection *peer;
     TAILQ_FOREACH(peer, &server->connections, link)
     {
-        if (!peer->at_work && (now - peer->since_ns >= patience || is_gone(peer)))
+        if (!peer->at_work && !peer->cut_off && (now - peer->since_ns >= patience || is_gone(peer)))
             cut_off(peer);
     }
     if (server->connection_count)

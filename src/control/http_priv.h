@@ -18,6 +18,7 @@ struct http_connection {
     int fd;
     uint64_t since_ns; /* a request has been waited for since then, or its reply has not been taken */
     bool at_work;      /* a handler, a deferred reply or an open stream: not the client's fault */
+    bool cut_off;      /* shut down; MHD has not seen it yet */
     TAILQ_ENTRY(http_connection) link;
 };
 
