@@ -87,18 +87,26 @@ int api_check_machine_config(struct api *api, const json_t *body, struct error *
         return error_set(err, -EINVAL, "The vCPU count is invalid: with SMT it must be 1 or an even number.");
     if ((uint64_t)api_integer(body, "mem_size_mib") > CONFIG_MEMORY_MAX_BYTES >> 20)
         return error_set(err, -EINVAL, "The memory size (MiB) is invalid: the most is %llu.", CONFIG_MEMORY_MAX_BYTES >> 20);
+    if (api_integer(body, "mem_size_mib") < api_integer(api_section(api, "balloon"), "amount_mib"))
+        return error_set(err, -EINVAL, "The memory size (MiB) is smaller than the previously set balloon device target size.");
     if (strcmp(pages, "2M") == 0)
         return error_set(err, -ENOTSUP, "huge_pages 2M is not available in Doppel, whose guest memory is shared page by page; use None or Transparent.");
     struct processor_config processor = {0};
     return api_cpu_template(api_text(body, "cpu_template"), &processor, err);
 }
 
+/* Of a template and a custom configuration the later one counts. */
+static void drop_custom_processor(struct api *api, const json_t *body)
+{
+    if (api_has(body, "cpu_template") && strcmp(api_text(body, "cpu_template"), "None") != 0)
+        json_object_set_new(api->configuration, "cpu-config", json_null());
+}
+
 int api_put_machine_config(struct api_request *request, struct error *err)
 {
     int r = api_put_section(request, err);
-    /* Of a template and a custom configuration the later one counts. */
-    if (r == 0 && strcmp(api_text(api_section(request->api, "machine-config"), "cpu_template"), "None") != 0)
-        json_object_set_new(request->api->configuration, "cpu-config", json_null());
+    if (r == 0)
+        drop_custom_processor(request->api, request->body);
     return r;
 }
 
@@ -112,16 +120,19 @@ int api_patch_machine_config(struct api_request *request, struct error *err)
 {
     const char *key;
     json_t *value, *now = json_deep_copy(api_section(request->api, "machine-config"));
-    if (json_object_size(request->body) == 0) {
-        json_decref(now);
-        return error_set(err, -EINVAL, "Empty PATCH request.");
-    }
+    bool empty = true;
     json_object_foreach((json_t *)request->body, key, value)
-        if (!json_is_null(value))
-            json_object_set(now, key, value);
-    int r = api_check_machine_config(request->api, now, err);
-    if (r == 0)
+    {
+        if (json_is_null(value))
+            continue;
+        json_object_set(now, key, value);
+        empty = false;
+    }
+    int r = empty ? error_set(err, -EINVAL, "Empty PATCH request.") : api_check_machine_config(request->api, now, err);
+    if (r == 0) {
         json_object_set(request->api->configuration, "machine-config", now);
+        drop_custom_processor(request->api, request->body);
+    }
     json_decref(now);
     return r;
 }

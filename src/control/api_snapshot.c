@@ -62,11 +62,17 @@ static const char *name(const char *id, const char *otherwise)
     return id ? id : otherwise;
 }
 
+/* Where the address and the MTU begin that api_network_spec added; the end when it added none. */
+static const char *own_options(const char *spec)
+{
+    const char *mac = strstr(spec, ",mac="), *mtu = strstr(spec, ",mtu=");
+    return mac ? mac : mtu ? mtu : spec + strlen(spec);
+}
+
 /* Undoes api_network_spec. */
 static json_t *describe_card(const char *spec, const struct net_card_config *card)
 {
-    const char *mac = strstr(spec, ",mac="), *mtu = strstr(spec, ",mtu=");
-    const char *end = mac ? mac : mtu ? mtu : spec + strlen(spec);
+    const char *mac = strstr(spec, ",mac="), *end = own_options(spec);
     spec += strncmp(spec, "tap:", 4) == 0 ? 4 : 0;
     json_t *value = json_pack("{s:s, s:s%, s:o, s:o}", "iface_id", card->id, "host_dev_name", spec, (size_t)(end - spec), "rx_rate_limiter",
                               describe_limit(&card->receive), "tx_rate_limiter", describe_limit(&card->transmit));
@@ -123,17 +129,29 @@ static bool describe_others(json_t *all, const struct machine_config *config)
         done &= keep(all, "memory-hotplug", json_pack("{s:I, s:I, s:I}", "total_size_mib", (json_int_t)config->memory_hotplug.total_mib, "slot_size_mib",
                                                       (json_int_t)config->memory_hotplug.slot_mib, "block_size_mib",
                                                       (json_int_t)config->memory_hotplug.block_mib));
+    if (config->entropy_limit.bandwidth.size || config->entropy_limit.ops.size)
+        done &= keep(all, "entropy", json_pack("{s:o}", "rate_limiter", describe_limit(&config->entropy_limit)));
+    const char *output = config->console && strncmp(config->console, "file:", 5) == 0 ? config->console + 5 : NULL;
+    if (output || config->serial_limit.size)
+        done &= keep(all, "serial", json_pack("{s:s?, s:o}", "serial_out_path", output, "rate_limiter", describe_bucket(&config->serial_limit)));
     return done;
 }
 
-/* Logger and metrics are the process's own. */
-static json_t *describe(struct api *api, const struct machine_config *config)
+/* Logger and metrics are the process's own, dirty pages and huge ones the call's. */
+static json_t *describe(struct api *api, const json_t *body, const struct machine_config *config)
 {
     json_t *all = api_default_configuration();
+    const char *pages = api_has(body, "huge_pages") ? api_text(body, "huge_pages") : "Snapshot";
     json_object_set(all, "logger", json_object_get(api->configuration, "logger"));
     json_object_set(all, "metrics", json_object_get(api->configuration, "metrics"));
-    if (describe_devices(all, config) && describe_others(all, config))
+    if (describe_devices(all, config) && describe_others(all, config)) {
+        json_t *machine = json_object_get(all, "machine-config");
+        if (api_flag(body, "track_dirty_pages") || api_flag(body, "enable_diff_snapshots"))
+            json_object_set_new(machine, "track_dirty_pages", json_true());
+        if (strcmp(pages, "Snapshot") != 0)
+            json_object_set_new(machine, "huge_pages", json_string(pages));
         return all;
+    }
     json_decref(all);
     return NULL;
 }
@@ -160,22 +178,26 @@ static int override(const json_t *body, struct machine_config *config, struct er
     {
         char spec[512];
         unsigned i = 0;
-        while (i < config->net_count && strcmp(name(config->net_card[i].id, ""), api_text(element, "iface_id")) != 0)
+        while (i < config->net_count && (!config->net_card[i].id || strcmp(config->net_card[i].id, api_text(element, "iface_id")) != 0))
             i++;
         if (i == config->net_count)
             return error_set(err, -ENODEV, "Load snapshot error: unknown network interface `%.64s`", api_text(element, "iface_id"));
-        const char *options = strstr(config->net[i], ",mac=");
+        const char *options = own_options(config->net[i]);
         int r = api_network_spec(element, spec, sizeof spec, err);
         if (r)
             return r;
-        if (options && strlen(spec) + strlen(options) < sizeof spec)
-            strcat(spec, options); /* the guest's address stays */
+        if (strlen(spec) + strlen(options) >= sizeof spec)
+            return error_set(err, -ENAMETOOLONG, "Load snapshot error: `host_dev_name` is too long.");
+        strcat(spec, options); /* what the guest knows stays */
         if (replace(&config->net[i], spec))
             return error_set(err, -ENOMEM, "out of memory");
     }
     if (vsock && !json_is_null(vsock)) {
         if (!config->vsock.present)
             return error_set(err, -ENODEV, "Load snapshot error: there is no vsock device to override");
+        int r = api_check_vsock(NULL, vsock, err);
+        if (r)
+            return r;
         if (replace(&config->vsock.path, api_text(vsock, "uds_path")))
             return error_set(err, -ENOMEM, "out of memory");
     }
@@ -244,7 +266,7 @@ int api_put_snapshot_load(struct api_request *request, struct error *err)
     api->config.broker = api->options.broker;
     api->config.api_socket = api->options.api_socket;
     api->config.metadata.service = api->mmds; /* of no concern to a machine without metadata */
-    if (r == 0 && !(configuration = describe(api, &api->config)))
+    if (r == 0 && !(configuration = describe(api, request->body, &api->config)))
         r = error_set(err, -ENOMEM, "out of memory");
     if (r == 0)
         r = machine_snapshot_load(&machine, &api->config, &files, err);

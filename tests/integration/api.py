@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """api.py DOPPEL: the HTTP API of doppel serve, without a guest: every endpoint with right and wrong bodies before the start, one after it, clients that misbehave, and the
 program's options. A refused call must have changed nothing, which GET /vm/config shows."""
-import concurrent.futures, http.client, json, os, socket, subprocess, sys, tempfile, time
+import concurrent.futures, http.client, json, os, socket, struct, subprocess, sys, tempfile, time
 
 doppel = sys.argv[1]
 work = tempfile.TemporaryDirectory(prefix="doppel-api-")
@@ -137,6 +137,7 @@ CASES = [
     ("PUT", "/machine-config", {**machine, "smt": True, "track_dirty_pages": True, "huge_pages": "Transparent", "cpu_template": None}, 204, ""),
     ("GET", "/machine-config", None, 200, '"smt": true, "track_dirty_pages": true, "cpu_template": "None", "huge_pages": "Transparent"'),
     ("PATCH", "/machine-config", {}, 400, "Empty PATCH request."),
+    ("PATCH", "/machine-config", {"vcpu_count": None, "smt": None}, 400, "Empty PATCH request."),
     ("PATCH", "/machine-config", {"vcpu_count": 3}, 400, "even number"),
     ("PATCH", "/machine-config", {"mem_size_mib": 512}, 204, ""),
     ("GET", "/machine-config", None, 200, '"vcpu_count": 2, "mem_size_mib": 512, "smt": true'),
@@ -199,6 +200,8 @@ CASES = [
     ("GET", "/balloon", None, 200, '"amount_mib": 10, "deflate_on_oom": true, "stats_polling_interval_s": 1, "free_page_hinting": true'),
     ("PATCH", "/balloon", {"amount_mib": 257}, 400, "larger than the memory"),
     ("PATCH", "/balloon", {"amount_mib": 11}, 204, ""),
+    ("PATCH", "/machine-config", {"mem_size_mib": 10}, 400, "smaller than the previously set balloon"),
+    ("PUT", "/machine-config", {**machine, "mem_size_mib": 10}, 400, "smaller than the previously set balloon"),
     ("PATCH", "/balloon/statistics", {"stats_polling_interval_s": 2}, 204, ""),
     ("GET", "/balloon", None, 200, '"amount_mib": 11, "deflate_on_oom": true, "stats_polling_interval_s": 2'),
     ("GET", "/balloon/hinting/status", None, 400, before),
@@ -298,6 +301,19 @@ def snapshots_refused():
     server.stop()
 
 
+def processors():
+    """Of a template and a custom processor the later one counts, however it comes."""
+    server = Server()
+    for name in ("T2", "T2A"):  # one of them is for this host
+        for method in ("PUT", "PATCH"):
+            check(server.call("PUT", "/cpu-config", {"kvm_capabilities": ["!56"]})[0] == 204, "a custom processor")
+            status, _ = server.call(method, "/machine-config", {**machine, "cpu_template": name})
+            shown = server.call("GET", "/vm/config")[1]
+            check((shown["cpu-config"] is None) == (status == 204), f"{method} with {name}: {status}, but {shown['cpu-config']}")
+    check(server.call("PUT", "/cpu-config", {})[0] == 204 and server.call("GET", "/machine-config")[1]["cpu_template"] == "None", "a template after a custom processor")
+    server.stop()
+
+
 def clients():
     """Many at once, some that vanish in the middle of a request."""
     server = Server()
@@ -321,6 +337,30 @@ def clients():
         for future in [pool.submit(one if n % 4 else rude, n) for n in range(8)]:
             future.result()
     check(server.call("GET", "/")[0] == 200, "the server after all that")
+
+    def dial():
+        """Waits for room, which Python's own timeouts do not."""
+        client = socket.socket(socket.AF_UNIX)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 30, 0))
+        client.connect(server.socket)
+        return client
+
+    def half_a_request():
+        slow = dial()
+        try:
+            slow.send(b"PUT /machine-config HTTP/1.1\r\nContent-Length: 100\r\n\r\n{")
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # had to go already
+        return slow
+
+    try:  # more at once than there are places for
+        kept = [half_a_request() for _ in range(300)]
+        last = Connection(server.socket)
+        last.sock = dial()
+        check(last.call("GET", "/")[0] == 200, "a client after 300 that never finish")
+        del kept
+    except OSError as error:
+        check(False, f"clients that never finish keep others out: {error}")
     check(server.stop()[0] == 0, "exit status")
     check(not os.path.exists(server.socket), "the socket is left behind")
 
@@ -351,7 +391,7 @@ def options():
     server.stop()
 
 
-for scenario in (table, snapshots_refused, clients, options):
+for scenario in (table, snapshots_refused, processors, clients, options):
     scenario()
 print("failures:", failures)
 sys.exit(1 if failures else 0)
