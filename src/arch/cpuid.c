@@ -412,6 +412,8 @@ int cpuid_table_mask(struct cpuid_table *t, const struct cpuid_mask *mask, struc
         entry++;
     uint32_t *const registers[] = {&entry->regs.eax, &entry->regs.ebx, &entry->regs.ecx, &entry->regs.edx};
     uint32_t *value = registers[mask->reg], after = (*value & ~mask->mask) | (mask->value & mask->mask);
+    if (mask->leaf == 0 && mask->reg != 0 && after != *value)
+        return error_set(err, -ENOTSUP, "it is for processors of another vendor than this host's");
     if (is_feature_register(entry, mask->reg) && after & ~*value)
         return error_set(err, -ENOTSUP, "CPUID leaf %#x.%#x %s bits %#x are features that this host or the engine lacks", mask->leaf, mask->subleaf,
                          register_names[mask->reg], after & ~*value);
@@ -605,6 +607,11 @@ static struct cpuid_regs features_of(const struct cpuid_table *t, unsigned n)
         return (struct cpuid_regs){0};
     return (struct cpuid_regs){feature_leaves[n].eax ? r->eax : 0, feature_leaves[n].ebx ? r->ebx : 0, feature_leaves[n].ecx ? r->ecx : 0,
                                feature_leaves[n].edx ? r->edx : 0};
+}
+
+struct cpuid_mask cpuid_vendor(const struct cpuid_table *table)
+{
+    return (struct cpuid_mask){.leaf = 0, .reg = 1, .mask = ~0u, .value = find(table, 0, 0)->ebx};
 }
 
 bool cpuid_feature(const struct cpuid_table *table, unsigned n, struct cpuid_mask *feature)

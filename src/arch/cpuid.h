@@ -47,7 +47,7 @@ struct cpuid_table *cpuid_table_build(struct cpuid_config *config);
 void cpuid_table_destroy(struct cpuid_table *table);
 
 /*
- * Before the table is used. A leaf that is not there: -ENOENT. Setting a feature that this host or the engines lack: -ENOTSUP. The registers that switch features on
+ * Before the table is used. A leaf that is not there: -ENOENT. Setting a feature that this host or the engines lack, or another vendor: -ENOTSUP. The registers that switch features on
  * (CR4, EFER, XCR0) follow at cpuid_table_seal.
  */
 int cpuid_table_mask(struct cpuid_table *table, const struct cpuid_mask *mask, struct error *err) __attribute__((warn_unused_result));
@@ -68,6 +68,8 @@ bool cpuid_entry(const struct cpuid_table *table, unsigned n, uint32_t *leaf, ui
  */
 int cpuid_limit(struct cpuid_table *table, struct cpuid_regs (*allowed)(void *ctx, uint32_t leaf, uint32_t subleaf), void *ctx, struct error *err);
 
+/* The register that says by whom the processor is. */
+struct cpuid_mask cpuid_vendor(const struct cpuid_table *table);
 /* The n-th register that is a set of features, all of its bits (0 where there is no such leaf). False: there are no more. */
 bool cpuid_feature(const struct cpuid_table *table, unsigned n, struct cpuid_mask *feature);
 

@@ -41,6 +41,8 @@ static int keep_common(struct processor_config *common, const char *path, bool f
         if (!mask)
             return complain(STATUS_ERROR, "cpu-baseline: %s does not say all bits of CPUID leaf %#x.%#x; was it made by doppel cpu-baseline?", path, common->cpuid[i].leaf,
                             common->cpuid[i].subleaf);
+        if (mask->leaf == 0 && !first && mask->value != common->cpuid[i].value)
+            return complain(STATUS_ERROR, "cpu-baseline: %s is of processors of another vendor than the files before it: guests cannot move between them", path);
         common->cpuid[i].value = first ? mask->value : common->cpuid[i].value & mask->value;
     }
     return r;

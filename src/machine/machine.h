@@ -115,7 +115,7 @@ int machine_trace(struct machine *machine, const struct machine_trace_sink *sink
 
 /* Whether a processor can be made so here. */
 int machine_check_processor(const struct processor_config *config, struct error *err) __attribute__((warn_unused_result));
-/* All features that guests can have on this host, as masks that want just them. */
+/* The vendor and all features that guests can have on this host, as masks that want just them. */
 int machine_host_features(struct processor_config *features, struct error *err) __attribute__((warn_unused_result));
 
 /* Every counter: `group` is "vcpu", "uart" or a device's kind with its id behind, such as "block_rootfs". With the device lock held. */

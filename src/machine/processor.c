@@ -47,7 +47,8 @@ int machine_host_features(struct processor_config *features, struct error *err)
     *features = (struct processor_config){0};
     if (!table)
         return error_set(err, -ENOMEM, "out of memory");
-    while (features->cpuid_count < CONFIG_CPUID_MASKS_MAX && cpuid_feature(table, features->cpuid_count, &features->cpuid[features->cpuid_count]))
+    features->cpuid[features->cpuid_count++] = cpuid_vendor(table);
+    while (features->cpuid_count < CONFIG_CPUID_MASKS_MAX && cpuid_feature(table, features->cpuid_count - 1, &features->cpuid[features->cpuid_count]))
         features->cpuid_count++;
     cpuid_table_destroy(table);
     return 0;

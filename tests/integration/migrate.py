@@ -486,20 +486,24 @@ def baseline():
         write("less", bits[:feature] + "0" + bits[feature + 1:])
         write("more", bits[:absent] + "1" + bits[absent + 1:])
         write("short", bits[:feature] + "x" + bits[feature + 1:])
+        vendor = register(host, "0", "ebx")
+        vendor["bitmap"] = f"0b{int(vendor['bitmap'], 2) ^ 1:032b}"
+        write("vendor", bits)
         assert json.loads(run("cpu-baseline", "host", "less", "more")) == json.load(open("less"))
         assert json.loads(run("cpu-baseline", "more")) == json.load(open("more"))  # of another host
-        for wrong in "short", "kernel", "nothing":
+        assert json.loads(run("cpu-baseline", "vendor")) == json.load(open("vendor"))
+        for wrong, why in ("short", ""), ("kernel", ""), ("nothing", ""), ("vendor", "another vendor"):
             run("cpu-baseline", "host", wrong, status=1)
-            assert wrong in run.errors
+            assert wrong in run.errors and why in run.errors, run.errors
         # CPUID leaf 7: EBX's bit, said at the serial port
         code = b"\xb8\x07\0\0\0\x31\xc9\x0f\xa2\x89\xd8\xc1\xe8" + bytes((31 - feature,)) + b"\x24\x01\x04\x30" + small_guests.COM1 + b"\xee" + small_guests.POWER_OFF
         for engine in "interp", "bt":
             for options, seen in ([], "1"), (["--cpu-baseline", "host"], "1"), (["--cpu-baseline", "less"], "0"):
                 run("run", "--kernel", kernel(code), "--memory", "4M", "--net", "none", "--engine", engine, "--console", "file:out", *options)
                 assert open("out").read() == seen, (options, open("out").read())
-        for wrong in "more", "kernel", "nothing":
+        for wrong, why in ("more", "lacks"), ("kernel", ""), ("nothing", ""), ("vendor", "another vendor"):
             run("run", "--kernel", kernel(code), "--cpu-baseline", wrong, status=2)
-            assert wrong in run.errors and len(run.errors.splitlines()) == 1, run.errors
+            assert wrong in run.errors and why in run.errors and len(run.errors.splitlines()) == 1, run.errors
         start(KEEPS, "--cpu-baseline", "less", name="vm")
         type_in("vm", "ab")
         migrate("vm", "there")
