@@ -26,7 +26,7 @@
 struct read_ahead {
     struct machine *machine;
     pthread_t thread;
-    bool started, stop, fill;
+    bool started, stop, fill, remote; /* remote: there are such pages */
     pthread_mutex_t lock;
     pthread_cond_t stopped;
     int fd; /* where the record goes; -1: nowhere */
@@ -88,8 +88,6 @@ int read_ahead_open(struct machine *machine, const struct snapshot_files *files,
     machine->read_ahead = ahead;
     if (files->working_set)
         use_file(ahead, files->working_set);
-    if (ahead->wanted)
-        physmap_advise(machine->memory, ahead->pages);
     return 0;
 }
 
@@ -144,9 +142,11 @@ static void bring_rest(struct read_ahead *ahead)
 static void *read_ahead_main(void *arg)
 {
     struct read_ahead *ahead = arg;
+    if (ahead->wanted) /* before it is shut in: later it needs no such call */
+        physmap_advise(ahead->machine->memory, ahead->pages);
     if (!machine_enter_sandbox(ahead->machine, IN_WORKER))
         return NULL;
-    if (ahead->wanted && !bring_wanted(ahead))
+    if (ahead->wanted && ahead->remote && !bring_wanted(ahead))
         return NULL;
     if (ahead->fd >= 0) {
         bool go_on = rest(ahead, RECORD_NS);
@@ -166,8 +166,9 @@ void read_ahead_start(struct machine *machine)
     if (!ahead)
         return;
     physmap_page_counts(machine->memory, &remote, &shared);
-    if (ahead->fd < 0 && !(remote && (ahead->wanted || ahead->fill)))
-        return; /* what was wanted of a shared file is on its way already */
+    ahead->remote = remote > 0;
+    if (ahead->fd < 0 && !ahead->wanted && !(remote && ahead->fill))
+        return;
     ahead->started = pthread_create(&ahead->thread, NULL, read_ahead_main, ahead) == 0;
     if (!ahead->started)
         log_info("no thread that reads the guest's memory ahead");

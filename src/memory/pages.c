@@ -364,6 +364,8 @@ static bool find_hole(const struct pages *pages, uint64_t page, uint64_t *first,
 {
     uint64_t low = page & ~(uint64_t)(REGION_PAGES - 1), high = low + REGION_PAGES;
     high = high < pages->page_count ? high : pages->page_count;
+    if (lseek(pages->file_fd, (off_t)(page * PAGE_SIZE_BYTES), SEEK_DATA) == (off_t)(page * PAGE_SIZE_BYTES))
+        return false; /* as usual */
     for (uint64_t at = low; at <= page;) {
         off_t data = lseek(pages->file_fd, (off_t)(at * PAGE_SIZE_BYTES), SEEK_DATA), hole;
         uint64_t data_page = data >= 0 ? (uint64_t)data / PAGE_SIZE_BYTES : errno == ENXIO ? high : page;
@@ -436,9 +438,9 @@ static int copy_run(struct pages *pages, uint64_t first, uint64_t end)
 static int make_private(struct pages *pages, uint64_t page)
 {
     uint64_t first, end;
-    if (lseek(pages->file_fd, 0, SEEK_END) != (off_t)(pages->page_count * PAGE_SIZE_BYTES)) /* its end would look like a hole */
-        return fail_at(pages, -EFAULT, SHRUNK, page);
     bool hole = find_hole(pages, page, &first, &end);
+    if (hole && lseek(pages->file_fd, 0, SEEK_END) != (off_t)(pages->page_count * PAGE_SIZE_BYTES)) /* its end would look like a hole */
+        return fail_at(pages, -EFAULT, SHRUNK, page);
     if (!hole)
         choose_run(pages, page, &first, &end);
     clip_to_shared(pages, page, &first, &end);
