@@ -43,7 +43,7 @@ static const struct engine_ops *engine_first(unsigned n, char *reason, struct er
     for (; engine_table[n]; n++) {
         const struct engine_ops *ops = engine_table[n];
         struct error probe = {0};
-        if ((!ops->worthwhile || !ops->worthwhile(&probe)) && !ops->probe(&probe)) {
+        if ((!ops->worthwhile || !ops->worthwhile(&probe)) && (ops->tells || !ops->probe(&probe))) {
             if (reason && !*reason)
                 snprintf(reason, ENGINE_REASON_MAX, "%s", best);
             return ops;
@@ -74,7 +74,7 @@ const struct engine_ops *engine_find(const char *name, char reason[ENGINE_REASON
         const struct engine_ops *ops = engine_table[n];
         if (strcmp(name, ops->name))
             continue;
-        if (ops->probe(err))
+        if (!ops->tells && ops->probe(err))
             return NULL;
         if (reason)
             snprintf(reason, ENGINE_REASON_MAX, "asked for");

@@ -160,6 +160,7 @@ struct engine_ops {
     const char *help;
     /* 0 when this host can run it; otherwise -errno and the reason. */
     int (*probe)(struct error *err);
+    bool tells; /* create finds out as much itself: engine_find leaves it to that */
     /* 0 when "auto" may choose it, too. NULL: whenever it can run. */
     int (*worthwhile)(struct error *err);
     int (*create)(struct engine **engine, struct physmap *memory, struct error *err);
@@ -199,7 +200,7 @@ struct engine_ops {
 extern const struct engine_ops *const engine_table[];
 enum { ENGINE_REASON_MAX = 512 };
 
-/* By name; "auto" takes the first whose probe succeeds. NULL with err set when unknown or unusable. `reason` (optional) gets why: what better ones lack. */
+/* By name; "auto" takes the first whose probe succeeds, or that needs none (engine_ops.tells). NULL with err set when unknown or unusable. `reason` (optional) gets why: what better ones lack. */
 const struct engine_ops *engine_find(const char *name, char reason[ENGINE_REASON_MAX], struct error *err);
 /* For "auto", when `failed` could not be created after all: the next best; adds `why`, and what those between lack, to `reason`. NULL: there is none. */
 const struct engine_ops *engine_next(const struct engine_ops *failed, const struct error *why, char reason[ENGINE_REASON_MAX]);

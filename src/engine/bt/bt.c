@@ -660,14 +660,20 @@ static enum engine_exit bt_run(struct vcpu *v)
 
 /* ---- engine and vCPUs ---- */
 
-static int bt_probe(struct error *err)
+static int processor_check(struct error *err)
 {
     unsigned eax, ebx, ecx, edx;
     if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(ebx & bit_BMI2))
         return error_set(err, -ENOTSUP, "engine \"bt\" needs a processor with BMI2 (RORX, PEXT)");
     if (!host_fsgsbase()) /* which also says that SS_AUTODISARM is there */
         return error_set(err, -ENOTSUP, "engine \"bt\" needs WRGSBASE in user mode: a processor with FSGSBASE and Linux 5.9 or later");
-    return layout_probe(err);
+    return 0;
+}
+
+static int bt_probe(struct error *err)
+{
+    int rc = processor_check(err);
+    return rc ? rc : layout_probe(err);
 }
 
 void bt_debug_set(struct engine *engine, const struct bt_debug *debug)
@@ -689,6 +695,9 @@ static void bt_destroy(struct engine *engine)
 
 static int bt_create(struct engine **out, struct physmap *memory, struct error *err)
 {
+    int rc = processor_check(err);
+    if (rc)
+        return rc;
     struct bt_engine *e = calloc(1, sizeof(*e));
     if (!e)
         return error_set(err, -ENOMEM, "no memory for the translator");
@@ -696,7 +705,7 @@ static int bt_create(struct engine **out, struct physmap *memory, struct error *
     e->debug = (struct bt_debug){.block_insns = BT_BLOCK_INSNS_MAX, .group_span = BT_GROUP_SPAN_MAX, .tc_bytes = BT_TC_BYTES};
     e->fsgsbase = true;
     e->avx512 = (host_xcr0() & XCR0_AVX512) == XCR0_AVX512;
-    int rc = fault_install(err);
+    rc = fault_install(err);
     if (rc)
         goto fail;
     rc = layout_create(&e->layout, memory, BT_TC_BYTES, err);
@@ -818,6 +827,7 @@ const struct engine_ops bt_engine_ops = {
     .name = "bt",
     .help = "binary translator: guest code runs as translations of itself",
     .probe = bt_probe,
+    .tells = true,
     .create = bt_create,
     .destroy = bt_destroy,
     .set_options = report_options_set,

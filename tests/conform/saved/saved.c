@@ -164,11 +164,13 @@ static bool parse(struct run *run, int argc, char **argv)
 static bool have_engines(const struct run *run)
 {
     struct error err = {0};
-    for (unsigned i = 0; i < run->engine_count; i++)
-        if (!engine_find(run->engine[i], NULL, &err)) {
+    for (unsigned i = 0; i < run->engine_count; i++) {
+        const struct engine_ops *ops = engine_find(run->engine[i], NULL, &err);
+        if (!ops || ops->probe(&err)) {
             printf("skipped: %s\n", err.text);
             return false;
         }
+    }
     return true;
 }
 
