@@ -776,7 +776,7 @@ static void flush_page(struct icpu *c, gva_t gva)
 static int bt_vcpu_create(struct engine *engine, const struct vcpu_config *config, struct vcpu **out, struct error *err)
 {
     static const struct tlb_listener listener = {flush_all, flush_non_global, load_cr3, flush_page};
-    static const struct icpu_sizes sizes = {.blocks_bytes = 2u << 20, .stubs_bytes = 2u << 20};
+    static const struct icpu_sizes sizes = {.blocks_bytes = 1u << 20, .stubs_bytes = 2u << 20};
     struct bt_engine *e = (struct bt_engine *)engine;
     struct bt_vcpu *b;
     int rc = tables_create(e, &b, err);

@@ -27,8 +27,11 @@ struct form {
     struct tinsn insn;
 };
 
+/* Forms lie one after the other as they come, so that few take little memory. */
 struct bt_forms {
-    struct form form[FORMS / WAYS][WAYS];
+    uint16_t used;
+    uint16_t number[FORMS / WAYS][WAYS]; /* of a form, the newest first; 0: none */
+    struct form form[FORMS + 1];         /* number 0 has the key of nothing */
 };
 
 struct bt_forms *forms_create(void)
@@ -113,11 +116,11 @@ static bool key_make(const struct bt_mode *mode, const uint8_t *bytes, struct fo
     return *length;
 }
 
-static struct form *set_of(struct bt_forms *forms, const struct form_key *key)
+static uint16_t *set_of(struct bt_forms *forms, const struct form_key *key)
 {
     uint64_t hash = key->low * 0x9e3779b97f4a7c15ull;
     hash = ((hash ^ hash >> 32) + key->high) * 0x9e3779b97f4a7c15ull;
-    return forms->form[(hash >> 40) % (FORMS / WAYS)];
+    return forms->number[(hash >> 40) % (FORMS / WAYS)];
 }
 
 static bool keys_equal(const struct form_key *a, const struct form_key *b)
@@ -131,10 +134,10 @@ const struct tinsn *forms_find(struct bt_forms *forms, const struct bt_mode *mod
     unsigned length;
     if (!key_make(mode, bytes, &key, &length))
         return NULL;
-    const struct form *set = set_of(forms, &key);
+    const uint16_t *set = set_of(forms, &key);
     for (unsigned n = 0; n < WAYS; n++)
-        if (keys_equal(&set[n].key, &key))
-            return &set[n].insn;
+        if (keys_equal(&forms->form[set[n]].key, &key))
+            return &forms->form[set[n]].insn;
     return NULL;
 }
 
@@ -146,9 +149,11 @@ void forms_store(struct bt_forms *forms, const struct bt_mode *mode, const uint8
     bool scaled = insn->encoding == ZYDIS_INSTRUCTION_ENCODING_EVEX && insn->disp_bytes == 1;
     if (!key_make(mode, bytes, &key, &length) || length != decoded || scaled || insn->encoding == ZYDIS_INSTRUCTION_ENCODING_3DNOW)
         return;
-    struct form *set = set_of(forms, &key);
-    if (!keys_equal(&set[0].key, &key))
-        for (unsigned n = WAYS - 1; n; n--)
-            set[n] = set[n - 1];
-    set[0] = (struct form){key, *insn};
+    uint16_t *set = set_of(forms, &key);
+    if (!keys_equal(&forms->form[set[0]].key, &key)) {
+        uint16_t oldest = set[WAYS - 1];
+        memmove(set + 1, set, (WAYS - 1) * sizeof(*set));
+        set[0] = oldest ? oldest : ++forms->used;
+    }
+    forms->form[set[0]] = (struct form){key, *insn};
 }

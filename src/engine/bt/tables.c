@@ -757,6 +757,21 @@ static void *map_anonymous(uint64_t bytes, int prot)
     return at == MAP_FAILED ? NULL : at;
 }
 
+/* The file that all views of a vCPU have mapped: its structure, then what is at BT_SPLIT. */
+static int context_file(void)
+{
+    static const uint8_t one[] = {[0 ... PAGE_SIZE_BYTES - 1] = 1};
+    int fd = memfd_create("doppel-vcpu", MFD_CLOEXEC);
+    if (fd < 0)
+        return -errno;
+    ssize_t n = pwrite(fd, one, sizeof(one), BT_CTX_BYTES + PAGE_SIZE_BYTES); /* which are the last */
+    if (n == (ssize_t)sizeof(one))
+        return fd;
+    int rc = n < 0 ? -errno : -ENOMEM;
+    close(fd);
+    return rc;
+}
+
 static int view_create(struct bt_view *view, unsigned n, int context_fd)
 {
     uint8_t *at = map_anonymous(VIEW_RESERVED_BYTES, PROT_NONE);
@@ -769,11 +784,8 @@ static int view_create(struct bt_view *view, unsigned n, int context_fd)
     view->exec.exec = true;
     madvise(at, VIEW_RESERVED_BYTES, MADV_NOHUGEPAGE);
     madvise(at, VIEW_RESERVED_BYTES, MADV_DONTDUMP);
-    uint8_t *split = view->base + BT_SPLIT;
-    if (mprotect(split, 2 * PAGE_SIZE_BYTES, PROT_READ | PROT_WRITE))
-        return -errno;
-    memset(split + PAGE_SIZE_BYTES, 1, PAGE_SIZE_BYTES);
-    if (mprotect(split, 2 * PAGE_SIZE_BYTES, PROT_READ) || mprotect(view->base + BT_CHECK, PAGE_SIZE_BYTES, PROT_READ))
+    if (mmap(view->base + BT_SPLIT, 2 * PAGE_SIZE_BYTES, PROT_READ, MAP_SHARED | MAP_FIXED, context_fd, BT_CTX_BYTES) == MAP_FAILED ||
+        mprotect(view->base + BT_CHECK, PAGE_SIZE_BYTES, PROT_READ))
         return -errno;
     if (mmap(view->base - BT_CTX_BYTES, BT_CTX_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, context_fd, 0) == MAP_FAILED)
         return -errno;
@@ -838,9 +850,7 @@ static int tables_allocate(struct bt_tables **tables, uint64_t ram_bytes, int co
 int tables_create(struct bt_engine *e, struct bt_vcpu **b, struct error *err)
 {
     struct bt_tables *t = NULL;
-    int rc = 0, fd = memfd_create("doppel-vcpu", MFD_CLOEXEC);
-    if (fd < 0 || ftruncate(fd, BT_CTX_BYTES))
-        rc = -errno;
+    int fd = context_file(), rc = fd < 0 ? fd : 0;
     void *context = rc ? MAP_FAILED : mmap(NULL, BT_CTX_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (!rc && context == MAP_FAILED)
         rc = -errno;
