@@ -191,7 +191,7 @@ static bool is_wanted(const struct run *run, int status, bool over)
 static int supervise(struct run *run)
 {
     unsigned pause_ms = PAUSE_MS_FIRST;
-    bool ready, over = false, ran = false;
+    bool ready = false, over = false, ran = false;
     sigset_t set = supervisor_signals();
     int status = STATUS_ERROR, starter = run->ready_fd;
     setsid();

@@ -101,8 +101,26 @@ void print_run_help(FILE *out)
     fprintf(out, "\nexample:\n  %s\n", example);
 }
 
+/* Of commands without options; true: that was all, with this status. */
+static bool is_answered(int argc, char **argv, int arguments_max, int *status)
+{
+    if (argc > 1 && (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0)) {
+        print_command_help(stdout, command_find(argv[0]));
+        *status = 0;
+        return true;
+    }
+    if (argc - 1 <= arguments_max)
+        return false;
+    fprintf(stderr, "doppel: %s: unexpected argument \"%s\"; see doppel %s --help\n", argv[0], argv[1 + arguments_max], argv[0]);
+    *status = STATUS_USAGE;
+    return true;
+}
+
 int help_main(int argc, char **argv)
 {
+    int status;
+    if (is_answered(argc, argv, 1, &status))
+        return status;
     if (argc < 2) {
         print_usage(stdout);
         return 0;
@@ -122,6 +140,9 @@ int help_main(int argc, char **argv)
 
 int version_main(int argc, char **argv)
 {
+    int status;
+    if (is_answered(argc, argv, 0, &status))
+        return status;
     printf("doppel %s\n", doppel_version());
     return 0;
 }
@@ -247,6 +268,9 @@ int completion_main(int argc, char **argv)
         const char *shell;
         void (*print)(void);
     } shells[] = {{"bash", complete_bash}, {"zsh", complete_zsh}, {"fish", complete_fish}};
+    int status;
+    if (is_answered(argc, argv, 1, &status))
+        return status;
     for (size_t i = 0; argc > 1 && i < sizeof shells / sizeof *shells; i++) {
         if (strcmp(shells[i].shell, argv[1]) == 0) {
             shells[i].print();
@@ -305,6 +329,9 @@ static void print_roff_commands(void)
 
 int manual_main(int argc, char **argv)
 {
+    int status;
+    if (is_answered(argc, argv, 0, &status))
+        return status;
     printf(".TH DOPPEL 1 \"\" \"doppel %s\" \"User Commands\"\n.SH NAME\ndoppel \\- virtual machines with and without hardware virtualization\n"
            ".SH SYNOPSIS\n.B doppel run\n.B \\-\\-kernel\n.I FILE\n[\\fIOPTIONS\\fR]\n.SH DESCRIPTION\n"
            "Doppel runs unmodified x86\\-64 operating systems in one ordinary process.\n"

@@ -1,7 +1,10 @@
 /* doppel: finds the subcommand and runs it. */
+#include <errno.h>
+#include <fcntl.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "cli/cli.h"
 
@@ -198,7 +201,26 @@ static bool is_compatible_name(const char *path)
     return strcmp(name ? name + 1 : path, "firecracker") == 0;
 }
 
-int main(int argc, char **argv)
+/* A file that is opened must not take the place of a standard stream that the caller closed: what is printed would go into a guest's disk. */
+static bool open_standard_streams(void)
+{
+    for (int fd = STDIN_FILENO; fd <= STDERR_FILENO; fd++)
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDWR) != fd)
+            return false;
+    return true;
+}
+
+/* What was printed has to have arrived. */
+static int finish(int status)
+{
+    int code = fflush(stdout) ? errno : 0;
+    if (!code && !ferror(stdout))
+        return status;
+    fprintf(stderr, "doppel: cannot write to standard output: %s\n", code ? strerror(code) : "some of it is missing");
+    return status ? status : STATUS_ERROR;
+}
+
+static int run_command(int argc, char **argv)
 {
     if (argc && is_compatible_name(argv[0]))
         return serve_main(argc, argv);
@@ -215,4 +237,13 @@ int main(int argc, char **argv)
             return command->main(argc - 1, argv + 1);
     fprintf(stderr, "doppel: unknown command \"%s\"; doppel help lists them\n", argv[1]);
     return STATUS_USAGE;
+}
+
+int main(int argc, char **argv)
+{
+    if (!open_standard_streams()) {
+        fprintf(stderr, "doppel: cannot open /dev/null: %s\n", strerror(errno));
+        return STATUS_ERROR;
+    }
+    return finish(run_command(argc, argv));
 }

@@ -31,6 +31,33 @@ printf '[1]' >"$work/list.json"
 # A bzImage header with nothing behind it.
 { head -c 497 /dev/zero; printf '\004'; head -c 12 /dev/zero; printf '\125\252\353\156HdrS\017\002'; head -c 1000 /dev/zero; } >"$work/truncated"
 
+# What cannot be printed is an error; what was closed is not taken by another file.
+for command in "ps --all --json" "help" "manual" "version" "completion bash"; do
+    if timeout 20 "$doppel" $command >/dev/full 2>"$work/err" || ! grep -q "cannot write to standard output: No space left" "$work/err"; then
+        echo "FAIL: doppel $command on a full disk"
+        failures=$((failures + 1))
+    fi
+done
+XDG_RUNTIME_DIR="$work" "$doppel" events --follow <&- >&- 2>&- &
+follower=$!
+tries=0
+until [ "$(readlink "/proc/$follower/fd/0")" = /dev/null ] && [ "$(readlink "/proc/$follower/fd/1")" = /dev/null ] && [ "$(readlink "/proc/$follower/fd/2")" = /dev/null ]; do
+    tries=$((tries + 1))
+    if [ $tries = 100 ]; then
+        echo "FAIL: closed standard streams are $(ls -l "/proc/$follower/fd" 2>&1)"
+        failures=$((failures + 1))
+        break
+    fi
+    sleep 0.05
+done
+kill $follower
+for command in help completion manual version; do
+    if ! timeout 20 "$doppel" $command --help | grep -q "^usage: doppel $command"; then
+        echo "FAIL: doppel $command --help"
+        failures=$((failures + 1))
+    fi
+done
+refuse "unexpected argument" version now
 refuse "unknown command" walk
 refuse "unknown option" run --colour red
 refuse "unexpected argument" run vmlinuz
