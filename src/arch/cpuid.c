@@ -374,6 +374,8 @@ struct cpuid_table *cpuid_table_build(struct cpuid_config *config)
 
 /* ---- masks ---- */
 
+#define MISSING_BYTES 150
+
 static const char *const register_names[] = {"EAX", "EBX", "ECX", "EDX"};
 
 /* Leaves whose registers are sets of features, by register: those of a saved table must all be here. */
@@ -414,9 +416,11 @@ int cpuid_table_mask(struct cpuid_table *t, const struct cpuid_mask *mask, struc
     uint32_t *value = registers[mask->reg], after = (*value & ~mask->mask) | (mask->value & mask->mask);
     if (mask->leaf == 0 && mask->reg != 0 && after != *value)
         return error_set(err, -ENOTSUP, "it is for processors of another vendor than this host's");
-    if (is_feature_register(entry, mask->reg) && after & ~*value)
-        return error_set(err, -ENOTSUP, "CPUID leaf %#x.%#x %s bits %#x are features that this host or the engine lacks", mask->leaf, mask->subleaf,
-                         register_names[mask->reg], after & ~*value);
+    if (is_feature_register(entry, mask->reg) && after & ~*value) {
+        char names[MISSING_BYTES] = "";
+        cpuid_feature_names(mask->leaf, mask->subleaf, mask->reg, after & ~*value, names, sizeof(names));
+        return error_set(err, -ENOTSUP, "CPUID leaf %#x.%#x %s: this host or the engine lacks %s", mask->leaf, mask->subleaf, register_names[mask->reg], names);
+    }
     *value = after;
     return 0;
 }
@@ -630,28 +634,26 @@ bool cpuid_feature(const struct cpuid_table *table, unsigned n, struct cpuid_mas
     return false;
 }
 
-/* What `saved` offers and `host` lacks. */
+/* What `saved` offers and `host` lacks. False: nothing. */
 static bool find_missing(const struct cpuid_table *saved, const struct cpuid_table *host, char *reason, size_t reason_bytes)
 {
+    char names[MISSING_BYTES] = "";
     for (unsigned n = 0; n < sizeof(feature_leaves) / sizeof(feature_leaves[0]); n++) {
         struct cpuid_regs s = features_of(saved, n), h = features_of(host, n);
         const uint32_t missing[] = {s.eax & ~h.eax, s.ebx & ~h.ebx, s.ecx & ~h.ecx, s.edx & ~h.edx};
-        for (unsigned i = 0; i < 4; i++) {
-            if (!missing[i])
-                continue;
-            snprintf(reason, reason_bytes, "the guest uses a processor with features that this host lacks (CPUID leaf %x.%x %s bits %08x)",
-                     feature_leaves[n].leaf, feature_leaves[n].subleaf == ANY_SUBLEAF ? 0 : feature_leaves[n].subleaf, register_names[i], missing[i]);
-            return true;
-        }
+        uint32_t subleaf = feature_leaves[n].subleaf == ANY_SUBLEAF ? 0 : feature_leaves[n].subleaf;
+        for (unsigned i = 0; i < 4; i++)
+            cpuid_feature_names(feature_leaves[n].leaf, subleaf, i, missing[i], names, sizeof(names));
     }
-    return false;
+    snprintf(reason, reason_bytes, "the guest uses features of a processor that this host lacks: %s", names);
+    return names[0];
 }
 
 int cpuid_state(struct cpuid_table *table, struct state_io *io)
 {
     struct cpuid_table t = *table;
     uint32_t count = t.count;
-    char reason[160];
+    char reason[230];
     state_begin(io, "cpuid", 2);
     state_u32(io, &count);
     if (state_loading(io) && count > TABLE_ENTRIES) {

@@ -70,6 +70,8 @@ int cpuid_limit(struct cpuid_table *table, struct cpuid_regs (*allowed)(void *ct
 
 /* The register that says by whom the processor is. */
 struct cpuid_mask cpuid_vendor(const struct cpuid_table *table);
+/* Appends the names of these bits of a feature register (0 EAX to 3 EDX) to a text, "avx2, bmi2"; what has none is told by its place. */
+void cpuid_feature_names(uint32_t leaf, uint32_t subleaf, unsigned reg, uint32_t bits, char *text, size_t text_bytes);
 /* The n-th register that is a set of features, all of its bits (0 where there is no such leaf). False: there are no more. */
 bool cpuid_feature(const struct cpuid_table *table, unsigned n, struct cpuid_mask *feature);
 

@@ -170,7 +170,7 @@ static void masks(void **state)
         assert_int_equal(cpuid_table_mask(f->table, &take[i], &err), 0);
     assert_int_equal(cpuid_table_mask(f->table, &(struct cpuid_mask){0x77, 0, 0, 1, 1}, &err), -ENOENT);
     assert_int_equal(cpuid_table_mask(f->table, &(struct cpuid_mask){1, 0, 2, 1u << 5, 1u << 5}, &err), -ENOTSUP); /* VMX */
-    assert_non_null(strstr(err.text, "0x1.0 ECX bits 0x20"));
+    assert_non_null(strstr(err.text, "0x1.0 ECX: this host or the engine lacks vmx"));
     assert_int_equal(cpuid_table_seal(f->table, &err), 0);
     assert_int_equal(query(f, 7, 0).ebx & (1u << 20 | 1u << 7), 0);
     assert_int_equal(query(f, 7, 0).ecx, 0);
@@ -242,7 +242,7 @@ static void other_hosts(void **state)
     struct state_io *saved = saved_table(f->table);
     assert_int_equal(cpuid_table_mask(f->table, &(struct cpuid_mask){0x80000001, 0, 3, 1u << 20, 0}, &err), 0); /* and EFER.NXE */
     assert_int_equal(cpuid_table_seal(f->table, &err), 0);
-    check_load(f->table, saved, "features that this host lacks (CPUID leaf 80000001.0 EDX bits 00100000)");
+    check_load(f->table, saved, "features of a processor that this host lacks: nx");
 }
 
 /* A template for one vendor's processors is none for the other's, of which a guest would see half. */
@@ -255,6 +255,23 @@ static void other_vendor(void **state)
     vendor.value ^= 1;
     assert_int_equal(cpuid_table_mask(f->table, &vendor, &err), -ENOTSUP);
     assert_non_null(strstr(err.text, "another vendor"));
+}
+
+static void names(void **state)
+{
+    char text[60] = "";
+    cpuid_feature_names(7, 0, 1, 1u << 16 | 1u << 31 | 1u << 5, text, sizeof text);
+    assert_string_equal(text, "avx2, avx512f, avx512vl");
+    cpuid_feature_names(7, 0, 3, 1, text, sizeof text);
+    assert_string_equal(text, "avx2, avx512f, avx512vl, cpuid.7.0:edx[0]");
+    cpuid_feature_names(1, 0, 2, ~0u, text, sizeof text);
+    assert_true(strlen(text) < sizeof text && strcmp(text + strlen(text) - 5, ", ...") == 0);
+    char all[2000] = "";
+    for (unsigned reg = 0; reg < 4; reg++) /* each table has all of its bits */
+        cpuid_feature_names(1, 0, reg, 1u << 31, all, sizeof all);
+    assert_string_equal(all, "cpuid.1.0:eax[31], cpuid.1.0:ebx[31], hypervisor, pbe");
+    cpuid_feature_names(0x80000001, 0, 3, 1u << 20 | 1u << 29 | 1u << 31, all, sizeof all);
+    assert_non_null(strstr(all, "nx, lm, 3dnow"));
 }
 
 int main(void)
@@ -271,6 +288,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(msr_masks, setup, teardown),
         cmocka_unit_test_setup_teardown(other_hosts, setup, teardown),
         cmocka_unit_test_setup_teardown(other_vendor, setup, teardown),
+        cmocka_unit_test(names),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
