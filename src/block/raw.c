@@ -413,7 +413,7 @@ static int raw_open_fd(struct block *block, const struct block_config *config, i
     else
         ret = find_size(raw->fd, config->path, block->beneath, &block->size_bytes, err);
     if (ret == 0)
-        ret = config->later ? look_for_lock(raw->fd, config->path, err) : lock_image(raw->fd, config->path, config->readonly, err);
+        ret = config->later ? (config->beside ? 0 : look_for_lock(raw->fd, config->path, err)) : lock_image(raw->fd, config->path, config->readonly, err);
     if (ret == 0 && fd < 0 && !config->readonly && was_replaced(raw->fd, config->path))
         ret = error_set(err, -EBUSY, "disk %s: was replaced by another file just now; try again", config->path);
     if (ret == 0 && fd < 0 && fcntl(raw->fd, F_SETFL, 0) < 0) /* with O_NONBLOCK io_uring gives up instead of waiting */

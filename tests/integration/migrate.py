@@ -393,6 +393,22 @@ def disks():
         run("kill", "there")
 
 
+def merged():
+    """Files below the disk that were replaced by what they have become, as snapshots went, are still those of the machine."""
+    with runtime():
+        with open("disk", "wb") as disk:
+            disk.truncate(1 << 20)
+        start(KEEPS, "--disk", "disk", name="vm")
+        type_in("vm", "ab")
+        for name in "one", "two", "three":
+            run("snapshot", "create", "vm", name)
+        run("snapshot", "delete", "vm", "two")
+        run("snapshot", "delete", "vm", "one")
+        migrate("vm", "there")
+        knows("there", "ab")
+        run("kill", "there")
+
+
 def vms_arguments(name):
     return json.loads(run("inspect", name))[0]["vm"]["arguments"]
 
@@ -511,4 +527,4 @@ def baseline():
 
 
 if __name__ == "__main__":
-    {"baseline": baseline, "post_copy": post_copy, "disks": disks, "limits": limits, "move": move, "tcp": tcp, "faults": faults, "strangers": strangers}[sys.argv[2]]()
+    {"baseline": baseline, "post_copy": post_copy, "disks": disks, "merged": merged, "limits": limits, "move": move, "tcp": tcp, "faults": faults, "strangers": strangers}[sys.argv[2]]()
