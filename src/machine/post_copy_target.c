@@ -134,7 +134,7 @@ static int take_message(struct post_copy_target *target, struct error *err)
         return r;
     pthread_mutex_lock(&target->lock);
     target->heard = true;
-    target->gone_over |= type == MIGRATE_GO;
+    target->gone_over |= type == MIGRATE_GO && target->state != FAILED; /* who waited for it may have given up */
     pthread_cond_broadcast(&target->changed);
     pthread_mutex_unlock(&target->lock);
     return 0;
@@ -158,7 +158,7 @@ static int put_requests(struct post_copy_target *target, struct error *err)
     return r;
 }
 
-/* All there is to say. *complete: also that it was all. */
+/* All there is to say. *complete: also that it was all, and that was sent; whoever is not told of it asks over another connection. */
 static int say(struct post_copy_target *target, bool *complete, struct error *err)
 {
     int r = 0;
@@ -166,7 +166,7 @@ static int say(struct post_copy_target *target, bool *complete, struct error *er
     pthread_mutex_lock(&target->lock);
     if (target->gone_over && (target->stopping || atomic_load(&target->arrived)))
         target->to_say |= 1u << MIGRATE_COMPLETE;
-    *complete = target->to_say >> MIGRATE_COMPLETE & 1;
+    bool last = target->to_say >> MIGRATE_COMPLETE & 1;
     for (unsigned type = 1; r == 0 && target->to_say; type++) {
         if (target->to_say >> type & 1)
             r = stream_put(target->stream, type, NULL, 0, NULL, 0, err);
@@ -177,7 +177,10 @@ static int say(struct post_copy_target *target, bool *complete, struct error *er
     pthread_mutex_unlock(&target->lock);
     for (; r == 0 && target->arrivals; target->arrivals--)
         r = stream_put(target->stream, MIGRATE_ARRIVED, NULL, 0, NULL, 0, err);
-    return r ? r : stream_flush(target->stream, err);
+    if (r == 0)
+        r = stream_flush(target->stream, err);
+    *complete = r == 0 && last;
+    return r;
 }
 
 /* Which pages are missing, to a source that goes on. */
@@ -203,8 +206,8 @@ static int recover(struct post_copy_target *target, struct error *err)
 
 static int take_until_here(struct post_copy_target *target, const struct waiting *waiting, struct error *err)
 {
-    bool complete;
-    int r = say(target, &complete, err);
+    bool ignored;
+    int r = say(target, &ignored, err);
     while (r == 0 && waiting->pages)
         r = take_message(target, err);
     return r;
@@ -277,7 +280,7 @@ static void lose(struct post_copy_target *target, const struct error *why)
     struct stream *stream = target->stream;
     target->stream = NULL;
     target->heard = false;
-    if (target->gone_over && !target->ending && !target->stopping) {
+    if (target->gone_over && target->state != FAILED && !target->ending && !target->stopping) {
         target->state = LOST;
         target->why = *why;
         pthread_cond_broadcast(&target->changed);
@@ -292,7 +295,8 @@ static void lose(struct post_copy_target *target, const struct error *why)
         stream_destroy(stream);
     if (!lost)
         return;
-    log_error("the guest waits for memory that is at the other side of its migration: %s. Go on with doppel receive --recover here and doppel migrate --recover there", why->text);
+    log_error("%s: %s. Go on with doppel receive --recover here and doppel migrate --recover there",
+              atomic_load(&target->arrived) ? "the guest has all of its memory, but the other side of its migration does not know" : "the guest waits for memory that is at the other side of its migration", why->text);
     machine_tell(target->machine, MACHINE_EVENT_MIGRATION_FAILED, why->text);
 }
 
@@ -361,6 +365,7 @@ static void *target_main(void *arg)
     if (complete) {
         pthread_mutex_lock(&target->lock);
         target->state = target->state == CONNECTED ? OVER : target->state;
+        pthread_cond_broadcast(&target->changed);
         pthread_mutex_unlock(&target->lock);
         say_farewell(target);
     }
