@@ -56,3 +56,11 @@ int migrate_expect(struct stream *stream, unsigned type, const uint8_t **body, s
     int r = stream_get(stream, &came, body, size_bytes, err);
     return r ? r : came == type ? 0 : migrate_unexpected(came, *body, *size_bytes, err);
 }
+
+bool migrate_has_ended(struct machine *machine)
+{
+    pthread_mutex_lock(&machine->run_lock);
+    bool ended = machine->end != MACHINE_RUNNING;
+    pthread_mutex_unlock(&machine->run_lock);
+    return ended;
+}

@@ -84,5 +84,7 @@ void migrate_say_failed(struct stream *stream, const char *reason);
 int migrate_expect(struct stream *stream, unsigned type, const uint8_t **body, size_t *size_bytes, struct error *err);
 /* The error for a message that is not the one expected. */
 int migrate_unexpected(unsigned type, const uint8_t *body, size_t size_bytes, struct error *err);
+/* For who sends for long without looking at the guest. */
+bool migrate_has_ended(struct machine *machine);
 
 #endif

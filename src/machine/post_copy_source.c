@@ -200,14 +200,6 @@ int post_copy_source_rejoin(struct post_copy_source *source, struct error *err)
 
 /* ---- all of it ---- */
 
-static bool has_ended(struct machine *machine)
-{
-    pthread_mutex_lock(&machine->run_lock);
-    bool ended = machine->end != MACHINE_RUNNING;
-    pthread_mutex_unlock(&machine->run_lock);
-    return ended;
-}
-
 /* Whether there is a message now, or within so much time. */
 static bool can_take(const struct post_copy_source *source, uint64_t ns)
 {
@@ -229,7 +221,7 @@ static int push(struct post_copy_source *source, const struct post_copy_pace *pa
 
 int post_copy_source_serve(struct post_copy_source *source, const struct post_copy_pace *pace, struct error *err)
 {
-    uint64_t heard_ns = loop_now_ns();
+    uint64_t heard_ns = loop_now_ns(); /* or since when something is waited for */
     int r = 0;
     while (r == 0 && !source->complete) {
         bool more = next_chunk(source) < source->words && source->unanswered < UNANSWERED_MAX;
@@ -241,11 +233,12 @@ int post_copy_source_serve(struct post_copy_source *source, const struct post_co
             r = take_message(source, &type, err);
             if (r == 0 && type)
                 r = migrate_unexpected(type, NULL, 0, err);
-        } else if (has_ended(source->machine)) {
+        } else if (migrate_has_ended(source->machine)) {
             r = error_set(err, -ESRCH, "the virtual machine has ended");
-        } else if ((now = loop_now_ns()) - heard_ns > SILENCE_NS && !rest_ns) {
+        } else if ((now = loop_now_ns()) - heard_ns > SILENCE_NS && (source->unanswered || !more)) {
             r = error_set(err, -ETIMEDOUT, "the other side says nothing more");
         } else if (more && !rest_ns) {
+            heard_ns = source->unanswered ? heard_ns : now;
             stream_set_deadline(source->stream, now + SILENCE_NS);
             r = push(source, pace, err);
         }
