@@ -98,6 +98,8 @@ static int piece_sent(void *ctx, struct error *err)
     pthread_mutex_lock(&source->machine->device_lock);
     atomic_store(&source->migration->disk_bytes_left, disks_out_left(source->disks));
     pthread_mutex_unlock(&source->machine->device_lock);
+    if (migrate_has_ended(source->machine))
+        return error_set(err, -ESRCH, "the virtual machine has ended");
     return atomic_load(&source->migration->phase) == MOVING ? 0 : error_set(err, -ECANCELED, "the migration was cancelled");
 }
 
@@ -127,8 +129,8 @@ static int between(void *ctx, struct error *err)
     struct source *source = ctx;
     if (!source->disks)
         return 0;
-    if (source->pause_next && !source->paused_ns && !machine_is_paused(source->machine)) {
-        source->paused_ns = loop_now_ns();
+    if (source->pause_next && !machine_is_paused(source->machine)) { /* again, if somebody has let it go on */
+        source->paused_ns = source->paused_ns ? source->paused_ns : loop_now_ns();
         int r = machine_pause(source->machine, err);
         if (r)
             return r;
