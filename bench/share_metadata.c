@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/statfs.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -51,6 +52,14 @@ static void stat_one(unsigned i)
     struct stat st;
 
     must(stat(name_of(i), &st), "stat");
+}
+
+/* As little as a request can be: its ratio is that of asking at all. */
+static void statfs_one(unsigned i)
+{
+    struct statfs fs;
+
+    must(statfs(".", &fs), "statfs");
 }
 
 static void read_one(unsigned i)
@@ -153,7 +162,9 @@ int main(int argc, char **argv)
         must(mkdir(directory, 0755), "mkdir");
     }
     each("create", create_one, files);
+    each("statfs", statfs_one, files);
     each("stat", stat_one, files);
+    each("stat-again", stat_one, files);
     each("missing", missing_one, files);
     each("read", read_one, files);
     each("chmod", chmod_one, files);
@@ -161,6 +172,9 @@ int main(int argc, char **argv)
     started_us = now_us();
     list(files);
     report("list", started_us, files);
+    started_us = now_us();
+    list(files);
+    report("list-again", started_us, files);
     forget();
     started_us = now_us();
     list(files);
