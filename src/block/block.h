@@ -45,7 +45,7 @@ struct block_config {
     const char *io; /* "auto" (or NULL), "uring", "threads" */
     enum block_backing backing;
     bool later; /* another machine has it yet, perhaps on another host: it is opened for reading only, and must be locked by that machine. block_take_over comes before any request */
-    bool beside; /* with `later`: it lies in the directory of a file that was looked at, so it is the right one. Merging replaces files that are in use (control/snapshot_disks.h) */
+    bool beside; /* with `later`: it is on the file system of a file that was looked at, which both machines see, so it is the right one. Merging replaces files that are in use (control/snapshot_disks.h) */
 };
 
 /* Opens and locks (F_OFD_SETLK: one writer or many readers) the image. `err` names the path and the remedy: missing, a directory, in use by another VM, not a multiple of 512, no permission. */

@@ -97,12 +97,11 @@ static int may_open(const struct qcow2 *image, const struct block_config *config
     return 0;
 }
 
-static bool is_beside(const char *path, const char *other)
+static bool is_beside(const struct qcow2 *image, const char *path)
 {
-    const char *end = strrchr(path, '/'), *other_end = strrchr(other, '/');
-    size_t length = end ? (size_t)(end - path) : 0, other_length = other_end ? (size_t)(other_end - other) : 0;
+    struct stat own, other;
 
-    return length == other_length && !strncmp(path, other, length);
+    return fstat(block_raw_fd(image->file), &own) == 0 && stat(path, &other) == 0 && own.st_dev == other.st_dev;
 }
 
 static int open_backing(struct qcow2 *image, const struct block_config *config, struct error *err)
@@ -121,7 +120,7 @@ static int open_backing(struct qcow2 *image, const struct block_config *config, 
         below.path = path;
         below.format = image->header.backing_format;
         below.readonly = true;
-        below.beside = is_beside(image->block->path, path);
+        below.beside = is_beside(image, path);
         ret = block_open_beneath(&image->backing, &below, &place, image->block->loop, err);
         if (ret < 0 && !image->block->depth)
             error_prefix(err, "disk %s: its backing file", image->block->path);
