@@ -327,6 +327,8 @@ static struct bt_block *block_lock(struct bt_vcpu *b)
 #define COLD_RUNS 64u /* below 256 */
 #define COLD_COUNTED_MAX (1u << 17) /* in all: some 20 ms */
 #define COLD_HASH_BITS 14u
+#define BLOCKS_BYTES (1u << 20)      /* decoded blocks, where they are the exception */
+#define COLD_BLOCKS_BYTES (8u << 20) /* and as long as all code begins there: of a busy server's guest they take 4 MiB */
 
 struct bt_cold {
     bool here;        /* the block that ran last was */
@@ -344,7 +346,8 @@ static bool is_cold(struct bt_vcpu *b)
     cold->here = *runs < COLD_RUNS && !(b->c.cpl == 3 && direct_active(b));
     if (cold->here) {
         ++*runs;
-        cold->counted++;
+        if (++cold->counted == COLD_COUNTED_MAX)
+            block_cache_shrink(&b->c, BLOCKS_BYTES);
     }
     return cold->here;
 }
@@ -776,8 +779,8 @@ static void flush_page(struct icpu *c, gva_t gva)
 static int bt_vcpu_create(struct engine *engine, const struct vcpu_config *config, struct vcpu **out, struct error *err)
 {
     static const struct tlb_listener listener = {flush_all, flush_non_global, load_cr3, flush_page};
-    static const struct icpu_sizes sizes = {.blocks_bytes = 1u << 20, .stubs_bytes = 2u << 20};
     struct bt_engine *e = (struct bt_engine *)engine;
+    const struct icpu_sizes sizes = {.blocks_bytes = e->patient ? COLD_BLOCKS_BYTES : BLOCKS_BYTES, .stubs_bytes = 2u << 20};
     struct bt_vcpu *b;
     int rc = tables_create(e, &b, err);
     if (rc)

@@ -14,7 +14,7 @@
 
 #include "engine/interp/interp_core.h"
 
-#define BUCKET_SHARE 256u /* bytes of the arena for each bucket, at least */
+#define BUCKET_SHARE 512u /* bytes of the arena for each bucket, at least */
 #define BLOCK_ALIGN 64u
 #define BLOCK_SIZE_MAX (sizeof(struct block) + BLOCK_INSNS_MAX * sizeof(struct insn))
 #define INSN_BYTES_MAX 15u
@@ -66,6 +66,14 @@ void block_cache_flush(struct icpu *c)
     c->block = NULL;
     native_flush(c);
     vcpu_count(&c->v, COUNTER_block_cache_flushes);
+}
+
+void block_cache_shrink(struct icpu *c, size_t arena_bytes)
+{
+    struct block_cache *k = c->blocks;
+    block_cache_flush(c);
+    if (arena_bytes < k->arena_bytes && munmap(k->arena + arena_bytes, k->arena_bytes - arena_bytes) == 0)
+        k->arena_bytes = arena_bytes;
 }
 
 static struct block **bucket_of(struct block_cache *k, uintptr_t host)

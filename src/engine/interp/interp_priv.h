@@ -113,6 +113,8 @@ struct block {
 
 struct block_cache;
 struct block_cache *block_cache_create(size_t arena_bytes);
+/* Empties it, and gives back what is more than that. */
+void block_cache_shrink(struct icpu *c, size_t arena_bytes);
 void block_cache_destroy(struct block_cache *cache);
 void block_cache_flush(struct icpu *c);
 /* The block at the current rip, decoded if need be. May raise a fault of the instruction fetch. Never ends in the middle of the page's last
