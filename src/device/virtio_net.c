@@ -702,6 +702,16 @@ void virtio_net_announce(struct device *device)
     (void)net_transmit(nic->net, &iov, 1); /* full: there are frames of the guest's, which say it, too */
 }
 
+size_t virtio_net_take(struct device *device, void *frame, size_t size_bytes)
+{
+    return net_take(((struct virtio_net *)device)->net, frame, size_bytes);
+}
+
+void virtio_net_give(struct device *device, const void *frame, size_t size_bytes)
+{
+    net_give(((struct virtio_net *)device)->net, frame, size_bytes);
+}
+
 static void nic_counters(struct device *device, device_counter_fn *emit, void *ctx)
 {
     const struct virtio_net *nic = (const struct virtio_net *)device;

@@ -5,6 +5,7 @@
 #define DOPPEL_DEVICE_VIRTIO_NET_H
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #include "util/token_bucket.h"
@@ -44,6 +45,11 @@ void virtio_net_set_limit(struct device *device, bool receive, const struct buck
  * nothing (RFC 903). Only where there is an interface of the host. Loop's thread.
  */
 void virtio_net_announce(struct device *device);
+
+/* What waits for the guest at a device whose guest goes elsewhere (net_take), and that at the device it has gone to (net_give). Loop's thread. */
+#define VIRTIO_NET_FRAME_BYTES_MAX (NET_HEADER_BYTES + NET_FRAME_BYTES_MAX)
+size_t virtio_net_take(struct device *device, void *frame, size_t size_bytes);
+void virtio_net_give(struct device *device, const void *frame, size_t size_bytes);
 
 /*
  * The address used when the spec has no mac=: 52:54:00 and 24 bits of a hash, the same for the same machine, host interface and index. The interface (NULL:

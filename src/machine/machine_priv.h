@@ -181,6 +181,7 @@ struct machine {
     struct read_ahead *read_ahead; /* NULL: nothing is */
     struct post_copy_source *post_copy_source; /* post_copy.h; NULL: all of its memory is here, or there */
     struct post_copy_target *post_copy_target;
+    _Atomic unsigned frames_waiting; /* for the loop (migrate_frames.c) */
     bool disks_leaving; /* device lock. They are being copied to another host: none comes, goes or changes its file */
     bool gone; /* run_lock. The guest runs elsewhere, for certain, and never here again */
     pthread_mutex_t join_lock; /* outermost; guards vcpu_thread.started from start to end */

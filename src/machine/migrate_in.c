@@ -185,7 +185,8 @@ static int begin_incoming(struct machine *machine, void *ctx, struct error *err)
         return error_set(err, -EINVAL, "disks come with it, and there is no place for them");
     if (cpuid_state(machine->cpuid, incoming->io))
         return error_set(err, -EINVAL, "the guest's processor cannot be made here: %s", state_error(incoming->io));
-    int r = stream_put(incoming->stream, MIGRATE_WELCOME, DOPPEL_VERSION, strlen(DOPPEL_VERSION), NULL, 0, err);
+    static const char takes_frames[] = {0, 1};
+    int r = stream_put(incoming->stream, MIGRATE_WELCOME, DOPPEL_VERSION, strlen(DOPPEL_VERSION), takes_frames, sizeof takes_frames, err);
     if (r == 0)
         r = stream_flush(incoming->stream, err);
     if (r == 0)
@@ -233,13 +234,19 @@ int machine_receive_go(struct machine *machine, struct machine_incoming *incomin
     if (machine->post_copy_target)
         return go_before_memory(machine, incoming, err);
     const uint8_t *body;
+    unsigned type = MIGRATE_FRAME;
     size_t size;
     stream_set_deadline(incoming->stream, loop_now_ns() + GO_NS);
     int r = stream_put(incoming->stream, MIGRATE_READY, NULL, 0, NULL, 0, err);
     if (r == 0)
         r = stream_flush(incoming->stream, err);
-    if (r == 0)
-        r = migrate_expect(incoming->stream, MIGRATE_GO, &body, &size, err);
+    while (r == 0 && type == MIGRATE_FRAME) {
+        r = stream_get(incoming->stream, &type, &body, &size, err);
+        if (r == 0 && type == MIGRATE_FRAME)
+            r = migrate_take_frame(machine, body, size, err);
+    }
+    if (r == 0 && type != MIGRATE_GO)
+        r = migrate_unexpected(type, body, size, err);
     if (r == 0 && (size != 1 || body[0] > 1))
         r = error_set(err, -EPROTO, "the message that lets the guest go is not as it should be");
     if (r)

@@ -19,6 +19,9 @@
 #define TAKE_BACK_NS 5000000000ull
 #define WAIT_NS_MAX 200000000ull   /* then it is seen whether it was cancelled */
 #define PACK_THREADS 2u
+#define FRAMES_BYTES_MIN (64ull << 10)
+#define FRAMES_BYTES_MAX (2ull << 20)
+#define FRAMES_PER_S 100u /* what is sent of them takes no more than a hundredth of a second */
 #define RATE_FIRST (256ull << 20)  /* bytes a second, as long as none was measured */
 #define FEW_PAGES_MIN 64u
 #define ROUNDS_MAX 40u
@@ -41,7 +44,8 @@ struct source {
     uint64_t left, followed_bytes; /* by post-copy: pages; what was sent before */
     struct disks_out *disks;       /* NULL: they stay */
     uint64_t paused_ns;            /* when the guest was paused for the last of its disks; 0: it was not */
-    bool pause_next;
+    bool pause_next, takes_frames;
+    double rate;                   /* bytes a second, as measured */
     struct packer *packer;
     struct migrate_hello hello;
 };
@@ -146,6 +150,7 @@ static enum snapshot_step what_now(void *ctx, uint64_t count, uint64_t still_sin
     struct source *source = ctx;
     uint64_t took_ns = still_since_ns - source->sending_ns, sent = source->migration->zstd_level ? source->rounds.pages * PAGE_SIZE_BYTES : stream_bytes_sent(source->stream);
     double rate = took_ns > 1000000 && sent ? (double)sent * 1e9 / (double)took_ns : RATE_FIRST;
+    source->rate = rate;
     uint64_t few = (uint64_t)(rate * (double)source->migration->downtime_ns / 2e9) / PAGE_SIZE_BYTES, disks = source->disks ? disks_out_left(source->disks) : 0;
     bool fits = count + disks / PAGE_SIZE_BYTES <= (few > FEW_PAGES_MIN ? few : FEW_PAGES_MIN);
     if (!fits && !source->paused_ns)
@@ -217,6 +222,13 @@ static int expect(struct source *source, unsigned type, struct error *err)
     return migrate_expect(source->stream, type, &body, &size, err);
 }
 
+static int send_frames(const struct source *source, struct error *err)
+{
+    uint64_t most = (uint64_t)source->rate / FRAMES_PER_S;
+    most = most < FRAMES_BYTES_MIN ? FRAMES_BYTES_MIN : most > FRAMES_BYTES_MAX ? FRAMES_BYTES_MAX : most;
+    return source->takes_frames ? migrate_send_frames(source->machine, source->stream, most, err) : 0;
+}
+
 static int leave_pages(struct source *source, const uint64_t *left, struct error *err)
 {
     int r = post_copy_source_create(source->machine, left, err);
@@ -242,6 +254,8 @@ static int hand_over(void *ctx, struct state_io *state, const uint64_t *left, st
         r = send_state(source, state, err);
     if (r == 0)
         r = expect(source, MIGRATE_READY, err);
+    if (r == 0)
+        r = send_frames(source, err);
     if (r == 0 && !atomic_compare_exchange_strong(&migration->phase, &expected, HANDED_OVER))
         r = error_set(err, -ECANCELED, "the migration was cancelled");
     if (r) {
@@ -373,6 +387,7 @@ static int move(struct source *source, struct error *err)
         r = send_hello(source, err);
     if (r == 0)
         r = migrate_expect(source->stream, MIGRATE_WELCOME, &body, &size, err);
+    source->takes_frames = r == 0 && size > 2 && body[size - 2] == 0 && body[size - 1] == 1;
     source->sending_ns = loop_now_ns();
     if (r == 0 && source->disks)
         r = send_disks_first(source, err);

@@ -8,6 +8,7 @@
  *     the guest stands still
  *     PAGES, STATE                        ->   loads it
  *                                         <-   READY: nothing is left that could fail
+ *     FRAME, for each that waits          ->   gives it to the network card
  *     GO: the source never runs it again  ->   runs it
  *                                         <-   STARTED
  *
@@ -18,7 +19,7 @@
  *                                         <-   REQUEST, any time from here on
  *     PAGES, wanted or not                ->
  *                                         <-   ARRIVED, for each
- *     READY, GO, STARTED as above; then more of the same until
+ *     READY, FRAME, GO, STARTED as above; then more of the same until
  *                                         <-   COMPLETE
  *     and over another connection, when one was lost:
  *     RECOVER                             ->
@@ -49,13 +50,16 @@ enum migrate_message {
     MIGRATE_COMPLETE,
     MIGRATE_RECOVER,
     MIGRATE_DISK,
+    MIGRATE_FRAME,
 };
 
 /*
+ * WELCOME: the program's version, text; from targets that take FRAME, a 0 and u8 1 behind it.
  * PAGES: migrate_pack.h.
  * STATE: u8 1: more comes, 0: the last piece; then a piece of the state. GO: u8 1: the guest is to stay paused. FAILED: the reason, text.
  * POST_COPY, RECOVER: MIGRATE_ID_BYTES by which both sides know the migration. REMOTE: u64 first chunk, then a u64 of pages for it and for those that follow it; 0 to 65536 of them.
  * REQUEST: u64 chunk, u64 pages.
+ * FRAME: u32 card; then a frame of the network, with its virtio header, that waited for the guest.
  * DISK, before STATE: u32 disk, u64 offset, u32 bytes, u8 how the bytes follow: MIGRATE_DISK_*.
  */
 enum { MIGRATE_DISK_PLAIN, MIGRATE_DISK_ZERO, MIGRATE_DISK_ZSTD };
@@ -84,6 +88,10 @@ void migrate_say_failed(struct stream *stream, const char *reason);
 int migrate_expect(struct stream *stream, unsigned type, const uint8_t **body, size_t *size_bytes, struct error *err);
 /* The error for a message that is not the one expected. */
 int migrate_unexpected(unsigned type, const uint8_t *body, size_t size_bytes, struct error *err);
+/* The source, on the loop's thread: what waits for the guest, from about `bytes_max` on no more. The target: foreign bytes; any thread. */
+int migrate_send_frames(struct machine *machine, struct stream *stream, uint64_t bytes_max, struct error *err) __attribute__((warn_unused_result));
+int migrate_take_frame(struct machine *machine, const uint8_t *body, size_t size_bytes, struct error *err) __attribute__((warn_unused_result));
+
 /* For who sends for long without looking at the guest. */
 bool migrate_has_ended(struct machine *machine);
 

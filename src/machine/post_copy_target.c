@@ -128,6 +128,8 @@ static int take_message(struct post_copy_target *target, struct error *err)
         r = take_pages(target, body, size, err);
     else if (r == 0 && type == MIGRATE_GO && size == 1 && body[0] <= 1 && !target->gone_over)
         target->paused = body[0];
+    else if (r == 0 && type == MIGRATE_FRAME && !target->gone_over)
+        r = migrate_take_frame(target->machine, body, size, err);
     else if (r == 0)
         r = migrate_unexpected(type, body, size, err);
     if (r)

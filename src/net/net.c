@@ -13,6 +13,14 @@
 
 #include "net/net_priv.h"
 
+#define GIVEN_MAX 512u
+
+struct given_frame {
+    struct given_frame *next;
+    size_t size_bytes;
+    uint8_t data[];
+};
+
 static const struct net_backend *const backends[] = {&net_backend_user, &net_backend_tap, &net_backend_none};
 
 int net_option_error(const struct net_option *option, const char *value, struct error *err, const char *why)
@@ -218,6 +226,11 @@ void net_close(struct net *net)
         return;
     if (net->backend->close)
         net->backend->close(net);
+    while (net->given) {
+        struct given_frame *next = net->given->next;
+        free(net->given);
+        net->given = next;
+    }
     free(net);
 }
 
@@ -226,10 +239,41 @@ bool net_transmit(struct net *net, const struct iovec *iov, unsigned iov_count)
     return net->backend->transmit ? net->backend->transmit(net, iov, iov_count) : true;
 }
 
+static bool deliver(const struct net *net, const void *frame, size_t size_bytes)
+{
+    const struct iovec iov = {(void *)frame, size_bytes};
+    return net->client.receive(net->client.ctx, &iov, 1);
+}
+
+void net_give(struct net *net, const void *frame, size_t size_bytes)
+{
+    if (!net->given && deliver(net, frame, size_bytes))
+        return;
+    struct given_frame *given = net->given_count < GIVEN_MAX ? malloc(sizeof *given + size_bytes) : NULL;
+    if (!given)
+        return;
+    *given = (struct given_frame){.size_bytes = size_bytes};
+    memcpy(given->data, frame, size_bytes);
+    *(net->given ? net->given_end : &net->given) = given;
+    net->given_end = &given->next;
+    net->given_count++;
+}
+
 void net_resume(struct net *net)
 {
+    for (struct given_frame *given; (given = net->given); net->given_count--) {
+        if (!deliver(net, given->data, given->size_bytes))
+            return;
+        net->given = given->next;
+        free(given);
+    }
     if (net->backend->resume)
         net->backend->resume(net);
+}
+
+size_t net_take(struct net *net, void *frame, size_t size_bytes)
+{
+    return net->backend->take ? net->backend->take(net, frame, size_bytes) : 0;
 }
 
 void net_set_offloads(struct net *net, const struct net_offloads *offloads)

@@ -43,6 +43,10 @@ void net_close(struct net *net);
 bool net_transmit(struct net *net, const struct iovec *iov, unsigned iov_count);
 /* The guest has receive buffers again. */
 void net_resume(struct net *net);
+/* A frame that waits for the guest in the host, virtio header first, for who moves the guest elsewhere. Its bytes, at most `size_bytes`; longer ones are lost. 0: none waits. */
+size_t net_take(struct net *net, void *frame, size_t size_bytes);
+/* A frame that waited elsewhere: to the guest, or copied until net_resume. Too many are lost. */
+void net_give(struct net *net, const void *frame, size_t size_bytes);
 /* What the guest negotiated: may receive frames with partial checksums / TSO4 / TSO6 / UFO set in their header, and mergeable buffers' sizes. */
 struct net_offloads {
     bool checksum, tso4, tso6, ecn, ufo;

@@ -19,6 +19,8 @@ struct net {
     struct loop *loop;
     struct net_client client;
     struct net_info info;
+    struct given_frame *given, **given_end; /* frames of net_give that wait; NULL, NULL: none ever did */
+    unsigned given_count;
 };
 
 /* One "name=value" of a spec. `set` stores the value or fills `err` through net_option_error. */
@@ -44,6 +46,7 @@ struct net_backend {
     void (*close)(struct net *net);
     bool (*transmit)(struct net *net, const struct iovec *iov, unsigned iov_count); /* NULL: frames vanish */
     void (*resume)(struct net *net);
+    size_t (*take)(struct net *net, void *frame, size_t size_bytes); /* NULL: none waits */
     void (*set_offloads)(struct net *net, const struct net_offloads *offloads);
     void (*get_info)(const struct net *net, struct net_info *info); /* NULL: net->info */
 };

@@ -273,6 +273,11 @@ static void server_resume(struct net *net)
     net_resume(server->inner);
 }
 
+static size_t server_take(struct net *net, void *frame, size_t size_bytes)
+{
+    return net_take(((struct server *)net)->inner, frame, size_bytes);
+}
+
 static void server_set_offloads(struct net *net, const struct net_offloads *offloads)
 {
     net_set_offloads(((struct server *)net)->inner, offloads);
@@ -321,6 +326,7 @@ static const struct net_backend server_backend = {
     .close = server_close,
     .transmit = server_transmit,
     .resume = server_resume,
+    .take = server_take,
     .set_offloads = server_set_offloads,
     .get_info = server_get_info,
 };

@@ -124,6 +124,21 @@ static void tap_resume(struct net *net)
     tap_update_interest(tap);
 }
 
+static size_t tap_take(struct net *net, void *frame, size_t size_bytes)
+{
+    struct tap *tap = (struct tap *)net;
+    if (!tap->stalled) {
+        ssize_t got = read(tap->fd, frame, size_bytes);
+        return got > (ssize_t)NET_HEADER_BYTES ? (size_t)got : 0;
+    }
+    tap->stalled = false;
+    tap_update_interest(tap);
+    if (tap->frame_bytes > size_bytes)
+        return 0;
+    memcpy(frame, tap->frame, tap->frame_bytes);
+    return tap->frame_bytes;
+}
+
 static bool tap_transmit(struct net *net, const struct iovec *iov, unsigned iov_count)
 {
     struct tap *tap = (struct tap *)net;
@@ -257,5 +272,6 @@ const struct net_backend net_backend_tap = {
     .close = tap_close,
     .transmit = tap_transmit,
     .resume = tap_resume,
+    .take = tap_take,
     .set_offloads = tap_set_offloads,
 };

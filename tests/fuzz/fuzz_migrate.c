@@ -93,6 +93,14 @@ static struct disks_in *the_disks(void)
     return disks;
 }
 
+/* As much of one as frames of the network need; its loop never comes to them. */
+static struct machine *a_machine(void)
+{
+    static struct machine machine;
+    must(machine.loop || loop_create(&machine.loop, NULL) == 0);
+    return &machine;
+}
+
 static void read_messages(int fd)
 {
     static uint8_t ram[RAM_BYTES];
@@ -107,6 +115,7 @@ static void read_messages(int fd)
         uint64_t remote[3] = {0};
         bool last = false;
         int r = type == MIGRATE_PAGES    ? unpacker_take(unpacker, ram, sizeof ram, body, size, &err)
+                : type == MIGRATE_FRAME  ? migrate_take_frame(a_machine(), body, size, &err)
                 : type == MIGRATE_DISK   ? disks_in_take(the_disks(), body, size, &err)
                 : type == MIGRATE_REMOTE ? post_copy_take_remote(remote, 3, body, size, &last, &err)
                                          : migrate_unexpected(type, body, size, &err);

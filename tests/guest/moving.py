@@ -1,8 +1,6 @@
 #!/usr/bin/env python3
 """A guest that looks after its memory, clocks, timers, a TCP stream and files (steady.c) moves from process to process while it works, under another engine each time. `moving.py CONTROL STEADY SCENARIO`
 is one test (memory.py takes the two programs). In the environment: STEPS and SEED."""
-import contextlib
-import ctypes
 import os
 import random
 import socket
@@ -12,10 +10,13 @@ import tempfile
 import guest
 import memory
 from guest import Guest, doppel
+from hosts import two_hosts
 from survive import TICK, counts, image
 
 STEPS = int(os.environ.get("STEPS", "3"))
 SEED = int(os.environ.get("SEED", "1"))
+WAITING = 600  # more than fit in the guest's queue
+NO_PORTS = "awk '/^Udp: [0-9]/ {print $3}' /proc/net/snmp"  # how many datagrams came that nobody wanted
 WAYS = [], ["--compress", "zstd"], ["--downtime", "200ms"], ["--bandwidth", "400M"]
 
 
@@ -164,41 +165,8 @@ def writer():
             os.chdir("/")
 
 
-def host(*words, need=True):
-    done = subprocess.run([word for text in words for word in text.split()], capture_output=True, text=True)
-    if need and done.returncode:
-        print(f"skipped: {words}: {done.stderr.strip()}")
-        raise SystemExit(guest.SKIP)
-
-
-@contextlib.contextmanager
-def two_hosts():
-    """Two network namespaces with a bridge each and a wire between them, and in each a tap0 for the guest; this process is in the first, at 172.16.0.1."""
-    names = [f"doppel-{os.getpid()}-{n}" for n in range(2)]
-    libc = ctypes.CDLL(None, use_errno=True)
-    try:
-        for name in names:
-            host("ip netns add", name)
-        host("ip -n", names[0], "link add wire type veth peer name wire netns", names[1])
-        for name in names:
-            host("ip -n", name, "link add bridge type bridge")
-            host("ip -n", name, "tuntap add tap0 mode tap")
-            for port in "wire", "tap0":
-                host("ip -n", name, f"link set {port} master bridge up")
-            host("ip -n", name, "link set bridge up")
-        host("ip -n", names[0], "addr add 172.16.0.1/24 dev bridge")
-        with open(f"/run/netns/{names[0]}") as place:
-            if libc.setns(place.fileno(), 0):
-                print("skipped: cannot enter a network namespace")
-                raise SystemExit(guest.SKIP)
-        yield names
-    finally:
-        for name in names:
-            host("ip netns del", name, need=False)
-
-
 def tap():
-    """To another host on the same network, and back: a connection goes on, and bridges learn where the guest is before it says anything."""
+    """To another host on the same network, and back: a connection goes on, and bridges learn where the guest is before it says anything; what waits for it comes along."""
     guest.need(doppel, guest.kernel, guest.cache)
     with two_hosts() as names, tempfile.TemporaryDirectory(prefix="doppel-moving-") as folder, socket.socket() as listener:
         os.environ["XDG_RUNTIME_DIR"] = os.environ["XDG_DATA_HOME"] = folder
@@ -206,7 +174,7 @@ def tap():
         listener.bind(("172.16.0.1", 0))
         listener.listen()
         listener.settimeout(60)
-        names_of_vms = ["vm", "there", "back"]
+        names_of_vms = ["vm", "there", "back", "last"]
         try:
             command("run", "-d", "--name", "vm", *guest.busybox_arguments("--net", "tap:tap0", "--memory", "128M", "--cpus", "2"))
             with Guest(["--recent", "vm"], "vm", command="console") as vm:
@@ -225,6 +193,17 @@ def tap():
                 assert said == list(range(last + 1, last + 101)), "something was lost"
             with Guest(["back"], "back", command="console") as vm:
                 vm.run("ping -c 1 172.16.0.1")
+                vm.run("killall nc")
+                before = int(vm.run(NO_PORTS))
+            command("pause", "back")
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+                for _ in range(WAITING):
+                    sender.sendto(b"for whom stands still", ("172.16.0.2", 9))
+                print(move("back", "last", "bt", [], wrapper=["ip", "netns", "exec", names[1]]), flush=True)
+            command("resume", "last")
+            with Guest(["last"], "last", command="console") as vm:
+                now = int(vm.run(NO_PORTS))
+            assert now == before + WAITING, f"of {WAITING} frames that waited for the guest, {now - before} came"
         finally:
             for left in names_of_vms:
                 subprocess.run([doppel, "rm", "-f", left], capture_output=True, timeout=60)

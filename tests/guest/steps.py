@@ -14,7 +14,8 @@ import time
 import guest
 import memory
 from guest import Guest, doppel
-from moving import WAYS, command, move, two_hosts
+from hosts import two_hosts
+from moving import WAYS, command, move
 from survive import TICK, image
 
 STEPS = int(os.environ.get("STEPS", "4"))
