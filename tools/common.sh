@@ -93,3 +93,22 @@ get_initrd() {
     say "making the initial RAM disk"
     "$root/tools/make-initramfs" "$initrd"
 }
+
+# unpack_packages DIRECTORY PACKAGE...: the packages' files, nothing configured; DIRECTORY is made anew, and says in versions what is in it.
+unpack_packages() {
+    unpacked=$1
+    shift
+    rm -rf "$unpacked"
+    mkdir -p "$unpacked/debs" "$unpacked/usr/bin" "$unpacked/usr/sbin" "$unpacked/usr/lib" "$unpacked/usr/lib64"
+    apt-cache show "$1" >/dev/null 2>&1 || as_root apt-get -qq update >&2
+    (cd "$unpacked/debs" && apt-get -qq -o APT::Sandbox::User=root download "$@" >&2) || die "downloading packages failed; try apt-get update"
+    # Packages that still name /bin and /lib go where the links point.
+    for directory in bin sbin lib lib64; do
+        ln -s "usr/$directory" "$unpacked/$directory"
+    done
+    for deb in "$unpacked"/debs/*.deb; do
+        dpkg-deb --fsys-tarfile "$deb" | tar -x --keep-directory-symlink --no-same-owner -C "$unpacked" || die "unpacking $deb failed"
+    done
+    (cd "$unpacked/debs" && ls ./*.deb | sed 's/^\.\///; s/\.deb$//') >"$unpacked/versions"
+    rm -r "$unpacked/debs"
+}
