@@ -21,7 +21,7 @@ LOST, USAGE = 1, 2  # exit statuses
 NOBODY = 65534
 PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
 ALLOW, ERRNO, TRAP, KILL = 0x7fff0000, 0x50000, 0x30000, 0x80000000  # SECCOMP_RET_*
-SYSCALLS = {"mmap": 9, "munmap": 11, "vfork": 58, "kill": 62, "ptrace": 101, "setsid": 112, "prctl": 157, "prlimit64": 302, "seccomp": 317, "execveat": 322, "close_range": 436,
+SYSCALLS = {"mmap": 9, "munmap": 11, "vfork": 58, "kill": 62, "ptrace": 101, "setsid": 112, "pipe2": 293, "prctl": 157, "prlimit64": 302, "seccomp": 317, "execveat": 322, "close_range": 436,
             "sched_setaffinity": 203}
 SETREGS, SETREGSET, GETSIGINFO, POKEUSER, CONT, SINGLESTEP, SYSEMU, TRACEME = 13, 0x4205, 0x4202, 6, 7, 9, 31, 0  # PTRACE_*
 SHORT = "pieces=200 rounds=1"
@@ -36,7 +36,7 @@ DENIED = (
     ("ptrace", SYSEMU, ERRNO | errno.EIO, "PTRACE_SYSEMU"), ("execveat", None, ERRNO | errno.ENOSYS, "execveat"), ("execveat", None, KILL, "execveat"),
     ("seccomp", None, ERRNO | errno.EPERM, "seccomp"), ("seccomp", None, ERRNO, "filter"), ("seccomp", None, TRAP, "seccomp"), ("seccomp", None, KILL, "seccomp"),
     ("close_range", None, ERRNO | errno.EPERM, "close_range"), ("prctl", 26, TRAP, "PR_SET_TSC"), ("prlimit64", None, ERRNO | errno.EPERM, "limits"),
-    ("vfork", None, ERRNO | errno.EAGAIN, "process"), ("kill", None, ERRNO | errno.EPERM, "signal"), ("sched_setaffinity", None, ERRNO | errno.EPERM, None),
+    ("vfork", None, ERRNO | errno.EAGAIN, "process"), ("pipe2", None, ERRNO | errno.EPERM, "signal"), ("kill", None, ERRNO | errno.EPERM, None), ("sched_setaffinity", None, ERRNO | errno.EPERM, None),
 )
 ABOUT_LISTING = "^doppel: (warning: |this virtual machine (is not listed|cannot be reached) by )"  # what others see of the machine, which runs all the same
 failures = []

@@ -79,7 +79,7 @@ struct direct {
     cpu_set_t affinity; /* before */
     uint64_t pin_checked, pin_cpu_ns;
     pthread_mutex_t kick_lock; /* a process is not reaped while it is being kicked */
-    _Atomic pid_t running;
+    _Atomic int running; /* its kicker; -1: none runs */
     uint64_t runs[DIRECT_COUNTERS];
 };
 
@@ -98,6 +98,7 @@ int direct_create(struct bt_vcpu *b, enum engine_direct use)
     d->tsc_us = inputs_tsc_khz_roughly() / 1000 + 1;
     d->fault_address = ~0ull;
     d->pinned = -1;
+    atomic_init(&d->running, -1);
     pthread_mutex_init(&d->kick_lock, NULL);
     b->direct = d;
     return 0;
@@ -399,12 +400,12 @@ bool direct_release(struct bt_engine *e, uint64_t ram_offset)
 void direct_kick(struct bt_vcpu *b)
 {
     struct direct *d = b->direct;
-    if (!d || !atomic_load(&d->running))
+    if (!d || atomic_load(&d->running) < 0)
         return;
     pthread_mutex_lock(&d->kick_lock);
-    pid_t pid = atomic_load(&d->running);
-    if (pid)
-        direct_child_kick(pid);
+    int kicker = atomic_load(&d->running);
+    if (kicker >= 0)
+        direct_child_kick(kicker);
     pthread_mutex_unlock(&d->kick_lock);
 }
 
@@ -715,7 +716,7 @@ static enum direct_stop run_once(struct bt_vcpu *b, struct direct_child *child, 
     struct direct *d = b->direct;
     enum direct_stop stop = DIRECT_KICKED;
     *took = ~0ull;
-    atomic_store(&d->running, direct_child_pid(child));
+    atomic_store(&d->running, direct_child_kicker(child));
     if (!atomic_load(&b->c.v.attention)) {
         uint64_t before = tsc(), cpu_ns = direct_child_cpu_ns(child);
         stop = direct_child_run(child, regs);
@@ -726,7 +727,7 @@ static enum direct_stop run_once(struct bt_vcpu *b, struct direct_child *child, 
         *took = had < *took ? had : *took;
         d->runs[DIRECT_STOPS]++;
     }
-    atomic_store(&d->running, 0);
+    atomic_store(&d->running, -1);
     return stop;
 }
 

@@ -3,6 +3,9 @@
  *
  * The program is made here, in a memfd: one page with a loop that executes a list of mmap and munmap calls from the pages behind it. The tracer uses its SYSCALL instruction for
  * setting the process up too. Guest code never runs but under PTRACE_SYSEMU, so that page is of no use to it; the filter allows what the loop needs all the same, and nothing else.
+ *
+ * A kick is a byte in a pipe whose reader is the process: the kernel sends it a signal then, on behalf of the thread that made it. Other threads may not be allowed to send signals there: in the
+ * sandbox they are other users.
  * Threading: the tracer's only, but for direct_child_kick.
  */
 #include "engine/bt/direct_child.h"
@@ -42,6 +45,11 @@ ALLOW(getrandom);
 ALLOW(vfork);
 ALLOW_IF(fcntl, ARG_IS(1, F_DUPFD));
 ALLOW_IF(fcntl, ARG_IS(1, F_DUPFD_CLOEXEC));
+ALLOW(pipe2);
+ALLOW_IF(fcntl, ARG_IS(1, F_SETOWN));
+ALLOW_IF(fcntl, ARG_IS(1, F_SETSIG));
+ALLOW_IF(fcntl, ARG_IS(1, F_SETFL));
+ALLOW(read); /* kicks */
 ALLOW(dup2);
 ALLOW_IF(execveat, ARG_HAS(4, AT_EMPTY_PATH));
 ALLOW(mmap); /* code, too */
@@ -55,7 +63,6 @@ ALLOW(ptrace);
 ALLOW(wait4);
 ALLOW(prlimit64);
 SANDBOX_ALLOW_WITH_IF(SANDBOX_DIRECT, IN_VCPU | IN_MAIN, kill, ARG_IS(1, SIGKILL));
-SANDBOX_ALLOW_WITH_IF(SANDBOX_DIRECT, IN_PROGRAM, kill, ARG_IS(1, SIGUSR1)); /* a kick may come from anywhere */
 #undef ALLOW
 #undef ALLOW_IF
 
@@ -159,6 +166,7 @@ struct direct_child {
     uint64_t fixed_flags; /* RFLAGS.ID as it has it */
     int error; /* of a list that did not fit, so was executed before its time */
     int cpu;
+    int kicks[2]; /* a pipe, or -1 */
     uint64_t cpu_ns; /* processor time it has had */
 };
 
@@ -272,11 +280,26 @@ static bool wait_stop(struct direct_child *child, int *status)
     return true;
 }
 
-/* It was stopped by the processor, not by a signal that somebody sent. */
+/* Of kicks that have come nothing is left in the pipe: a full one would make no more of them. */
+static void kicks_take(const struct direct_child *child)
+{
+    char bytes[64];
+    while (read(child->kicks[0], bytes, sizeof(bytes)) == sizeof(bytes))
+        ;
+}
+
+/* A signal that somebody sent, and not the processor. */
+static bool was_sent(const struct direct_child *child, const siginfo_t *info)
+{
+    if (info->si_signo == KICK_SIGNAL)
+        kicks_take(child);
+    return info->si_signo == KICK_SIGNAL || info->si_code <= 0;
+}
+
 static bool stopped_itself(const struct direct_child *child)
 {
     siginfo_t info;
-    return ptrace(PTRACE_GETSIGINFO, child->pid, NULL, &info) || info.si_code > 0;
+    return ptrace(PTRACE_GETSIGINFO, child->pid, NULL, &info) || !was_sent(child, &info);
 }
 
 static struct user_regs_struct regs_at(uint64_t rip)
@@ -380,8 +403,10 @@ static int try_all(struct direct_child *child, const char **what)
     if (run_settled(child, &called) != DIRECT_SYSCALL || called.rip != code_address(child, LOOP_SYSCALL_END) || run_settled(child, &trapped) != DIRECT_TRAP)
         return -EPERM;
     *what = "a signal to it";
-    if (kill(child->pid, KICK_SIGNAL))
+    if (pipe2(child->kicks, O_CLOEXEC | O_NONBLOCK) || fcntl(child->kicks[0], F_SETOWN, child->pid) || fcntl(child->kicks[0], F_SETSIG, KICK_SIGNAL) ||
+        fcntl(child->kicks[0], F_SETFL, O_NONBLOCK | O_ASYNC))
         return -errno;
+    direct_child_kick(direct_child_kicker(child));
     return direct_child_run(child, &kicked) == DIRECT_KICKED ? 0 : -EPERM;
 }
 
@@ -443,7 +468,7 @@ int direct_child_create(struct direct_child **out, int ram_fd, struct error *err
     }
     child->vectors = vectors;
     child->hidden = address_choose();
-    child->cpu = -1;
+    child->cpu = child->kicks[0] = child->kicks[1] = -1;
     child_start(child, ram_fd, &trouble);
     if (trouble.error) {
         direct_child_destroy(child);
@@ -461,6 +486,9 @@ void direct_child_destroy(struct direct_child *child)
     }
     if (child->commands)
         munmap(child->commands, DIRECT_HIDDEN_BYTES - PAGE);
+    for (unsigned n = 0; n < 2; n++)
+        if (child->kicks[n] >= 0)
+            close(child->kicks[n]);
     free(child->vectors);
     free(child);
 }
@@ -569,6 +597,9 @@ enum direct_stop direct_child_run(struct direct_child *child, struct user_regs_s
     case SIGTRAP:
     case SIGSYS:
         return stop_of_signal(child, WSTOPSIG(status), regs);
+    case KICK_SIGNAL:
+        kicks_take(child);
+        return DIRECT_KICKED;
     default:
         return DIRECT_KICKED;
     }
@@ -661,9 +692,14 @@ pid_t direct_child_pid(const struct direct_child *child)
     return child->pid;
 }
 
-void direct_child_kick(pid_t pid)
+int direct_child_kicker(const struct direct_child *child)
 {
-    kill(pid, KICK_SIGNAL);
+    return child->kicks[1];
+}
+
+void direct_child_kick(int kicker)
+{
+    (void)!write(kicker, "", 1);
 }
 
 uint64_t direct_child_hidden(const struct direct_child *child)

@@ -62,8 +62,9 @@ int direct_child_break_at(struct direct_child *child, const uint64_t address[DIR
 void direct_child_pin(struct direct_child *child, int cpu);
 uint64_t direct_child_cpu_ns(const struct direct_child *child); /* processor time it has had by its last stop, to the microsecond */
 pid_t direct_child_pid(const struct direct_child *child);
-/* Any thread, by process id: ends a run under way, or the next one. */
-void direct_child_kick(pid_t pid);
+/* Any thread, while the process is not destroyed: ends a run under way, or the next one. */
+int direct_child_kicker(const struct direct_child *child);
+void direct_child_kick(int kicker);
 /* First address of DIRECT_HIDDEN_BYTES that the guest must not have mapped. */
 uint64_t direct_child_hidden(const struct direct_child *child);
 

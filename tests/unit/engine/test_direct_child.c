@@ -301,7 +301,7 @@ static void test_what_it_has(void **state)
 static void *kick_later(void *arg)
 {
     nanosleep(&(struct timespec){.tv_nsec = 20000000}, NULL);
-    direct_child_kick(direct_child_pid(child));
+    direct_child_kick(direct_child_kicker(child));
     return NULL;
 }
 
