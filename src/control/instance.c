@@ -24,13 +24,13 @@
 /* Files of the machine's own directory (Landlock), and its removal at the end. */
 SANDBOX_ALLOW(IN_API | IN_MAIN, openat);
 SANDBOX_ALLOW(IN_API | IN_MAIN, newfstatat);
-SANDBOX_ALLOW(IN_API | IN_MAIN, renameat);
+SANDBOX_ALLOW(IN_API, renameat);
 SANDBOX_ALLOW(IN_API | IN_MAIN, unlinkat);
 SANDBOX_ALLOW(IN_API | IN_MAIN, fcntl);
 SANDBOX_ALLOW(IN_MAIN, flock);
 SANDBOX_ALLOW(IN_API | IN_MAIN, lseek);
 SANDBOX_ALLOW(IN_API | IN_MAIN, getdents64);
-SANDBOX_ALLOW(IN_API | IN_MAIN, geteuid);
+SANDBOX_ALLOW(IN_MAIN, geteuid);
 
 #define NEW_PREFIX ".new-"
 #define BACKLOG 128

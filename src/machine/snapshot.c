@@ -20,8 +20,8 @@
 SANDBOX_ALLOW(IN_API, fsync);
 SANDBOX_ALLOW(IN_API, rename);
 SANDBOX_ALLOW(IN_API, unlink);
-SANDBOX_ALLOW(IN_API | IN_MAIN, flock);
-SANDBOX_ALLOW(IN_API | IN_MAIN, copy_file_range);
+SANDBOX_ALLOW(IN_API, flock);
+SANDBOX_ALLOW(IN_API, copy_file_range);
 
 /* ---- files that appear when they are complete ---- */
 

@@ -2,7 +2,7 @@
 """Each rule of the sandbox is needed: without it a test fails that passes with it, and the program says which call it lacks. `sandbox_rules.py DOPPEL FILTERED-DIRECTORY`.
 
 sandbox_rules.txt names for each rule (`doppel run --sandbox omit=list`) the test that needs it: `libc SCENARIO` or `pages touched` (tests/unit/filtered/libc.c and pages.c), `unit NAME` (a unit test under filters,
-tests/unit/filtered) or `machine NAME` (sandbox_machines.py); or `none` and why no test shows that it is needed. A rule without a line fails, and a line without a rule. Then a few rules are tried, others each day (--seed N; --seconds N), or
+tests/unit/filtered) or `machine NAME` (sandbox_machines.py), all of them also ` on HOST` (HOSTS below); or `none` and why no test shows that it is needed. A rule without a line fails, and a line without a rule. Then a few rules are tried, others each day (--seed N; --seconds N), or
 --all of them; --rule NAME tries one. --learn looks for tests of rules that have none, and says them."""
 import argparse
 import os
@@ -13,6 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
+
+import sandbox_hosts
 
 here = pathlib.Path(__file__).parent
 options = argparse.ArgumentParser(description=__doc__)
@@ -28,14 +30,19 @@ options = options.parse_args()
 doppel = os.path.abspath(options.doppel)
 NEEDS = {"user": 1, "vsock": 2, "direct": 4, "kvm": 8}
 STOPPED = "tried system call"
-# What the program cannot do to say so; or does while a thread is made, with all signals blocked.
-SILENT = {"write", "exit_group", "exit", "clone", "rseq", "set_robust_list"}
+# What the program cannot do to say so; or does while a thread is made, with all signals blocked, or a process, which stops then.
+SILENT = {"write", "exit_group", "exit", "clone", "rseq", "set_robust_list", "execveat"}
 ABSENT = "not on this host"
 UNTESTED = "none "  # and why
+FACCESSAT2 = 439
+# Hosts that are played: system calls that they do not have yet, or what is in the environment.
+HOSTS = {"an older kernel": lambda environment: [FACCESSAT2],
+         "another C library": lambda environment: environment.update(FILTER_PRELOAD=f"{options.filtered}/other_host.so"),
+         "network storage": lambda environment: environment.update(FILTER_PRELOAD=f"{options.filtered}/other_host.so", FILTER_REMOTE="1")}
 LIMIT = 60
 # `doppel` with a rule left out in each machine that it starts.
 WRAPPER = """#!/bin/sh
-case $1 in run|serve) exec "$REAL_DOPPEL" "$@" --sandbox "omit=$FILTER_OMIT";; esac
+case $1 in run|serve) LD_PRELOAD=$FILTER_PRELOAD exec "$REAL_DOPPEL" "$@" --sandbox "omit=$FILTER_OMIT";; esac
 exec "$REAL_DOPPEL" "$@"
 """
 
@@ -73,15 +80,19 @@ def superfluous(rules):
 
 def run_test(test, rule, omit):
     """Whether it passed (or ABSENT), and what it said."""
+    test, _, host = test.partition(" on ")
     family, name = test.split(maxsplit=1)
     kind, _, _, needs = parts(rule)
     needs |= {name} if test in ("unit user", "unit vsock") else set()
     environment = {**os.environ, "FILTER_OMIT": rule if omit else "none", "FILTER_NEEDS": str(sum(NEEDS[need] for need in needs)), "REAL_DOPPEL": doppel}
+    missing = HOSTS[host](environment) if host else None
     alone = [f"{options.filtered}/filtered_{family}", kind, name]
     command = {"libc": alone, "pages": alone, "unit": [f"{options.filtered}/filtered_{name}"],
                "machine": [sys.executable, str(here / "sandbox_machines.py"), wrapper, name]}[family]
+    if family != "machine" and "FILTER_PRELOAD" in environment:
+        environment["LD_PRELOAD"] = environment["FILTER_PRELOAD"]
     with tempfile.TemporaryFile("w+", errors="replace") as output:
-        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
+        process = subprocess.Popen(command, env=environment, preexec_fn=missing and (lambda: sandbox_hosts.refuse(sandbox_hosts.ENOSYS, *missing)), stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
         try:
             status = process.wait(LIMIT)
         except subprocess.TimeoutExpired:
@@ -96,6 +107,8 @@ def evidence(rule, said):
     kind, call, _, needs = parts(rule)
     if "direct" in needs and "user code is translated" in said:
         return True  # the process of user code failed, and not the program
+    if kind == "api":
+        kind = "(?:api|worker)"  # one that such a thread has made is under both filters
     return call in SILENT or re.search(rf"a thread \({kind}\) {STOPPED} \d+ \({call}\)", said) is not None
 
 

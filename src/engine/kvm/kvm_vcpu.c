@@ -20,7 +20,7 @@
 #include "util/log.h"
 #include "util/sandbox_rules.h"
 
-SANDBOX_ALLOW_WITH_IF(SANDBOX_KVM, IN_PROGRAM, ioctl, 1, 0xff00, KVMIO << 8); /* on the descriptors of /dev/kvm that are open; interrupts come from any thread */
+SANDBOX_ALLOW_WITH_IF(SANDBOX_KVM, IN_PROGRAM & ~IN_WORKER, ioctl, 1, 0xff00, KVMIO << 8); /* on the descriptors of /dev/kvm that are open; workers raise no interrupts */
 SANDBOX_ALLOW_WITH(SANDBOX_KVM, IN_VCPU, timer_create);
 SANDBOX_ALLOW_WITH(SANDBOX_KVM, IN_VCPU, timer_settime);
 SANDBOX_ALLOW_WITH(SANDBOX_KVM, IN_MAIN, timer_delete);

@@ -1,6 +1,6 @@
 /*
  * User networking as a guest sees it, through a guest of a few lines: ARP, DHCP, ping, TCP both ways, UDP through a forward,
- * a guest without buffers, an idle one, and ports that cannot be had.
+ * by IPv6 and to the name server, a guest without buffers, an idle one, and ports that cannot be had.
  */
 #include <arpa/inet.h>
 #include <errno.h>
@@ -582,6 +582,61 @@ static void test_port_in_use(void **state)
     }
 }
 
+/* A datagram to the host's own loopback by IPv6. */
+static void test_udp6(void **state)
+{
+    static const uint8_t gateway_mac[6] = {0x52, 0x55, 10, 0, 2, 2};
+    struct sockaddr_in6 address = {.sin6_family = AF_INET6, .sin6_addr = IN6ADDR_LOOPBACK_INIT};
+    socklen_t size = sizeof address;
+    char got[8] = "";
+    uint8_t frame[14 + 40 + 8 + 8] = {0}, *ip = frame + 14, *udp = ip + 40;
+    int fd = socket(AF_INET6, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    bool can = fd >= 0 && bind(fd, (struct sockaddr *)&address, size) == 0 && getsockname(fd, (struct sockaddr *)&address, &size) == 0; /* the host */
+    struct guest *guest = guest_open("user");
+    ethernet(frame, gateway_mac, 0x86dd);
+    ip[0] = 0x60;
+    put16(ip + 4, 16);
+    ip[6] = IPPROTO_UDP;
+    ip[7] = 64;
+    inet_pton(AF_INET6, "fec0::15", ip + 8);
+    inet_pton(AF_INET6, "fec0::2", ip + 24);
+    put16(udp, 1000);
+    put16(udp + 2, ntohs(address.sin6_port));
+    put16(udp + 4, 16);
+    memcpy(udp + 8, "question", 8);
+    uint16_t checksum = net_checksum_finish(net_checksum_add(net_checksum_add(0, ip + 8, 32) + htons(IPPROTO_UDP) + htons(16), udp, 16));
+    memcpy(udp + 6, &checksum, 2);
+    send_frame(guest, NULL, frame, sizeof frame);
+    for (unsigned i = 0; i < (can ? 50 : 1) && recv(fd, got, sizeof got, 0) < 0; i++)
+        loop_run_once(guest->loop, 100);
+    assert_memory_equal(got, can ? "question" : "\0\0\0\0\0\0\0", 8);
+    guest_close(guest);
+    if (fd >= 0)
+        close(fd);
+}
+
+/* Who the host's name server is, is read in a file, and the file looked at again when what it said is a second old. */
+static void test_name_server(void **state)
+{
+    static const uint8_t server_ip[4] = {10, 0, 2, 3};
+    struct guest *guest = guest_open("user,ipv6=off");
+    uint8_t frame[14 + 20 + 8 + 12] = {0};
+    uint64_t start = loop_now_ns();
+    announce(guest);
+    ipv4(frame, server_ip, IPPROTO_UDP, 20);
+    put16(frame + 34, 1000);
+    put16(frame + 36, 53);
+    put16(frame + 38, 20);
+    for (unsigned i = 0; i < 2; i++) {
+        send_frame(guest, NULL, frame, sizeof frame);
+        while (loop_now_ns() - start < i * 1100000000ull + 1100000000ull)
+            loop_run_once(guest->loop, 100);
+    }
+    send_frame(guest, NULL, frame, sizeof frame);
+    ping(guest); /* and goes on */
+    guest_close(guest);
+}
+
 static void test_none(void **state)
 {
     struct guest *guest = guest_open("none");
@@ -601,7 +656,8 @@ int main(void)
         cmocka_unit_test(test_arp_and_ping),  cmocka_unit_test(test_dhcp),        cmocka_unit_test(test_tcp_out),
         cmocka_unit_test(test_tcp_peer_gone), cmocka_unit_test(test_tcp_forward),   cmocka_unit_test(test_udp_forward), cmocka_unit_test(test_backpressure),
         cmocka_unit_test(test_backlog_bound), cmocka_unit_test(test_malformed),   cmocka_unit_test(test_idle),
-        cmocka_unit_test(test_port_in_use),   cmocka_unit_test(test_none),
+        cmocka_unit_test(test_port_in_use),   cmocka_unit_test(test_udp6),        cmocka_unit_test(test_name_server),
+        cmocka_unit_test(test_none),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
