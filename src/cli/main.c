@@ -73,6 +73,7 @@ static const struct cli_option snapshot_options[] = {
     [SNAPSHOT_JSON] = {"json", 0, NULL, "list: as JSON"},
     [SNAPSHOT_AS] = {"as", 0, "NAME", "restore: as a virtual machine of this name"},
     [SNAPSHOT_LOAD] = {"load", 0, "lazy|fill|whole", "restore: memory comes when it is touched (the default), the rest of it in the background, or all of it before the guest runs"},
+    [SNAPSHOT_ENGINE] = {"engine", 0, "ENGINE", "restore: run it by this engine (default: as it was)"},
     {0},
 };
 #define WIRE_SECURITY_OPTIONS                                                                                                        \

@@ -353,6 +353,12 @@ static int read_load(const char *text, struct snapshot_files *files)
     return !text || files->fill || files->whole || strcmp(text, "lazy") == 0 ? 0 : complain(STATUS_USAGE, "snapshot: --load: \"%s\" is not one of lazy, fill, whole", text);
 }
 
+static int set_engine(struct machine_config *config, void *ctx)
+{
+    struct error err = {0};
+    return ctx && machine_config_set(config, "engine", ctx, &err) ? complain(STATUS_USAGE, "snapshot: %s", err.text) : 0;
+}
+
 int snapshot_restore(const struct arguments *arguments)
 {
     struct snapshot_chain *chain = calloc(1, sizeof *chain);
@@ -375,7 +381,7 @@ int snapshot_restore(const struct arguments *arguments)
         r = read_load(arguments->value[SNAPSHOT_LOAD], &chain->files);
     if (r == 0) {
         chain->files.secret = &secret;
-        r = snapshot_start(snapshot, chain, as ? as : vm, lock, NULL, NULL);
+        r = snapshot_start(snapshot, chain, as ? as : vm, lock, set_engine, (void *)arguments->value[SNAPSHOT_ENGINE]);
     }
     if (lock >= 0)
         close(lock);

@@ -212,7 +212,7 @@ static const struct {
      KEY_OPTIONS | BIT(SNAPSHOT_INCREMENTAL) | BIT(SNAPSHOT_FULL) | BIT(SNAPSHOT_COMPRESS) | BIT(SNAPSHOT_ENCRYPT) | BIT(SNAPSHOT_DESCRIPTION) | BIT(SNAPSHOT_NO_DISKS)},
     {"list", "[VM]", list_snapshots, 0, 1, BIT(SNAPSHOT_TREE) | BIT(SNAPSHOT_JSON)},
     {"show", "VM NAME", show_snapshot, 2, 2, 0},
-    {"restore", "VM NAME", snapshot_restore, 2, 2, KEY_OPTIONS | BIT(SNAPSHOT_AS) | BIT(SNAPSHOT_LOAD)},
+    {"restore", "VM NAME", snapshot_restore, 2, 2, KEY_OPTIONS | BIT(SNAPSHOT_AS) | BIT(SNAPSHOT_LOAD) | BIT(SNAPSHOT_ENGINE)},
     {"delete", "VM NAME...", delete_snapshots, 2, 64, KEY_OPTIONS},
     {"diff", "VM NAME NAME", diff_snapshots, 3, 3, KEY_OPTIONS},
     {"export", "VM NAME FILE|-", snapshot_export, 3, 3, 0},

@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
 """A guest that looks after its memory, disk, clocks, timers and processes (steady.c) and sends a stream of numbers to a peer goes through steps that are chosen at random: snapshots of all kinds, back to the
-moment and back to an earlier one, clones, migrations by all ways and to other engines, snapshots that are merged, pauses. `steps.py CONTROL STEADY steps` is the test; in the environment STEPS and SEED. A
-failure names both; the same seed makes the same choices. A stream must not break, but where the guest goes back to an earlier moment: its peer does not, and it connects anew."""
+moment and back to an earlier one, clones, migrations by all ways, with its memory or its disk following, to and from other engines, snapshots that are merged, pauses. `steps.py CONTROL STEADY steps` is the
+test; in the environment STEPS and SEED. A failure names both; the same seed makes the same choices. A stream must not break, but where the guest goes back to an earlier moment: its peer does not, and it
+connects anew. The clock at the guest's wall goes on with the host's as long as it does not go back; that of its chipset always does."""
 import os
 import random
+import re
 import socket
 import struct
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -18,10 +21,15 @@ from hosts import two_hosts
 from moving import WAYS, command, move
 from survive import TICK, image
 
+sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+from certificates import signed
+
 STEPS = int(os.environ.get("STEPS", "4"))
 SEED = int(os.environ.get("SEED", "1"))
 KEPT_MAX = 4
 KEY = ["--key-file", "key"]
+ENGINES = "bt", "bt", "interp"
+LATE_S = 3  # between asking the guest for its time and hearing it, on a busy host
 BAD = "BUG:|Oops|Call Trace|WARNING|I/O error|EXT4-fs error|stall|blocked for"
 
 
@@ -71,7 +79,7 @@ class Walk:
 
     def __init__(self, spaces, peer):
         self.rng, self.spaces, self.peer = random.Random(SEED), spaces, peer
-        self.vm, self.where, self.kept, self.base, self.number, self.connections, self.doing = "one", 0, [], None, 0, 1, "boot"
+        self.vm, self.where, self.kept, self.base, self.number, self.connections, self.doing, self.behind = "one", 0, [], None, 0, 1, "boot", None
 
     def inside(self, where):
         return ["ip", "netns", "exec", self.spaces[where]]
@@ -94,8 +102,9 @@ class Walk:
     def restore(self, kept):
         if kept[0] != self.vm:
             self.doppel("rm", "-f", self.vm)
-        self.doppel("snapshot", "restore", *kept[:2], *kept[2])
-        self.vm, self.base = kept[0], kept
+        engine = self.rng.choice(ENGINES)
+        self.doppel("snapshot", "restore", *kept[:2], *kept[2], "--engine", engine, "--load", self.rng.choice(("lazy", "fill", "whole")))
+        self.vm, self.base, self.behind = kept[0], kept, None
         if self.state() == "paused":
             self.doppel("resume", self.vm)
 
@@ -143,12 +152,17 @@ class Walk:
         return ""
 
     def migrate(self):
-        listen, both = self.rng.choice((("unix:there", []), (f"172.16.0.{1 if self.where else 3}:0", KEY), (f"172.16.0.{1 if self.where else 3}:0", ["--insecure"])))
-        target, engine, way = "two" if self.vm == "one" else "one", self.rng.choice(("bt", "interp")), self.rng.choice(WAYS)
+        address = f"172.16.0.{1 if self.where else 3}:0"
+        listen, here, there = self.rng.choice((("unix:there", [], []), (address, KEY, KEY), (address, ["--insecure"], ["--insecure"]), (address, signed("one"), signed("other"))))
+        target, engine, way = "two" if self.vm == "one" else "one", self.rng.choice(ENGINES), [*self.rng.choice(WAYS), *self.rng.choice(([], [], ["--post-copy"]))]
         subprocess.run([doppel, "rm", "-f", target], capture_output=True, timeout=60)
-        move(self.vm, target, engine, way, self.inside(1 - self.where), listen, both, self.inside(self.where))
+        if self.rng.random() < 0.2:
+            self.number += 1
+            os.mkdir(f"disks{self.number}")
+            way, there = [*way, "--disks"], [*there, "--disk-dir", f"disks{self.number}"]
+        move(self.vm, target, engine, [*here, *way], self.inside(1 - self.where), listen, here=self.inside(self.where), there=there)
         self.vm, self.where, self.base = target, 1 - self.where, None
-        return " ".join([engine, listen, *both, *way])
+        return " ".join([engine, listen, *here, *way])
 
     def pause(self):
         self.doppel("pause", self.vm)
@@ -161,6 +175,14 @@ class Walk:
                 vm.expect(TICK, 60)
             assert "WRONG" not in guest.plain(vm.transcript)
 
+    def clocks(self):
+        with Guest([self.vm], self.vm, command="console") as vm:
+            wall, chip = map(float, re.search(r"clocks (\d+) (\d+)", vm.run("echo clocks $(date +%s) $(cat /sys/class/rtc/rtc0/since_epoch)")).groups())
+        behind = time.time() - wall
+        assert abs(time.time() - chip) < LATE_S, f"the clock of the chipset is {time.time() - chip:.1f} s behind"
+        assert self.behind is None or abs(behind - self.behind) < LATE_S, f"the clock at the wall was {self.behind:.1f} s behind and is {behind:.1f} s"
+        self.behind = behind
+
     def step(self):
         act = self.rng.choice([self.create, self.create, self.again, self.back, self.delete, self.clone, self.migrate, self.migrate, self.migrate, self.pause])
         self.doing, began = act.__name__, time.monotonic()
@@ -169,6 +191,7 @@ class Walk:
             said += ", deleted " + self.delete()
         self.steady(self.vm)
         self.peer.more(self.connections)
+        self.clocks()
         return f"{act.__name__} {said}: {time.monotonic() - began:.1f} s"
 
 

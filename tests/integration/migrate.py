@@ -15,6 +15,9 @@ import threading
 import small_guests
 from vms import KEEPS, LIMIT, doppel, kernel, knows, run, runtime, start, state, type_in, vms, wait_for
 
+sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+from certificates import self_signed, signed
+
 
 @contextlib.contextmanager
 def tcp_receiver(*options):
@@ -79,26 +82,10 @@ def move():
         run("rm", "fourth", "third", "second", "vm")
 
 
-def certificates():
-    """An authority and two who are signed by it, and one that is signed by itself: files NAME.pem and NAME.key."""
-    def openssl(*arguments):
-        subprocess.run(["openssl", *arguments], check=True, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
-    for name in "authority", "stranger":
-        openssl("req", "-x509", *key, "-keyout", f"{name}.key", "-out", f"{name}.pem", "-subj", f"/CN={name}", "-days", "2")
-    for name in "one", "other":
-        openssl("req", *key, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
-        openssl("x509", "-req", "-in", f"{name}.csr", "-CA", "authority.pem", "-CAkey", "authority.key", "-CAcreateserial", "-out", f"{name}.pem", "-days", "2")
-
-
-def signed(name):
-    return ["--cert", f"{name}.pem", "--cert-key", f"{name}.key", "--ca", "authority.pem"]
-
-
 def tcp():
     """Over TCP: with a secret, with certificates, as it is. Whoever has others is a stranger, and the receiver goes on waiting for the right one."""
     with runtime():
-        certificates()
+        self_signed("stranger")
         for name in "key", "other-key":
             with open(name, "wb") as file:
                 file.write(os.urandom(32))
