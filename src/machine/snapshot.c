@@ -183,6 +183,7 @@ static int collect(struct machine *machine, struct error *err)
 /* What may be written without a fault was noted as dirty before: engines are to notice again. */
 static void notice_again(struct machine *machine)
 {
+    physmap_need_marks(machine->memory);
     for (unsigned i = 0; i < machine->cpu_count; i++)
         machine->engine_ops->state_changed(machine->vcpu[i].vcpu);
 }
@@ -346,6 +347,7 @@ static int begin_from(struct machine *machine, void *ctx, struct error *err)
         r = error_set(err, -EINVAL, "%s: %s", files->state, state_error(io));
     const struct chunk_id id = id_of(&header);
     snapshot_set_base(machine, &id);
+    physmap_need_marks(machine->memory);
     if (r == 0)
         r = read_ahead_open(machine, files, &id, err);
     if (r == 0)

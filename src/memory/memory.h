@@ -103,6 +103,15 @@ gpa_t physmap_gpa(const struct physmap *map, uint64_t offset);
 void physmap_mark_dirty(struct physmap *map, gpa_t gpa, uint64_t length_bytes);
 /* Dirty marks only. For engines, which notice their own stores to pages that they watch. */
 void physmap_mark_written(struct physmap *map, gpa_t gpa, uint64_t length_bytes);
+/*
+ * Engines may let the guest write to a page without a fault, and mark it, before it does: for nothing but speed, as long as marks tell nobody anything. From physmap_need_marks on, which is called
+ * while no vCPU runs, they do that only with pages that are private and marked anyway.
+ */
+void physmap_need_marks(struct physmap *map);
+bool physmap_marks_are_needed(const struct physmap *map);
+bool physmap_expects_writes(const struct physmap *map, uint64_t offset);
+/* Bit n: the page at offset + n * PAGE_SIZE_BYTES is marked; 64 of them. */
+uint64_t physmap_marks(const struct physmap *map, uint64_t offset);
 /* True when the page at gpa was marked since the last call for it; forgets the mark. Any thread. */
 bool physmap_take_dirty(struct physmap *map, gpa_t gpa);
 /*

@@ -66,6 +66,7 @@ struct physmap {
     pthread_rwlock_t watch_lock;
     struct watcher watchers[PHYSMAP_WATCHERS_MAX]; /* free ones have no `changed` */
     struct pages pages;
+    bool marks_needed;
     bool has_states; /* some of RAM may be other than private; set before vCPUs run */
 };
 
@@ -518,6 +519,28 @@ void physmap_watch_page(struct physmap *map, gpa_t gpa, bool on)
         atomic_fetch_or(&map->watched[offset / PAGE_SIZE_BYTES / 64], bit);
     else
         atomic_fetch_and(&map->watched[offset / PAGE_SIZE_BYTES / 64], ~bit);
+}
+
+void physmap_need_marks(struct physmap *map)
+{
+    map->marks_needed = true;
+}
+
+bool physmap_marks_are_needed(const struct physmap *map)
+{
+    return map->marks_needed;
+}
+
+uint64_t physmap_marks(const struct physmap *map, uint64_t offset)
+{
+    uint64_t page = offset / PAGE_SIZE_BYTES, bits = atomic_load_explicit(&map->dirty[page / 64], memory_order_relaxed) >> page % 64;
+    return page % 64 ? bits | atomic_load_explicit(&map->dirty[page / 64 + 1], memory_order_relaxed) << (64 - page % 64) : bits;
+}
+
+bool physmap_expects_writes(const struct physmap *map, uint64_t offset)
+{
+    return physmap_is_private(map, offset, PAGE_SIZE_BYTES) &&
+           (!map->marks_needed || atomic_load_explicit(&map->dirty[offset / PAGE_SIZE_BYTES / 64], memory_order_relaxed) >> offset / PAGE_SIZE_BYTES % 64 & 1);
 }
 
 bool physmap_take_dirty(struct physmap *map, gpa_t gpa)

@@ -333,7 +333,7 @@ static uint64_t entry_wanted(struct direct_space *space, gva_t gva, uint64_t gue
     if (!physmap_is_private(memory, offset, PAGE_SIZE_BYTES) && (!now || physmap_need(memory, offset, PAGE_SIZE_BYTES, PHYSMAP_WRITE)))
         return 0;
     uint8_t *flags = &e->code_flags[offset / PAGE_SIZE_BYTES];
-    if (physmap_is_rom(memory, gpa) || (*flags & BT_CODE_PRESENT))
+    if (physmap_is_rom(memory, gpa) || (*flags & BT_CODE_PRESENT) || !(access & PAGING_WRITE || physmap_expects_writes(memory, offset)))
         rights &= ~PAGING_MAY_WRITE;
     rights = write_or_execute(space, gva, rights, old, access);
     bool known = (old & ~(uint64_t)ENTRY_RIGHTS) == offset && (old & PAGING_MAY_EXECUTE);

@@ -345,13 +345,13 @@ static uint64_t entry_value(const struct bt_engine *e, uint64_t offset, bool wri
     return (uintptr_t)window + offset - page;
 }
 
-/* write: the access is one, so that the page is ready for it. Otherwise pages that would have to be copied first are filled for reading. */
+/* write: the access is one, so that the page is ready for it. Otherwise pages that would have to be copied or marked first are filled for reading. */
 static void page_fill(struct bt_vcpu *b, struct table *table, gva_t page, gpa_t gpa, bool writable, bool write)
 {
     uint64_t offset;
     if (!physmap_take(b->c.v.memory, gpa, PAGE_SIZE_BYTES, write ? PHYSMAP_WRITE : PHYSMAP_READ, &offset))
         return;
-    writable = writable && !physmap_is_rom(b->c.v.memory, gpa) && (write || physmap_is_private(b->c.v.memory, offset, PAGE_SIZE_BYTES));
+    writable = writable && !physmap_is_rom(b->c.v.memory, gpa) && (write || physmap_expects_writes(b->c.v.memory, offset));
     if (writable)
         physmap_mark_written(b->c.v.memory, gpa, PAGE_SIZE_BYTES);
     table->entry[entry_number(table, page)] = entry_value(b->engine, offset, writable, page);
@@ -374,7 +374,7 @@ static void group_fill(struct bt_vcpu *b, struct table *table, struct chunk *c, 
 }
 
 /* The 2 MiB around gva inside a larger page, when all of them are plain RAM. */
-static bool large_fill(struct bt_vcpu *b, struct table *table, struct chunk *c, gva_t gva, const struct paging_result *page, bool writable)
+static bool large_fill(struct bt_vcpu *b, struct table *table, struct chunk *c, gva_t gva, const struct paging_result *page, bool writable, bool write)
 {
     const struct bt_layout *l = &b->engine->layout;
     struct physmap *memory = b->c.v.memory;
@@ -383,15 +383,20 @@ static bool large_fill(struct bt_vcpu *b, struct table *table, struct chunk *c, 
     uint64_t offset;
     if (!physmap_offset(memory, gpa, LARGE_BYTES, &offset) || !physmap_is_private(memory, offset, LARGE_BYTES) || !physmap_get(memory, gpa, LARGE_BYTES, PHYSMAP_WRITE))
         return false;
-    if (writable)
+    if (writable && !physmap_marks_are_needed(memory))
         physmap_mark_written(memory, gpa, LARGE_BYTES);
-    uint64_t entry = entry_number(table, first);
-    uint64_t value = (uintptr_t)(writable ? l->window_w : l->window_r) + offset - first; /* the same all along */
-    for (unsigned n = 0; n < LARGE_PAGES; n++)
-        table->entry[entry + n] = value;
+    else if (write)
+        physmap_mark_written(memory, page->gpa, 1);
+    uint64_t entry = entry_number(table, first), marks = writable ? ~0ull : 0;
+    uint64_t value = (uintptr_t)l->window_r + offset - first, to_write = (uint64_t)(l->window_w - l->window_r); /* the same all along */
+    for (unsigned n = 0; n < LARGE_PAGES; n++) {
+        if (writable && n % 64 == 0)
+            marks = physmap_marks(memory, offset + n * PAGE_SIZE_BYTES);
+        table->entry[entry + n] = value + (marks >> n % 64 & 1 ? to_write : 0);
+    }
     for (unsigned n = 0; writable && n < LARGE_PAGES; n++)
         if (unlikely(page_is_code(b->engine, offset + n * PAGE_SIZE_BYTES)))
-            table->entry[entry + n] += (uint64_t)(l->window_r - l->window_w);
+            table->entry[entry + n] = value;
     chunk_note(b->tables, table, c, entry, LARGE_PAGES, page->global, page->page_bytes);
     return true;
 }
@@ -434,7 +439,7 @@ static enum bt_fill fill(struct bt_vcpu *b, gva_t gva, unsigned size, bool write
     if (!c)
         return BT_FILL_SLOW;
     bool writable = write || (page.dirty && (page.writable || (view->kind != KIND_USER && !(cpu->cr0 & CR0_WP))));
-    if (page.page_bytes > PAGE_SIZE_BYTES && large_fill(b, table, c, gva, &page, writable))
+    if (page.page_bytes > PAGE_SIZE_BYTES && large_fill(b, table, c, gva, &page, writable, write))
         return BT_FILL_DONE;
     if (group.readable)
         group_fill(b, table, c, gva, &group, write);

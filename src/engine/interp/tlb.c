@@ -302,9 +302,8 @@ static void *translate_miss(struct icpu *c, enum tlb_view view, gva_t gva, unsig
         writable = (access & PAGING_WRITE) || (page.dirty && write_allowed(c, view, &page));
     uint8_t *host = NULL;
     uint64_t offset;
-    /* A page that would have to be copied first waits for its first write. */
     if (writable && !(access & PAGING_WRITE))
-        writable = physmap_offset(c->v.memory, gpa_page, PAGE_SIZE_BYTES, &offset) && physmap_is_private(c->v.memory, offset, PAGE_SIZE_BYTES);
+        writable = physmap_offset(c->v.memory, gpa_page, PAGE_SIZE_BYTES, &offset) && physmap_expects_writes(c->v.memory, offset);
     if (writable) {
         host = physmap_get(c->v.memory, gpa_page, PAGE_SIZE_BYTES, PHYSMAP_WRITE);
         if (host)

@@ -338,6 +338,36 @@ static void large_pages_are_filled_whole(void **state)
     assert_int_equal(read_at(f, huge + ROM + 0x5000), -1);
 }
 
+/* Where marks tell something, only what is written to is marked; before, whatever may be. */
+static void only_what_is_written_is_marked(void **state)
+{
+    struct fixture *f = *state;
+    enum { WRITTEN = 3, SMALL = 2 << 20 };
+    *leaf_of(f, ROOT, KERNEL, 2) = DATA | USED | PS;
+    map(f, KERNEL + SMALL, (DATA + SMALL) | USED);
+    map(f, KERNEL + SMALL + PAGE_SIZE_BYTES, (DATA + SMALL + PAGE_SIZE_BYTES) | USED);
+    physmap_need_marks(f->memory);
+    for (unsigned pass = 0; pass < 3; pass++) {
+        bool written = pass == 1;
+        assert_int_equal(tables_fill(f->b, KERNEL + WRITTEN * PAGE_SIZE_BYTES, 1, written), BT_FILL_DONE);
+        assert_int_equal(tables_fill(f->b, KERNEL + SMALL, 1, written), BT_FILL_DONE);
+        for (unsigned n = 0; n < 512; n++) {
+            assert_int_equal(read_at(f, KERNEL + n * PAGE_SIZE_BYTES), pattern(DATA + n * PAGE_SIZE_BYTES));
+            assert_int_equal(write_at(f, KERNEL + n * PAGE_SIZE_BYTES, pattern(DATA + n * PAGE_SIZE_BYTES)), pass && n == WRITTEN); /* in the last pass a read is enough: it is marked */
+        }
+        assert_int_equal(write_at(f, KERNEL + SMALL, 1), pass > 0);
+        assert_false(write_at(f, KERNEL + SMALL + PAGE_SIZE_BYTES, 1));
+        tables_flush_all(&f->b->c);
+        tables_select(f->b);
+    }
+    for (unsigned n = 0; n < 512; n++)
+        assert_int_equal(physmap_take_dirty(f->memory, DATA + n * PAGE_SIZE_BYTES), n == WRITTEN);
+    assert_true(physmap_take_dirty(f->memory, DATA + SMALL));
+    assert_false(physmap_take_dirty(f->memory, DATA + SMALL + PAGE_SIZE_BYTES));
+    assert_int_equal(tables_fill(f->b, KERNEL, 1, false), BT_FILL_DONE);
+    assert_false(write_at(f, KERNEL + WRITTEN * PAGE_SIZE_BYTES, 1));
+}
+
 static void without_paging(void **state)
 {
     struct fixture *f = *state;
@@ -886,6 +916,7 @@ int main(void)
         TEST(neighbours_that_were_used_come_along),
         TEST(rom_and_code_pages),
         TEST(large_pages_are_filled_whole),
+        TEST(only_what_is_written_is_marked),
         TEST(without_paging),
         TEST(pages_of_32_bit_paging),
         TEST(wild_addresses),
