@@ -405,12 +405,12 @@ def served_without_broker():
     served(False)
 
 
-def direct():
+def direct(program="scattered", append="pieces=200 rounds=1"):
     """User code on the processor itself, in processes of their own."""
-    program = os.path.join(os.path.dirname(os.environ["REAL_DOPPEL"]), "tests/conform/scattered")
+    program = os.path.join(os.path.dirname(os.environ["REAL_DOPPEL"]), "tests/conform", program)
     with vms.runtime():
         done = subprocess.run([vms.doppel, "run", "--kernel", program, "--memory", "128M", "--engine", "bt", "--direct", "always", "--net", "none", "--console", "file:out",
-                               "--on-reset", "exit", "--cpus", "2", "--append", "direct pieces=200 rounds=1"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=vms.LIMIT)
+                               "--on-reset", "exit", "--cpus", "2", "--append", f"direct {append}"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=vms.LIMIT)
         print(done.stderr)
         with open("out", errors="replace") as out:
             assert "DONE 0 failures" in out.read() and "is translated" not in done.stderr and done.returncode == 0
@@ -609,7 +609,7 @@ def streams():
 
 
 scenarios = {scenario.__name__: scenario for scenario in (plain, migrated, waiting, translated, signals, stopped, sockets, terminal, plugged, plugged_card, measured, unread, late, dying_worker, dying_share, tapped, replaced, busy, served, served_without_broker, updated, direct, direct_paused, direct_ended, kvm, kvm_asked, kvm_share, kept, filled, streams, vms.names, vms.life, vms.crash, vms.console)}
-scenarios |= {"tree": snapshots.tree} | {f"dying_{name}": functools.partial(dying, name) for name in ("main", "loop", "vcpu0", "control")}
+scenarios |= {"tree": snapshots.tree, "direct_boundary": functools.partial(direct, "boundary", "")} | {f"dying_{name}": functools.partial(dying, name) for name in ("main", "loop", "vcpu0", "control")}
 
 if __name__ == "__main__":
     try:

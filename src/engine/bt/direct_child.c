@@ -36,6 +36,8 @@
 #include "arch/cpu.h"
 #include "util/sandbox_rules.h"
 
+#define PTRACE_SIGMASK_SET ((enum __ptrace_request)0x420b)
+
 /* Making a process, in it before it is ready, and driving it. The filter of the thread is its, too, under its own. */
 #define ALLOW(call) SANDBOX_ALLOW_WITH(SANDBOX_DIRECT, IN_VCPU, call)
 #define ALLOW_IF(call, ...) SANDBOX_ALLOW_WITH_IF(SANDBOX_DIRECT, IN_VCPU, call, __VA_ARGS__)
@@ -59,10 +61,22 @@ ALLOW_IF(prctl, ARG_IS(0, PR_SET_PDEATHSIG));
 ALLOW_IF(prctl, ARG_IS(0, PR_SET_TSC));
 ALLOW_IF(prctl, ARG_IS(0, PR_SET_NO_NEW_PRIVS));
 ALLOW(seccomp);
-ALLOW(ptrace);
-ALLOW(wait4);
+/* Of what asked to be traced only: neither PTRACE_ATTACH nor PTRACE_SEIZE. */
+ALLOW_IF(ptrace, ARG_IS(0, PTRACE_TRACEME));
+ALLOW_IF(ptrace, ARG_IS(0, PTRACE_SETOPTIONS));
+ALLOW_IF(ptrace, ARG_IS(0, PTRACE_SIGMASK_SET));
+ALLOW_IF(ptrace, ARG_IS(0, PTRACE_GETREGS));
+ALLOW_IF(ptrace, ARG_IS(0, PTRACE_SETREGS));
+ALLOW_IF(ptrace, ARG_IS(0, PTRACE_GETREGSET));
+ALLOW_IF(ptrace, ARG_IS(0, PTRACE_SETREGSET));
+ALLOW_IF(ptrace, ARG_IS(0, PTRACE_GETSIGINFO));
+ALLOW_IF(ptrace, ARG_IS(0, PTRACE_PEEKTEXT));
+ALLOW_IF(ptrace, ARG_IS(0, PTRACE_POKEUSER));
+ALLOW_IF(ptrace, ARG_IS(0, PTRACE_CONT));
+ALLOW_IF(ptrace, ARG_IS(0, PTRACE_SINGLESTEP));
+ALLOW_IF(ptrace, ARG_IS(0, PTRACE_SYSEMU));
 ALLOW(prlimit64);
-SANDBOX_ALLOW_WITH_IF(SANDBOX_DIRECT, IN_VCPU | IN_MAIN, kill, ARG_IS(1, SIGKILL));
+SANDBOX_ALLOW_WITH(SANDBOX_DIRECT, IN_VCPU | IN_MAIN, wait4);
 #undef ALLOW
 #undef ALLOW_IF
 
@@ -77,7 +91,6 @@ SANDBOX_ALLOW_WITH_IF(SANDBOX_DIRECT, IN_VCPU | IN_MAIN, kill, ARG_IS(1, SIGKILL
 #define MAP_FLAGS (MAP_SHARED | MAP_FIXED | MAP_POPULATE)
 #define USER_CS 0x33
 #define USER_SS 0x2b
-#define PTRACE_SIGMASK_SET ((enum __ptrace_request)0x420b)
 #define XSTATE_BYTES_MAX 16384u
 #define HEADER_BYTES 128u /* of the ELF file: its header and one program header */
 #define XSAVE_SOFTWARE 464u /* to 511: not the processor's; the kernel puts marks of its own there */
@@ -155,7 +168,7 @@ struct hidden_page {
 _Static_assert(sizeof(loop_code) <= 128 && sizeof(struct hidden_page) <= PAGE, "one page");
 
 struct direct_child {
-    pid_t pid;
+    pid_t pid, tracer;
     uint64_t hidden;          /* address of its hidden pages */
     struct command *commands; /* the list, as mapped here */
     unsigned count;
@@ -467,6 +480,7 @@ int direct_child_create(struct direct_child **out, int ram_fd, struct error *err
         return error_set(err, -ENOMEM, "no memory for a process");
     }
     child->vectors = vectors;
+    child->tracer = gettid();
     child->hidden = address_choose();
     child->cpu = child->kicks[0] = child->kicks[1] = -1;
     child_start(child, ram_fd, &trouble);
@@ -480,10 +494,10 @@ int direct_child_create(struct direct_child **out, int ram_fd, struct error *err
 
 void direct_child_destroy(struct direct_child *child)
 {
-    if (child->pid > 0 && !kill(child->pid, SIGKILL)) { /* else it dies with this process */
-        while (waitpid(child->pid, NULL, __WALL) < 0 && errno == EINTR)
-            ;
-    }
+    /* It stands still, and is killed as it goes on. Those of a thread that has ended the kernel kills (PTRACE_O_EXITKILL). */
+    bool stays = child->pid > 0 && child->tracer == gettid() && ptrace(PTRACE_CONT, child->pid, NULL, SIGKILL);
+    while (child->pid > 0 && waitpid(child->pid, NULL, __WALL | (stays ? WNOHANG : 0)) < 0 && errno == EINTR)
+        ;
     if (child->commands)
         munmap(child->commands, DIRECT_HIDDEN_BYTES - PAGE);
     for (unsigned n = 0; n < 2; n++)
