@@ -44,7 +44,7 @@ SANDBOX_ALLOW_WITH_IF(SANDBOX_NET_USER, IN_LOOP, fcntl, ARG_IS(1, F_GETFL));
 SANDBOX_ALLOW_WITH_IF(SANDBOX_NET_USER, IN_LOOP, fcntl, ARG_IS(1, F_SETFL));
 SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, getppid); /* the library's random numbers, for a card that is plugged */
 /* It looks for the host's name servers now and then; Landlock lets this one file be found. */
-SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, openat);
+SANDBOX_ALLOW_WITH_IF(SANDBOX_NET_USER, IN_LOOP, openat, ARG_LACKS(2, O_ACCMODE | O_CREAT | O_TRUNC));
 SANDBOX_ALLOW_WITH(SANDBOX_NET_USER, IN_LOOP, newfstatat);
 
 #define NS_PER_MS 1000000ull

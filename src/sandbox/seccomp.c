@@ -5,6 +5,7 @@
  */
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/audit.h>
 #include <linux/filter.h>
 #include <linux/if_tun.h>
 #include <linux/seccomp.h>
@@ -149,6 +150,8 @@ int filter_make(struct sock_fprog *program, unsigned kind, unsigned needs, const
     int r = filter ? 0 : -ENOMEM;
     if (r == 0)
         r = seccomp_attr_set(filter, SCMP_FLTATR_CTL_OPTIMIZE, 2); /* a tree: the wanted call is found in few steps */
+    if (r == 0)
+        r = seccomp_attr_set(filter, SCMP_FLTATR_ACT_BADARCH, SCMP_ACT_TRAP); /* INT 0x80 and x32: else only the thread would end, and the program go on without it */
     bool opens = broker, clones = false;
     for (unsigned n = 0; r == 0 && n < count; n++) {
         const struct sandbox_rule *rule = &rules[n];
@@ -250,7 +253,10 @@ static void forbidden(int number, siginfo_t *info, void *context)
     append(line, sizeof line, sandbox_kind_name(thread_kind));
     append(line, sizeof line, ") tried system call ");
     append_number(line, sizeof line, (unsigned long)info->si_syscall);
-    append_name(line, sizeof line, info->si_syscall);
+    if (info->si_arch == AUDIT_ARCH_X86_64)
+        append_name(line, sizeof line, info->si_syscall);
+    else
+        append(line, sizeof line, " of 32-bit programs");
     append(line, sizeof line, ", which it never makes: stopped\n");
     (void)!write(STDERR_FILENO, line, strlen(line));
     _exit(SANDBOX_EXIT_STATUS);

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Each rule of the sandbox is needed: without it a test fails that passes with it, and the program says which call it lacks. `sandbox_rules.py DOPPEL FILTERED-DIRECTORY`.
 
-sandbox_rules.txt names for each rule (`doppel run --sandbox omit=list`) the test that needs it: `libc SCENARIO` or `pages touched` (tests/unit/filtered/libc.c and pages.c), `unit NAME` (a unit test under filters,
+sandbox_rules.txt names for each rule (`doppel run --sandbox omit=list`) the test that needs it: `libc SCENARIO`, `libc_files SCENARIO` or `pages touched` (tests/unit/filtered/libc.c and pages.c), `unit NAME` (a unit test under filters,
 tests/unit/filtered) or `machine NAME` (sandbox_machines.py), all of them also ` on HOST` (HOSTS below); or `none` and why no test shows that it is needed. A rule without a line fails, and a line without a rule. Then a few rules are tried, others each day (--seed N; --seconds N), or
 --all of them; --rule NAME tries one. --learn looks for tests of rules that have none, and says them."""
 import argparse
@@ -87,7 +87,7 @@ def run_test(test, rule, omit):
     environment = {**os.environ, "FILTER_OMIT": rule if omit else "none", "FILTER_NEEDS": str(sum(NEEDS[need] for need in needs)), "REAL_DOPPEL": doppel}
     missing = HOSTS[host](environment) if host else None
     alone = [f"{options.filtered}/filtered_{family}", kind, name]
-    command = {"libc": alone, "pages": alone, "unit": [f"{options.filtered}/filtered_{name}"],
+    command = {"libc": alone, "libc_files": alone, "pages": alone, "unit": [f"{options.filtered}/filtered_{name}"],
                "machine": [sys.executable, str(here / "sandbox_machines.py"), wrapper, name]}[family]
     if family != "machine" and "FILTER_PRELOAD" in environment:
         environment["LD_PRELOAD"] = environment["FILTER_PRELOAD"]
