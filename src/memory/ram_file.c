@@ -155,8 +155,8 @@ int ram_file_read(struct physmap *map, int fd, struct error *err)
 void ram_file_pages(struct physmap *map, uint64_t *pages)
 {
     uint64_t end = physmap_ram_bytes(map), start, stop;
+    physmap_pages_elsewhere(map, pages); /* first: what comes from there meanwhile, without a mark, is found by what follows */
     for (uint64_t at = 0; at < end && next_data(physmap_fd(map), at, end, &start, &stop); at = stop)
         for (uint64_t page = start / PAGE_SIZE_BYTES; page < stop / PAGE_SIZE_BYTES; page++)
             pages[page / 64] |= 1ull << page % 64;
-    physmap_pages_elsewhere(map, pages);
 }

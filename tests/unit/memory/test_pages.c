@@ -320,6 +320,36 @@ static void test_remote_over_shared(void **state)
     assert_int_equal(f->closed, 1);
 }
 
+static void *fetch_all(void *arg)
+{
+    struct fixture *f = arg;
+    for (uint64_t at = 0; at < RAM_BYTES; at += PAGE_SIZE_BYTES)
+        assert_non_null(physmap_get(f->map, at, 8, PHYSMAP_READ));
+    return NULL;
+}
+
+/* Which pages there are is known at each moment, also when they come just now. */
+static void test_pages_while_they_come(void **state)
+{
+    for (unsigned round = 0; round < 50; round++) {
+        struct fixture *f = *state;
+        pthread_t thread;
+        uint64_t left_remote = 1, left_shared;
+        remote(f);
+        assert_int_equal(pthread_create(&thread, NULL, fetch_all, f), 0);
+        while (left_remote) {
+            uint64_t pages[PAGES / 64] = {0};
+            physmap_page_counts(f->map, &left_remote, &left_shared);
+            ram_file_pages(f->map, pages);
+            for (uint64_t n = 0; n < PAGES / 64; n++)
+                assert_int_equal(pages[n], ~0ull);
+        }
+        pthread_join(thread, NULL);
+        teardown(state);
+        setup(state);
+    }
+}
+
 /* All of it is written out, wherever it is. */
 static void test_save(void **state)
 {
@@ -418,6 +448,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         TEST(test_shared_read),       TEST(test_shared_write),   TEST(test_shared_discard),     TEST(test_shared_new_window), TEST(test_shared_scattered),
         TEST(test_truncated),         TEST(test_size),           TEST(test_remote_once),        TEST(test_remote_background), TEST(test_remote_failure),
+        TEST(test_pages_while_they_come),
         TEST(test_remote_over_shared), TEST(test_save),          TEST(test_race),               TEST(test_vectors),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
