@@ -38,7 +38,8 @@ struct post_copy_pace {
 int post_copy_source_serve(struct post_copy_source *source, const struct post_copy_pace *pace, struct error *err) __attribute__((warn_unused_result));
 
 /*
- * The target: machine->post_copy_target. Memory's page source is asked by any thread; the connection has a thread of its own from post_copy_target_start on, and before that is the only thread's there is.
+ * The target: machine->post_copy_target. Memory's page source is asked by any thread; the connection has a thread of its own from post_copy_target_start on, and before that is used by one at a time of
+ * those that ask (devices take what comes from outside already).
  */
 struct post_copy_target;
 /* Takes the unpacker over, if it succeeds; the stream stays the caller's until post_copy_target_start has succeeded. */

@@ -38,7 +38,7 @@ struct post_copy_target {
     uint8_t id[MIGRATE_ID_BYTES];
     int wake_fd;
     pthread_t thread;
-    bool threaded;
+    bool threaded, taken; /* it is; without it, somebody uses the stream */
     _Atomic bool arrived, ending; /* everything; the machine ends */
     unsigned arrivals;    /* the thread's: messages with pages that the source does not know of yet */
 
@@ -224,10 +224,15 @@ static int fetch(void *ctx, uint64_t offset, void *data, uint64_t bytes, struct 
     pthread_mutex_lock(&target->lock);
     waiting.next = target->waiting;
     target->waiting = &waiting;
-    if (!target->threaded && target->state != FAILED) {
+    while (!target->threaded && target->taken && waiting.pages)
+        pthread_cond_wait(&target->changed, &target->lock);
+    if (!target->threaded && waiting.pages && target->state != FAILED) {
+        target->taken = true;
         pthread_mutex_unlock(&target->lock);
         int r = take_until_here(target, &waiting, &why);
         pthread_mutex_lock(&target->lock);
+        target->taken = false;
+        pthread_cond_broadcast(&target->changed);
         if (r)
             fail(target, &why);
     } else {
@@ -418,6 +423,8 @@ int post_copy_target_start(struct machine *machine, bool *paused, struct error *
     const struct timespec until = {.tv_sec = (time_t)(until_ns / 1000000000), .tv_nsec = (long)(until_ns % 1000000000)};
     struct error why = {0};
     pthread_mutex_lock(&target->lock);
+    while (target->taken)
+        pthread_cond_wait(&target->changed, &target->lock);
     target->to_say |= 1u << MIGRATE_READY;
     int r = pthread_create(&target->thread, NULL, target_main, target);
     target->threaded = r == 0;
