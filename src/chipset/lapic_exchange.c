@@ -78,7 +78,8 @@ void lapic_take(struct lapic_set *set, unsigned cpu, const struct apic_state *st
     timer->initial_count = reg[REG_INITIAL_COUNT];
     timer->divide = reg[REG_DIVIDE] & lapic_register_bits(REG_DIVIDE);
     timer->deadline_tsc = timer_counts(apic) ? 0 : state->tsc_deadline;
-    timer->running = timer_counts(apic) ? timer->initial_count && reg[REG_CURRENT_COUNT] : state->tsc_deadline != 0;
+    /* A count of zero: it has expired, and nobody knows whether KVM, which raises the interrupt when the processor runs, has done so. Rather once too often, as KVM does. */
+    timer->running = timer_counts(apic) ? timer->initial_count != 0 : state->tsc_deadline != 0;
     timer->expiry_ns = timer_counts(apic) ? now + (uint64_t)reg[REG_CURRENT_COUNT] * divisor_of(timer->divide) : deadline_ns;
     lapic_unlock(apic);
 }

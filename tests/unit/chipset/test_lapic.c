@@ -623,6 +623,25 @@ static void test_expired_when_given(void **state)
     assert_int_equal(lapic_interrupt_ack(rig->set, 1), 0x31);
 }
 
+/* From one that has not raised it yet when its state is taken: a count of zero is all that it tells. A periodic timer goes on, too. */
+static void test_expired_when_taken(void **state)
+{
+    struct rig *rig = *state;
+    for (unsigned periodic = 0; periodic < 2; periodic++) {
+        struct apic_state given;
+        wr(rig, 1, LVT_T, periodic << 17 | 0x31);
+        wr(rig, 1, INITIAL, 1000000000);
+        lapic_give(rig->set, 1, &given);
+        given.reg[CURRENT >> 4] = 0;
+        lapic_take(rig->set, 1, &given);
+        uint32_t left = rd(rig, 1, CURRENT);
+        assert_int_equal(left != 0, periodic);
+        assert_int_equal(lapic_interrupt_ack(rig->set, 1), 0x31);
+        wr(rig, 1, EOI, 0);
+        wr(rig, 1, INITIAL, 0);
+    }
+}
+
 /* ---- Anything at all, from several threads ---- */
 
 static uint64_t random_next(uint64_t *seed)
@@ -744,6 +763,7 @@ int main(void)
         T(test_mode_changes),   T(test_x2apic_msrs),         T(test_timer_one_shot),      T(test_timer_masked_counts),
         T(test_timer_periodic), T(test_timer_deadline),      T(test_extint),              T(test_odd_accesses),
         T(test_state),          T(test_expired_when_saved),  T(test_expired_when_given),  T(test_random_accesses),
+        T(test_state),          T(test_expired_when_saved),  T(test_expired_when_taken),  T(test_random_accesses),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
