@@ -200,15 +200,15 @@ static void *metrics_main(void *arg)
     clock_gettime(CLOCK_MONOTONIC, &next);
     next.tv_sec += INTERVAL_S;
     pthread_mutex_lock(&metrics->lock);
-    while (!metrics->ending) {
+    do { /* once at least: the end may come before this thread */
         if (metrics->machine && !inside)
             machine_shut_in_or_stop(metrics->machine, IN_WORKER); /* it only writes to what is open */
         inside = metrics->machine;
-        bool due = pthread_cond_timedwait(&metrics->wake, &metrics->lock, &next) == ETIMEDOUT || metrics->ending;
+        bool due = metrics->ending || pthread_cond_timedwait(&metrics->wake, &metrics->lock, &next) == ETIMEDOUT || metrics->ending;
         next.tv_sec += due ? INTERVAL_S : 0;
         if (due && write_line(metrics))
             LOG_GUEST(LOG_WARNING, "a line of metrics was lost");
-    }
+    } while (!metrics->ending);
     pthread_mutex_unlock(&metrics->lock);
     return NULL;
 }
