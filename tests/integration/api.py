@@ -3,6 +3,8 @@
 program's options. A refused call must have changed nothing, which GET /vm/config shows."""
 import concurrent.futures, http.client, json, os, socket, struct, subprocess, sys, tempfile, time
 
+import api_fields, small_guests
+
 doppel = sys.argv[1]
 work = tempfile.TemporaryDirectory(prefix="doppel-api-")
 failures = 0
@@ -288,6 +290,29 @@ def table():
     check("WARN:src/control/api.c:" in log and "[anonymous-instance:" in log, f"log: {log[:200]}")
 
 
+def fields():
+    """Whatever is wrong with a field is refused for that, before the start and after it, and changes nothing."""
+    server = Server("--log-path", file("fields.log"))
+    check(server.call("PUT", "/boot-source", {"kernel_image_path": small_guests.write(path("halt"), small_guests.HALT)})[0] == 204, "a guest that halts")
+    check(server.call("PUT", "/machine-config", {"vcpu_count": 1, "mem_size_mib": 32})[0] == 204, "its memory")
+    for started in False, True:
+        if started:
+            check(server.call("PUT", "/actions", {"action_type": "InstanceStart"})[0] == 204, "its start")
+        before = [server.call("GET", target) for target in ("/", "/vm/config", "/mmds")]
+        tried = 0
+        for method, target, body in api_fields.all_wrong():
+            status, answer = server.call(method, target, body)
+            message = answer.get("fault_message", "") if isinstance(answer, dict) else ""
+            what = f"{method} {target} {body[:200]}"
+            check(status == 400 and serde in message and "\n" not in message and list(answer) == ["fault_message"], f"{what}: {status} {answer}")
+            tried += 1
+            if tried % 50 == 0 or status != 400:
+                check([server.call("GET", target) for target in ("/", "/vm/config", "/mmds")] == before, f"{what} or one of 50 before it has changed something")
+        check(tried > 2000, f"only {tried} were tried")
+        check([server.call("GET", target) for target in ("/", "/vm/config", "/mmds")] == before, "something has changed")
+    server.stop()
+
+
 def snapshots_refused():
     server = Server("--id", "vm-1")
     check(server.call("GET", "/")[1]["id"] == "vm-1", "the id")
@@ -299,6 +324,15 @@ def snapshots_refused():
         check(status == 400 and contains in answer["fault_message"], f"snapshot/load {body}: {answer}")
     check(server.call("GET", "/")[1]["state"] == "Not started", "a snapshot that cannot be loaded has started something")
     server.stop()
+
+
+def ends():
+    """The last line of metrics is written however soon the end comes."""
+    for number in range(20):
+        server, target = Server(), path(f"metrics-{number}")
+        check(server.call("PUT", "/metrics", {"metrics_path": target})[0] == 204, "metrics")
+        server.stop()
+        check(len(open(target).read().splitlines()) == 1, "no line of metrics at the end")
 
 
 def processors():
@@ -391,7 +425,7 @@ def options():
     server.stop()
 
 
-for scenario in (table, snapshots_refused, processors, clients, options):
+for scenario in (table, fields, snapshots_refused, ends, processors, clients, options):
     scenario()
 print("failures:", failures)
 sys.exit(1 if failures else 0)
