@@ -70,6 +70,7 @@ struct rtc {
     uint8_t index;
     int64_t offset_ns; /* guest's clock minus the host's wall clock */
     int64_t seen_ns;   /* guest time up to which register C is complete */
+    uint64_t away_ns;  /* from saving to loading */
     uint8_t cmos[CMOS_BYTES];
 };
 
@@ -313,6 +314,11 @@ static void rtc_expired(void *ctx)
     rtc_update(ctx);
 }
 
+uint64_t rtc_away_ns(const struct rtc *rtc)
+{
+    return rtc->away_ns;
+}
+
 void rtc_set_irq_enabled(struct rtc *rtc, bool enabled)
 {
     rtc->irq_enabled = enabled;
@@ -490,12 +496,17 @@ int rtc_state(struct rtc *rtc, struct state_io *io)
     state_bool(io, &rtc->irq_enabled);
     state_i64(io, &rtc->offset_ns);
     state_bytes(io, rtc->cmos, sizeof(rtc->cmos));
-    rtc->seen_ns = state_loading(io) ? guest_ns(rtc) : rtc->seen_ns;
+    if (state_loading(io) && (rtc->index >= CMOS_BYTES || rtc->offset_ns > OFFSET_NS_MOST ||
+                              rtc->offset_ns < OFFSET_NS_LEAST)) {
+        state_fail(io, "clock in an impossible state");
+        rtc->offset_ns = 0; /* for what is worked out from it below */
+    }
+    int64_t now = guest_ns(rtc), away = 0;
+    rtc->seen_ns = state_loading(io) ? now : rtc->seen_ns;
     if (version >= 2) /* alarms of the time between ring when the guest is back */
         state_i64(io, &rtc->seen_ns);
-    if (state_loading(io) && (rtc->index >= CMOS_BYTES || rtc->offset_ns > OFFSET_NS_MOST ||
-                              rtc->offset_ns < OFFSET_NS_LEAST))
-        state_fail(io, "clock in an impossible state");
+    if (state_loading(io))
+        rtc->away_ns = !__builtin_sub_overflow(now, rtc->seen_ns, &away) && away > 0 ? (uint64_t)away : 0;
     int rc = state_end(io);
     if (!state_loading(io))
         return rc;

@@ -35,6 +35,9 @@ void rtc_dump(const struct rtc *rtc, FILE *out);
 
 bool rtc_nmi_masked(const struct rtc *rtc);
 
+/* How long, by hosts' wall clocks, the state that was loaded had been saved before. 0: none was, it does not say, or the clock was set back. */
+uint64_t rtc_away_ns(const struct rtc *rtc);
+
 /* While an HPET replaces the legacy interrupts, the clock does not reach its line. */
 void rtc_set_irq_enabled(struct rtc *rtc, bool enabled);
 

@@ -245,7 +245,7 @@ static int check(struct api *api, const json_t *body, struct error *err)
 int api_put_snapshot_load(struct api_request *request, struct error *err)
 {
     struct api *api = request->api;
-    struct snapshot_files files = {.state = api_text(request->body, "snapshot_path")};
+    struct snapshot_files files = {.state = api_text(request->body, "snapshot_path"), .catch_up = api_flag(request->body, "clock_realtime")};
     struct machine *machine = NULL;
     json_t *configuration = NULL;
     uint64_t begin_ns = loop_now_ns();

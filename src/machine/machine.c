@@ -799,7 +799,15 @@ void machine_power_button(struct machine *machine)
 
 /* ---- state ---- */
 
+#define AWAY_NS_MOST (10 * 365 * 86400ull * 1000000000)
 #define TSC_TOLERANCE 1000 /* parts of the frequency in which two hosts' may differ and be called the same: what clocks drift and calibrations vary by */
+
+/* What the counters gain when they are to catch up. A state may say anything, and years are enough. */
+static uint64_t ticks_away(const struct machine *machine)
+{
+    uint64_t ns = machine->catch_up ? rtc_away_ns(machine->rtc) : 0;
+    return (uint64_t)((unsigned __int128)(ns < AWAY_NS_MOST ? ns : AWAY_NS_MOST) * machine->tsc_khz / 1000000);
+}
 
 /* The guest's counters go on from where they were, whatever this host's shows. */
 static void clocks_state(struct machine *machine, struct state_io *io)
@@ -817,7 +825,7 @@ static void clocks_state(struct machine *machine, struct state_io *io)
         state_fail(io, reason);
     }
     machine->tsc_khz = khz;
-    uint64_t shift = tsc - inputs_tsc(); /* one for all: they are in step */
+    uint64_t shift = tsc - inputs_tsc() + ticks_away(machine); /* one for all: they are in step */
     for (unsigned i = 0; i < machine->cpu_count; i++)
         machine->vcpu[i].vcpu->cpu.tsc_offset += shift;
 }

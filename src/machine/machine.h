@@ -212,6 +212,7 @@ struct snapshot_files {
     unsigned below_count;
     const struct chunk_secret *secret; /* for what is encrypted; NULL: nothing is */
     bool whole; /* read all memory before the guest runs; otherwise pages come when they are touched, and the files stay in use */
+    bool catch_up; /* the guest's counters go on from where they would be had it run since, by the hosts' wall clocks */
     bool fill;  /* bring in the others in the background, so that chunk files are not needed for long */
     /* A file beside the snapshot with the pages that were touched first the last time, which are read ahead; made when there is none. NULL: neither. */
     const char *working_set;

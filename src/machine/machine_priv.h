@@ -158,6 +158,7 @@ struct machine {
     char *trace_buffer;               /* its bytes to be written: made here, because the C library would look at the file first, which vCPU threads may not */
     struct machine_trace *live_trace; /* machine_trace.c; NULL: nobody has asked yet */
     uint64_t tsc_khz;
+    bool catch_up; /* snapshot_files' */
     struct sandbox *sandbox; /* NULL: off */
     bool user_network;       /* the loop's thread may do it */
 

@@ -343,6 +343,7 @@ static int begin_from(struct machine *machine, void *ctx, struct error *err)
         r = snapshot_read_memory(machine, files, err);
     for (unsigned i = 0; i < machine->cpu_count; i++)
         machine->vcpu[i].vcpu->trace = machine_vcpu_trace(machine, i);
+    machine->catch_up = files->catch_up;
     if (r == 0 && machine_state(machine, io))
         r = error_set(err, -EINVAL, "%s: %s", files->state, state_error(io));
     const struct chunk_id id = id_of(&header);

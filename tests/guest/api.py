@@ -53,6 +53,9 @@ class Page(http.server.BaseHTTPRequestHandler):
         pass
 
 
+CLOCK_SOURCE = "cat /sys/devices/system/clocksource/clocksource0/current_clocksource"
+AWAY_SECONDS = 5  # between a snapshot and its loading
+
 # No ADX; and none of ERMS and FSRM, which go together (docs/api.md).
 TEMPLATE = {"cpuid_modifiers": [{"leaf": "0x7", "subleaf": "0x0", "flags": 1, "modifiers": [{"register": "ebx", "bitmap": "0b" + "x" * 12 + "0" + "x" * 9 + "0" + "x" * 9},
                                                                                         {"register": "edx", "bitmap": "0b" + "x" * 27 + "0" + "x" * 4}]}]}
@@ -147,6 +150,7 @@ def boot():
         with machine:
             configure(api, work, disk)
             wait_for_shell(machine, BOOT_SECONDS)
+            clock = machine.run(CLOCK_SOURCE)
             machine.run("devmem 0xC0000000 8 123")  # as an init would that knows of the boot timer
             assert re.search(r"Guest-boot-time = +\d+ us", open(f"{work}/log").read())
             use_devices(machine, web.server_port)
@@ -156,6 +160,7 @@ def boot():
             machine.run("echo remembered >/tmp/before; umount /d")
             api.call("PATCH", "/vm", {"state": "Paused"})
             api.call("PUT", "/snapshot/create", files)
+            saved = time.time()
             configuration = api.call("GET", "/vm/config")
             api.call("PATCH", "/vm", {"state": "Resumed"})
             devices = machine.run("cat /proc/bus/input/devices")
@@ -163,7 +168,18 @@ def boot():
             api.call("PUT", "/actions", {"action_type": "SendCtrlAltDel"})
             machine.finish(0, 60)
         assert not os.path.exists(f"{work}/socket")
+        while time.time() < saved + AWAY_SECONDS:
+            time.sleep(0.1)
         machine, api = serve(f"{work}/socket", "--id", "second", name="second")
+        with machine:
+            api.call("PUT", "/snapshot/load", {**files, "resume_vm": True, "clock_realtime": True})
+            now = time.time()
+            assert int(machine.run("date +%s")) >= int(now) - 1, "the guest's clock has not caught up"
+            assert machine.run(CLOCK_SOURCE) == clock and "stall" not in machine.run("dmesg")
+            machine.run("sleep 0.1")  # by the timers it has
+            api.call("PUT", "/actions", {"action_type": "SendCtrlAltDel"})
+            machine.finish(0, 60)
+        machine, api = serve(f"{work}/socket", "--id", "third", name="third")
         with machine:
             api.call("PUT", "/snapshot/load", {"snapshot_path": files["snapshot_path"], "mem_backend": {"backend_type": "File", "backend_path": files["mem_file_path"]}})
             assert api.call("GET", "/")["state"] == "Paused"
@@ -171,6 +187,8 @@ def boot():
             for section in ("network-interfaces", "machine-config"):
                 assert loaded[section] == configuration[section], f"{section}: {loaded[section]} instead of {configuration[section]}"
             api.call("PATCH", "/vm", {"state": "Resumed"})
+            now = time.time()
+            assert int(machine.run("date +%s")) < now - AWAY_SECONDS + 1, "the guest's clock has caught up by itself"
             assert machine.run("cat /tmp/before") == "remembered"
             machine.run("mount -t ext4 /dev/vda /d && cmp /bin/busybox /d/copy && umount /d")
             api.call("PUT", "/actions", {"action_type": "SendCtrlAltDel"})
