@@ -146,6 +146,7 @@ def boot():
         subprocess.run(["truncate", "-s", "32M", disk], check=True)
         subprocess.run(["/sbin/mke2fs", "-q", "-F", "-t", "ext4", disk], check=True)
         files = {"snapshot_path": f"{work}/state", "mem_file_path": f"{work}/memory"}
+        later = {"snapshot_path": f"{work}/state-later", "mem_file_path": f"{work}/memory-later"}
         machine, api = serve(f"{work}/socket", "--id", "first", "--boot-timer", name="first")
         with machine:
             configure(api, work, disk)
@@ -163,6 +164,11 @@ def boot():
             saved = time.time()
             configuration = api.call("GET", "/vm/config")
             api.call("PATCH", "/vm", {"state": "Resumed"})
+            subprocess.run(["cp", "--sparse=always", files["mem_file_path"], later["mem_file_path"]], check=True)
+            machine.run("echo later >/tmp/before")
+            api.call("PATCH", "/vm", {"state": "Paused"})
+            api.call("PUT", "/snapshot/create", {**later, "snapshot_type": "Diff"})
+            api.call("PATCH", "/vm", {"state": "Resumed"})
             devices = machine.run("cat /proc/bus/input/devices")
             assert "keyboard" in devices, f"the guest has not found its keyboard: {devices}"
             api.call("PUT", "/actions", {"action_type": "SendCtrlAltDel"})
@@ -172,7 +178,8 @@ def boot():
             time.sleep(0.1)
         machine, api = serve(f"{work}/socket", "--id", "second", name="second")
         with machine:
-            api.call("PUT", "/snapshot/load", {**files, "resume_vm": True, "clock_realtime": True})
+            api.call("PUT", "/snapshot/load", {**later, "resume_vm": True, "clock_realtime": True})
+            assert machine.run("cat /tmp/before") == "later"
             now = time.time()
             assert int(machine.run("date +%s")) >= int(now) - 1, "the guest's clock has not caught up"
             assert machine.run(CLOCK_SOURCE) == clock and "stall" not in machine.run("dmesg")
