@@ -544,6 +544,32 @@ def kvm_asked():
         assert machine.wait(vms.LIMIT) == 5
 
 
+def kvm_settled():
+    """Paused a hundred times while the guest does little but take interrupts of the PIC: sometimes one has been offered and not been taken."""
+    out = lambda port, value: b"\xba" + struct.pack("<I", port) + b"\xb0" + bytes((value,)) + b"\xee"
+    gdt, idt = (0, 0, 0xffff, 0xcf9a00, 0xffff, 0xcf9200), 0x2000
+    handler = b"\xba\xfa\x03\x00\x00\xec\xb0\x20\xe6\x20\xbc\x00\x90\x00\x00\xe9"  # reads IIR, EOI; forgets where it was, and begins again
+    begin = b"".join(small_guests.store(0x1900 + 4 * n, word) for n, word in enumerate(gdt)) + small_guests.store(0x1800, 23 | 0x1900 << 16) + small_guests.store(0x1804, 0)
+    begin += b"\x0f\x01\x15" + struct.pack("<I", 0x1800)  # lgdt
+    at = small_guests.ENTRY + 2 + len(handler) + 4 + len(begin) + 7
+    begin += b"\xea" + struct.pack("<IH", at, 8) + b"\xb8\x10\x00\x00\x00\x8e\xd0\x8e\xd8\xbc\x00\x90\x00\x00"  # CS, SS, DS, ESP
+    vector = idt + 8 * 0x24
+    begin += small_guests.store(vector, 8 << 16 | small_guests.ENTRY + 2 & 0xffff) + small_guests.store(vector + 4, small_guests.ENTRY & 0xffff0000 | 0x8e00)
+    begin += small_guests.store(0x1800, 0x7ff | idt << 16) + b"\x0f\x01\x1d" + struct.pack("<I", 0x1800)  # lidt
+    begin += b"".join(out(*pair) for pair in ((0x20, 0x11), (0x21, 0x20), (0x21, 4), (0x21, 1), (0x21, 0xef), (0xa1, 0xff), (0x3fc, 8)))
+    begin += small_guests.store(0xfee000f0, 0x1ff) + small_guests.store(0xfee00350, 0x700) + small_guests.say("x")
+    flood = b"\xfb" + out(0x3f9, 0) + out(0x3f9, 2)  # the transmitter is empty, again
+    code = b"\xeb" + bytes((len(handler) + 4,)) + handler + struct.pack("<I", len(begin)) + begin + flood + b"\xeb" + bytes((256 - len(flood) - 2,))
+    with vms.runtime():
+        machine = foreground(code, "--name", "vm", "--engine", "kvm", "--console", "none")
+        wait_for("start", lambda: state("vm") == "running" and run("logs", "vm") == "x")
+        for _ in range(100):
+            for call in "pause", "resume":
+                assert vms.ask("vm", "POST", f"/doppel/v1/{call}")[0] == 204
+        run("kill", "vm")
+        assert machine.wait(vms.LIMIT) == 5
+
+
 def kvm_share():
     """A worker of a share interrupts the guest: what may take longer is not for companions."""
     share = small_guests.Virtio(1, 0x200000, queue=1)
@@ -608,7 +634,7 @@ def streams():
         assert b"ended" in said[0] and said[1] == b"typed"
 
 
-scenarios = {scenario.__name__: scenario for scenario in (plain, migrated, waiting, translated, signals, stopped, sockets, terminal, plugged, plugged_card, measured, unread, late, dying_worker, dying_share, tapped, replaced, busy, served, served_without_broker, updated, direct, direct_paused, direct_ended, kvm, kvm_asked, kvm_share, kept, filled, streams, vms.names, vms.life, vms.crash, vms.console)}
+scenarios = {scenario.__name__: scenario for scenario in (plain, migrated, waiting, translated, signals, stopped, sockets, terminal, plugged, plugged_card, measured, unread, late, dying_worker, dying_share, tapped, replaced, busy, served, served_without_broker, updated, direct, direct_paused, direct_ended, kvm, kvm_asked, kvm_settled, kvm_share, kept, filled, streams, vms.names, vms.life, vms.crash, vms.console)}
 scenarios |= {"tree": snapshots.tree, "direct_boundary": functools.partial(direct, "boundary", "")} | {f"dying_{name}": functools.partial(dying, name) for name in ("main", "loop", "vcpu0", "control")}
 
 if __name__ == "__main__":
