@@ -1,6 +1,7 @@
 /*
  * The source of a post-copy migration (post_copy.h). The guest stands still for good, so pages can go in any order and more than once: what is asked for is always answered, even when it is on its way.
- * Invariants: a page whose bit is in `left` has not been sent over this connection. At most UNANSWERED_MAX messages with pages are under way, so that an answer does not wait behind many others.
+ * Invariants: a page whose bit is in `left` has not been sent over this connection. What nobody asked for is under way only as far as it does not stand in a queue for long (`window`): an answer would
+ * wait behind it.
  */
 #include <errno.h>
 #include <poll.h>
@@ -13,6 +14,10 @@
 #define SILENCE_NS 60000000000ull
 #define LOOK_NS 200000000ull /* then it is seen whether the machine has ended */
 #define UNANSWERED_MAX 8u
+#define WINDOW_MIN 8u  /* pages */
+#define WINDOW_MAX (UNANSWERED_MAX * CHUNK_PAGES)
+#define WINDOW_GAIN 1.25
+#define FORGOTTEN 16.0 /* of the best rate, one part in so many is with each message */
 #define REMOTE_WORDS 65536u
 
 struct post_copy_source {
@@ -23,7 +28,14 @@ struct post_copy_source {
     uint8_t id[MIGRATE_ID_BYTES];
     uint64_t words, next; /* next: the chunk to look at for what is to be sent unasked */
     _Atomic uint64_t pages;
-    unsigned unanswered;
+    unsigned unanswered;      /* messages */
+    unsigned oldest, noted;   /* of `sent`, which goes round: the first; how many, the oldest of the unanswered */
+    struct {
+        uint64_t at_ns, pages, arrived; /* what had arrived when it was sent */
+    } sent[UNANSWERED_MAX];
+    uint64_t window, under_way, arrived; /* pages */
+    uint64_t shortest_ns;                /* from sending to hearing of it; 0: not known */
+    double rate;                         /* pages a ns, the best of the last */
     bool complete;
     uint64_t left[];
 };
@@ -101,6 +113,10 @@ void post_copy_source_connect(struct post_copy_source *source, struct stream *st
 {
     source->stream = stream;
     source->packer = packer;
+    source->unanswered = source->oldest = source->noted = 0;
+    source->under_way = source->arrived = source->shortest_ns = 0;
+    source->rate = 0;
+    source->window = WINDOW_MIN;
     packer_no_differences(packer);
 }
 
@@ -112,6 +128,38 @@ int post_copy_source_announce(struct post_copy_source *source, struct error *err
 
 /* ---- sending ---- */
 
+/* Answers are sent however many pages are under way. */
+static void note_sent(struct post_copy_source *source, uint64_t pages)
+{
+    if (source->noted == source->unanswered && source->noted < UNANSWERED_MAX) {
+        unsigned at = (source->oldest + source->noted++) % UNANSWERED_MAX;
+        source->sent[at].at_ns = loop_now_ns();
+        source->sent[at].pages = pages;
+        source->sent[at].arrived = source->arrived;
+        source->under_way += pages;
+    }
+    source->unanswered++;
+}
+
+static void note_arrived(struct post_copy_source *source)
+{
+    source->unanswered--;
+    if (!source->noted)
+        return;
+    source->noted--;
+    uint64_t took_ns = loop_now_ns() - source->sent[source->oldest].at_ns + 1, pages = source->sent[source->oldest].pages;
+    source->under_way -= pages;
+    source->arrived += pages;
+    double rate = (double)(source->arrived - source->sent[source->oldest].arrived) / (double)took_ns, before = source->rate - source->rate / FORGOTTEN;
+    source->rate = rate > before ? rate : before;
+    source->oldest = (source->oldest + 1) % UNANSWERED_MAX;
+    if (!source->shortest_ns || took_ns < source->shortest_ns)
+        source->shortest_ns = took_ns;
+    /* Somewhat more than the way holds: enough for its rate to show, and little waits in a queue. */
+    double window = WINDOW_GAIN * source->rate * (double)source->shortest_ns;
+    source->window = window < WINDOW_MIN ? WINDOW_MIN : window > WINDOW_MAX ? WINDOW_MAX : (uint64_t)window;
+}
+
 typedef int put_fn(struct packer *packer, uint64_t chunk, uint64_t pages, const uint8_t *data, struct error *err);
 
 static int send_pages(struct post_copy_source *source, uint64_t chunk, uint64_t pages, put_fn *put, struct error *err)
@@ -121,7 +169,7 @@ static int send_pages(struct post_copy_source *source, uint64_t chunk, uint64_t 
             return error_set(err, -EIO, "a page of the guest's memory cannot be had from where it is");
     atomic_fetch_sub(&source->pages, (uint64_t)__builtin_popcountll(source->left[chunk] & pages));
     source->left[chunk] &= ~pages;
-    source->unanswered++;
+    note_sent(source, (uint64_t)__builtin_popcountll(pages));
     return put(source->packer, chunk, pages, source->ram + chunk * CHUNK_BYTES, err);
 }
 
@@ -157,7 +205,7 @@ static int take_message(struct post_copy_source *source, unsigned *type, struct 
     if (*type == MIGRATE_REQUEST)
         r = answer(source, body, size, err);
     else if (*type == MIGRATE_ARRIVED && source->unanswered)
-        source->unanswered--;
+        note_arrived(source);
     else if (*type == MIGRATE_COMPLETE)
         source->complete = true;
     else
@@ -193,7 +241,6 @@ int post_copy_source_rejoin(struct post_copy_source *source, struct error *err)
     uint64_t room = (physmap_ram_bytes(source->machine->memory) / PAGE_SIZE_BYTES) % CHUNK_PAGES;
     if (room)
         source->left[source->words - 1] &= (1ull << room) - 1;
-    source->unanswered = 0;
     atomic_store(&source->pages, count_left(source));
     return r;
 }
@@ -207,11 +254,19 @@ static bool can_take(const struct post_copy_source *source, uint64_t ns)
     return stream_has_frame(source->stream) || poll(&poll_fd, 1, (int)((ns + 999999) / 1000000)) > 0;
 }
 
+static bool is_full(const struct post_copy_source *source)
+{
+    return source->unanswered >= UNANSWERED_MAX || source->under_way >= source->window;
+}
+
+/* The chunk, or as many of its pages as there is room for in half of the window, so that the other half is under way meanwhile. */
 static int push(struct post_copy_source *source, const struct post_copy_pace *pace, struct error *err)
 {
-    uint64_t chunk = next_chunk(source);
-    int r = send_pages(source, chunk, source->left[chunk], packer_put, err);
-    if (r == 0 && (source->unanswered == UNANSWERED_MAX || next_chunk(source) == source->words))
+    uint64_t chunk = next_chunk(source), pages = source->left[chunk];
+    while ((uint64_t)__builtin_popcountll(pages) > source->window / 2)
+        pages &= ~(1ull << (63 - __builtin_clzll(pages)));
+    int r = send_pages(source, chunk, pages, packer_put, err);
+    if (r == 0 && (is_full(source) || next_chunk(source) == source->words))
         r = packer_flush(source->packer, err);
     if (r == 0)
         r = stream_flush(source->stream, err);
@@ -224,7 +279,7 @@ int post_copy_source_serve(struct post_copy_source *source, const struct post_co
     uint64_t heard_ns = loop_now_ns(); /* or since when something is waited for */
     int r = 0;
     while (r == 0 && !source->complete) {
-        bool more = next_chunk(source) < source->words && source->unanswered < UNANSWERED_MAX;
+        bool more = next_chunk(source) < source->words && !is_full(source);
         uint64_t rest_ns = more ? pace->rest_ns(pace->ctx) : LOOK_NS, now;
         unsigned type = 0;
         if (can_take(source, rest_ns < LOOK_NS ? rest_ns : LOOK_NS)) {
