@@ -65,6 +65,7 @@ struct fs_node {
     bool stamped;
     int64_t stamp_ns;
     uint64_t stamp_bytes;
+    int64_t listed_ns; /* of a directory: when the guest was last told to read it anew, CLOCK_MONOTONIC */
 };
 
 /* A file system that is in the shared directory. */

@@ -2,7 +2,7 @@
  * Operations on open directories.
  *
  * A directory's entries are read ahead into its handle's buffer; offsets are the host's own, and one that does not go on where the buffer is seeks.
- * READDIRPLUS looks every entry up, which gives the guest names, attributes and nodes in one message.
+ * READDIRPLUS looks every entry up, which gives the guest names, attributes and nodes in one message. The guest's kernel keeps what it has read; whether it may use that again is said at each open.
  * Threading: any; a handle's lock lets one call at a time read it.
  */
 #include <dirent.h>
@@ -11,6 +11,7 @@
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "fs/fs_priv.h"
@@ -27,16 +28,42 @@ int fs_open_directory(int fd)
     return opened < 0 ? -errno : opened;
 }
 
+/*
+ * True when the names that the guest has read are those that are there. Names that are kept are listed without READDIRPLUS, so each attribute that is too old is asked for alone: after half of
+ * the time that attributes are good for, reading all again is cheaper.
+ */
+static bool keep_names(struct fs *fs, struct fs_node *node, int fd)
+{
+    int64_t now_ns, good_ns = fs_timeout(fs).seconds * 1000000000ll / 2;
+    struct timespec now;
+    struct statx stat;
+    bool keep;
+
+    if (fs->config.cache == FS_CACHE_ALWAYS)
+        return true;
+    keep = fs_statx(fd, "", &stat) == 0 && fs_keep_data(fs, node, &stat);
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    now_ns = now.tv_sec * 1000000000ll + now.tv_nsec;
+    pthread_mutex_lock(&fs->lock);
+    keep = keep && now_ns - node->listed_ns < good_ns;
+    if (!keep)
+        node->listed_ns = now_ns;
+    pthread_mutex_unlock(&fs->lock);
+    return keep;
+}
+
 int fs_op_opendir(struct fs_call *call)
 {
     struct fs *fs = call->fs;
-    struct fuse_open_out out = {.open_flags = fs->config.cache == FS_CACHE_ALWAYS ? FOPEN_CACHE_DIR | FOPEN_KEEP_CACHE : 0};
+    struct fuse_open_out out = {0};
     struct fs_ref ref;
     int ret = fs_ref_get(fs, call->header.nodeid, &ref);
 
     if (ret < 0)
         return ret;
     ret = ref.node->type == S_IFDIR ? fs_open_directory(ref.fd) : -ENOTDIR;
+    if (ret >= 0 && fs->config.cache != FS_CACHE_NONE)
+        out.open_flags = FOPEN_CACHE_DIR | (keep_names(fs, ref.node, ret) ? FOPEN_KEEP_CACHE : 0);
     if (ret >= 0)
         ret = fs_handle_add(fs, ref.node, ret, O_RDONLY, true, call->epoch, &out.fh);
     if (ret == 0)

@@ -433,6 +433,55 @@ static void test_ranges(void **state)
     assert_int_equal(client_send(&c, &(struct request){.opcode = FUSE_SYNCFS, .node = ROOT, .arg = &hole, .arg_bytes = 8}), 0);
 }
 
+/* What an open of the directory tells the guest about the names that it has read. */
+static uint32_t opendir_flags(uint64_t node)
+{
+    uint64_t handle;
+
+    assert_int_equal(client_opendir(&c, node, &handle), 0);
+    uint32_t flags = c.reply.open.open_flags;
+    struct fuse_release_in in = {.fh = handle};
+    assert_int_equal(client_send(&c, &(struct request){.opcode = FUSE_RELEASEDIR, .node = node, .arg = &in, .arg_bytes = sizeof(in)}), 0);
+    return flags;
+}
+
+static void test_kept_names(void **state)
+{
+    struct fs_config config = plain;
+    uint64_t node;
+
+    assert_int_equal(client_mkdir(&c, ROOT, "d", 0755, &node), 0);
+    assert_int_equal(opendir_flags(node), FOPEN_CACHE_DIR);
+    /* Good as soon as the directory's last change is so old that a later one shows. */
+    while (opendir_flags(node) == FOPEN_CACHE_DIR)
+        ;
+    assert_int_equal(opendir_flags(node), FOPEN_CACHE_DIR | FOPEN_KEEP_CACHE);
+    /* A name that the host makes or removes is seen. */
+    host_write(c.share, "d/by-host", "");
+    assert_int_equal(opendir_flags(node), FOPEN_CACHE_DIR);
+    while (opendir_flags(node) == FOPEN_CACHE_DIR)
+        ;
+    char path[128];
+    snprintf(path, sizeof(path), "%s/d/by-host", c.share);
+    assert_int_equal(unlink(path), 0);
+    assert_int_equal(opendir_flags(node), FOPEN_CACHE_DIR);
+    /* Attributes get old, and come with the names. */
+    while (opendir_flags(node) == FOPEN_CACHE_DIR)
+        ;
+    while (opendir_flags(node) & FOPEN_KEEP_CACHE)
+        ;
+    fs_destroy(c.fs);
+    config.cache = FS_CACHE_NONE;
+    client_connect(&c, config);
+    assert_int_equal(client_init(&c, 0), 0);
+    assert_int_equal(opendir_flags(ROOT), 0);
+    fs_destroy(c.fs);
+    config.cache = FS_CACHE_ALWAYS;
+    client_connect(&c, config);
+    assert_int_equal(client_init(&c, 0), 0);
+    assert_int_equal(opendir_flags(ROOT), FOPEN_CACHE_DIR | FOPEN_KEEP_CACHE);
+}
+
 /* Changes on the host are noticed. */
 static void test_host_changes(void **state)
 {
@@ -509,7 +558,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, start, stop)
         TEST(test_init), TEST(test_files), TEST(test_append), TEST(test_attributes), TEST(test_rarer), TEST(test_owners), TEST(test_privileged), TEST(test_directories),
-        TEST(test_few_descriptors), TEST(test_close), TEST(test_readonly), TEST(test_xattr), TEST(test_ranges), TEST(test_host_changes), TEST(test_state),
+        TEST(test_few_descriptors), TEST(test_close), TEST(test_readonly), TEST(test_xattr), TEST(test_ranges), TEST(test_host_changes), TEST(test_kept_names), TEST(test_state),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);
