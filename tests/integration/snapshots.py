@@ -6,8 +6,10 @@ import pathlib
 import random
 import resource
 import signal
+import struct
 import subprocess
 import sys
+import zlib
 
 from vms import KEEPS, doppel, knows, run, runtime, snapshots, start, state, type_in, vms, wait_for
 
@@ -153,6 +155,64 @@ def ahead():
         assert "lazy, fill, whole" in run.errors
 
 
+def sections_of(data, first=0, end=None, inside=()):
+    """(names from the outermost on, places of their heads, first and end of the body) of each section of a state file, docs/formats.md."""
+    end = len(data) if end is None else end
+    at = first
+    while at + 21 < end:
+        name_end = at + 5 + data[at + 4]
+        if data[at:at + 4] in (b"DPST", b"DPSO") and name_end + 16 <= end:
+            size, = struct.unpack_from("<Q", data, name_end + 4)
+            body = name_end + 12
+            if body + size + 4 <= end and struct.unpack_from("<I", data, body + size)[0] == zlib.crc32(data[body:body + size]):
+                here = (*inside, (at, data[at + 5:name_end].decode(), body, body + size))
+                yield here
+                yield from sections_of(data, body, body + size, here)
+                at = body + size + 4
+                continue
+        assert inside, f"no section at {at}"
+        at += 1  # values
+
+
+def sections():
+    """Every section of a state, damaged, cut off, or of a version to come, is refused by its name; the machine goes on as if nothing had been asked."""
+    with runtime() as folder:
+        with open("disk", "wb") as disk:
+            disk.truncate(1 << 20)
+        start(KEEPS, "--disk", "disk", "--net", "user", "--cpus", "2", name="vm")
+        type_in("vm", "a")
+        assert knows("vm", "a")
+        run("snapshot", "create", "vm", "one")
+        file = pathlib.Path(f"{folder}/data/doppel/snapshots/vm/one/state")
+        good = file.read_bytes()
+        found = list(sections_of(good))
+        assert {"snapshot", "config", "machine", "virtio-net", "virtio-blk", "ioapic"} <= {path[-1][1] for path in found} and len(found) > 20, found
+
+        def refused(bad, names, *options, status=1):
+            file.write_bytes(bad)
+            run("snapshot", "restore", "vm", "one", *options, status=status)
+            assert "one/state: " in run.errors and any(f'"{name}"' in run.errors for name in names), (names, run.errors)
+            assert state("vm") == "running"
+        for path in found:
+            names = [name for _, name, _, _ in path]
+            at, name, body, end = path[-1]
+            middle = (body + end) // 2
+            if body < end:
+                refused(good[:middle] + bytes([good[middle] ^ 4]) + good[middle + 1:], names)
+            refused(good[:end], names)
+            if good[at:at + 4] == b"DPST":
+                newer = bytearray(good)
+                struct.pack_into("<I", newer, body - 12, 999)
+                for _, _, first, last in reversed(path[:-1]):
+                    struct.pack_into("<I", newer, last, zlib.crc32(newer[first:last]))
+                refused(bytes(newer), [name], "--as", "other", status=1 if len(path) == 1 and name != "machine" else 2)  # found out by the process that would run it
+        file.write_bytes(good)
+        print(f"{len(found)} sections")
+        assert knows("vm", "a")
+        run("snapshot", "restore", "vm", "one")
+        assert knows("vm", "a")
+
+
 def faults():
     """Full disks, damaged files, and processes killed at any moment: what was there before can be gone back to."""
     generator = random.Random(int(os.environ.get("SEED", "1")))
@@ -220,4 +280,4 @@ def faults():
 
 
 if __name__ == "__main__":
-    {"tree": tree, "faults": faults, "ahead": ahead}[sys.argv[2]]()
+    {"tree": tree, "faults": faults, "ahead": ahead, "sections": sections}[sys.argv[2]]()
