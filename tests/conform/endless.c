@@ -49,6 +49,7 @@ __asm__(".pushsection .text\n"
         "begin vector\n paddd %xmm0, %xmm1\n movdqu %xmm1, (%r12)\n jmp loop_vector\n"
         "begin system_call\n syscall\n jmp loop_system_call\n"
         "begin user_end\n"
+        "begin crossing\n mov $200, %ecx\n1: jmp 2f\n cpuid\n cpuid\n cpuid\n .org loop_crossing + 4091\n2: movabs $0x1122334455667788, %rax\n dec %ecx\n jnz 1b\n int $0x30\n cpuid\n cpuid\n cpuid\n"
         "begin enabled\n sti\n nop\n jmp loop_enabled\n"
         "begin window\n cli\n sti\n nop\n jmp loop_window\n"
         "begin popf\n pushf\n popf\n jmp loop_popf\n"
@@ -69,7 +70,7 @@ __asm__(".pushsection .text\n"
     X(enabled) X(window) X(popf) X(access) X(invlpg) X(cr3) X(iret) X(halt)
 #define DECLARE(name) extern uint8_t loop_##name[];
 LOOPS(DECLARE)
-extern uint8_t loop_user_end[], endless_return[], endless_done[];
+extern uint8_t loop_user_end[], loop_crossing[], endless_return[], endless_done[];
 
 static const struct {
     const char *name;
@@ -108,6 +109,16 @@ static void run(const char *name, uint8_t *code, uint8_t *stack, bool user)
           (unsigned)outcome.vector, outcome.ip, outcome.error, outcome.cr2);
 }
 
+/* One that ends: an instruction in two pages, in each of which are more that a monitor may have to stop before than the processor has breakpoints for both. */
+static void run_crossing(void)
+{
+    probe_random(&probe);
+    probe.user = true;
+    probe.ip = (reg_t)loop_crossing;
+    probe_run(&probe, &outcome);
+    check(outcome.vector == USER_DONE, "crossing comes to its end (vector %u at %lx, error %lx, cr2 %lx)", (unsigned)outcome.vector, outcome.ip, outcome.error, outcome.cr2);
+}
+
 static void rights_open(uint64_t from, uint64_t to)
 {
     for (uint64_t va = from; va < to; va += PAGE)
@@ -127,6 +138,7 @@ void test_main(void)
     wrmsr(LSTAR, (reg_t)endless_return);
     wrmsr(SFMASK, 0x47fd5);
     probe_begin();
+    run_crossing();
     idt[TIMER].ist = 1;
     trap_handlers[TIMER] = on_timer;
     lapic_write(APIC_SVR, 0x1ff);

@@ -589,6 +589,9 @@ static bool fault_fill(struct bt_vcpu *b, struct direct_space *space, gva_t addr
         changed |= filled == DIRECT_FILL_CHANGED;
         if (filled == DIRECT_FILL_NOT)
             return false;
+        /* When both pages have more to be stopped before than there are breakpoints, one is executable at the cost of the other: then it would be their turn for ever. */
+        if (filled == DIRECT_FILL_CHANGED && direct_space_fill(space, b, rip, PAGING_FETCH) == DIRECT_FILL_CHANGED)
+            return false;
     }
     d->held = filled == DIRECT_FILL_FORBIDDEN;
     if (filled > DIRECT_FILL_SAME)
