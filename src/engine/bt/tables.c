@@ -1,7 +1,7 @@
 /*
  * Views: what translated code reads to turn linear addresses into host addresses and targets into translations.
  *
- * A view is one reservation with a data table, an exec table, a check page and an alias of the vCPU's structure (bt_priv.h). One view serves the supervisor; BT_USER_VIEWS
+ * A view is a piece of one reservation with a data table, an exec table, a check page and an alias of the vCPU's structure (bt_priv.h). One view serves the supervisor; BT_USER_VIEWS
  * address spaces (PCIDs) have one each for user mode and for the supervisor with SMAP suspended.
  * Invariants: a table's chunk is PROT_NONE or holds nothing but entries that hit the right byte and poison, so no entry ever reads as zero. A data entry points into window W
  * only if the guest may write there now, the dirty bit is set, and the page is neither ROM nor code; dirty marks of PhysMap are set before. The exec table's first page is never
@@ -35,6 +35,7 @@
 #define HUGE_REGIONS (DATA_ENTRIES >> CHUNK_SHIFT >> HUGE_CHUNKS_SHIFT)
 #define VIEW_RESERVED_BELOW (2ull << 30)
 #define VIEW_RESERVED_BYTES (VIEW_RESERVED_BELOW + BT_DATA_TABLE_BYTES)
+#define VIEW_CHUNKS ((DATA_ENTRIES + EXEC_ENTRIES) >> CHUNK_SHIFT)
 
 _Static_assert(CHUNK_ENTRIES == 1u << CHUNK_SHIFT && PAGING_GROUP == 1u << GROUP_SHIFT, "shifts");
 
@@ -75,6 +76,8 @@ struct bt_view {
 
 struct bt_tables {
     struct bt_view view[VIEWS];
+    uint8_t *reserved;  /* VIEW_RESERVED_BYTES for each */
+    uint16_t *chunk_of; /* VIEW_CHUNKS for each */
     uint64_t clock;
     struct bt_view *ready[VIEW_COUNT]; /* of the current address space, by enum tlb_view, clean; what is in bt_vcpu.table_of */
     uint64_t key, epoch; /* what those were made ready for */
@@ -777,37 +780,21 @@ static int context_file(void)
     return rc;
 }
 
-static int view_create(struct bt_view *view, unsigned n, int context_fd)
+static int view_create(struct bt_view *view, unsigned n, uint8_t *reserved, uint16_t *chunk_of, int context_fd)
 {
-    uint8_t *at = map_anonymous(VIEW_RESERVED_BYTES, PROT_NONE);
-    if (!at)
-        return -errno;
-    view->base = at + VIEW_RESERVED_BELOW;
+    view->base = reserved + n * VIEW_RESERVED_BYTES + VIEW_RESERVED_BELOW;
     view->kind = !n ? KIND_SUPERVISOR : n <= BT_USER_VIEWS ? KIND_SUPERVISOR_AC : KIND_USER;
     view->data.entry = (uint64_t *)view->base;
     view->exec.entry = (uint64_t *)(view->base + BT_EXEC_TABLE_OFFSET);
     view->exec.exec = true;
-    madvise(at, VIEW_RESERVED_BYTES, MADV_NOHUGEPAGE);
-    madvise(at, VIEW_RESERVED_BYTES, MADV_DONTDUMP);
     if (mmap(view->base + BT_SPLIT, 2 * PAGE_SIZE_BYTES, PROT_READ, MAP_SHARED | MAP_FIXED, context_fd, BT_CTX_BYTES) == MAP_FAILED ||
         mprotect(view->base + BT_CHECK, PAGE_SIZE_BYTES, PROT_READ))
         return -errno;
     if (mmap(view->base - BT_CTX_BYTES, BT_CTX_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, context_fd, 0) == MAP_FAILED)
         return -errno;
-    uint64_t chunks = (DATA_ENTRIES + EXEC_ENTRIES) >> CHUNK_SHIFT;
-    view->data.chunk_of = map_anonymous(chunks * sizeof(uint16_t), PROT_READ | PROT_WRITE);
-    if (!view->data.chunk_of)
-        return -errno;
+    view->data.chunk_of = chunk_of + n * VIEW_CHUNKS;
     view->exec.chunk_of = view->data.chunk_of + (DATA_ENTRIES >> CHUNK_SHIFT);
     return 0;
-}
-
-static void view_destroy(struct bt_view *view)
-{
-    if (view->base)
-        munmap(view->base - VIEW_RESERVED_BELOW, VIEW_RESERVED_BYTES);
-    if (view->data.chunk_of)
-        munmap(view->data.chunk_of, ((DATA_ENTRIES + EXEC_ENTRIES) >> CHUNK_SHIFT) * sizeof(uint16_t));
 }
 
 static void context_init(struct bt_engine *e, struct bt_vcpu *b, struct bt_tables *t)
@@ -825,8 +812,10 @@ static void context_init(struct bt_engine *e, struct bt_vcpu *b, struct bt_table
 
 static void tables_free(struct bt_tables *t)
 {
-    for (unsigned n = 0; n < VIEWS; n++)
-        view_destroy(&t->view[n]);
+    if (t->reserved)
+        munmap(t->reserved, VIEWS * VIEW_RESERVED_BYTES);
+    if (t->chunk_of)
+        munmap(t->chunk_of, VIEWS * VIEW_CHUNKS * sizeof(*t->chunk_of));
     if (t->chunk)
         munmap(t->chunk, (t->chunk_limit + 1) * sizeof(*t->chunk));
     munmap(t, sizeof(*t));
@@ -841,10 +830,17 @@ static int tables_allocate(struct bt_tables **tables, uint64_t ram_bytes, int co
     t->chunk_limit = chunks < CHUNKS_MAX ? (unsigned)chunks : CHUNKS_MAX;
     t->fetch_page = ~0ull;
     t->stale = true;
-    t->chunk = map_anonymous((t->chunk_limit + 1) * sizeof(*t->chunk), PROT_READ | PROT_WRITE);
-    int rc = t->chunk ? 0 : -errno;
+    int rc = 0;
+    if (!(t->chunk = map_anonymous((t->chunk_limit + 1) * sizeof(*t->chunk), PROT_READ | PROT_WRITE)) ||
+        !(t->chunk_of = map_anonymous(VIEWS * VIEW_CHUNKS * sizeof(*t->chunk_of), PROT_READ | PROT_WRITE)) ||
+        !(t->reserved = map_anonymous(VIEWS * VIEW_RESERVED_BYTES, PROT_NONE)))
+        rc = -errno;
+    if (!rc) {
+        madvise(t->reserved, VIEWS * VIEW_RESERVED_BYTES, MADV_NOHUGEPAGE);
+        madvise(t->reserved, VIEWS * VIEW_RESERVED_BYTES, MADV_DONTDUMP);
+    }
     for (unsigned n = 0; !rc && n < VIEWS; n++)
-        rc = view_create(&t->view[n], n, context_fd);
+        rc = view_create(&t->view[n], n, t->reserved, t->chunk_of, context_fd);
     if (rc)
         tables_free(t);
     else
