@@ -87,7 +87,7 @@ bool boot_is_elf64(const struct image *image);
 
 /*
  * Unpacks a bzImage's payload, whose last four bytes are its unpacked size (gzip's own trailer is the same thing).
- * -ENOTSUP: a format that is not known here. -EBADMSG: damaged. -EFBIG: more than limit_bytes. The result is the caller's, to free.
+ * -ENOTSUP: a format that is not known here, or whose library is missing. -EBADMSG: damaged. -EFBIG: more than limit_bytes. The result is the caller's, to free.
  */
 int boot_unpack(const struct image *payload, uint64_t limit_bytes, uint8_t **bytes, uint64_t *size_bytes);
 

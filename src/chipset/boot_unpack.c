@@ -7,22 +7,25 @@
 #include <errno.h>
 #include <libdeflate.h>
 #include <limits.h>
-#include <lz4.h>
-#include <lzma.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <zstd.h>
 
 #include "chipset/boot_priv.h"
+#include "chipset/lz4_library.h"
+#include "chipset/lzma_library.h"
 
-/* Each unpacks exactly `to_bytes` bytes; 0 or -EBADMSG, -ENOMEM. */
+/* Each unpacks exactly `to_bytes` bytes; 0 or -EBADMSG, -ENOMEM, -ENOTSUP (its library is not there). */
 typedef int unpack_fn(const uint8_t *from, size_t from_bytes, uint8_t *to, size_t to_bytes);
 
 static int unpack_xz(const uint8_t *from, size_t from_bytes, uint8_t *to, size_t to_bytes)
 {
     lzma_stream stream = LZMA_STREAM_INIT;
-    lzma_ret ret = lzma_stream_decoder(&stream, 256u << 20, 0);
+    lzma_ret ret;
 
+    if (library_load(&lzma_library_file, NULL))
+        return -ENOTSUP;
+    ret = lzma_stream_decoder(&stream, 256u << 20, 0);
     if (ret != LZMA_OK)
         return -ENOMEM;
     stream.next_in = from;
@@ -76,6 +79,8 @@ static int unpack_lz4(const uint8_t *from, size_t from_bytes, uint8_t *to, size_
     struct image in = {from, from_bytes};
     size_t at = 4, done = 0;
 
+    if (library_load(&lz4_library_file, NULL))
+        return -ENOTSUP;
     while (done < to_bytes) {
         uint32_t block = image_u32(&in, at);
         size_t room = to_bytes - done;

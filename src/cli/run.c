@@ -304,6 +304,7 @@ static void start_server(struct run *run)
         return;
     if (http_server_post(run->server, shut_in_server, run->machine))
         error_set(&err, -ENOMEM, "out of memory");
+    vm_control_load_libraries();
     if (err.code || http_server_start(run->server, &err) || chunk_prepare_encryption(&err)) {
         complain(0, "this virtual machine cannot be reached by doppel's commands: %s", err.text);
         http_server_destroy(run->server);
@@ -347,6 +348,7 @@ int run_vm(struct run *run)
     if (run->config.sandbox)
         doppel_sandbox_begin();
     machine_start_broker(&run->config);
+    machine_load_ahead(&run->config);
     char directory[INSTANCE_PATH_BYTES];
     if (run->instance) {
         snprintf(directory, sizeof directory, "%s", instance_path(run->instance));

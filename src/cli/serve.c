@@ -248,6 +248,8 @@ static void open_control(struct serve *serve)
     if (r == 0)
         r = vm_control_add_routes(serve->control, serve->own_server);
     if (r == 0)
+        vm_control_load_libraries();
+    if (r == 0)
         r = http_server_start(serve->own_server, &err);
     if (r)
         log_warning("doppel's commands do not reach this virtual machine: %s", err.text);

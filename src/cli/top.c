@@ -1,11 +1,11 @@
 /* doppel top: what virtual machines use, again and again, drawn by ncurses or printed (--batch). Keys: q ends it, c m d n sort, space looks at once. */
-#include <curses.h>
 #include <locale.h>
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
+#include "cli/curses_library.h"
 #include "cli/usage.h"
 
 #define DELAY_SECONDS 2ul
@@ -111,53 +111,58 @@ static void print_look(const struct top *top)
     fflush(stdout);
 }
 
-static void draw_look(const struct top *top)
+static void draw_look(const struct top *top, WINDOW *screen)
 {
     char text[256];
+    int rows = getmaxy(screen), columns = getmaxx(screen);
     double cpu = 0;
-    erase();
+    werase(screen);
     for (unsigned i = 0; top->row && i < top->now.count; i++)
         cpu += top->row[i].rates.cpu;
-    mvprintw(0, 0, "doppel: %u virtual machine%s, %.1f %% of a processor; by %s", top->now.count, top->now.count == 1 ? "" : "s", 100 * cpu, orders[top->order].name);
-    mvprintw(1, 0, "c CPU, m memory, d disk, n network, q quit");
+    mvwprintw(screen, 0, 0, "doppel: %u virtual machine%s, %.1f %% of a processor; by %s", top->now.count, top->now.count == 1 ? "" : "s", 100 * cpu, orders[top->order].name);
+    mvwprintw(screen, 1, 0, "c CPU, m memory, d disk, n network, q quit");
     format_head(text);
-    attron(A_REVERSE);
-    mvprintw(3, 0, "%-*.*s", COLS, COLS, text);
-    attroff(A_REVERSE);
-    for (unsigned i = 0; top->row && i < top->now.count && (int)i < LINES - 4; i++) {
+    wattr_on(screen, A_REVERSE, NULL);
+    mvwprintw(screen, 3, 0, "%-*.*s", columns, columns, text);
+    wattr_off(screen, A_REVERSE, NULL);
+    for (unsigned i = 0; top->row && i < top->now.count && (int)i < rows - 4; i++) {
         format_row(&top->row[i], text);
-        mvprintw(4 + (int)i, 0, "%.*s", COLS, text);
+        mvwprintw(screen, 4 + (int)i, 0, "%.*s", columns, text);
     }
-    refresh();
+    wrefresh(screen);
 }
 
 /* ---- again and again ---- */
 
 /* False: the end. */
-static bool take_key(struct top *top)
+static bool take_key(struct top *top, WINDOW *screen)
 {
-    int key = getch();
+    int key = wgetch(screen);
     for (unsigned i = 0; i < ORDERS; i++)
         if (orders[i].key == key)
             top->order = (int)i;
     return key != 'q' && key != 3;
 }
 
-static void draw(struct top *top)
+static int draw(struct top *top)
 {
+    struct error err = {0};
+    if (library_load(&curses_library_file, &err))
+        return complain(STATUS_ERROR, "%s; --batch does without", err.text);
     setlocale(LC_ALL, "");
-    initscr();
+    WINDOW *screen = initscr();
     cbreak();
     noecho();
     curs_set(0);
-    timeout((int)top->delay_s * 1000);
+    wtimeout(screen, (int)top->delay_s * 1000);
     for (unsigned long n = 0; !top->count || n < top->count; n++) {
         look(top);
-        draw_look(top);
-        if (!take_key(top))
+        draw_look(top, screen);
+        if (!take_key(top, screen))
             break;
     }
     endwin();
+    return 0;
 }
 
 static int print(struct top *top)
@@ -193,7 +198,7 @@ int top_main(int argc, char **argv)
     if (top.batch)
         r = print(&top);
     else
-        draw(&top);
+        r = draw(&top);
     usages_free(&top.before);
     usages_free(&top.now);
     free(top.row);

@@ -160,7 +160,7 @@ static void get_screen(struct http_call *call, void *ctx)
     if (text)
         http_reply_data(call, 200, content_type, text, strlen(text));
     else if (content_type)
-        http_reply_error(call, 500, "out of memory");
+        http_reply_error(call, 500, "no terminal: out of memory, or libvterm0 is not installed");
     else
         http_reply_error(call, 400, "The query's \"format\" is json, text or svg.");
     free(text);

@@ -12,7 +12,8 @@
 #include <string.h>
 #include <unistd.h>
 
-#include <glib.h>
+#include "util/glib_library.h"
+
 
 #define DEPTH_MAX 64u
 
@@ -316,8 +317,10 @@ int ovf_parse(struct ovf *ovf, const char *text, size_t bytes, struct error *err
     GError *why = NULL;
     int ret = 0;
     *ovf = (struct ovf){0};
-    if (!r)
-        return error_set(err, -ENOMEM, "out of memory");
+    if (!r || library_load(&glib_library_file, err)) {
+        free(r);
+        return r ? -ENOENT : error_set(err, -ENOMEM, "out of memory");
+    }
     r->err = err;
     GMarkupParseContext *context = bytes <= OVF_BYTES_MAX ? g_markup_parse_context_new(&parser, 0, r, NULL) : NULL;
     if (!context)
@@ -367,6 +370,7 @@ static const char *check_vmdk(int fd, const uint8_t *header, const char *path, s
 
 const char *ovf_image_format(int fd, const char *path, struct error *err)
 {
+    static const char descriptor[] = "# Disk DescriptorFile";
     uint8_t header[512] = {0}, footer[512] = {0};
     static const uint8_t vdi[4] = {0x7f, 0x10, 0xda, 0xbe}, qcow2[4] = {'Q', 'F', 'I', 0xfb};
     ssize_t n = pread(fd, header, sizeof header, 0);
@@ -377,7 +381,7 @@ const char *ovf_image_format(int fd, const char *path, struct error *err)
         return refuse(err, path, strerror(errno));
     if (memcmp(header, "KDMV", 4) == 0)
         return check_vmdk(fd, header, path, err);
-    if (memcmp(header, "COWD", 4) == 0 || g_strstr_len((const char *)header, sizeof header, "# Disk DescriptorFile"))
+    if (memcmp(header, "COWD", 4) == 0 || memmem(header, sizeof header, descriptor, strlen(descriptor)))
         return refuse(err, path, "it names other files; make one of it: qemu-img convert");
     if (memcmp(header, qcow2, 4) == 0)
         return "qcow2";

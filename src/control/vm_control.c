@@ -265,6 +265,13 @@ static void nothing(struct vm_control *control)
 {
 }
 
+void vm_control_load_libraries(void)
+{
+    struct error err = {0};
+    if (vm_screen_prepare(&err))
+        log_warning("the screen cannot be shown: %s", err.text);
+}
+
 void vm_control_sync(struct vm_control *control)
 {
     if (control)
@@ -340,6 +347,7 @@ static void stream_gone(void *ctx)
 
 static int start(struct vm_control *control, struct error *err)
 {
+    tzset(); /* the C library would read the time zone when it first writes a date: then the sandbox is closed, and the broker would be asked */
     int r = loop_create(&control->loop, NULL);
     if (r)
         return error_set(err, r, "cannot make an event loop: %s", strerror(-r));

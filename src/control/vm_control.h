@@ -31,6 +31,8 @@ struct vm_control_options {
 
 int vm_control_create(struct vm_control **control, const struct vm_control_options *options, struct error *err) __attribute__((warn_unused_result));
 int vm_control_add_routes(struct vm_control *control, struct http_server *server) __attribute__((warn_unused_result));
+/* Loads the libraries that requests need; before the server's thread enters the sandbox. What is missing is logged, and requests for it fail. */
+void vm_control_load_libraries(void);
 /* `config` is what the machine was made from. `control` NULL: nothing. */
 void vm_control_attach(struct vm_control *control, struct machine *machine, const struct machine_config *config);
 /* Returns when everything that has happened so far is written where others see it. NULL: at once. */

@@ -64,6 +64,7 @@ void vm_trace_look(struct vm_trace *trace);
 
 struct vm_screen;
 struct vm_screen *vm_screen_create(void); /* NULL: no memory */
+int vm_screen_prepare(struct error *err); /* loads its library, which a thread in the sandbox cannot */
 void vm_screen_destroy(struct vm_screen *screen);
 void vm_screen_feed(struct vm_screen *screen, const char *data, size_t size_bytes);
 /* The last bytes; returns how many. */

@@ -9,9 +9,9 @@
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
-#include <vterm.h>
 
 #include "control/vm_control_priv.h"
+#include "control/vterm_library.h"
 
 #define ROWS 24
 #define COLUMNS 80
@@ -32,6 +32,11 @@ struct vm_screen {
     bool hidden; /* the cursor */
     bool escape; /* an escape sequence lacks its final byte */
 };
+
+int vm_screen_prepare(struct error *err)
+{
+    return library_load(&vterm_library_file, err);
+}
 
 struct vm_screen *vm_screen_create(void)
 {
@@ -121,6 +126,9 @@ static int make_terminal(struct vm_screen *screen)
 {
     char recent[VM_SCREEN_RECENT_BYTES];
     static const VTermScreenCallbacks callbacks = {.settermprop = property_set};
+    int r = vm_screen_prepare(NULL);
+    if (r)
+        return r;
     screen->terminal = vterm_new(ROWS, COLUMNS);
     if (!screen->terminal)
         return -ENOMEM;

@@ -50,6 +50,8 @@ void machine_shut_in_or_stop(struct machine *machine, unsigned kind);
  * configuration then; -1: none. machine_broker_socket: for each socket that listens, before the machine is created.
  */
 int machine_start_broker(struct machine_config *config);
+/* Begins to load, in threads of their own, libraries that this machine will need. After machine_start_broker, which is single-threaded. */
+void machine_load_ahead(const struct machine_config *config);
 void machine_broker_socket(int broker, int listener);
 /* For tests: all rules of the sandbox to standard output (sandbox_rule_name), one a line and kind of thread; as often as they are said. */
 void machine_print_sandbox_rules(void);

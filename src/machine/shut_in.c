@@ -38,6 +38,22 @@ static bool enter(void *ctx, unsigned kind)
     return machine_enter_sandbox(ctx, kind);
 }
 
+/* SANDBOX_NET_USER and the like, once the engine is known. */
+static unsigned needs(const struct machine *machine)
+{
+    const struct machine_config *config = machine->config;
+    const char *engine = machine->engine_ops->name;
+    return (uses_user_network(config) ? SANDBOX_NET_USER : 0) | (config->vsock.present ? SANDBOX_VSOCK : 0) |
+           (config->direct != DIRECT_OFF && strcmp(engine, "bt") == 0 ? SANDBOX_DIRECT : 0) | (strcmp(engine, "kvm") == 0 ? SANDBOX_KVM : 0);
+}
+
+void machine_begin_sandbox(struct machine *machine)
+{
+    const struct machine_config *config = machine->config;
+    if (config->sandbox)
+        machine->sandbox_begun = sandbox_compile(needs(machine), config->sandbox_omit, config->broker >= 0);
+}
+
 int machine_make_sandbox(struct machine *machine, struct error *err)
 {
     const struct machine_config *config = machine->config;
@@ -48,6 +64,7 @@ int machine_make_sandbox(struct machine *machine, struct error *err)
     struct sandbox_config sandbox = {.paths = paths, .broker = config->broker, .omit = config->sandbox_omit};
     if (!config->sandbox)
         return 0;
+    sandbox.needs = needs(machine);
     for (unsigned i = 0; i < sizeof removed / sizeof *removed; i++) {
         directory_of(removed[i], directory[i], sizeof directory[i]);
         if (*directory[i])
@@ -59,20 +76,15 @@ int machine_make_sandbox(struct machine *machine, struct error *err)
     if (config->snapshots_directory)
         paths[sandbox.path_count++] = (struct sandbox_path){config->snapshots_directory, true, IN_API};
     if (uses_user_network(config)) {
-        sandbox.needs |= SANDBOX_NET_USER;
         machine->user_network = true;
         sandbox.host_network = true;
         paths[sandbox.path_count++] = (struct sandbox_path){"/etc/resolv.conf", false, IN_LOOP};
     }
     for (unsigned i = 0; i < config->share_count; i++)
         paths[sandbox.path_count++] = (struct sandbox_path){config->share[i].path, !config->share[i].readonly, IN_SHARE};
-    if (config->vsock.present)
-        sandbox.needs |= SANDBOX_VSOCK;
-    if (config->direct != DIRECT_OFF && strcmp(machine->engine_ops->name, "bt") == 0)
-        sandbox.needs |= SANDBOX_DIRECT;
-    if (strcmp(machine->engine_ops->name, "kvm") == 0)
-        sandbox.needs |= SANDBOX_KVM;
-    int r = sandbox_create(&machine->sandbox, &sandbox, err);
+    int r = sandbox_create(&machine->sandbox_begun, &sandbox, err);
+    machine->sandbox = machine->sandbox_begun;
+    machine->sandbox_begun = NULL;
     if (r == 0)
         loop_set_thread_enter(machine->loop, enter, machine);
     return r;
@@ -94,6 +106,12 @@ int machine_start_broker(struct machine_config *config)
         return -1;
     int broker = broker_start(config->sandbox_omit);
     return config->broker = broker < 0 ? -1 : broker;
+}
+
+void machine_load_ahead(const struct machine_config *config)
+{
+    if (uses_user_network(config))
+        net_load_ahead();
 }
 
 void machine_broker_socket(int broker, int listener)

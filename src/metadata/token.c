@@ -3,13 +3,13 @@
  * out, so a guest may ask for as many as it likes.
  */
 #include <errno.h>
-#include <glib.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/random.h>
 
 #include "metadata/metadata_priv.h"
+#include "util/glib_library.h"
 #include "util/loop.h"
 
 #define EXPIRY_DIGITS 16
@@ -19,6 +19,8 @@ _Static_assert(TOKEN_ROOM == EXPIRY_DIGITS + CODE_DIGITS + 1, "room for a token"
 
 int token_draw_key(uint8_t key[TOKEN_KEY_BYTES])
 {
+    if (library_load(&glib_library_file, NULL))
+        return -ENOENT;
     return getrandom(key, TOKEN_KEY_BYTES, 0) == TOKEN_KEY_BYTES ? 0 : -EIO;
 }
 

@@ -38,6 +38,8 @@ int net_acquire(const char *spec, int *fd, struct error *err) __attribute__((war
 /* Only checks the spec's syntax, for --config and --help. */
 int net_check(const char *spec, struct error *err) __attribute__((warn_unused_result));
 void net_close(struct net *net);
+/* Begins to load, aside, what user networking needs. */
+void net_load_ahead(void);
 
 /* A frame from the guest, virtio header first; copied or consumed before returning. Returns false when the back end is full: try again after `writable`. */
 bool net_transmit(struct net *net, const struct iovec *iov, unsigned iov_count);

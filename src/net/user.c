@@ -12,7 +12,6 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
-#include <slirp/libslirp.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -21,6 +20,7 @@
 #include <unistd.h>
 
 #include "net/offload.h"
+#include "net/slirp_library.h"
 #include "net/user_priv.h"
 #include "util/log.h"
 #include "util/sandbox_rules.h"
@@ -551,17 +551,26 @@ static void user_close(struct net *net)
         loop_event_destroy(user->service);
 }
 
+void net_load_ahead(void)
+{
+    library_load_ahead(&slirp_library_file);
+}
+
 static int user_open(struct net *net, struct error *err)
 {
     struct user *user = (struct user *)net;
     LIST_INIT(&user->watches);
     STAILQ_INIT(&user->backlog);
+    int result = library_load(&slirp_library_file, err);
+    if (result < 0) {
+        error_prefix(err, "user networking");
+        return result;
+    }
     net->info.receive.checksum = true;
     user->service = loop_event_create(net->loop, user_service, user);
     user->tick = loop_timer_create(net->loop, tick_expired, user);
     if (user->service && user->tick)
         user->slirp = create_slirp(user);
-    int result = 0;
     if (!user->slirp)
         result = error_set(err, -ENOMEM, "user networking: libslirp does not start");
     for (unsigned i = 0; result == 0 && i < user->base.options.forward_count; i++)

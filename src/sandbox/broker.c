@@ -60,6 +60,7 @@ SANDBOX_ALLOW_IF(IN_BROKER, ioctl, ARG_IS(1, TUNSETIFF));
 #define LISTENERS_MAX 16
 #define PATH_BYTES 4096
 #define PIECE_BYTES 65536
+#define FILTER_MAX 1024u /* instructions */
 #define TUN_PATH "/dev/net/tun"
 #define TUN_DEVICE makedev(10, 200)
 #define TAP_FLAGS (IFF_TAP | IFF_NO_PI | IFF_VNET_HDR)
@@ -75,7 +76,6 @@ struct message_packet {
 
 struct broker {
     int control, pidfd, query; /* query: a socket to ask for interfaces by */
-    const char *omit;
     pid_t program;
     bool closed, confined;
     struct sockaddr_un socket[SOCKETS_MAX];
@@ -285,18 +285,16 @@ static bool take_call(struct broker *broker, int listener)
     return true;
 }
 
-/* The broker gives up what it does not need either; not before there is a guest, because making filters takes as long as a client waits for the first answer. */
-static bool confine(const char *omit)
+/* The broker gives up what it does not need either. */
+static bool confine(const struct sock_fprog *filter)
 {
-    struct sock_fprog filter;
-    if (filter_make(&filter, IN_BROKER, 0, omit, false) || prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+    if (!filter->len || prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
         return false;
-    int listener = filter_load(&filter, true); /* can there be one on this host? */
+    int listener = filter_load(filter, true); /* can there be one on this host? */
     if (listener >= 0)
         close(listener);
     else
-        (void)filter_load(&filter, false);
-    filter_free(&filter);
+        (void)filter_load(filter, false);
     return listener >= 0;
 }
 
@@ -319,8 +317,9 @@ static void take_message(struct broker *broker)
         struct cmsghdr align;
     } room;
     struct message_packet packet = {0};
-    struct iovec iov = {&packet, sizeof packet};
-    struct msghdr message = {.msg_iov = &iov, .msg_iovlen = 1, .msg_control = room.bytes, .msg_controllen = CMSG_LEN(sizeof(int))}; /* one */
+    struct sock_filter instruction[FILTER_MAX];
+    struct iovec iov[] = {{&packet, sizeof packet}, {instruction, sizeof instruction}};
+    struct msghdr message = {.msg_iov = iov, .msg_iovlen = 2, .msg_control = room.bytes, .msg_controllen = CMSG_LEN(sizeof(int))}; /* one */
     ssize_t n = recvmsg(broker->control, &message, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
     if (n <= 0 && broker->wait[0].revents & (POLLHUP | POLLERR))
         _exit(0); /* nobody is left; without that, a message of no bytes */
@@ -328,7 +327,8 @@ static void take_message(struct broker *broker)
     int fd = -1;
     if (header && header->cmsg_level == SOL_SOCKET && header->cmsg_type == SCM_RIGHTS && header->cmsg_len == CMSG_LEN(sizeof fd))
         memcpy(&fd, CMSG_DATA(header), sizeof fd);
-    if (n != sizeof packet) {
+    size_t filter_bytes = n > (ssize_t)sizeof packet ? (size_t)n - sizeof packet : 0;
+    if (n < (ssize_t)sizeof packet || (filter_bytes && packet.kind != MESSAGE_DOORS)) {
         if (fd >= 0)
             close(fd);
         return;
@@ -336,7 +336,8 @@ static void take_message(struct broker *broker)
     if (packet.kind == MESSAGE_SOCKET && !broker->closed && broker->socket_count < SOCKETS_MAX) {
         broker->socket[broker->socket_count++] = packet.name;
     } else if (packet.kind == MESSAGE_DOORS && !broker->closed) {
-        char answer = confine(broker->omit) && can_work(broker, packet.probe);
+        const struct sock_fprog filter = {.len = (unsigned short)(filter_bytes / sizeof *instruction), .filter = instruction};
+        char answer = confine(&filter) && can_work(broker, packet.probe);
         broker->closed = true;
         broker->confined = packet.length;
         (void)!send(broker->control, &answer, 1, MSG_NOSIGNAL);
@@ -367,7 +368,6 @@ static struct broker *settle(int control, pid_t program, const char *omit)
         signal(number, SIG_DFL);
     filter_note_kind(IN_BROKER);
     (void)filter_catch();
-    broker->omit = omit;
     broker->program = program;
     broker->query = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     broker->pidfd = (int)syscall(SYS_pidfd_open, program, 0);
@@ -398,14 +398,15 @@ static _Noreturn void broker_main(int control, pid_t program, const char *omit)
 
 /* ---- the program's side ---- */
 
-static int tell(int broker, const struct message_packet *packet, int fd)
+/* With a filter behind the packet, or NULL; with a descriptor, or -1. */
+static int tell(int broker, const struct message_packet *packet, const struct sock_fprog *filter, int fd)
 {
     union {
         char bytes[CMSG_SPACE(sizeof(int))];
         struct cmsghdr align;
     } room = {{0}};
-    struct iovec iov = {(void *)(uintptr_t)packet, sizeof *packet};
-    struct msghdr message = {.msg_iov = &iov, .msg_iovlen = 1};
+    struct iovec iov[] = {{(void *)(uintptr_t)packet, sizeof *packet}, {filter ? filter->filter : NULL, filter ? filter->len * sizeof *filter->filter : 0}};
+    struct msghdr message = {.msg_iov = iov, .msg_iovlen = 2};
     if (fd >= 0) {
         message.msg_control = room.bytes;
         message.msg_controllen = sizeof room.bytes;
@@ -444,25 +445,25 @@ int broker_add_socket(int broker, int listener)
     socklen_t size = sizeof packet.name;
     if (broker < 0)
         return 0;
-    return getsockname(listener, (struct sockaddr *)&packet.name, &size) ? -errno : tell(broker, &packet, -1);
+    return getsockname(listener, (struct sockaddr *)&packet.name, &size) ? -errno : tell(broker, &packet, NULL, -1);
 }
 
-bool broker_close_doors(int broker, bool confined)
+bool broker_close_doors(int broker, const struct sock_fprog *filter, bool confined)
 {
     const uint64_t probe = 0;
     struct message_packet packet = {.kind = MESSAGE_DOORS, .length = confined, .probe = (uintptr_t)&probe};
     pid_t pid;
     char answer = 0;
-    if (broker < 0 || recv(broker, &pid, sizeof pid, 0) != sizeof pid)
+    if (broker < 0 || filter->len > FILTER_MAX || recv(broker, &pid, sizeof pid, 0) != sizeof pid)
         return false;
     (void)prctl(PR_SET_PTRACER, (unsigned long)pid, 0, 0, 0); /* for Yama, where it is; others may not */
-    return tell(broker, &packet, -1) == 0 && recv(broker, &answer, 1, 0) == 1 && answer;
+    return tell(broker, &packet, filter, -1) == 0 && recv(broker, &answer, 1, 0) == 1 && answer;
 }
 
 int broker_serve(int broker, int notifications)
 {
     struct message_packet packet = {.kind = MESSAGE_LISTENER};
-    int r = tell(broker, &packet, notifications);
+    int r = tell(broker, &packet, NULL, notifications);
     close(notifications);
     return r;
 }

@@ -30,3 +30,16 @@ int library_load(struct library *library, struct error *err)
     pthread_mutex_unlock(&lock);
     return library->why_not.code ? error_set(err, library->why_not.code, "%s", library->why_not.text) : 0;
 }
+
+static void *load_main(void *arg)
+{
+    (void)!library_load(arg, NULL); /* who needs it asks again */
+    return NULL;
+}
+
+void library_load_ahead(struct library *library)
+{
+    pthread_t thread;
+    if (pthread_create(&thread, NULL, load_main, library) == 0)
+        pthread_detach(thread);
+}

@@ -26,5 +26,7 @@ struct library {
 
 /* Any thread; waits for one that is at it. 0, also when it was loaded before; -ENOENT: it is not there or too old, and will not be looked for again. It stays for as long as the program runs. */
 int library_load(struct library *library, struct error *err) __attribute__((warn_unused_result));
+/* Begins to load it in a thread of its own; library_load waits for that. */
+void library_load_ahead(struct library *library);
 
 #endif

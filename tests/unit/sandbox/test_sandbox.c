@@ -462,7 +462,7 @@ static int attempt_status(unsigned kind, unsigned needs, const struct sandbox_pa
         struct injected injected = {.kind = kind, .run = run};
         struct error err = {0};
         pthread_t thread;
-        struct sandbox *sandbox;
+        struct sandbox *sandbox = NULL;
         int null = open("/dev/null", O_WRONLY);
         dup2(null, STDERR_FILENO); /* the filter's line */
         sandbox_begin();
