@@ -15,8 +15,8 @@
 #include "engine/interp/interp_core.h"
 
 #define BUCKET_SHARE 512u /* bytes of the arena for each bucket, at least */
-#define BLOCK_ALIGN 64u
-#define BLOCK_SIZE_MAX (sizeof(struct block) + BLOCK_INSNS_MAX * sizeof(struct insn))
+#define BLOCK_ALIGN 16u
+#define BLOCK_SIZE_MAX (sizeof(struct block) + BLOCK_INSNS_MAX * sizeof(struct insn) + BLOCK_BYTES_MAX + BLOCK_ALIGN)
 #define INSN_BYTES_MAX 15u
 #define CS_LIMIT_NONE 0xffffffffu /* a segment of 4 GiB: execution goes on at 0 */
 
@@ -38,7 +38,7 @@ struct block_cache *block_cache_create(size_t arena_bytes)
         return NULL;
     k->arena_bytes = arena_bytes;
     k->bucket_mask = buckets - 1;
-    k->scratch = calloc(1, sizeof(struct block) + sizeof(struct insn));
+    k->scratch = calloc(1, sizeof(struct block) + sizeof(struct insn) + INSN_BYTES_MAX + 1);
     k->arena = mmap(NULL, arena_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (!k->scratch || k->arena == MAP_FAILED) {
         k->arena = k->arena == MAP_FAILED ? NULL : k->arena;
@@ -74,6 +74,7 @@ void block_cache_shrink(struct icpu *c, size_t arena_bytes)
     block_cache_flush(c);
     if (arena_bytes < k->arena_bytes && munmap(k->arena + arena_bytes, k->arena_bytes - arena_bytes) == 0)
         k->arena_bytes = arena_bytes;
+    madvise(k->arena, k->arena_bytes, MADV_DONTNEED);
 }
 
 static struct block **bucket_of(struct block_cache *k, uintptr_t host)
@@ -184,6 +185,7 @@ static struct block *block_scratch(struct icpu *c, gva_t gva)
     b->host = 0;
     b->code_bits = (uint8_t)c->code_bits;
     b->count = 1;
+    b->bytes = (uint8_t *)&b->insn[1];
     b->length_bytes = (uint16_t)decode_one(c, gva, b->bytes, &b->insn[0]);
     return b;
 }
@@ -198,32 +200,33 @@ static struct block *block_allocate(struct icpu *c)
     return b;
 }
 
-/* Makes the block findable; `first` bytes of it lie in its own page. */
-static void block_commit(struct icpu *c, struct block *b, unsigned first)
+/* Makes the block findable; `first` of its bytes lie in its own page. */
+static void block_commit(struct icpu *c, struct block *b, const uint8_t *bytes, unsigned first)
 {
     struct block_cache *k = c->blocks;
     struct block **bucket = bucket_of(k, b->host);
-    memset(b->bytes + b->length_bytes, 0, sizeof(b->bytes) - b->length_bytes);
+    b->bytes = (uint8_t *)&b->insn[b->count];
+    memcpy(b->bytes, bytes, b->length_bytes);
     block_tail_set(b, first);
     b->chain = *bucket;
     *bucket = b;
-    size_t size = sizeof(*b) + b->count * sizeof(struct insn);
+    size_t size = sizeof(*b) + b->count * sizeof(struct insn) + b->length_bytes;
     k->used += (size + BLOCK_ALIGN - 1) & ~(size_t)(BLOCK_ALIGN - 1);
     vcpu_count(&c->v, COUNTER_blocks_decoded);
 }
 
-static struct block *block_build_crossing(struct icpu *c, gva_t gva, struct block *b)
+static struct block *block_build_crossing(struct icpu *c, gva_t gva, struct block *b, uint8_t bytes[static INSN_BYTES_MAX + 1])
 {
     unsigned first = (unsigned)(PAGE_SIZE_BYTES - (gva & PAGE_MASK_BITS));
     const uint8_t *next = mem_fetch_host(c, gva + first);
     if (!next)
         return block_scratch(c, gva);
-    memcpy(b->bytes + first, next, INSN_BYTES_MAX + 1 - first);
-    unsigned length = decode_insn(c, b->bytes, INSN_BYTES_MAX, c->code_bits, &b->insn[0]);
+    memcpy(bytes + first, next, INSN_BYTES_MAX + 1 - first);
+    unsigned length = decode_insn(c, bytes, INSN_BYTES_MAX, c->code_bits, &b->insn[0]);
     b->count = 1;
     b->crossing = length > first;
     b->length_bytes = (uint16_t)length;
-    block_commit(c, b, length < first ? length : first);
+    block_commit(c, b, bytes, length < first ? length : first);
     return b;
 }
 
@@ -232,12 +235,13 @@ static struct block *block_build(struct icpu *c, uintptr_t host, gva_t gva)
     struct block *b = block_allocate(c);
     unsigned left = (unsigned)(PAGE_SIZE_BYTES - (gva & PAGE_MASK_BITS));
     unsigned available = left < BLOCK_BYTES_MAX ? left : BLOCK_BYTES_MAX;
+    uint8_t bytes[BLOCK_BYTES_MAX];
     b->host = host;
     b->code_bits = (uint8_t)c->code_bits;
-    memcpy(b->bytes, (const void *)host, available);
+    memcpy(bytes, (const void *)host, available);
     while (b->count < BLOCK_INSNS_MAX) {
         struct insn *i = &b->insn[b->count];
-        unsigned length = decode_insn(c, b->bytes + b->length_bytes, available - b->length_bytes, c->code_bits, i);
+        unsigned length = decode_insn(c, bytes + b->length_bytes, available - b->length_bytes, c->code_bits, i);
         if (!length)
             break;
         b->count++;
@@ -246,8 +250,8 @@ static struct block *block_build(struct icpu *c, uintptr_t host, gva_t gva)
             break;
     }
     if (!b->count)
-        return block_build_crossing(c, gva, b);
-    block_commit(c, b, b->length_bytes);
+        return block_build_crossing(c, gva, b, bytes);
+    block_commit(c, b, bytes, b->length_bytes);
     return b;
 }
 

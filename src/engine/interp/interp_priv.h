@@ -107,13 +107,13 @@ struct block {
     uint64_t tail_mask, tail_value;
     struct block *next[2]; /* what ran after it lately: guesses, checked like any look-up */
     struct block *chain;   /* next in the hash bucket */
-    uint8_t bytes[BLOCK_BYTES_MAX + 8]; /* what was decoded; zero padded to a multiple of 8 */
+    uint8_t *bytes;        /* what was decoded; behind the instructions */
     struct insn insn[];
 };
 
 struct block_cache;
 struct block_cache *block_cache_create(size_t arena_bytes);
-/* Empties it, and gives back what is more than that. */
+/* Empties it and gives its memory back; it has no more than that from now on. */
 void block_cache_shrink(struct icpu *c, size_t arena_bytes);
 void block_cache_destroy(struct block_cache *cache);
 void block_cache_flush(struct icpu *c);

@@ -223,10 +223,12 @@ static void block_cache_turns_over(void **state)
     struct tiny_vm *vm = *state;
     LOAD(vm, TINY_LONG, many_blocks);
     run_to_halt(vm);
-    vm->vcpu->cpu.gpr[GPR_RIP] = TINY_CODE + 5;
-    vm->vcpu->cpu.activity = CPU_RUNNING;
-    run_to_halt(vm);
-    assert_int_equal(reg(vm, GPR_RAX), 120000);
+    for (unsigned n = 0; n < 2; n++) {
+        vm->vcpu->cpu.gpr[GPR_RIP] = TINY_CODE + 5;
+        vm->vcpu->cpu.activity = CPU_RUNNING;
+        run_to_halt(vm);
+    }
+    assert_int_equal(reg(vm, GPR_RAX), 180000);
     assert_true(vm->vcpu->counters[COUNTER_block_cache_flushes] >= 1);
 }
 
