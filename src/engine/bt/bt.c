@@ -16,6 +16,7 @@
 #include "arch/host.h"
 #include "engine/bt/direct.h"
 #include "engine/interp/system_priv.h"
+#include "state/inputs.h"
 #include "util/log.h"
 
 #define CROSSING_PATIENCE 2   /* times that a site may cross pages by a signal before it is translated in another way */
@@ -320,34 +321,79 @@ static struct bt_block *block_lock(struct bt_vcpu *b)
 /* ---- code that has not run often ---- */
 
 /*
- * A block takes as long to translate as the interpreter takes to run it some hundred times, and most of what a guest runs in its first moments runs less often: so what has no translation is
- * counted first, for as long as that is more than a guest that computes would lose by it. Counts are by linear address and shared by what has the same hash: it only matters that what runs
- * often is translated soon.
+ * A block takes as long to translate as the interpreter takes to run it some hundred times, and most of what a guest runs in its first moments, and when it has little to do, runs less often: so
+ * what has no translation is counted first, as long as that is not more than a guest that computes would lose by it. Counts are by linear address and shared by what has the same hash: it only
+ * matters that what runs often is translated soon.
  */
-#define COLD_RUNS 64u /* below 256 */
-#define COLD_COUNTED_MAX (1u << 17) /* in all: some 20 ms */
+#define COLD_RUNS 128u /* below 256 */
+#define COLD_AT_FIRST (1u << 18) /* runs of blocks that have no translation: some 40 ms */
+#define COLD_PER_SECOND (1u << 14) /* and later, as many of them as time has passed: 3 ms */
+#define COLD_REFILLS_PER_SECOND 64u
 #define COLD_HASH_BITS 14u
 #define BLOCKS_BYTES (1u << 20)      /* decoded blocks, where they are the exception */
 #define COLD_BLOCKS_BYTES (8u << 20) /* and as long as all code begins there: of a busy server's guest they take 4 MiB */
 
 struct bt_cold {
     bool here;        /* the block that ran last was */
-    uint32_t counted; /* in all */
+    bool settled;     /* the first moments are over */
+    uint32_t left;    /* to be counted until `refilled` is some time ago */
+    uint64_t created, refilled, tsc_per_second; /* the host's counter */
     uint8_t runs[1u << COLD_HASH_BITS];
 };
+
+static struct bt_cold *cold_create(void)
+{
+    struct bt_cold *cold = calloc(1, sizeof(*cold));
+    if (!cold)
+        return NULL;
+    cold->left = COLD_AT_FIRST;
+    cold->tsc_per_second = inputs_tsc_khz_roughly() * 1000 + 1;
+    cold->created = cold->refilled = __builtin_ia32_rdtsc();
+    return cold;
+}
+
+/* Most of what the first moments needed is not needed again: its memory goes back. */
+static void cold_settle(struct bt_vcpu *b)
+{
+    if (b->cold->settled)
+        return;
+    b->cold->settled = true;
+    block_cache_shrink(&b->c, BLOCKS_BYTES);
+}
+
+/* A guest that has nothing to do after a quarter of a second is no longer in its first moments. */
+static void cold_idle(struct bt_vcpu *b)
+{
+    if (b->cold && !b->cold->settled && __builtin_ia32_rdtsc() - b->cold->created > b->cold->tsc_per_second / 4)
+        cold_settle(b);
+}
+
+static bool cold_refill(struct bt_vcpu *b)
+{
+    struct bt_cold *cold = b->cold;
+    uint64_t now = __builtin_ia32_rdtsc(), passed = now - cold->refilled;
+    cold_settle(b);
+    if (passed < cold->tsc_per_second / COLD_REFILLS_PER_SECOND)
+        return false;
+    cold->refilled = now;
+    cold->left = passed > cold->tsc_per_second ? COLD_PER_SECOND : (uint32_t)(passed * COLD_PER_SECOND / cold->tsc_per_second);
+    return cold->left;
+}
 
 /* Whether the block at rip, which may have no translation, is the interpreter's for now; counts that. User code that is executed directly has another balance (direct.c). */
 static bool is_cold(struct bt_vcpu *b)
 {
     struct bt_cold *cold = b->cold;
-    if (!cold || cold->counted == COLD_COUNTED_MAX)
+    if (!cold)
+        return false;
+    cold->here = false;
+    if (!cold->left && !cold_refill(b))
         return false;
     uint8_t *runs = &cold->runs[b->c.v.cpu.gpr[GPR_RIP] * 0x9e3779b97f4a7c15ull >> (64 - COLD_HASH_BITS)];
     cold->here = *runs < COLD_RUNS && !(b->c.cpl == 3 && direct_active(b));
     if (cold->here) {
         ++*runs;
-        if (++cold->counted == COLD_COUNTED_MAX)
-            block_cache_shrink(&b->c, BLOCKS_BYTES);
+        cold->left--;
     }
     return cold->here;
 }
@@ -655,6 +701,8 @@ static enum engine_exit bt_run(struct vcpu *v)
         interp_recover(c, why);
     if (v->cpu.activity != CPU_SHUTDOWN)
         exit = run_loop(b);
+    if (exit == ENGINE_EXIT_HALT)
+        cold_idle(b);
     interp_leave(c);
     direct_thread_leave(b);
     fault_thread_leave(b);
@@ -797,7 +845,7 @@ static int bt_vcpu_create(struct engine *engine, const struct vcpu_config *confi
     b->mask_bit12 = PAGE_SIZE_BYTES;
     b->mask_arith = RFLAGS_OSZAPC | RFLAGS_DF;
     polls_reset(b);
-    b->cold = e->patient ? calloc(1, sizeof(*b->cold)) : NULL; /* without, more is translated */
+    b->cold = e->patient ? cold_create() : NULL; /* without, more is translated */
     rc = icpu_create(&b->c, &e->interp, &bt_engine_ops, config, &sizes);
     if (rc) {
         bt_vcpu_destroy(&b->c.v);

@@ -61,7 +61,7 @@ static void test_patient(void **state)
 /* After so many blocks in all, each is translated when it runs first: here thousands of small ones, a few rounds each. */
 static void test_not_for_ever(void **state)
 {
-    enum { BLOCKS = 3000, ROUNDS = 60 };
+    enum { BLOCKS = 3000, ROUNDS = 120 };
     static uint8_t code[5 + 2 * BLOCKS + 9];
     struct engine_ops ops = bt_engine_ops;
     struct tiny_vm vm;
