@@ -6,6 +6,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <malloc.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdlib.h>
@@ -20,6 +21,10 @@
 #include "doppel/doppel.h"
 #include "util/log.h"
 #include "util/sandbox_rules.h"
+
+/* What a machine is made of is large arrays of which it uses little: as mappings of their own they take no memory where nobody writes. Buffers of a running one come and go. */
+#define MAKING_MMAP_BYTES (16 << 10)
+#define RUNNING_MMAP_BYTES (1 << 20)
 
 SANDBOX_ALLOW(IN_MAIN, rt_sigtimedwait);
 SANDBOX_ALLOW(IN_MAIN, unlink);
@@ -320,8 +325,10 @@ static int wait_for_end(struct run *run, enum machine_end *end)
         return complain(STATUS_ERROR, "cannot start a thread: too little memory, or too many of them (ulimit -u)");
     vm_control_sync(run->control);
     tell_ready(run);
+    mallopt(M_MMAP_THRESHOLD, RUNNING_MMAP_BYTES);
     start_server(run);
     shut_in(run);
+    malloc_trim(0); /* what making it took */
     *end = machine_wait(run->machine);
     end_signals(run, signals);
     return status_of(*end);
@@ -345,6 +352,7 @@ int run_vm(struct run *run)
     int status = STATUS_USAGE;
     if (run->config.sandbox_omit && strcmp(run->config.sandbox_omit, "list") == 0)
         return machine_print_sandbox_rules(), STATUS_SHUTDOWN;
+    mallopt(M_MMAP_THRESHOLD, MAKING_MMAP_BYTES);
     if (run->config.sandbox)
         doppel_sandbox_begin();
     machine_start_broker(&run->config);
