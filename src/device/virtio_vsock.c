@@ -422,6 +422,8 @@ static void notify_tx(struct virtio_vsock *vsock)
     struct virtqueue *queue = virtio_queue(&vsock->virtio, QUEUE_TX);
     unsigned done = 0;
     uint64_t bytes = 0;
+    if (vsock_hold(vsock))
+        return;
     do {
         struct virtqueue_chain *chain;
         virtqueue_set_notification(queue, false);
@@ -447,15 +449,37 @@ static void notify_rx(struct virtio_vsock *vsock)
     vsock_send(vsock);
 }
 
-/* 5.10.6.6: the guest's connections were to another host, in a way. */
+bool vsock_hold(struct virtio_vsock *vsock)
+{
+    if (vsock->held && !vsock->held_until_ns) {
+        vsock->held_until_ns = loop_now_ns() + VSOCK_HELD_NS;
+        vsock_host_arm(vsock);
+    }
+    return vsock->held;
+}
+
+void vsock_hold_end(struct virtio_vsock *vsock)
+{
+    vsock->held = false;
+    vsock->held_until_ns = 0;
+    vsock_host_resume(vsock);
+    notify_tx(vsock);
+}
+
+/* 5.10.6.6: the guest's connections were to another host, in a way. Drivers put a buffer back when they have done what its event says (Linux does). */
 static void notify_event(struct virtio_vsock *vsock)
 {
     const uint32_t event = EVENT_TRANSPORT_RESET;
-    struct virtqueue_chain *chain = vsock->interrupted ? virtqueue_pop(virtio_queue(&vsock->virtio, QUEUE_EVENT)) : NULL;
-    if (!chain)
-        return;
-    virtqueue_push(chain, virtqueue_write(chain, 0, &event, sizeof event), true);
-    vsock->interrupted = false;
+    struct virtqueue *queue = virtio_queue(&vsock->virtio, QUEUE_EVENT);
+    struct virtqueue_chain *chain = vsock->interrupted ? virtqueue_pop(queue) : NULL;
+    if (chain) {
+        vsock->event_offered = virtqueue_offered(queue);
+        virtqueue_set_notification(queue, true); /* of the next one */
+        virtqueue_push(chain, virtqueue_write(chain, 0, &event, sizeof event), true);
+        vsock->interrupted = false;
+    } else if (vsock->held && !vsock->interrupted && virtqueue_offered(queue) != vsock->event_offered) {
+        vsock_hold_end(vsock);
+    }
 }
 
 /* ---- The device ---- */
@@ -471,7 +495,9 @@ static void vsock_driver_reset(void *ctx)
     struct virtio_vsock *vsock = ctx;
     vsock_connections_drop(vsock);
     vsock->reset_count = 0;
-    vsock->interrupted = false;
+    vsock->interrupted = vsock->held = false;
+    vsock->held_until_ns = 0;
+    vsock_host_resume(vsock);
 }
 
 static void config_read(void *ctx, unsigned offset, void *data, unsigned size_bytes)
@@ -552,7 +578,7 @@ static int vsock_state(struct device *device, struct state_io *io)
             vsock->next_port = VSOCK_PORT_FIRST;
             state_fail(io, "the next port is out of range");
         }
-        vsock->interrupted = !state_failed(io) && virtio_ready(&vsock->virtio);
+        vsock->interrupted = vsock->held = !state_failed(io) && virtio_ready(&vsock->virtio);
     }
     return state_end(io);
 }

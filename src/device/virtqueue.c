@@ -161,6 +161,11 @@ bool virtqueue_pending(struct virtqueue *queue)
     return queue->enabled && !queue->broken && available_index(queue) != queue->avail_next;
 }
 
+uint16_t virtqueue_offered(struct virtqueue *queue)
+{
+    return queue->enabled ? available_index(queue) : 0;
+}
+
 bool virtqueue_set_notification(struct virtqueue *queue, bool enabled)
 {
     if (!queue->enabled)

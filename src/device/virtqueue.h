@@ -75,6 +75,8 @@ void virtqueue_unpop(struct virtqueue_chain *chain);
 void virtqueue_push(struct virtqueue_chain *chain, uint64_t used_bytes, bool flush);
 /* True when the ring holds chains to pop. */
 bool virtqueue_pending(struct virtqueue *queue);
+/* How many chains the driver has ever put into the ring, modulo 65536; 0 while the queue is off. */
+uint16_t virtqueue_offered(struct virtqueue *queue);
 /*
  * Asks the driver (not) to notify. Enabling returns true when chains arrived meanwhile: pop again before sleeping. A queue starts enabled.
  *     do {

@@ -110,7 +110,9 @@ void vsock_host_resume(struct virtio_vsock *vsock)
 void vsock_host_arm(struct virtio_vsock *vsock)
 {
     const struct vsock_connection *first = TAILQ_FIRST(&vsock->waiting);
-    if (first)
+    if (vsock->held_until_ns) /* there are no connections then */
+        loop_timer_arm(vsock->timer, vsock->held_until_ns);
+    else if (first)
         loop_timer_arm(vsock->timer, first->deadline_ns);
 }
 
@@ -126,6 +128,8 @@ void vsock_host_timer(void *ctx)
     struct virtio_vsock *vsock = ctx;
     struct vsock_connection *first;
     uint64_t now = loop_now_ns();
+    if (vsock->held && vsock->held_until_ns <= now)
+        vsock_hold_end(vsock);
     while ((first = TAILQ_FIRST(&vsock->waiting)) && first->deadline_ns <= now)
         vsock_connection_abort(first);
     vsock_host_resume(vsock);
@@ -138,6 +142,10 @@ void vsock_host_timer(void *ctx)
 static void client_connected(void *ctx, unsigned events)
 {
     struct virtio_vsock *vsock = ctx;
+    if (vsock_hold(vsock)) {
+        pause_listening(vsock);
+        return;
+    }
     for (unsigned i = 0; i < ACCEPT_BATCH; i++) {
         if (!vsock_connection_room(vsock)) {
             pause_listening(vsock);

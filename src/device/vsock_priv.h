@@ -59,6 +59,7 @@ _Static_assert(sizeof(struct vsock_header) == VSOCK_HEADER_BYTES, "virtio 1.2, 5
 #define VSOCK_BURST_MAX 128u
 #define VSOCK_GATHER_BYTES_MAX 4096u /* of a packet; larger ones are not copied */
 #define VSOCK_DEADLINE_NS (10ull * 1000000000)
+#define VSOCK_HELD_NS (5ull * 1000000000)
 
 /*
  * What the guest may send ahead of the host's program. The first few connections get much and the others less, so that all buffers together are bounded by
@@ -124,6 +125,10 @@ struct virtio_vsock {
     struct loop_fd *listener;
     bool listening; /* the listener's events are wanted */
     bool interrupted; /* the guest is to be told that its connections are gone */
+    /* It may not have dropped them yet, and would drop new ones with them: none is made until it puts the event's buffer back, or that time has come (0: nobody waits yet). */
+    bool held;
+    uint16_t event_offered; /* of the event queue, when the event went out */
+    uint64_t held_until_ns;
     struct loop_timer *timer; /* deadlines, and accepting again after the host had no descriptors */
     unsigned connection_count, connections_max;
     uint32_t next_port;
@@ -143,6 +148,9 @@ void vsock_pend(struct vsock_connection *connection, unsigned bits);
 void vsock_unpend(struct vsock_connection *connection);
 /* The guest gets RST for these ports. */
 void vsock_reset_ports(struct virtio_vsock *vsock, const struct vsock_reset *reset);
+/* True: no connection may begin, as the guest still drops those from before (`held`). Who is told so has to wait for vsock_hold_end. */
+bool vsock_hold(struct virtio_vsock *vsock);
+void vsock_hold_end(struct virtio_vsock *vsock);
 /* Sends what is pending as far as receive buffers last. May end connections. */
 void vsock_send(struct virtio_vsock *vsock);
 /* Moves bytes from the host's socket into receive buffers; their number, -ENOBUFS: there were none, or -ECONNRESET: the connection is gone. */

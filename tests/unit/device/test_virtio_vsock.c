@@ -607,7 +607,7 @@ static void test_driver_not_there(void **state)
     close(fd);
 }
 
-static void test_state(void **state)
+static void load_state(bool put_back)
 {
     struct state_io *writer = state_writer_create(), *reader;
     struct guest_buffer event = {guest_alloc(&f.g, 64), 64, true};
@@ -634,14 +634,45 @@ static void test_state(void **state)
     guest_wait_used(&f.g.queue[EVENT]);
     assert_int_equal(guest_take_used(&f.g.queue[EVENT], NULL), 4);
     assert_memory_equal(guest_at(&f.g, event.gpa, 4), "\0\0\0\0", 4);
-    send_packet(VSOCK_OP_RW, 1, 7, "what?", 5);
+    /* The guest may drop what it has at any time from here on: nothing new until it has handled the event. */
+    int early = client("CONNECT 3\n");
+    queue_packet(VSOCK_OP_RW, 1, 7, "what?", 5);
+    guest_kick(&f.g.queue[TX]);
+    expect_nothing();
+    guest_kick(&f.g.queue[EVENT]); /* means nothing by itself */
+    expect_nothing();
+    if (put_back) {
+        guest_add(&f.g.queue[EVENT], &event, 1);
+        guest_kick(&f.g.queue[EVENT]);
+    } else {
+        struct virtio_vsock *vsock = (struct virtio_vsock *)f.device;
+        assert_true(vsock->held_until_ns);
+        vsock->held_until_ns = 1;
+        vsock_host_arm(vsock);
+    }
     expect(VSOCK_OP_RST);
+    guest_take_used(&f.g.queue[TX], NULL);
+    struct packet request = expect(VSOCK_OP_REQUEST);
+    send_packet(VSOCK_OP_RST, 3, request.header.src_port, NULL, 0);
+    expect_end(early);
+    close(early);
     close(fd);
     fd = guest_connects(listener, 2, 7);
     close(fd);
     close(listener);
     state_io_destroy(reader);
     state_io_destroy(writer);
+}
+
+static void test_state(void **state)
+{
+    load_state(true);
+}
+
+/* A driver that never puts an event's buffer back. */
+static void test_state_forgetful(void **state)
+{
+    load_state(false);
 }
 
 static void test_paths(void **state)
@@ -673,7 +704,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         TEST(test_config),         TEST(test_guest_connects),     TEST(test_gathering),     TEST(test_host_connects),      TEST(test_bad_hellos), TEST(test_credit_of_the_guest),
         TEST(test_flush_after_close), TEST(test_credit_of_the_host), TEST(test_no_receive_buffers), TEST(test_program_vanishes), TEST(test_nonsense),
-        TEST(test_no_answers_taken), TEST(test_limit),            TEST(test_deadline),           TEST(test_driver_not_there), TEST(test_state), TEST(test_paths),
+        TEST(test_no_answers_taken), TEST(test_limit), TEST(test_deadline), TEST(test_driver_not_there), TEST(test_state), TEST(test_state_forgetful), TEST(test_paths),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
