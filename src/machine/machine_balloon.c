@@ -57,6 +57,7 @@ int machine_balloon_resize(struct machine *machine, uint64_t mebibytes, struct e
     int r = balloon_lock(machine, true, NULL, err);
     if (r)
         return r;
+    machine->own_config.balloon.amount_mib = (uint32_t)mebibytes; /* what a snapshot's machine says it was asked for */
     virtio_balloon_resize(machine->balloon, (uint32_t)(mebibytes << 8));
     pthread_mutex_unlock(&machine->device_lock);
     return 0;
@@ -70,8 +71,10 @@ int machine_balloon_set_interval(struct machine *machine, uint32_t seconds, stru
     int r = balloon_lock(machine, true, NULL, err);
     if (r)
         return r;
-    if (offered)
+    if (offered) {
+        machine->own_config.balloon.statistics_interval_s = seconds;
         virtio_balloon_set_interval(machine->balloon, seconds);
+    }
     pthread_mutex_unlock(&machine->device_lock);
     return 0;
 }
