@@ -1,7 +1,5 @@
 #!/usr/bin/env python3
 """Memory that comes and goes under Debian's kernel: balloon, free page reporting and hinting. `memory.py CONTROL CHURN SCENARIO` is one test (control.c, churn.c)."""
-import glob
-import gzip
 import hashlib
 import os
 import re
@@ -12,37 +10,11 @@ import tempfile
 import time
 
 import guest
+from guest import archive, modules
 
 MIB = 1 << 20
 control_program, churn_program = sys.argv[1:3]
 del sys.argv[1:3]
-
-
-def modules(*names):
-    """Files of the kernel's modules, dependencies first."""
-    release = os.path.basename(glob.glob(guest.cached("kernel") + "/lib/modules/*")[0])
-    files = []
-    for name in names:
-        out = subprocess.run(["/sbin/modprobe", "-d", guest.cached("kernel"), "-S", release, "--show-depends", name], capture_output=True, text=True, check=True)
-        for line in out.stdout.splitlines():
-            if line.startswith("insmod") and line.split()[1] not in files:
-                files.append(line.split()[1])
-    return files
-
-
-def archive(path, entries):
-    """A cpio archive ("newc") of (name, contents) behind the busybox initial RAM disk: the kernel unpacks both."""
-    def entry(inode, name, mode, data):
-        fields = [inode, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(name) + 1, 0]
-        head = b"070701" + b"".join(b"%08X" % field for field in fields) + name.encode() + b"\0"
-        return head + b"\0" * (-len(head) % 4) + data + b"\0" * (-len(data) % 4)
-
-    parts = [entry(1, "extra", 0o40755, b"")]
-    parts += [entry(n + 2, "extra/" + name, 0o100755, data) for n, (name, data) in enumerate(entries)]
-    parts.append(entry(0, "TRAILER!!!", 0, b""))
-    with open(guest.cached("demo-initrd.gz"), "rb") as first, open(path, "wb") as out:
-        data = first.read()
-        out.write(data + b"\0" * (-len(data) % 4) + gzip.compress(b"".join(parts), 1))
 
 
 class ControlledGuest(guest.Guest):
