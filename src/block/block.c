@@ -252,9 +252,49 @@ static void count(struct block_counters *counters, const struct block_request *r
     }
 }
 
+/* ---- no room on the host ---- */
+
+void block_wait_when_full(struct block *block, block_full_fn *full, void *ctx)
+{
+    block->full = full;
+    block->full_ctx = ctx;
+}
+
+bool block_waits(const struct block *block)
+{
+    return block->waiting != NULL;
+}
+
+/* What a format writes for a flush can be written again; a raw file's flush cannot be believed once it has failed. */
+static bool may_wait(const struct block *block, const struct block_request *request, int result)
+{
+    bool writes = request->op == BLOCK_WRITE || request->op == BLOCK_WRITE_ZEROES || (request->op == BLOCK_FLUSH && block->ops != &block_raw_ops);
+
+    return (result == -ENOSPC || result == -EDQUOT) && writes && block->full && !block->for_good;
+}
+
+void block_retry(struct block *block, bool for_good)
+{
+    struct block_request *request, *next;
+
+    block->for_good = for_good;
+    request = block->waiting;
+    block->waiting = NULL;
+    for (; request; request = next) {
+        next = request->backend_private[0];
+        block->ops->submit(block, request);
+    }
+}
+
 void block_complete(struct block *block, struct block_request *request, int result)
 {
     assert(block->in_flight > 0);
+    if (may_wait(block, request, result)) {
+        request->backend_private[0] = block->waiting;
+        block->waiting = request;
+        block->full(block->full_ctx, block->path, result);
+        return;
+    }
     block->in_flight--;
     if (block->written)
         block_note_written(block, request);

@@ -81,7 +81,16 @@ int block_settle(struct block *block);
 bool block_holds(const struct block *block, const char *path);
 /* The file may have another size than when it was opened. Nothing is in flight. */
 int block_refresh(struct block *block, struct error *err) __attribute__((warn_unused_result));
-unsigned block_in_flight(const struct block *block);
+unsigned block_in_flight(const struct block *block); /* those that wait for room are among them */
+
+/*
+ * Writes that fail because the host has no room (-ENOSPC, -EDQUOT) wait in the block instead of ending, and `full` is told; NULL (at first): they fail. It may not submit or retry itself. An overlay does as
+ * what is below it. block_retry begins those that wait again: `for_good`: what fails now, and until the next call, fails.
+ */
+typedef void block_full_fn(void *ctx, const char *path, int result);
+void block_wait_when_full(struct block *block, block_full_fn *full, void *ctx);
+bool block_waits(const struct block *block);
+void block_retry(struct block *block, bool for_good);
 
 /*
  * Which parts of the image are written while somebody copies it, in units of BLOCK_WRITTEN_BYTES; all of it is at first. Take the next parts from *offset on, at most `most` bytes (a multiple of the unit), and read

@@ -45,6 +45,10 @@ struct block {
     struct block_written *written; /* written.c; NULL: nobody asked */
     struct loop_event *completion; /* for block_complete_later */
     struct block_request *later;   /* linked by backend_private[0] */
+    block_full_fn *full;
+    void *full_ctx;
+    struct block_request *waiting; /* for room; likewise */
+    bool for_good;
 };
 
 /* How an image is opened beneath another one. */

@@ -378,6 +378,7 @@ int block_overlay(struct block **out, struct block *below, const char *path, int
     image->frozen_before = frozen_before;
     image->opened = true;
     block->ops = &block_qcow2_ops;
+    block_wait_when_full(block, below->full, below->full_ctx);
     *out = block;
     return 0;
 }

@@ -73,8 +73,7 @@ static void log_failure(struct block *block, const struct block_request *request
         return;
     *logged = true;
     if (full)
-        log_error("disk %s: %s failed: %s; the guest sees I/O errors until there is room on the host", block->path,
-                  verbs[request->op], strerror(-result));
+        log_error("disk %s: %s failed: %s; make room on the host", block->path, verbs[request->op], strerror(-result));
     else
         log_error("disk %s: %s failed at byte %llu: %s; the guest sees I/O errors", block->path, verbs[request->op],
                   (unsigned long long)request->offset_bytes, strerror(-result));

@@ -69,6 +69,7 @@ static int build_drives(struct api *api, struct machine_config *config)
         struct disk_config *disk = &config->disk[config->disk_count++];
         disk->readonly = api_flag(drive, "is_read_only");
         disk->root = api_flag(drive, "is_root_device");
+        disk->report_full = true; /* as clients of that API expect */
         disk->writeback = strcmp(api_text(drive, "cache_type"), "Writeback") == 0;
         api_rate_limit(json_object_get(drive, "rate_limiter"), &disk->limit);
         if (!copy(&disk->path, drive, "path_on_host") || !copy(&disk->id, drive, "drive_id") || !copy(&disk->partuuid, drive, "partuuid"))

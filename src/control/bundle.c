@@ -35,7 +35,7 @@ static const struct portable {
     {"memory", AS_IT_IS},
     {"cpus", AS_IT_IS},
     {"cpu-baseline", FILE_ALONE},
-    {"disk", FILE_FIRST, {"readonly", "readonly=", "serial=", "id=", "root", "cache=", "bps=", "iops=", "format="}},
+    {"disk", FILE_FIRST, {"readonly", "readonly=", "serial=", "id=", "root", "cache=", "bps=", "iops=", "format=", "werror="}},
     {"net", NETWORK},
     {"metadata", FILE_FIRST, {"version=", "address=", "imds"}},
     {"transport", AS_IT_IS},

@@ -37,6 +37,7 @@ struct disk_config {
     bool writeback; /* offers the guest flushes; off: they cost nothing and keep nothing ("Unsafe") */
     struct rate_limit_config limit;
     enum block_backing backing; /* which backing files its image may name */
+    bool report_full; /* the guest sees an error when the host has no room; otherwise the machine is paused */
     bool fresh;   /* a new image, filled while the machine comes from another host. Not saved */
     char *origin; /* of which snapshots made `path` the overlay: the file that the user named; NULL: `path` is that */
 };

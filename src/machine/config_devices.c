@@ -83,6 +83,14 @@ static int disk_backing(struct disk_config *disk, const char *value, struct erro
     return error_set(err, -EINVAL, "--disk: backing=%s is none of near (files in the image's directory), any and none", value);
 }
 
+static int disk_werror(struct disk_config *disk, const char *value, struct error *err)
+{
+    disk->report_full = strcmp(value, "report") == 0;
+    if (!disk->report_full && strcmp(value, "enospc") != 0)
+        return error_set(err, -EINVAL, "--disk: werror=%s is neither enospc (a full host pauses the machine) nor report", value);
+    return 0;
+}
+
 static int disk_serial(struct disk_config *disk, const char *value, struct error *err)
 {
     if (strlen(value) > SERIAL_CHARACTERS_MAX)
@@ -127,7 +135,7 @@ static const struct {
 } disk_properties[] = {
     {"readonly", disk_readonly}, {"format", disk_format}, {"serial", disk_serial}, {"id", disk_id},
     {"root", disk_root},         {"cache", disk_cache},   {"bps", disk_bps},       {"iops", disk_iops},
-    {"backing", disk_backing},
+    {"backing", disk_backing},   {"werror", disk_werror},
 };
 
 static int set_disk_property(struct disk_config *disk, char *word, struct error *err)
@@ -137,7 +145,7 @@ static int set_disk_property(struct disk_config *disk, char *word, struct error 
     for (size_t i = 0; i < sizeof disk_properties / sizeof *disk_properties; i++)
         if (strlen(disk_properties[i].name) == length && memcmp(disk_properties[i].name, word, length) == 0)
             return disk_properties[i].set(disk, value ? value + 1 : "", err);
-    return error_set(err, -EINVAL, "--disk: unknown property \"%s\"; known are readonly, format=, backing=, serial=, id=, root, cache=, bps=, iops= "
+    return error_set(err, -EINVAL, "--disk: unknown property \"%s\"; known are readonly, format=, backing=, serial=, id=, root, cache=, bps=, iops=, werror= "
                      "(a comma in a file name is written twice)", word);
 }
 

@@ -79,6 +79,16 @@ static void disk_files_state(struct machine_config *config, struct state_io *io)
     (void)!state_end(io); /* the section around it fails, too */
 }
 
+/* Likewise. */
+static void disk_errors_state(struct machine_config *config, struct state_io *io)
+{
+    if (!state_begin_optional(io, "disk-errors", 1))
+        return;
+    for (unsigned i = 0; i < config->disk_count; i++)
+        state_bool(io, &config->disk[i].report_full);
+    (void)!state_end(io);
+}
+
 static void nets_state(struct machine_config *config, struct state_io *io)
 {
     count_state(io, &config->net_count, CONFIG_NETS_MAX);
@@ -179,6 +189,7 @@ int machine_config_state(struct machine_config *config, struct state_io *io)
     files_state(config, io);
     others_state(config, io);
     disk_files_state(config, io);
+    disk_errors_state(config, io);
     if (state_loading(io)) {
         if (cpus < 1 || cpus > CONFIG_CPUS_MAX || config->memory_bytes < CONFIG_MEMORY_MIN_BYTES || config->memory_bytes > CONFIG_MEMORY_MAX_BYTES ||
             config->memory_bytes % 4096)

@@ -735,6 +735,7 @@ void machine_destroy(struct machine *machine)
     }
     read_ahead_close(machine);
     post_copy_target_stop(machine);
+    machine_retry_disks(machine, true);
     if (machine->loop)
         while (!machine_quiesce(machine) && loop_run_once(machine->loop, -1) >= 0)
             continue;

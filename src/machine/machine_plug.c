@@ -93,7 +93,10 @@ static struct block_config disk_file(const struct machine *machine, const struct
 static int open_disk(struct machine *machine, const struct disk_config *disk, const char *path, struct block **block, struct error *err)
 {
     const struct block_config file = disk_file(machine, disk, path);
-    return block_open(block, &file, machine->loop, err);
+    int r = block_open(block, &file, machine->loop, err);
+    if (r == 0)
+        machine_watch_disk(machine, disk, *block);
+    return r;
 }
 
 int machine_take_over_disks(struct machine *machine, struct error *err)

@@ -263,6 +263,12 @@ void machine_console_command(void *ctx, int character);
 
 /* True when no device has requests in flight; starts finishing them otherwise. Device lock held, or nothing running. */
 bool machine_quiesce(struct machine *machine);
+/* still.c: machine_pause without waiting for the processors; from the loop. False: it was paused already. `why` is the event's detail. */
+bool machine_pause_now(struct machine *machine, const char *why);
+/* disk_full.c */
+void machine_watch_disk(struct machine *machine, const struct disk_config *disk, struct block *block);
+const char *machine_full_disk(const struct machine *machine); /* the path of one whose requests wait; NULL: none */
+void machine_retry_disks(struct machine *machine, bool for_good);
 
 /* shut_in.c: the sandbox is made when all files are open and before the first thread is, and entered by each thread first. True: go on. */
 void machine_begin_sandbox(struct machine *machine); /* once the engine is known: some of it is made aside meanwhile */

@@ -34,15 +34,36 @@ static void reset_all(struct machine *machine)
         atomic_fetch_and(&machine->vcpu[i].requests, ~(REQUEST_INIT | REQUEST_STARTUP));
 }
 
+static bool machine_has_work(const struct machine *machine)
+{
+    return machine->reset_wanted || machine->unplug_wanted || machine->call;
+}
+
+/* With the run lock. */
+static void call_refuse(struct machine *machine, int result)
+{
+    machine->call->result = result;
+    machine->call->done = true;
+    machine->call = NULL;
+    pthread_cond_broadcast(&machine->run_changed);
+}
+
 void machine_still(void *ctx)
 {
     struct machine *machine = ctx;
     bool quiet = machine_quiesce(machine);
+    const char *full = quiet ? NULL : machine_full_disk(machine);
     pthread_mutex_lock(&machine->run_lock);
     bool ended = machine->end != MACHINE_RUNNING, reset = machine->reset_wanted, unplug = machine->unplug_wanted;
     struct machine_call *call = machine->call;
+    if (!ended && full && reset)
+        machine_retry_disks(machine, true);
+    else if (!ended && full && call)
+        call_refuse(machine, error_set(call->err, -ENOSPC, "disk %s: requests of the guest wait for room on the host; make some, then resume the virtual machine", full));
     if (!ended && !quiet) {
-        loop_timer_arm(machine->still_timer, loop_now_ns() + STILL_RETRY_NS);
+        machine->still_due = machine_has_work(machine);
+        if (machine->still_due)
+            loop_timer_arm(machine->still_timer, loop_now_ns() + STILL_RETRY_NS);
         pthread_mutex_unlock(&machine->run_lock);
         return;
     }
@@ -51,8 +72,10 @@ void machine_still(void *ctx)
     pthread_mutex_unlock(&machine->run_lock);
     if (ended)
         return;
-    if (reset)
+    if (reset) {
+        machine_retry_disks(machine, false);
         reset_all(machine);
+    }
     if (unplug)
         machine_unplug(machine);
     if (call)
@@ -71,11 +94,6 @@ void machine_still(void *ctx)
     }
     pthread_cond_broadcast(&machine->run_changed);
     pthread_mutex_unlock(&machine->run_lock);
-}
-
-static bool machine_has_work(const struct machine *machine)
-{
-    return machine->reset_wanted || machine->unplug_wanted || machine->call;
 }
 
 void machine_park(struct vcpu_thread *cpu)
@@ -175,11 +193,28 @@ int machine_pause(struct machine *machine, struct error *err)
     return paused ? 0 : error_set(err, -ECANCELED, "the virtual machine was resumed meanwhile");
 }
 
+bool machine_pause_now(struct machine *machine, const char *why)
+{
+    pthread_mutex_lock(&machine->run_lock);
+    bool already = machine->paused;
+    machine->paused = true;
+    vcpu_threads_request(machine, REQUEST_PARK);
+    pthread_mutex_unlock(&machine->run_lock);
+    if (!already)
+        machine_tell(machine, MACHINE_EVENT_PAUSED, why);
+    return !already;
+}
+
 /* Guests that look (Linux's watchdogs) learn that their processors stood still, and do not take it for a hang. */
 static void tell_clocks(struct machine *machine)
 {
     for (unsigned i = 0; machine->parked_count == machine->cpu_count && i < machine->cpu_count; i++)
         pvclock_stopped(&machine->vcpu[i].pvclock, machine->memory);
+}
+
+static void retry_disks(void *ctx)
+{
+    machine_retry_disks(ctx, false);
 }
 
 int machine_resume(struct machine *machine, struct error *err)
@@ -202,6 +237,8 @@ int machine_resume(struct machine *machine, struct error *err)
     pthread_mutex_unlock(&machine->run_lock);
     if (was_paused)
         loop_hold(machine->loop, false); /* of a migration that nobody knows the end of (migrate_out.c) */
+    if (was_paused)
+        loop_post(machine->loop, retry_disks, machine);
     if (was_paused)
         machine_tell(machine, MACHINE_EVENT_RESUMED, NULL);
     return was_paused ? 0 : error_set(err, -EALREADY, "the virtual machine is not paused");

@@ -2,6 +2,7 @@
 """Debian's kernel with busybox: devices, network, disks, processors, memory sizes. `busybox.py SCENARIO` is one test."""
 import hashlib
 import http.server
+import json
 import os
 import re
 import socket
@@ -11,7 +12,7 @@ import threading
 import time
 
 import guest
-from guest import Guest, busybox, busybox_arguments, wait_for_shell
+from guest import Guest, busybox, busybox_arguments, doppel, wait_for_shell
 
 MKE2FS = ["/sbin/mke2fs", "-q", "-F", "-t", "ext4"]
 
@@ -271,7 +272,7 @@ def full_host():
         script = (f"mount -t tmpfs -o size=24m none {folder}/small && cp --sparse=always {folder}/fresh.img {folder}/small/disk.img && "
                   f"\"$@\"; status=$?; cp --sparse=always {folder}/small/disk.img {folder}/after.img; exit $status")
         wrapper = [*prefix, "sh", "-c", script, "sh"]
-        with Guest(busybox_arguments("--disk", f"{folder}/small/disk.img"), wrapper=wrapper) as vm:
+        with Guest(busybox_arguments("--disk", f"{folder}/small/disk.img,werror=report"), wrapper=wrapper) as vm:
             wait_for_shell(vm)
             vm.run("mount -t ext4 /dev/vda /mnt")
             digest = vm.run("dd if=/dev/urandom of=/mnt/data bs=64k count=32 2>/dev/null && sync && sha256sum </mnt/data", 60).split()[0]
@@ -288,6 +289,53 @@ def full_host():
         assert repaired.returncode in (0, 1), repaired.stdout.decode(errors="replace")
         content = host("/sbin/debugfs", "-R", "cat /data", f"{folder}/after.img")
         assert hashlib.sha256(content).hexdigest() == digest, "synced data is not in the image"
+
+
+def full_host_waits(format):
+    """The file system under the image fills up: the machine is paused, nobody can take a snapshot of it, and with more room it goes on as if nothing had been."""
+    prefix = private_mounts()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["XDG_RUNTIME_DIR"], os.environ["XDG_DATA_HOME"] = folder, f"{folder}/data"
+        os.mkdir(f"{folder}/small")
+        os.mkfifo(f"{folder}/grow")
+        os.mkfifo(f"{folder}/grown")
+        image = f"{folder}/small/disk.{format}"
+        make = f"truncate -s 64M {image}" if format == "raw" else f"{doppel} disk create {image} 64M"
+        script = (f"mount -t tmpfs -o size=8m none {folder}/small && {make} && "
+                  f"{{ (read size <{folder}/grow; mount -o remount,size=$size {folder}/small; echo done >{folder}/grown) </dev/null >/dev/null 2>&1 & \"$@\"; }}")
+
+        def ask(*arguments, status=0):
+            done = subprocess.run([doppel, *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+            assert done.returncode == status, f"{arguments}: {done.returncode} {done.stdout}{done.stderr}"
+            return done.stdout + done.stderr
+
+        def pauses(count):
+            deadline = time.monotonic() + 60
+            while ask("events", "vm").count("paused: disk full: disk.") < count:
+                assert time.monotonic() < deadline, f"not paused {count} times"
+                time.sleep(0.05)
+
+        with Guest(busybox_arguments("--name", "vm", "--disk", image), wrapper=[*prefix, "sh", "-c", script, "sh"]) as vm:
+            wait_for_shell(vm)
+            wanted = vm.run("dd if=/dev/urandom of=/tmp/noise bs=64k count=320 2>/dev/null; sha256sum </tmp/noise", 60)
+            vm.type("dd if=/tmp/noise of=/dev/vda bs=64k conv=fsync; echo written $?-\n")
+            pauses(1)
+            assert json.loads(ask("ps", "--json"))[0]["state"] == "paused"
+            assert "wait for room" in ask("snapshot", "create", "vm", "never", status=1)
+            ask("resume", "vm")
+            pauses(2)
+            with open(f"{folder}/grow", "w") as grow:
+                grow.write("48m\n")
+            with open(f"{folder}/grown") as grown:
+                assert grown.read() == "done\n"
+            ask("resume", "vm")
+            vm.expect("written 0-", 60)
+            vm.run("echo 3 >/proc/sys/vm/drop_caches")
+            assert vm.run("dd if=/dev/vda bs=64k count=320 2>/dev/null | sha256sum", 60) == wanted, "what was written is not there"
+            assert "I/O error" not in vm.run("dmesg | grep -v I/O.at")
+            ask("snapshot", "create", "vm", "now")
+            vm.type("\npoweroff\n")
+            vm.finish(0, 90)
 
 
 def memory_of(size, least_mib, most_mib):
@@ -319,6 +367,8 @@ guest.main({
     "readonly": readonly,
     "locked": locked,
     "full-host": full_host,
+    "full-host-raw": lambda: full_host_waits("raw"),
+    "full-host-qcow2": lambda: full_host_waits("qcow2"),
     "memory-96M": lambda: memory_of("96M", 40, 96),  # the kernel itself takes 45 MiB
     "memory-3G": lambda: memory_of("3G", 2800, 3072),
     "memory-5G": lambda: memory_of("5G", 4700, 5120),
