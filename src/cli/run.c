@@ -352,6 +352,7 @@ int run_vm(struct run *run)
     int status = STATUS_USAGE;
     if (run->config.sandbox_omit && strcmp(run->config.sandbox_omit, "list") == 0)
         return machine_print_sandbox_rules(), STATUS_SHUTDOWN;
+    log_never_wait();
     mallopt(M_MMAP_THRESHOLD, MAKING_MMAP_BYTES);
     if (run->config.sandbox)
         doppel_sandbox_begin();

@@ -266,6 +266,7 @@ static int start(struct serve *serve, struct error *err)
         number(serve->parent_us, "parent-cpu-time-us", &api.parent_cpu_time_us))
         return SERVE_BAD_ARGUMENTS;
     api.mmds_bytes_max = mmds_max ? mmds_max : body_max;
+    log_never_wait();
     if (api.sandbox)
         doppel_sandbox_begin(); /* while there is one thread */
     serve->sandbox_config.sandbox = api.sandbox;

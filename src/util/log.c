@@ -13,6 +13,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/prctl.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -30,6 +31,7 @@ static struct {
     int fd;
     bool level, origin;
     char instance[72], module[72];
+    unsigned long lost; /* lines that a full pipe did not take */
 } log_file = {.lock = PTHREAD_MUTEX_INITIALIZER, .fd = -1};
 
 static const char *const log_level_names[] = {
@@ -56,17 +58,43 @@ void log_set_raw_terminal(bool raw)
 
 SANDBOX_ALLOW_IF(IN_PROGRAM, prctl, ARG_IS(0, PR_GET_NAME)); /* the thread's, in lines of the file */
 
-static void log_write(int fd, const char *data, size_t size_bytes)
+static bool log_write(int fd, const char *data, size_t size_bytes)
 {
     while (size_bytes > 0) {
         ssize_t done = write(fd, data, size_bytes);
         if (done < 0 && errno == EINTR)
             continue;
         if (done <= 0)
-            return; /* nobody to tell */
+            return false; /* nobody to tell */
         data += done;
         size_bytes -= (size_t)done;
     }
+    return true;
+}
+
+/* A line, and before it how many are missing. A pipe takes a line of this size whole or not at all. */
+static void line_write(int fd, const char *line, size_t length, bool raw)
+{
+    char missing[96];
+    if (log_file.lost) {
+        int bytes = snprintf(missing, sizeof missing, "doppel: warning: %lu messages before this one were lost, because nobody read them%s\n", log_file.lost, raw ? "\r" : "");
+        if (!log_write(fd, missing, (size_t)bytes)) {
+            log_file.lost++;
+            return;
+        }
+        log_file.lost = 0;
+    }
+    log_file.lost += !log_write(fd, line, length);
+}
+
+void log_never_wait(void)
+{
+    struct stat st;
+    int fd = fstat(STDERR_FILENO, &st) == 0 && S_ISFIFO(st.st_mode) ? open("/proc/self/fd/2", O_WRONLY | O_NONBLOCK | O_CLOEXEC) : -1;
+    if (fd < 0) /* nobody will ever read it, or it is a socket, which cannot be opened again */
+        return;
+    (void)dup2(fd, STDERR_FILENO); /* an open file of our own: others who write to the pipe wait as before */
+    close(fd);
 }
 
 int log_open(const char *path, const struct log_format *format)
@@ -131,10 +159,11 @@ void log_message_at(enum log_level level, const char *file, int line_number, con
         va_start(args, format);
         length += written(vsnprintf(line + length, room - length, format, args), room - length);
         va_end(args);
-        if (!to_file && atomic_load_explicit(&log_raw_terminal, memory_order_relaxed))
+        bool raw = !to_file && atomic_load_explicit(&log_raw_terminal, memory_order_relaxed);
+        if (raw)
             line[length++] = '\r';
         line[length++] = '\n';
-        log_write(to_file ? log_file.fd : STDERR_FILENO, line, length);
+        line_write(to_file ? log_file.fd : STDERR_FILENO, line, length, raw);
     }
     pthread_mutex_unlock(&log_file.lock);
     errno = saved_errno;
@@ -145,9 +174,9 @@ void log_text(const char *text)
     bool raw = atomic_load_explicit(&log_raw_terminal, memory_order_relaxed);
     while (*text) {
         size_t length = strcspn(text, "\n");
-        log_write(STDERR_FILENO, text, length);
+        (void)log_write(STDERR_FILENO, text, length);
         if (text[length])
-            log_write(STDERR_FILENO, raw ? "\r\n" : "\n", raw ? 2 : 1);
+            (void)log_write(STDERR_FILENO, raw ? "\r\n" : "\n", raw ? 2 : 1);
         text += length + (text[length] != 0);
     }
 }

@@ -31,6 +31,9 @@ struct log_format {
 /* From now on everything goes to this file (created, or appended to) or named pipe (which needs no reader yet); what a full pipe does not take is lost. */
 int log_open(const char *path, const struct log_format *format) __attribute__((warn_unused_result));
 
+/* What a full pipe does not take is lost from here on, where standard error is one, too: who does not read must not stop the program. Says how many lines that were when there is room again. */
+void log_never_wait(void);
+
 /* Lines end in "\r\n" while a terminal is in raw mode. */
 void log_set_raw_terminal(bool raw);
 

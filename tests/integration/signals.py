@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""However doppel ends, by request or by a crash, the terminal is as before; and a stray SIGUSR2 does not take the other signals away.
+"""However doppel ends, by request or by a crash, the terminal is as before; a stray SIGUSR2 does not take the other signals away; and who does not read its messages does not stop it.
 
 usage: signals.py DOPPEL
 """
@@ -51,6 +51,32 @@ def ends_by(doppel, path, number, times, expected):
     os.close(terminal)
 
 
+def unread(doppel, path):
+    """Standard error is a pipe that is full and that nobody reads: the machine runs and ends all the same."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    try:
+        while True:
+            os.write(writer, b"." * 4096)
+    except BlockingIOError:
+        os.set_blocking(writer, True)
+    process = subprocess.Popen([doppel, "run", "--kernel", path, "--memory", "16M", "--net", "none"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=writer)
+    try:
+        deadline = time.monotonic() + 30
+        while not any(open(f"/proc/{process.pid}/task/{task}/comm").read() == "vcpu0\n" for task in os.listdir(f"/proc/{process.pid}/task")):
+            assert time.monotonic() < deadline, "it waits for somebody to read its messages"
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == STOPPED
+    finally:
+        process.kill()
+        process.wait()
+        os.close(reader)
+        os.close(writer)
+
+
 def main():
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with tempfile.NamedTemporaryFile() as file:
@@ -59,6 +85,7 @@ def main():
         for number in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGQUIT):
             ends_by(sys.argv[1], file.name, number, 1, -number)
         ends_by(sys.argv[1], file.name, signal.SIGHUP, 1, STOPPED)
+        unread(sys.argv[1], file.name)
         ends_by(sys.argv[1], file.name, signal.SIGTERM, 2, STOPPED)
 
 
