@@ -194,7 +194,7 @@ static json_t *read_meta(struct snapshot_import *import)
 {
     char *text = malloc(META_BYTES_MAX);
     ssize_t n = text ? archive_read_data(import->in, text, META_BYTES_MAX) : -1;
-    json_t *meta = n > 0 && n < (ssize_t)META_BYTES_MAX ? json_loadb(text, (size_t)n, JSON_REJECT_DUPLICATES, NULL) : NULL;
+    json_t *meta = n > 0 && n < (ssize_t)META_BYTES_MAX ? snapshot_meta_parse(text, (size_t)n) : NULL;
     free(text);
     return meta;
 }

@@ -208,6 +208,18 @@ def sections():
                 refused(bytes(newer), [name], "--as", "other", status=1 if len(path) == 1 and name != "machine" else 2)  # found out by the process that would run it
         file.write_bytes(good)
         print(f"{len(found)} sections")
+        meta = file.parent / "snapshot.json"
+        told, whole = run("snapshot", "show", "vm", "one"), meta.read_bytes()
+        name = whole.index(b'"checksum"')  # with another name it is no checksum, and the rest is sound
+        for at in (*range(name), *range(name + 10, len(whole))):
+            meta.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 7]) + whole[at + 1:])
+            said = subprocess.run([doppel, "snapshot", "show", "vm", "one"], capture_output=True, text=True, timeout=60)
+            assert said.stdout == told or (said.returncode == 1 and "snapshot.json is missing, damaged" in said.stderr), (at, whole[at], said)
+        plain = json.loads(whole)
+        del plain["checksum"]  # the first versions had none
+        meta.write_text(json.dumps(plain))
+        assert run("snapshot", "show", "vm", "one") == told
+        meta.write_bytes(whole)
         assert knows("vm", "a")
         run("snapshot", "restore", "vm", "one")
         assert knows("vm", "a")
