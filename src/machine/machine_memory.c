@@ -6,6 +6,8 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include "device/virtio_balloon.h"
@@ -18,6 +20,17 @@ struct block_config machine_pmem_file(const struct machine *machine, unsigned in
 {
     const struct pmem_config *pmem = &machine->config->pmem[index];
     return (struct block_config){.path = pmem->path, .format = "raw", .readonly = pmem->readonly, .later = machine->config->incoming && !pmem->readonly};
+}
+
+/* Whether the file system has what allocating all of a file would take: it would be filled before that fails. */
+static bool has_room(int fd, uint64_t bytes)
+{
+    struct statfs system;
+    struct stat st;
+    if (fstatfs(fd, &system) || fstat(fd, &st) || !S_ISREG(st.st_mode) || !system.f_blocks)
+        return true; /* allocation will tell */
+    uint64_t there = (uint64_t)st.st_blocks * 512;
+    return bytes <= there || (bytes - there) / (uint64_t)system.f_bsize <= system.f_bavail;
 }
 
 static int open_pmem(struct machine *machine, unsigned index, struct physmap_file *file, struct error *err)
@@ -37,10 +50,10 @@ static int open_pmem(struct machine *machine, unsigned index, struct physmap_fil
     if (file->bytes % PHYSMAP_FILE_ALIGNMENT)
         log_warning("persistent memory %s: its size is not a multiple of 2 MiB; what the guest has behind its end is lost when it ends", pmem->path);
     /* Stores cannot fail for want of room: it is taken now, where the file system can. */
-    if (!pmem->readonly && fallocate(file->fd, 0, 0, (off_t)file->bytes) < 0 && (errno == ENOSPC || errno == EDQUOT))
-        return error_set(err, -errno, "persistent memory %s: the host has no room for all of its %llu MiB (%s)", pmem->path, (unsigned long long)file->bytes >> 20,
-                         strerror(errno));
-    return 0;
+    int code = pmem->readonly ? 0 : !has_room(file->fd, file->bytes) ? ENOSPC : fallocate(file->fd, 0, 0, (off_t)file->bytes) < 0 ? errno : 0;
+    return code != ENOSPC && code != EDQUOT ? 0
+                                            : error_set(err, -code, "persistent memory %s: the host has no room for all of its %llu MiB (%s)", pmem->path,
+                                                        (unsigned long long)file->bytes >> 20, strerror(code));
 }
 
 /* On the thread that wanted it; the guest's processors stop before they have done much with what they got instead. */
