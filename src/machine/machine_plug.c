@@ -21,13 +21,14 @@ enum { RANK_NET = 1, RANK_DISK = 2 };
 
 /* ---- names and places ---- */
 
-/* NULL: nothing has that name. */
-static struct machine_device *find_device(const struct machine *machine, const char *name)
+/* Of any kind when `kind` is NULL: a disk, a card and persistent memory may have one name. NULL: nothing has it. */
+static struct machine_device *find_device(const struct machine *machine, const char *kind, const char *name)
 {
     char its[MACHINE_DEVICE_NAME_BYTES];
     for (unsigned i = 0; i < machine->device_count; i++) {
+        const char *own = machine->device[i]->kind;
         machine_device_name(machine, i, its);
-        if (strcmp(its, name) == 0)
+        if (strcmp(its, name) == 0 && (!kind || (own && strcmp(own, kind) == 0)))
             return machine->device[i];
     }
     return NULL;
@@ -36,7 +37,7 @@ static struct machine_device *find_device(const struct machine *machine, const c
 /* Index in the configuration; -1: no disk has that name. */
 static int find_disk(const struct machine *machine, const char *name)
 {
-    const struct machine_device *device = find_device(machine, name);
+    const struct machine_device *device = find_device(machine, "block", name);
     for (unsigned i = 0; device && i < machine->own_config.disk_count; i++)
         if (machine->disk[i].device == device)
             return (int)i;
@@ -45,7 +46,7 @@ static int find_disk(const struct machine *machine, const char *name)
 
 static int find_net(const struct machine *machine, const char *name)
 {
-    const struct machine_device *device = find_device(machine, name);
+    const struct machine_device *device = find_device(machine, "net", name);
     for (unsigned i = 0; device && i < machine->own_config.net_count; i++)
         if (machine->net[i] == device)
             return (int)i;
@@ -258,11 +259,11 @@ void machine_announce_nets(void *ctx)
 int machine_pmem_limit(struct machine *machine, const char *id, const struct bucket_config *bandwidth, const struct bucket_config *ops, struct error *err)
 {
     pthread_mutex_lock(&machine->device_lock);
-    struct machine_device *device = find_device(machine, id);
+    struct machine_device *device = find_device(machine, "pmem", id);
     int r = -ENODEV;
     for (unsigned i = 0; device && i < machine->own_config.pmem_count; i++) {
         struct pmem_config *pmem = &machine->own_config.pmem[i];
-        if (device->id != pmem->id || strcmp(device->kind, "pmem") != 0)
+        if (device->id != pmem->id)
             continue;
         pmem->limit.bandwidth = bandwidth ? *bandwidth : pmem->limit.bandwidth;
         pmem->limit.ops = ops ? *ops : pmem->limit.ops;
@@ -382,7 +383,7 @@ static void drop_net_config(struct machine *machine, unsigned index)
 
 static int check_id(const struct machine *machine, const char *id, struct error *err)
 {
-    return id && find_device(machine, id) ? error_set(err, -EEXIST, "there is a device with the id \"%s\" already", id) : 0;
+    return id && find_device(machine, NULL, id) ? error_set(err, -EEXIST, "there is a device with the id \"%s\" already", id) : 0;
 }
 
 static int plug_disk(struct machine *machine, void *ctx, struct error *err)
