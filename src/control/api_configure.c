@@ -342,6 +342,8 @@ int api_check_memory_hotplug(struct api *api, const json_t *body, struct error *
         return error_set(err, -EINVAL, "Slot size must be a multiple of block size.");
     if (total < slot || total % slot)
         return error_set(err, -EINVAL, "Total size must be a multiple of slot size, and not smaller.");
+    if ((uint64_t)total > CONFIG_MEMORY_MAX_BYTES >> 20)
+        return error_set(err, -EINVAL, "Total size (MiB) is invalid: the most is %llu.", CONFIG_MEMORY_MAX_BYTES >> 20);
     return 0;
 }
 

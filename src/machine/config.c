@@ -483,9 +483,12 @@ int machine_config_check(const struct machine_config *config, struct error *err)
         return error_set(err, -EINVAL, "--balloon: %u MiB is more than the guest's memory (%llu MiB)", config->balloon.amount_mib,
                          (unsigned long long)(config->memory_bytes >> 20));
     const struct memory_hotplug_config *hotplug = &config->memory_hotplug;
+    if (hotplug->present && hotplug->total_mib > CONFIG_MEMORY_MAX_BYTES >> 20)
+        return error_set(err, -EINVAL, "--memory-hotplug: a total of %llu MiB is too much; the most is %llu MiB", (unsigned long long)hotplug->total_mib,
+                         CONFIG_MEMORY_MAX_BYTES >> 20);
     bool blocks_ok = hotplug->block_mib >= 2 && !(hotplug->block_mib & (hotplug->block_mib - 1));
     if (hotplug->present && (!blocks_ok || hotplug->slot_mib < 128 || hotplug->slot_mib % hotplug->block_mib || !hotplug->total_mib ||
-                             hotplug->total_mib % hotplug->slot_mib || hotplug->total_mib > CONFIG_MEMORY_MAX_BYTES >> 20))
+                             hotplug->total_mib % hotplug->slot_mib))
         return error_set(err, -EINVAL, "--memory-hotplug: total must be whole slots (128M or more), a slot whole blocks, and a block a power of two from 2M");
     unsigned roots = 0;
     for (unsigned i = 0; i < config->disk_count; i++)
