@@ -32,15 +32,11 @@ static void note_limiter(json_t *element, const char *field, const json_t *limit
         const json_t *bucket = json_object_get(limiter, names[i]);
         if (!json_is_object(bucket))
             continue;
-        if (api_integer(bucket, "size") && api_integer(bucket, "refill_time"))
-            json_object_set(now, names[i], (json_t *)bucket);
-        else
-            json_object_del(now, names[i]);
+        bool limits = api_integer(bucket, "size") && api_integer(bucket, "refill_time");
+        json_object_set(now, names[i], limits ? (json_t *)bucket : json_null());
     }
-    if (json_object_size(now))
-        json_object_set(element, field, now);
-    else
-        json_object_set_new(element, field, json_null());
+    bool none = !api_has(now, names[0]) && !api_has(now, names[1]);
+    json_object_set(element, field, none ? json_null() : now);
     json_decref(now);
 }
 

@@ -226,6 +226,7 @@ CASES = [
     ("PUT", "/hotplug/memory", {}, 400, "missing field `total_size_mib`"),
     ("PUT", "/hotplug/memory", {"total_size_mib": 100}, 400, "multiple of slot size"),
     ("PUT", "/hotplug/memory", {"total_size_mib": 1024, "block_size_mib": 3}, 400, "power of 2"),
+    ("PUT", "/hotplug/memory", {"total_size_mib": 4294967168}, 400, "the most is 245760"),
     ("PUT", "/hotplug/memory", {"total_size_mib": 1024, "slot_size_mib": 64}, 400, "slot_size_mib"),
     ("PUT", "/hotplug/memory", {"total_size_mib": 1024}, 204, ""),
     ("GET", "/hotplug/memory", None, 200, '"total_size_mib": 1024, "slot_size_mib": 128, "block_size_mib": 2, "plugged_size_mib": 0'),
@@ -323,6 +324,30 @@ def snapshots_refused():
         status, answer = server.call("PUT", "/snapshot/load", body)
         check(status == 400 and contains in answer["fault_message"], f"snapshot/load {body}: {answer}")
     check(server.call("GET", "/")[1]["state"] == "Not started", "a snapshot that cannot be loaded has started something")
+    server.stop()
+
+
+def starts_refused():
+    """Persistent memory that the host has no room for takes none of it; names are of their kind of device."""
+    server, huge = Server(), path("huge")
+    room = os.statvfs(path(""))
+    with open(huge, "wb") as out:
+        out.truncate((room.f_blocks * room.f_frsize >> 21) + 1 << 21)
+    server.call("PUT", "/boot-source", {"kernel_image_path": small_guests.write(path("halt"), small_guests.HALT)})
+    check(server.call("PUT", "/pmem/same", {"id": "same", "path_on_host": huge})[0] == 204, "huge persistent memory")
+    status, answer = server.call("PUT", "/actions", {"action_type": "InstanceStart"})
+    check(status == 400 and "has no room" in answer["fault_message"], f"InstanceStart: {answer}")
+    check(os.stat(huge).st_blocks == 0, "a file of persistent memory took room of a start that was refused")
+    os.unlink(huge)
+    server.call("PUT", "/pmem/same", {"id": "same", "path_on_host": file("small", 1 << 21)})
+    server.call("PUT", "/drives/same", {**drive, "drive_id": "same"})
+    server.call("PUT", "/network-interfaces/same", {"iface_id": "same", "host_dev_name": "user"})
+    check(server.call("PUT", "/actions", {"action_type": "InstanceStart"})[0] == 204, "its start")
+    for section, id_field, field in ("pmem", "id", "rate_limiter"), ("drives", "drive_id", "rate_limiter"), ("network-interfaces", "iface_id", "rx_rate_limiter"):
+        for size in 5, 0:
+            status, answer = server.call("PATCH", f"/{section}/same", {id_field: "same", field: {"ops": {"size": size, "refill_time": 1}}})
+            shown = server.call("GET", "/vm/config")[1][section][0][field]
+            check(status == 204 and (shown["ops"]["size"] == size if size else shown is None), f"{section}/same: {answer}, then {shown}")
     server.stop()
 
 
@@ -425,7 +450,7 @@ def options():
     server.stop()
 
 
-for scenario in (table, fields, snapshots_refused, ends, processors, clients, options):
+for scenario in (table, fields, snapshots_refused, starts_refused, ends, processors, clients, options):
     scenario()
 print("failures:", failures)
 sys.exit(1 if failures else 0)
