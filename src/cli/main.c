@@ -92,6 +92,7 @@ static const struct cli_option migrate_options[] = {
     [MIGRATE_RECOVER] = {"recover", 0, NULL, "go on sending the memory of a guest that has gone so, when the connection was lost"},
     [MIGRATE_CANCEL] = {"cancel", 0, NULL, "give up the migration that is under way; the machine goes on here"},
     [MIGRATE_STATUS] = {"status", 0, NULL, "print how far it is, as JSON"},
+    [MIGRATE_JSON] = {"json", 0, NULL, "print what came of it as JSON: what --status prints, with name and to"},
     {0},
 };
 static const struct cli_option receive_options[] = {

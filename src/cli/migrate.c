@@ -91,8 +91,15 @@ static void show_progress(const void *ctx)
     json_decref(answer);
 }
 
-static void print_result(const char *name, const json_t *answer, const char *to)
+static void print_result(const char *name, json_t *answer, const char *to, bool json)
 {
+    if (json) {
+        json_object_set_new(answer, "name", json_string(name));
+        json_object_set_new(answer, "to", json_string(to));
+        json_dumpf(answer, stdout, JSON_INDENT(2));
+        putchar('\n');
+        return;
+    }
     double downtime = (double)json_integer_value(json_object_get(answer, "downtime_ns")), duration = (double)json_integer_value(json_object_get(answer, "duration_ns"));
     printf("%s runs at %s: %.2f s, %lld MiB in %d rounds, still for %.1f ms\n", name, to, duration / 1e9, (long long)json_integer_value(json_object_get(answer, "bytes")) >> 20,
            (int)json_integer_value(json_object_get(answer, "rounds")) + 1, downtime / 1e6);
@@ -178,7 +185,7 @@ static int start_migration(const struct arguments *arguments, const struct insta
         close(through);
     wire_close(&wire);
     if (r == 0)
-        print_result(vm->name, answer, arguments->names[1]);
+        print_result(vm->name, answer, arguments->names[1], arguments->value[MIGRATE_JSON]);
     json_decref(body);
     json_decref(answer);
     return r;

@@ -54,7 +54,11 @@ def migrate(source, target, *options, sending=()):
         assert "already in use" in run.errors, run.errors
         said = run("migrate", source, "unix:there", *sending)
         assert finish(there) == target
-    assert re.match(rf"{source} runs at unix:there: [0-9.]+ s, \d+ MiB in \d+ rounds, still for [0-9.]+ ms$", said), said
+    if "--json" in sending:
+        told = json.loads(said)
+        assert told["name"] == source and told["to"] == "unix:there" and told["bytes"] > 0 and told["downtime_ns"] > 0, told
+    else:
+        assert re.match(rf"{source} runs at unix:there: [0-9.]+ s, \d+ MiB in \d+ rounds, still for [0-9.]+ ms$", said), said
     wait_for("end of the source", lambda: state(source) == "ended")
     assert vms()[source]["reason"] == "migrated", vms()[source]
 
@@ -71,7 +75,7 @@ def move():
         migrate("second", "third", "--engine", "interp", sending=["--compress", "zstd=3", "--bandwidth", "50M"])
         knows("third", "abc")
         run("pause", "third")
-        migrate("third", "fourth")
+        migrate("third", "fourth", sending=["--json"])
         assert state("fourth") == "paused"
         type_in("fourth", "d")
         run("resume", "fourth")
