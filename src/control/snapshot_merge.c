@@ -221,7 +221,9 @@ int snapshot_store_remove(const char *vm, const char *name, const struct chunk_s
 {
     struct stored_snapshot *list;
     unsigned count;
-    int r = snapshot_store_list(vm, &list, &count, err);
+    int r = snapshot_store_all_readable(vm, err);
+    if (r == 0)
+        r = snapshot_store_list(vm, &list, &count, err);
     if (r)
         return r;
     const struct stored_snapshot *doomed = snapshot_store_by_name(list, count, name);

@@ -312,6 +312,27 @@ static int list_vm(const char *vm, struct stored_snapshot **list, unsigned *coun
     return r;
 }
 
+int snapshot_store_all_readable(const char *vm, struct error *err)
+{
+    struct stat st;
+    int dir = snapshot_store_open(vm, err), r = 0;
+    DIR *entries = dir >= 0 ? fdopendir(dir) : NULL;
+    if (!entries)
+        return dir < 0 ? dir : error_set(err, -ENOMEM, "out of memory");
+    for (struct dirent *entry; r == 0 && (entry = readdir(entries));) {
+        struct stored_snapshot snapshot;
+        if (!instance_name_valid(entry->d_name) || fstatat(dir, entry->d_name, &st, AT_SYMLINK_NOFOLLOW) || !S_ISDIR(st.st_mode))
+            continue;
+        if (stored_snapshot_read(dir, vm, entry->d_name, &snapshot))
+            stored_snapshot_clear(&snapshot);
+        else
+            r = error_set(err, -EBADMSG, "%s/%s cannot be read, and may need what is removed: its snapshot.json is missing, damaged or of a later version; repair it, or remove its directory", vm,
+                          entry->d_name);
+    }
+    closedir(entries);
+    return r;
+}
+
 static int by_age(const void *a, const void *b)
 {
     const struct stored_snapshot *one = a, *other = b;

@@ -259,6 +259,13 @@ def faults():
         run("snapshot", "restore", "vm", "two")
         assert knows("vm", "ab")
 
+        described = (place / "two/snapshot.json").read_bytes()
+        (place / "two/snapshot.json").write_bytes(described[:-9])
+        run("snapshot", "delete", "vm", "one", status=1)  # which the other one needs
+        assert "vm/two cannot be read" in run.errors, run.errors
+        (place / "two/snapshot.json").write_bytes(described)
+        assert set(snapshots("vm")) == {"one", "two"}
+
         for _ in range(8):  # the command, then the machine itself
             command = subprocess.Popen([doppel, "snapshot", "create", "vm", "x", *generator.choice(([], ["--incremental"]))], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             try:
