@@ -325,8 +325,9 @@ int instance_write(const struct instance *instance, const char *file, const json
     int r = 0, fd = openat(instance->dir, draft, O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, 0600);
     if (fd < 0)
         r = -errno;
-    else if (write(fd, text, size) != (ssize_t)size)
-        r = -EIO;
+    ssize_t n = r ? 0 : write(fd, text, size);
+    if (r == 0 && n != (ssize_t)size)
+        r = n < 0 ? -errno : -ENOSPC;
     free(text);
     if (fd < 0)
         return r;

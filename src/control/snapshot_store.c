@@ -507,7 +507,8 @@ int snapshot_store_write_meta(int dir, const json_t *meta)
         json_decref(summed);
         return why;
     }
-    int r = json_dumpfd(summed, fd, JSON_INDENT(2) | JSON_PRESERVE_ORDER) || write(fd, "\n", 1) != 1 ? -EIO : 0;
+    errno = EIO;
+    int r = json_dumpfd(summed, fd, JSON_INDENT(2) | JSON_PRESERVE_ORDER) || write(fd, "\n", 1) != 1 ? -errno : 0;
     json_decref(summed);
     if (r == 0 && !passing && fsync(fd))
         r = -errno;
