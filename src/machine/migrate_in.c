@@ -145,6 +145,12 @@ static int begin_post_copy(struct machine_incoming *incoming, uint64_t chunks, c
     return incoming->remote ? 0 : error_set(err, -ENOMEM, "out of memory");
 }
 
+static int answer_echo(struct machine_incoming *incoming, struct error *err)
+{
+    int r = stream_put(incoming->stream, MIGRATE_ECHO, NULL, 0, NULL, 0, err);
+    return r ? r : stream_flush(incoming->stream, err);
+}
+
 static int receive_all(struct machine *machine, struct machine_incoming *incoming, struct error *err)
 {
     uint64_t ram_bytes = physmap_ram_bytes(machine->memory), chunks = (ram_bytes + CHUNK_BYTES - 1) / CHUNK_BYTES;
@@ -160,6 +166,8 @@ static int receive_all(struct machine *machine, struct machine_incoming *incomin
             r = unpacker_take(incoming->unpacker, ram, ram_bytes, body, size, err);
         else if (r == 0 && type == MIGRATE_DISK && !incoming->state_bytes)
             r = disks_in_take(incoming->disks, body, size, err);
+        else if (r == 0 && type == MIGRATE_ECHO && !incoming->state_bytes && !incoming->remote)
+            r = answer_echo(incoming, err);
         else if (r == 0 && type == MIGRATE_POST_COPY && !incoming->state_bytes)
             r = begin_post_copy(incoming, chunks, body, size, err);
         else if (r == 0 && type == MIGRATE_REMOTE && incoming->remote && !incoming->remote_complete)
@@ -185,8 +193,8 @@ static int begin_incoming(struct machine *machine, void *ctx, struct error *err)
         return error_set(err, -EINVAL, "disks come with it, and there is no place for them");
     if (cpuid_state(machine->cpuid, incoming->io))
         return error_set(err, -EINVAL, "the guest's processor cannot be made here: %s", state_error(incoming->io));
-    static const char takes_frames[] = {0, 1};
-    int r = stream_put(incoming->stream, MIGRATE_WELCOME, DOPPEL_VERSION, strlen(DOPPEL_VERSION), takes_frames, sizeof takes_frames, err);
+    static const uint8_t takes[] = {0, MIGRATE_TAKES_FRAME | MIGRATE_TAKES_ECHO};
+    int r = stream_put(incoming->stream, MIGRATE_WELCOME, DOPPEL_VERSION, strlen(DOPPEL_VERSION), takes, sizeof takes, err);
     if (r == 0)
         r = stream_flush(incoming->stream, err);
     if (r == 0)

@@ -16,6 +16,7 @@
 
 #define ANSWER_NS 30000000000ull   /* for all that is asked while the guest runs: making a machine takes a while */
 #define HANDOVER_NS 10000000000ull /* the guest stands still meanwhile */
+#define ECHO_NS 120000000000ull    /* for what waits on a slow way */
 #define TAKE_BACK_NS 5000000000ull
 #define WAIT_NS_MAX 200000000ull   /* then it is seen whether it was cancelled */
 #define PACK_THREADS 2u
@@ -44,7 +45,9 @@ struct source {
     uint64_t left, followed_bytes; /* by post-copy: pages; what was sent before */
     struct disks_out *disks;       /* NULL: they stay */
     uint64_t paused_ns;            /* when the guest was paused for the last of its disks; 0: it was not */
-    bool pause_next, takes_frames;
+    bool pause_next;
+    unsigned takes;                /* MIGRATE_TAKES_* */
+    uint64_t way_ns;               /* there and back, when nothing else is on its way; 0: not known */
     double rate;                   /* bytes a second, as measured */
     struct packer *packer;
     struct migrate_hello hello;
@@ -127,19 +130,48 @@ static int send_disks_first(struct source *source, struct error *err)
     return r;
 }
 
+/* Until the target has said that this came. */
+static int echo(struct source *source, struct error *err)
+{
+    const uint8_t *body;
+    size_t size;
+    stream_set_deadline(source->stream, loop_now_ns() + ECHO_NS);
+    int r = stream_put(source->stream, MIGRATE_ECHO, NULL, 0, NULL, 0, err);
+    if (r == 0)
+        r = stream_flush(source->stream, err);
+    return r ? r : migrate_expect(source->stream, MIGRATE_ECHO, &body, &size, err);
+}
+
+/*
+ * What was sent waits in this host and in the network for as long as a second, and nothing overtakes it: it is to be there before the guest stands still. The second answer, with nothing else on its way, tells how long that is.
+ */
+static int wait_until_there(struct source *source, struct error *err)
+{
+    if (!(source->takes & MIGRATE_TAKES_ECHO) || machine_is_paused(source->machine))
+        return 0;
+    int r = packer_flush(source->packer, err);
+    if (r == 0)
+        r = echo(source, err);
+    uint64_t began_ns = loop_now_ns();
+    if (r || !source->migration->post_copy)
+        return r;
+    r = echo(source, err);
+    source->way_ns = loop_now_ns() - began_ns;
+    return r;
+}
+
 /* Between rounds. The last of them goes with the guest paused and its requests done: they are read by the loop, which cannot wait for itself. */
 static int between(void *ctx, struct error *err)
 {
     struct source *source = ctx;
-    if (!source->disks)
-        return 0;
-    if (source->pause_next && !machine_is_paused(source->machine)) { /* again, if somebody has let it go on */
+    if (source->disks && source->pause_next && !machine_is_paused(source->machine)) { /* again, if somebody has let it go on */
         source->paused_ns = source->paused_ns ? source->paused_ns : loop_now_ns();
         int r = machine_pause(source->machine, err);
         if (r)
             return r;
     }
-    return send_disks(source, err);
+    int r = source->disks ? send_disks(source, err) : 0;
+    return r ? r : wait_until_there(source, err);
 }
 
 /*
@@ -226,7 +258,7 @@ static int send_frames(const struct source *source, struct error *err)
 {
     uint64_t most = (uint64_t)source->rate / FRAMES_PER_S;
     most = most < FRAMES_BYTES_MIN ? FRAMES_BYTES_MIN : most > FRAMES_BYTES_MAX ? FRAMES_BYTES_MAX : most;
-    return source->takes_frames ? migrate_send_frames(source->machine, source->stream, most, err) : 0;
+    return source->takes & MIGRATE_TAKES_FRAME ? migrate_send_frames(source->machine, source->stream, most, err) : 0;
 }
 
 static int leave_pages(struct source *source, const uint64_t *left, struct error *err)
@@ -387,7 +419,7 @@ static int move(struct source *source, struct error *err)
         r = send_hello(source, err);
     if (r == 0)
         r = migrate_expect(source->stream, MIGRATE_WELCOME, &body, &size, err);
-    source->takes_frames = r == 0 && size > 2 && body[size - 2] == 0 && body[size - 1] == 1;
+    source->takes = r == 0 && size > 2 && body[size - 2] == 0 ? body[size - 1] : 0;
     source->sending_ns = loop_now_ns();
     if (r == 0 && source->disks)
         r = send_disks_first(source, err);

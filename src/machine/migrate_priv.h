@@ -5,6 +5,8 @@
  *     HELLO  configuration, processor     ->   makes such a machine, or says why it cannot (FAILED)
  *                                         <-   WELCOME
  *     DISK, PAGES, in rounds; it runs     ->
+ *     ECHO, behind each round             ->
+ *                                         <-   ECHO: all before it is there
  *     the guest stands still
  *     PAGES, STATE                        ->   loads it
  *                                         <-   READY: nothing is left that could fail
@@ -51,10 +53,11 @@ enum migrate_message {
     MIGRATE_RECOVER,
     MIGRATE_DISK,
     MIGRATE_FRAME,
+    MIGRATE_ECHO,
 };
 
 /*
- * WELCOME: the program's version, text; from targets that take FRAME, a 0 and u8 1 behind it.
+ * WELCOME: the program's version, text; from targets that take more than the first version knew, a 0 and u8 MIGRATE_TAKES_* behind it.
  * PAGES: migrate_pack.h.
  * STATE: u8 1: more comes, 0: the last piece; then a piece of the state. GO: u8 1: the guest is to stay paused. FAILED: the reason, text.
  * POST_COPY, RECOVER: MIGRATE_ID_BYTES by which both sides know the migration. REMOTE: u64 first chunk, then a u64 of pages for it and for those that follow it; 0 to 65536 of them.
@@ -62,6 +65,7 @@ enum migrate_message {
  * FRAME: u32 card; then a frame of the network, with its virtio header, that waited for the guest.
  * DISK, before STATE: u32 disk, u64 offset, u32 bytes, u8 how the bytes follow: MIGRATE_DISK_*.
  */
+enum { MIGRATE_TAKES_FRAME = 1, MIGRATE_TAKES_ECHO = 2 };
 enum { MIGRATE_DISK_PLAIN, MIGRATE_DISK_ZERO, MIGRATE_DISK_ZSTD };
 #define MIGRATE_ID_BYTES 16u
 #define MIGRATE_STATE_BYTES_MAX (64u << 20)

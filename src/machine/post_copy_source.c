@@ -19,6 +19,7 @@
 #define WINDOW_GAIN 1.25
 #define FORGOTTEN 16.0 /* of the best rate, one part in so many is with each message */
 #define REMOTE_WORDS 65536u
+#define REMOTE_GAP ((STREAM_HEADER_BYTES + 8) / 8) /* words */
 
 struct post_copy_source {
     struct machine *machine;
@@ -42,6 +43,17 @@ struct post_copy_source {
 
 /* ---- what is missing ---- */
 
+/* How many words are in one message: where there are none for long, another one is shorter. */
+static uint64_t remote_run(const uint64_t *pages, uint64_t words)
+{
+    uint64_t count = 0, empty = 0;
+    while (count < words && count < REMOTE_WORDS && empty < REMOTE_GAP) {
+        empty = pages[count] ? 0 : empty + 1;
+        count++;
+    }
+    return count - empty;
+}
+
 int post_copy_put_remote(struct stream *stream, const uint64_t *pages, uint64_t words, struct error *err)
 {
     uint8_t head[8], *body = malloc(REMOTE_WORDS * 8);
@@ -49,7 +61,7 @@ int post_copy_put_remote(struct stream *stream, const uint64_t *pages, uint64_t 
     for (uint64_t at = 0, count = 1; r == 0 && count; at += count) {
         while (at < words && !pages[at])
             at++;
-        count = words - at < REMOTE_WORDS ? words - at : REMOTE_WORDS;
+        count = remote_run(pages + at, words - at);
         for (uint64_t i = 0; i < count; i++)
             stream_put_number(body + 8 * i, pages[at + i], 8);
         stream_put_number(head, at, 8);

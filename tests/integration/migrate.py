@@ -113,7 +113,7 @@ def tcp():
         run("rm", "vm3", "vm2", "vm1", "vm0")
 
 
-HELLO, WELCOME, PAGES, STATE, READY, GO, STARTED, FAILED, POST_COPY, REMOTE, REQUEST, ARRIVED, COMPLETE, RECOVER, DISK, FRAME = range(1, 17)
+HELLO, WELCOME, PAGES, STATE, READY, GO, STARTED, FAILED, POST_COPY, REMOTE, REQUEST, ARRIVED, COMPLETE, RECOVER, DISK, FRAME, ECHO = range(1, 18)
 HEADER = struct.Struct("<4sHHIIQ")
 
 
@@ -282,18 +282,21 @@ def faults():
         stays(PAGES, lambda wire, *frame: (wire.reached.set(), stalled.wait(LIMIT), frame)[-1], "cancelled",
               lambda: (run("migrate", "--cancel", "vm"), stalled.set()))
         run("migrate", "--cancel", "vm", status=1)
+        held = threading.Event()  # what was sent is to be there before the guest stands still
+        stays(ECHO, lambda wire, *frame: (wire.reached.set(), held.wait(LIMIT), frame)[-1], "cancelled",
+              lambda: (type_in("vm", "c"), knows("vm", "abc"), run("migrate", "--cancel", "vm"), held.set()), sound=lambda: knows("vm", "abc"))
 
         said, there = attempt(GO, cut)  # never arrives
         assert "did not say that it runs" in said and there.returncode != 0, said
         assert state("vm") == "paused"
         wait_for("end of the target", lambda: state("there") in (None, "ended", "died"))
         run("resume", "vm")
-        knows("vm", "ab")
+        knows("vm", "abc")
 
         said, there = attempt(STARTED, cut)  # the source does not learn of it
         assert "did not say that it runs" in said and there.returncode == 0, (said, there.returncode)
         assert (state("vm"), state("there")) == ("paused", "running")
-        knows("there", "ab")
+        knows("there", "abc")
         run("resume", "vm", status=1)  # the disk is there
         assert "may run where it has migrated to" in run.errors
         assert state("vm") == "paused"
