@@ -333,6 +333,8 @@ int snapshot_start(const struct stored_snapshot *snapshot, struct snapshot_chain
         r = complain(STATUS_ERROR, "%s/%s: %s", snapshot->vm, snapshot->name, err.text);
     if (r == 0 && change)
         r = change(&run.config, ctx);
+    if (r == 0 && snapshot_disks_check(snapshot, name, &err))
+        r = complain(STATUS_ERROR, "%s", err.text);
     if (r == 0 && instance_read(name, &old, NULL) == 0) { /* its place is taken: by now it is known that the snapshot is complete */
         if (old.life == INSTANCE_ALIVE && end_by_force(&old))
             r = complain(STATUS_ERROR, "%s, which runs, does not end", name);

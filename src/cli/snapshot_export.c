@@ -12,10 +12,10 @@
 #include "block/image.h"
 #include "cli/archive_files.h"
 #include "cli/snapshot.h"
+#include "control/checked_json.h"
 #include "control/snapshot_disks.h"
 
 #define BLOCK_BYTES (256u << 10)
-#define META_BYTES_MAX (256u << 10)
 
 static bool is_standard(const char *path)
 {
@@ -192,9 +192,9 @@ static int finish_one(struct snapshot_import *import)
 
 static json_t *read_meta(struct snapshot_import *import)
 {
-    char *text = malloc(META_BYTES_MAX);
-    ssize_t n = text ? archive_read_data(import->in, text, META_BYTES_MAX) : -1;
-    json_t *meta = n > 0 && n < (ssize_t)META_BYTES_MAX ? snapshot_meta_parse(text, (size_t)n) : NULL;
+    char *text = malloc(CHECKED_JSON_BYTES_MAX);
+    ssize_t n = text ? archive_read_data(import->in, text, CHECKED_JSON_BYTES_MAX) : -1;
+    json_t *meta = n > 0 && n < (ssize_t)CHECKED_JSON_BYTES_MAX ? checked_json_parse(text, (size_t)n) : NULL;
     free(text);
     return meta;
 }

@@ -14,7 +14,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "block/block.h"
+#include "block/image.h"
+#include "control/checked_json.h"
 #include "control/instance.h"
 #include "control/snapshot_store_priv.h"
 #include "state/inputs.h"
@@ -24,13 +25,10 @@
 SANDBOX_ALLOW(IN_API, openat);
 SANDBOX_ALLOW(IN_API, mkdirat);
 SANDBOX_ALLOW(IN_API, unlinkat);
-SANDBOX_ALLOW(IN_API, renameat);
-SANDBOX_ALLOW(IN_API, write);
 SANDBOX_ALLOW(IN_API, getrandom);
 
 #define DISKS ".disks"
 #define MAP "map.json"
-#define MAP_BYTES_MAX (256u << 10)
 #define BACKING_BYTES_MAX 1024u /* a backing file's name in an image, with its end */
 
 /* ---- the map ---- */
@@ -43,44 +41,29 @@ static int open_disks(int directory, bool make)
     return fd < 0 ? -errno : fd;
 }
 
-/* Never NULL but without memory: what cannot be read is empty. */
-static json_t *read_map(int disks)
+/* Names and what is on top, all of them paths. */
+static bool is_map(const json_t *map)
 {
-    struct stat st;
-    json_t *map = NULL;
-    int fd = openat(disks, MAP, O_RDONLY | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK);
-    if (fd >= 0 && fstat(fd, &st) == 0 && S_ISREG(st.st_mode) && st.st_size <= (off_t)MAP_BYTES_MAX)
-        map = json_loadfd(fd, JSON_REJECT_DUPLICATES, NULL);
-    if (fd >= 0)
-        close(fd);
-    if (map && json_is_object(map))
-        return map;
-    json_decref(map);
-    return json_object();
+    const char *origin;
+    json_t *top;
+    json_object_foreach((json_t *)(uintptr_t)map, origin, top)
+        if (origin[0] != '/' || !json_is_string(top) || json_string_value(top)[0] != '/')
+            return false;
+    return true;
 }
 
-/* On the disk when this returns, with all names in the directory. 0 or -errno. */
-static int write_map(int disks, const json_t *map)
+/* Empty when there is none. One that is damaged is no empty one: what guests have written would count as nobody's. */
+static int read_map(int disks, const char *directory, json_t **map, struct error *err)
 {
-    char *text = json_dumps(map, JSON_INDENT(2) | JSON_SORT_KEYS);
-    size_t length = text ? strlen(text) : 0;
-    int fd = text ? openat(disks, "." MAP, O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, 0600) : -1, r = 0;
-    if (fd < 0)
-        r = text ? -errno : -ENOMEM;
-    for (size_t done = 0; r == 0 && done < length;) {
-        ssize_t n = write(fd, text + done, length - done);
-        if (n < 0 && errno != EINTR)
-            r = -errno;
-        done += n > 0 ? (size_t)n : 0;
-    }
-    if (r == 0 && (fsync(fd) || renameat(disks, "." MAP, disks, MAP) || fsync(disks)))
-        r = -errno;
-    if (fd >= 0)
-        close(fd);
-    if (r && fd >= 0)
-        unlinkat(disks, "." MAP, 0);
-    free(text);
-    return r;
+    int r = checked_json_read(disks, MAP, map);
+    if (r == 0 && is_map(*map))
+        return 0;
+    json_decref(*map);
+    *map = r == -ENOENT ? json_object() : NULL;
+    if (*map)
+        return 0;
+    return error_set(err, r ? r : -EBADMSG, "%s/" DISKS "/" MAP ", which tells what is on top of each disk, %s%s", directory, r == 0 || r == -EBADMSG ? "is damaged: repair it, or remove it and restore a snapshot" : "cannot be read: ",
+                     r == 0 || r == -EBADMSG ? "" : strerror(-r));
 }
 
 /* ---- overlays ---- */
@@ -144,7 +127,7 @@ static int make_all(struct disks_under_way *disks, int fd, const char *directory
         if (r >= 0 && json_object_set_new(map, disk->origin, json_string(disks->path[i])))
             r = error_set(err, -EINVAL, "the path of disk %s is not UTF-8", disk->origin);
     }
-    if (r >= 0 && (r = write_map(fd, map)) < 0)
+    if (r >= 0 && (r = checked_json_write(fd, MAP, map, true)) < 0)
         error_set(err, r, "cannot write %s/" DISKS "/" MAP ": %s", directory, strerror(-r));
     json_decref(map);
     return r < 0 ? r : 0;
@@ -161,8 +144,9 @@ int snapshot_disks_begin(struct disks_under_way *disks, struct machine *machine,
     int fd = open_disks(directory_fd, true);
     if (fd < 0)
         return error_set(err, fd, "cannot make a directory in %s: %s", directory, strerror(-fd));
-    disks->map_before = read_map(fd);
-    r = make_all(disks, fd, directory, err);
+    r = read_map(fd, directory, &disks->map_before, err);
+    if (r == 0)
+        r = make_all(disks, fd, directory, err);
     close(fd);
     return r;
 }
@@ -180,7 +164,7 @@ void snapshot_disks_end(struct disks_under_way *disks, bool in_use)
 {
     int fd = in_use || !disks->map_before ? -1 : open_disks(disks->directory_fd, false);
     if (fd >= 0) {
-        bool back = write_map(fd, disks->map_before) == 0;
+        bool back = checked_json_write(fd, MAP, disks->map_before, true) == 0;
         for (unsigned i = 0; back && i < disks->count; i++)
             if (disks->path[i][0])
                 unlinkat(fd, strrchr(disks->path[i], '/') + 1, 0);
@@ -233,21 +217,26 @@ static int replace(struct disk_config *disk, const json_t *map, struct error *er
     return 0;
 }
 
-json_t *snapshot_disks_map(const char *directory)
+int snapshot_disks_map(const char *directory, json_t **map, struct error *err)
 {
-    int fd = open(directory, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC), disks = fd >= 0 ? open_disks(fd, false) : -1;
-    json_t *map = disks >= 0 ? read_map(disks) : json_object();
+    int fd = open(directory, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC), disks = fd >= 0 ? open_disks(fd, false) : -errno, r;
+    if (disks >= 0)
+        r = read_map(disks, directory, map, err);
+    else if (disks == -ENOENT)
+        r = (*map = json_object()) ? 0 : error_set(err, -ENOMEM, "out of memory");
+    else
+        r = error_set(err, disks, "cannot read %s/" DISKS ": %s", directory, strerror(-disks));
     if (disks >= 0)
         close(disks);
     if (fd >= 0)
         close(fd);
-    return map;
+    return r;
 }
 
 int snapshot_disks_apply(const char *directory, struct machine_config *config, struct error *err)
 {
-    json_t *map = snapshot_disks_map(directory);
-    int r = 0;
+    json_t *map = NULL;
+    int r = snapshot_disks_map(directory, &map, err);
     for (unsigned i = 0; r == 0 && i < config->disk_count; i++)
         if (!config->disk[i].readonly)
             r = replace(&config->disk[i], map, err);
@@ -255,15 +244,47 @@ int snapshot_disks_apply(const char *directory, struct machine_config *config, s
     return r;
 }
 
-/* One of "disk_files". False: it is not what it should be. */
-static bool understand(const json_t *entry, const char **origin, const char **file, const char **format, uint64_t *size_bytes)
+/* One of "disk_files". */
+static int understand(const struct stored_snapshot *snapshot, const json_t *entry, const char **origin, const char **file, const char **format, uint64_t *size_bytes, struct error *err)
 {
     *origin = json_string_value(json_object_get(entry, "origin"));
     *file = json_string_value(json_object_get(entry, "file"));
     *format = json_string_value(json_object_get(entry, "format"));
     json_int_t size = json_integer_value(json_object_get(entry, "size_bytes"));
     *size_bytes = size > 0 ? (uint64_t)size : 0;
-    return *origin && *file && (*file)[0] == '/' && *format && (strcmp(*format, "raw") == 0 || strcmp(*format, "qcow2") == 0) && size > 0 && size % 512 == 0;
+    if (*origin && *file && (*file)[0] == '/' && *format && (strcmp(*format, "raw") == 0 || strcmp(*format, "qcow2") == 0) && size > 0 && size % 512 == 0)
+        return 0;
+    return error_set(err, -EBADMSG, "%s/%s: its snapshot.json names no files of disks", snapshot->vm, snapshot->name);
+}
+
+static int check_disk(const struct stored_snapshot *snapshot, const json_t *entry, struct error *err)
+{
+    const char *origin, *file, *format;
+    uint64_t size_bytes, found;
+    struct block_image *image = NULL;
+    int r = understand(snapshot, entry, &origin, &file, &format, &size_bytes, err);
+    if (r == 0)
+        r = block_image_open(&image, file, format, err);
+    if (r)
+        return r;
+    found = block_image_bytes(image);
+    block_image_close(image);
+    return found == size_bytes ? 0 : error_set(err, -EBADMSG, "%s has %llu bytes, and was frozen with %llu", file, (unsigned long long)found, (unsigned long long)size_bytes);
+}
+
+int snapshot_disks_check(const struct stored_snapshot *snapshot, const char *vm, struct error *err)
+{
+    char directory[STORE_PATH_BYTES];
+    const json_t *entry, *files = json_object_get(snapshot->meta, "disk_files");
+    json_t *map = NULL;
+    size_t i;
+    int r = json_array_size(files) ? snapshot_store_directory(vm, directory, err) : 0;
+    if (r == 0 && json_array_size(files))
+        r = snapshot_disks_map(directory, &map, err);
+    json_decref(map);
+    json_array_foreach(files, i, entry)
+        r = r ? r : check_disk(snapshot, entry, err);
+    return r;
 }
 
 int snapshot_disks_restore(const struct stored_snapshot *snapshot, const char *vm, struct error *err)
@@ -278,19 +299,19 @@ int snapshot_disks_restore(const struct stored_snapshot *snapshot, const char *v
     int fd = snapshot_disks_place(vm, directory, path, err), r = 0;
     if (fd < 0)
         return fd;
-    json_t *map = read_map(fd);
-    json_array_foreach(files, i, entry)
+    json_t *map = NULL;
+    r = read_map(fd, directory, &map, err);
+    json_array_foreach(r ? NULL : files, i, entry)
     {
-        int made = understand(entry, &origin, &file, &format, &size_bytes) ? make_overlay(fd, directory, file, format, size_bytes, path, err)
-                                                                           : error_set(err, -EBADMSG, "%s/%s: its snapshot.json names no files of disks", snapshot->vm, snapshot->name);
+        r = understand(snapshot, entry, &origin, &file, &format, &size_bytes, err);
+        int made = r ? r : make_overlay(fd, directory, file, format, size_bytes, path, err);
         r = made < 0 ? made : 0;
-        if (made >= 0)
-            close(made);
         if (r)
             break;
+        close(made);
         json_object_set_new(map, origin, json_string(path));
     }
-    if (r == 0 && (r = write_map(fd, map)) < 0)
+    if (r == 0 && (r = checked_json_write(fd, MAP, map, true)) < 0)
         error_set(err, r, "cannot write %s/" DISKS "/" MAP ": %s", directory, strerror(-r));
     json_decref(map);
     close(fd);

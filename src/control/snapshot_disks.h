@@ -33,10 +33,12 @@ void snapshot_disks_end(struct disks_under_way *disks, bool in_use);
 
 /* The disks in `config` become what the map in `directory` says. Files are not looked at. */
 int snapshot_disks_apply(const char *directory, struct machine_config *config, struct error *err) __attribute__((warn_unused_result));
+/* What can be found out before a running `vm` gives its place up: whether the files of a snapshot can be had, with what is below them, and the map of `vm`. */
+int snapshot_disks_check(const struct stored_snapshot *snapshot, const char *vm, struct error *err) __attribute__((warn_unused_result));
 /* New overlays on the files of a snapshot for the machine `vm`, which does not run, and its map. */
 int snapshot_disks_restore(const struct stored_snapshot *snapshot, const char *vm, struct error *err) __attribute__((warn_unused_result));
-/* What is on top of each disk, by the file that the user named; empty without a map. `directory` is a machine's. */
-json_t *snapshot_disks_map(const char *directory);
+/* What is on top of each disk, by the file that the user named; empty without a map. `directory` is a machine's. -EBADMSG: the map is damaged. The caller's to free; NULL after a failure. */
+int snapshot_disks_map(const char *directory, json_t **map, struct error *err) __attribute__((warn_unused_result));
 /* With the exclusive lock, for an image that comes from elsewhere: a path that nothing has yet. A descriptor of its directory, or -errno. */
 int snapshot_disks_place(const char *vm, char directory[STORE_PATH_BYTES], char path[STORE_PATH_BYTES], struct error *err) __attribute__((warn_unused_result));
 /* With the exclusive lock: removes what nobody needs. `merge`: and makes what only one other needs a part of that; without, when there are many. */

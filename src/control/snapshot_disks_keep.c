@@ -95,7 +95,8 @@ static int add_mapped(struct files *files)
             continue;
         snprintf(path, sizeof path, "%s/%s", root, entry->d_name);
         r = snapshot_store_all_readable(entry->d_name, NULL);
-        json_t *map = snapshot_disks_map(path);
+        json_t *map = NULL;
+        r = r ? r : snapshot_disks_map(path, &map, NULL);
         json_object_foreach(map, key, value)
             r = r == 0 && json_is_string(value) ? add(files, json_string_value(value), true) : r;
         json_decref(map);

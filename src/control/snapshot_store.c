@@ -10,15 +10,12 @@
 #include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
-#include <xxhash.h>
 
+#include "control/checked_json.h"
 #include "control/instance.h"
 #include "control/snapshot_disks.h"
 #include "control/snapshot_store_priv.h"
 #include "util/log.h"
-
-#define CHECKSUM_BYTES 17u /* of text */
-#define META_BYTES_MAX (256u << 10)
 
 /* ---- places ---- */
 
@@ -189,44 +186,10 @@ static bool has_passed(const struct stored_snapshot *snapshot)
     return snapshot->passing && (!snapshot_store_boot_id(now) || strcmp(now, json_string_value(json_object_get(snapshot->meta, "boot_id"))) != 0);
 }
 
-/* Of all other members, however the text is laid out. False: no memory. */
-static bool meta_checksum(const json_t *meta, char text[CHECKSUM_BYTES])
-{
-    char *plain = json_dumps(meta, JSON_COMPACT | JSON_SORT_KEYS);
-    if (plain)
-        snprintf(text, CHECKSUM_BYTES, "%016llx", (unsigned long long)XXH64(plain, strlen(plain), 0));
-    free(plain);
-    return plain;
-}
-
-json_t *snapshot_meta_parse(const char *text, size_t bytes)
-{
-    char right[CHECKSUM_BYTES];
-    json_t *meta = json_loadb(text, bytes, JSON_REJECT_DUPLICATES, NULL), *said = json_incref(json_object_get(meta, "checksum"));
-    json_object_del(meta, "checksum");
-    if (said && (!meta_checksum(meta, right) || !json_is_string(said) || strcmp(json_string_value(said), right) != 0)) { /* the first versions wrote none */
-        json_decref(meta);
-        meta = NULL;
-    }
-    json_decref(said);
-    return meta;
-}
-
 static json_t *read_meta(int dir)
 {
-    struct stat st;
-    json_t *meta = NULL;
-    char *text = NULL;
-    int fd = openat(dir, "snapshot.json", O_RDONLY | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK);
-    if (fd >= 0 && fstat(fd, &st) == 0 && S_ISREG(st.st_mode) && st.st_size <= (off_t)META_BYTES_MAX)
-        text = malloc((size_t)st.st_size + 1);
-    ssize_t size = text ? read(fd, text, (size_t)st.st_size) : -1; /* at once: json_loadfd reads by the byte */
-    if (size >= 0)
-        meta = snapshot_meta_parse(text, (size_t)size);
-    free(text);
-    if (fd >= 0)
-        close(fd);
-    return meta;
+    json_t *meta;
+    return checked_json_read(dir, "snapshot.json", &meta) ? NULL : meta;
 }
 
 /* An identifier, or "". False: neither. */
@@ -494,30 +457,7 @@ void snapshot_store_abort(const char *vm, const char *name)
 
 int snapshot_store_write_meta(int dir, const json_t *meta)
 {
-    bool passing = json_object_get(meta, "boot_id");
-    char checksum[CHECKSUM_BYTES];
-    json_t *summed = json_copy((json_t *)(uintptr_t)meta);
-    if (!summed || !meta_checksum(meta, checksum) || json_object_set_new(summed, "checksum", json_string(checksum))) {
-        json_decref(summed);
-        return -ENOMEM;
-    }
-    int fd = openat(dir, ".snapshot.json", O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, 0600);
-    if (fd < 0) {
-        int why = -errno;
-        json_decref(summed);
-        return why;
-    }
-    errno = EIO;
-    int r = json_dumpfd(summed, fd, JSON_INDENT(2) | JSON_PRESERVE_ORDER) || write(fd, "\n", 1) != 1 ? -errno : 0;
-    json_decref(summed);
-    if (r == 0 && !passing && fsync(fd))
-        r = -errno;
-    close(fd);
-    if (r == 0 && renameat(dir, ".snapshot.json", dir, "snapshot.json"))
-        r = -errno;
-    if (r)
-        unlinkat(dir, ".snapshot.json", 0);
-    return r == 0 && !passing && fsync(dir) ? -errno : r;
+    return checked_json_write(dir, "snapshot.json", meta, !json_object_get(meta, "boot_id"));
 }
 
 static int sync_file(int dir, const char *name)

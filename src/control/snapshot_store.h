@@ -46,8 +46,6 @@ struct stored_snapshot {
     uint64_t created_ms;
     json_t *meta; /* snapshot.json */
 };
-/* A snapshot.json without its checksum; NULL: it is damaged. */
-json_t *snapshot_meta_parse(const char *text, size_t bytes);
 void stored_snapshot_clear(struct stored_snapshot *snapshot);
 
 /* All of one machine, or (`vm` NULL) of all; by machine, then by time. Freed by snapshot_store_free. What cannot be read is left out, with a message in the log. */

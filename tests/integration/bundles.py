@@ -229,7 +229,7 @@ def disks():
             run("snapshot", "restore", vm, name)
             assert knows(vm, text)
             tops = json.loads(pathlib.Path(f"else/doppel/snapshots/{vm}/.disks/map.json").read_text())
-            assert set(tops) == {f"{folder}/else/doppel/machines/{vm}/disk{i}" for i in (0, 1)}, tops
+            assert set(tops) - {"checksum"} == {f"{folder}/else/doppel/machines/{vm}/disk{i}" for i in (0, 1)}, tops
         run("export", "of-one/one", "again.bundle")
         run("kill", "of-two", "of-one")
         run("run", "-d", "--name", "of-vm", "--config", f"{folder}/else/doppel/machines/of-vm/machine.json")

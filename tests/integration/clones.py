@@ -88,7 +88,7 @@ def disks():
         top = {}
         for name in ("vm", "vm-clone-1", "vm-clone-2"):
             top[name] = json.loads(pathlib.Path(f"{folder}/data/doppel/snapshots/{name}/.disks/map.json").read_text())
-            assert len(top[name]) == 1
+            assert len(top[name]) == 2  # and its checksum
             assert os.path.exists(list(top[name].values())[0])
         assert len({list(map.values())[0] for map in top.values()}) == 3
         for name in top:

@@ -101,7 +101,7 @@ def tree():
         run("snapshot", "create", "disky", "kept")
         files = f"{folder}/data/doppel/snapshots/disky/.disks"
         top = json.load(open(f"{files}/map.json"))
-        assert list(top) == [f"{folder}/disk"] and snapshots("disky")["kept"]["disk_files"][0]["file"] == f"{folder}/disk"
+        assert list(top) == [f"{folder}/disk", "checksum"] and snapshots("disky")["kept"]["disk_files"][0]["file"] == f"{folder}/disk"
         run("kill", "disky")
         run("start", "disky")  # goes on in the overlay
         run("snapshot", "create", "disky", "again")
@@ -114,7 +114,7 @@ def tree():
             assert "bad.tar" in run.errors and not snapshots("worse"), run.errors
         run("snapshot", "import", "disky.tar", "copy")
         run("snapshot", "restore", "copy", "again")
-        assert list(json.load(open(f"{folder}/data/doppel/snapshots/copy/.disks/map.json"))) == [f"{folder}/disk"]
+        assert list(json.load(open(f"{folder}/data/doppel/snapshots/copy/.disks/map.json"))) == [f"{folder}/disk", "checksum"]
         run("snapshot", "restore", "disky", "kept")
         with open("plain.img", "wb") as file:
             file.truncate(2 << 20)
@@ -153,6 +153,55 @@ def ahead():
         path.rmdir()
         run("snapshot", "restore", "vm", "one", "--load", "all", status=2)
         assert "lazy, fill, whole" in run.errors
+
+
+def damage(data, generator, count):
+    """The places and what becomes of them: a bit of each of some bytes."""
+    for at in generator.sample(range(len(data)), min(count, len(data))):
+        yield at, data[:at] + bytes([data[at] ^ 1 << generator.randrange(8)]) + data[at + 1:]
+
+
+def disks():
+    """What tells which image is on top of a disk: damaged it ends in an error, not in a machine whose disk is that of long ago, and nothing that it names is removed."""
+    generator = random.Random(int(os.environ.get("SEED", "1")))
+    with runtime() as folder:
+        with open("disk", "wb") as disk:
+            disk.truncate(1 << 20)
+        start(KEEPS, "--disk", "disk", name="vm")
+        type_in("vm", "a")
+        run("snapshot", "create", "vm", "one")
+        place = pathlib.Path(f"{folder}/data/doppel/snapshots/vm")
+        map_file = place / ".disks/map.json"
+        good, images = map_file.read_bytes(), set(os.listdir(place / ".disks"))
+        assert knows("vm", "a")
+        for at, bad in damage(good, generator, 60):
+            map_file.write_bytes(bad)
+            done = subprocess.run([doppel, "snapshot", "create", "vm", "two"], capture_output=True, text=True, timeout=60)
+            if done.returncode == 0:  # white space
+                assert json.loads(bad) == json.loads(good), at
+                run("snapshot", "delete", "vm", "two")
+                good = map_file.read_bytes()
+                continue
+            assert ".disks/map.json" in done.stderr and "is damaged" in done.stderr, done.stderr
+            assert images <= set(os.listdir(place / ".disks")) and map_file.read_bytes() == bad
+        run("snapshot", "restore", "vm", "one", status=1)
+        assert "map.json" in run.errors and state("vm") == "running" and knows("vm", "a"), run.errors
+        run("kill", "vm")
+        run("start", "vm", status=1)
+        assert "map.json" in run.errors, run.errors
+        map_file.write_bytes(good)
+        top = pathlib.Path(json.loads(good)[f"{folder}/disk"])
+        assert top.exists()
+        plain = json.loads(good)
+        del plain["checksum"]  # the first versions had none
+        map_file.write_text(json.dumps(plain))
+        run("start", "vm")
+        os.rename("disk", "elsewhere")  # before the machine is ended
+        run("snapshot", "restore", "vm", "one", status=1)
+        assert "disk" in run.errors and state("vm") == "running", run.errors
+        os.rename("elsewhere", "disk")
+        run("snapshot", "restore", "vm", "one")
+        assert knows("vm", "a")
 
 
 def sections_of(data, first=0, end=None, inside=()):
@@ -299,4 +348,4 @@ def faults():
 
 
 if __name__ == "__main__":
-    {"tree": tree, "faults": faults, "ahead": ahead, "sections": sections}[sys.argv[2]]()
+    {"tree": tree, "faults": faults, "ahead": ahead, "sections": sections, "disks": disks}[sys.argv[2]]()
