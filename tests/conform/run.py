@@ -67,11 +67,12 @@ def main():
         return 77
     lines = output.replace('\r', '').splitlines()
     bad = [line for line in lines if line.startswith('not ok')]
+    why = [line for line in lines if line.startswith(('not ok', '#'))]
     good = [line for line in lines if line.startswith('ok')]
     done = [line for line in lines if re.fullmatch(r'DONE \d+ failures', line)]
     stops = direct_stops(said)
     indirect = args.direct == 'always' and not stops
-    for line in lines if args.verbose or not done else bad:
+    for line in lines if args.verbose or not done else why if bad else []:
         print(line)
     print(f'{len(good)} ok, {len(bad)} not ok, {"done" if done else "NOT FINISHED"}, exit status {status}' + (f', {stops} stops of direct execution' if args.direct else ''))
     return 0 if not indirect and good and not bad and done and done[-1] == 'DONE 0 failures' and status == 0 else 1
