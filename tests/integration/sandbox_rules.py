@@ -28,6 +28,7 @@ options.add_argument("--seed", type=int, default=int(os.environ.get("SEED", time
 options.add_argument("--seconds", type=float, default=12)
 options = options.parse_args()
 doppel = os.path.abspath(options.doppel)
+options.filtered = os.path.abspath(options.filtered)
 NEEDS = {"user": 1, "vsock": 2, "direct": 4, "kvm": 8}
 STOPPED = "tried system call"
 # What the program cannot do to say so; or does while a thread is made, with all signals blocked, or a process, which stops then.

@@ -1,7 +1,10 @@
 /* What a network back end does for a card that is plugged or goes, on the loop's thread. */
 #include "filtered.h"
 
+#include <string.h>
+
 #include "net/net.h"
+#include "net/slirp_library.h"
 
 int __real_net_open(struct net **net, const char *spec, struct loop *loop, const struct net_client *client, struct error *err);
 int __wrap_net_open(struct net **net, const char *spec, struct loop *loop, const struct net_client *client, struct error *err);
@@ -26,6 +29,9 @@ static void run_open(void *ctx)
 int __wrap_net_open(struct net **net, const char *spec, struct loop *loop, const struct net_client *client, struct error *err)
 {
     struct opening opening = {net, spec, loop, client, err, 0};
+    int r = strncmp(spec, "user", 4) ? 0 : library_load(&slirp_library_file, err); /* as the machine does before its threads are shut in */
+    if (r < 0)
+        return r;
     filtered_call(IN_LOOP, run_open, &opening);
     return opening.result;
 }
