@@ -15,6 +15,7 @@
 #include <grp.h>
 #include <linux/audit.h>
 #include <linux/filter.h>
+#include <linux/if_tun.h>
 #include <linux/seccomp.h>
 #include <netinet/in.h>
 #include <pthread.h>
@@ -35,6 +36,7 @@
 #include <unistd.h>
 
 #include "doppel/doppel.h"
+#include "sandbox/filter_program.h"
 #include "sandbox/sandbox_priv.h"
 #include "util/log.h"
 
@@ -668,6 +670,63 @@ static void filters_allow_what_rules_say(void **state)
             check_filter(kind, needs);
 }
 
+/* What waits for the broker, and what of the same calls does not. */
+static void filters_send_to_the_broker(void **state)
+{
+    static const struct {
+        int number;
+        uint64_t first, second;
+        uint32_t action;
+    } calls[] = {
+        {SYS_recvfrom, 5, 0, SECCOMP_RET_USER_NOTIF},
+        {SYS_openat, 5, 0, SECCOMP_RET_ALLOW},
+        {SYS_openat, (uint64_t)AT_FDCWD, 0, SECCOMP_RET_USER_NOTIF},
+        {SYS_openat, (uint32_t)AT_FDCWD, 0, SECCOMP_RET_USER_NOTIF},
+        {SYS_openat, 1ull << 32, 0, SECCOMP_RET_USER_NOTIF},
+        {SYS_newfstatat, INT32_MAX, 0, SECCOMP_RET_ALLOW},
+        {SYS_newfstatat, (uint64_t)AT_FDCWD, 0, SECCOMP_RET_USER_NOTIF},
+        {SYS_rename, 0, 0, SECCOMP_RET_USER_NOTIF},
+        {SYS_unlink, 0, 0, SECCOMP_RET_USER_NOTIF},
+        {SYS_ioctl, 5, TUNSETIFF, SECCOMP_RET_USER_NOTIF},
+        {SYS_ioctl, 5, TIOCSTI, SECCOMP_RET_TRAP},
+        {SYS_open, 0, 0, SECCOMP_RET_TRAP},
+        {SYS_futex, 0, 0, SECCOMP_RET_ALLOW},
+    };
+    struct sock_fprog program;
+    assert_int_equal(filter_make(&program, IN_API, 0, NULL, true), 0);
+    for (size_t n = 0; n < sizeof calls / sizeof *calls; n++) {
+        struct seccomp_data data = {.nr = calls[n].number, .arch = AUDIT_ARCH_X86_64, .args = {calls[n].first, calls[n].second}};
+        assert_int_equal(verdict(&program, &data), calls[n].action);
+        data.arch = AUDIT_ARCH_I386;
+        assert_int_equal(verdict(&program, &data), SECCOMP_RET_TRAP);
+    }
+    filter_free(&program);
+}
+
+/* The kernel's instructions reach only so far; what does not fit is an error and not another filter. */
+static void filters_have_an_end(void **state)
+{
+    struct filter_case cases[1000];
+    struct sock_fprog program;
+    const struct {
+        unsigned calls, of_each;
+        int result;
+    } tables[] = {{0, 0, 0}, {1, 1, 0}, {1, 30, 0}, {1, 60, -E2BIG}, {20, 20, 0}, {40, 20, -E2BIG}, {350, 1, 0}, {900, 1, -E2BIG}};
+    for (size_t n = 0; n < sizeof tables / sizeof *tables; n++) {
+        unsigned count = tables[n].calls * tables[n].of_each;
+        for (unsigned i = 0; i < count; i++)
+            cases[i] = (struct filter_case){(int)(i % tables[n].calls), 1, 0xf0000000fff, i, SECCOMP_RET_ALLOW};
+        assert_int_equal(filter_program(&program, cases, count, SECCOMP_RET_TRAP), tables[n].result);
+        for (unsigned i = 0; tables[n].result == 0 && i <= count; i++) {
+            struct seccomp_data data = {.nr = (int)(i % (tables[n].calls + 1)), .arch = AUDIT_ARCH_X86_64, .args = {0, i | 1ull << 50}};
+            bool allowed = i < count && data.nr == (int)(i % (tables[n].calls ? tables[n].calls : 1));
+            assert_int_equal(verdict(&program, &data), allowed ? SECCOMP_RET_ALLOW : SECCOMP_RET_TRAP);
+        }
+        if (tables[n].result == 0)
+            filter_free(&program);
+    }
+}
+
 /* ---- the tests ---- */
 
 /* What many containers refuse. */
@@ -739,6 +798,8 @@ int main(int argc, char **argv)
         cmocka_unit_test(attempts_are_real),
         cmocka_unit_test(hijacked),
         cmocka_unit_test(filters_allow_what_rules_say),
+        cmocka_unit_test(filters_send_to_the_broker),
+        cmocka_unit_test(filters_have_an_end),
         cmocka_unit_test(named_paths),
         cmocka_unit_test(what_is_left),
     };
