@@ -100,10 +100,10 @@ bool agent_client_open(struct agent_client *client, const struct agent_address *
         return true;
     const char *where = address->socket ? address->socket : address->vm;
     if (client->fd == -ECONNREFUSED)
-        fprintf(stderr, "doppel: %s: %s: no agent answers in the guest; it runs doppel-agent when it has one (--wait N waits for it)\n", command, where);
+        complain(0, "%s: %s: no agent answers in the guest; it runs doppel-agent when it has one (--wait N waits for it)", command, where);
     else
-        fprintf(stderr, "doppel: %s: cannot reach the guest of %s: %s%s\n", command, where, strerror(-client->fd),
-                client->fd == -ENOENT ? " (is there such a machine, and has it a vsock device?)" : "");
+        complain(0, "%s: cannot reach the guest of %s: %s%s", command, where, strerror(-client->fd),
+                 client->fd == -ENOENT ? " (is there such a machine, and has it a vsock device?)" : "");
     return false;
 }
 
@@ -155,21 +155,13 @@ bool agent_client_receive(struct agent_client *client, struct agent_frame *frame
     return result == 1;
 }
 
-/* The guest's text must not do anything to a terminal. */
-static void print_text(const uint8_t *text, size_t size)
-{
-    for (size_t i = 0; i < size; i++)
-        fputc((text[i] >= ' ' && text[i] != 0x7F) ? text[i] : '?', stderr);
-}
-
 int agent_client_failed(const struct agent_frame *frame, const char *command)
 {
-    if (frame->type != AGENT_FAILED || frame->size_bytes == 0) {
-        fprintf(stderr, "doppel: %s: the guest's agent makes no sense\n", command);
-        return AGENT_CLIENT_TROUBLE;
-    }
-    fprintf(stderr, "doppel: %s: ", command);
-    print_text(frame->body + 1, frame->size_bytes - 1);
-    fputc('\n', stderr);
-    return frame->body[0] ? frame->body[0] : AGENT_CLIENT_TROUBLE;
+    char text[512];
+    size_t size = 0;
+    if (frame->type != AGENT_FAILED || frame->size_bytes == 0)
+        return complain(AGENT_CLIENT_TROUBLE, "%s: the guest's agent makes no sense", command);
+    for (uint32_t i = 1; i < frame->size_bytes && size < sizeof text - 1; i++) /* the guest's text must not do anything to a terminal */
+        text[size++] = (char)(frame->body[i] >= ' ' && frame->body[i] != 0x7F ? frame->body[i] : '?');
+    return complain(frame->body[0] ? frame->body[0] : AGENT_CLIENT_TROUBLE, "%s: %.*s", command, (int)size, text);
 }

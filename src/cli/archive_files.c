@@ -12,6 +12,7 @@
 #include <xxhash.h>
 
 #include "cli/arguments.h"
+#include "cli/report.h"
 #include "util/loop.h"
 
 #define BLOCK_BYTES (256u << 10)
@@ -22,7 +23,7 @@
 
 void archive_progress_begin(struct archive_progress *progress, const char *what, uint64_t all)
 {
-    *progress = (struct archive_progress){.what = isatty(STDERR_FILENO) && all ? what : NULL, .all = all, .shown_ns = loop_now_ns()};
+    *progress = (struct archive_progress){.what = isatty(STDERR_FILENO) && !report_is_json() && all ? what : NULL, .all = all, .shown_ns = loop_now_ns()};
 }
 
 void archive_progress_to(struct archive_progress *progress, uint64_t done)

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "cli/arguments.h"
+#include "cli/report.h"
 
 int complain(int status, const char *format, ...)
 {
@@ -14,7 +15,7 @@ int complain(int status, const char *format, ...)
     va_start(args, format);
     vsnprintf(text, sizeof text, format, args);
     va_end(args);
-    fprintf(stderr, "doppel: %s\n", text);
+    report_message(text);
     return status;
 }
 
@@ -52,6 +53,8 @@ static int take_long(const struct subcommand *command, char **argv, struct argum
         return complain(0, "%s: unknown option \"--%.*s\"; see doppel %s --help", command->name, (int)length, text, command->name);
     if (!command->options[i].argument) {
         out->value[i] = "";
+        if (strcmp(command->options[i].name, "json") == 0)
+            report_as_json();
         return equals ? complain(0, "%s: --%s takes no value", command->name, command->options[i].name) : 1;
     }
     out->value[i] = equals ? equals + 1 : argv[1];
@@ -86,11 +89,20 @@ bool knows_option(const struct subcommand *command, const char *argument)
     return argument[1] == '-' ? find_long(command->options, argument + 2, strcspn(argument + 2, "=")) >= 0 : find_letter(command->options, argument[1]) >= 0;
 }
 
+/* What is said about arguments before --json is for the same reader. */
+static void look_for_json(const struct subcommand *command, char **argv)
+{
+    for (; *argv && strcmp(*argv, "--") != 0; argv++)
+        if (strcmp(*argv, "--json") == 0 && knows_option(command, *argv))
+            report_as_json();
+}
+
 int parse_arguments(int argc, char **argv, struct arguments *out)
 {
     const struct subcommand *command = command_find(argv[0]);
     bool only_names = false;
     *out = (struct arguments){.names = argv + 1};
+    look_for_json(command, argv + 1);
     for (int i = 1; i < argc;) {
         if (only_names || argv[i][0] != '-' || !argv[i][1]) {
             argv[1 + out->name_count++] = argv[i++]; /* moves them to the front: what is there was looked at */

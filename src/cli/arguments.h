@@ -21,7 +21,7 @@ bool knows_option(const struct subcommand *command, const char *argument);
 /* `text` NULL: *number stays. An exit status. */
 int parse_number(const char *command, const char *option, const char *text, unsigned long max, unsigned long *number);
 
-/* "doppel: text" on stderr; returns status. */
+/* A message on stderr, "doppel: text" for people (cli/report.h); returns status. */
 int complain(int status, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
 /* Calls `act` for each name, which prints its own messages; STATUS_ERROR when a name is unknown or any returned other than 0. No names: for all. */

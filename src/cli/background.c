@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #include "cli/arguments.h"
+#include "cli/report.h"
 #include "cli/run.h"
 #include "util/log.h"
 #include "util/loop.h"
@@ -46,6 +47,7 @@ void tell_ready(struct run *run)
 {
     if (run->log_fd >= 0) {
         dup2(run->log_fd, STDERR_FILENO);
+        report_as_text();
         close(run->log_fd);
         run->log_fd = -1;
     }
@@ -235,10 +237,7 @@ int run_in_background(struct run *run)
     pid_t pid = start_process(run, run->restart == RESTART_NO ? be_machine : supervise, &ready);
     if (pid < 0)
         complain(0, "cannot start a process: %s", strerror(-(int)pid));
-    else if (ready && run->json)
-        printf("{\"name\": \"%s\"}\n", instance_name(run->instance));
-    else if (ready)
-        printf("%s\n", instance_name(run->instance));
+    snprintf(run->called, sizeof run->called, "%s", instance_name(run->instance));
     instance_close(run->instance, pid > 0);
     if (ready)
         return 0;

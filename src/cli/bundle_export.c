@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "cli/archive_files.h"
+#include "cli/report.h"
 #include "cli/snapshot.h"
 #include "control/bundle.h"
 #include "control/image_reader.h"
@@ -327,6 +328,8 @@ static int write_bundle(struct export *export, const char *path, const char *com
     bool standard = strcmp(path, "-") == 0;
     if (standard && isatty(STDOUT_FILENO))
         return complain(STATUS_USAGE, "export: standard output is a terminal; give a file");
+    if (standard && report_is_json())
+        return complain(STATUS_USAGE, "export: standard output has either the bundle or --json");
     if (snprintf(draft, sizeof draft, "%s.part", path) >= (int)sizeof draft)
         return complain(STATUS_USAGE, "the name %s is too long", path);
     struct archive *out = archive_write_new();
@@ -373,7 +376,9 @@ int export_main(int argc, char **argv)
     if (r == 0)
         r = write_bundle(&export, arguments.names[1], arguments.value[EXPORT_COMPRESS]);
     if (r == 0 && export.bundle.left[0])
-        fprintf(stderr, "doppel: left out, because it is this host's: %s\n", export.bundle.left);
+        complain(0, "left out, because it is this host's: %s", export.bundle.left);
+    if (r == 0 && report_is_json())
+        report_file(arguments.names[1], json_pack("{s:s, s:s?, s:s}", "name", export.vm, "snapshot", export.snapshot ? export.snapshot->name : NULL, "left_out", export.bundle.left));
     for (unsigned i = 0; i < BUNDLE_FILES_MAX; i++)
         if (export.fd[i] >= 0)
             close(export.fd[i]);

@@ -10,6 +10,7 @@
 
 #include "cli/archive_files.h"
 #include "cli/import.h"
+#include "cli/report.h"
 #include "cli/snapshot.h"
 #include "control/bundle.h"
 
@@ -221,6 +222,7 @@ int import_main(int argc, char **argv)
         return complain(STATUS_USAGE, "import: \"%s\" is no name for a virtual machine", import.name);
     if (archive_library_load())
         return STATUS_ERROR;
+    report_list();
     if (import_is_ovf(import.path))
         return import_ovf(&import);
     return import_is_image(import.path) ? import_image(&import) : import_archive(&import);

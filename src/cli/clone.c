@@ -15,6 +15,7 @@
 
 #include "cli/agent_client.h"
 #include "cli/arguments.h"
+#include "cli/report.h"
 #include "cli/snapshot.h"
 
 #define COUNT_MAX 1000ul
@@ -138,7 +139,6 @@ static int start_one(const struct clones *clones, const struct stored_snapshot *
             return complain(STATUS_ERROR, "a virtual machine named %s is running", name);
     }
     r = snapshot_start(snapshot, clones->chain, name, clones->lock, change, &clone);
-    fflush(stdout);
     const char *trouble = r ? NULL : tell_agent(&clone, name);
     if (trouble)
         complain(0, "%s: %s: it keeps the host name and network addresses of %s until it restarts", name, trouble, clone.source);
@@ -155,39 +155,69 @@ static void name_of(const struct clones *clones, unsigned long number, char name
         snprintf(name, INSTANCE_NAME_BYTES + 24, "%s-%lu", clones->base, number);
 }
 
-static int wait_for_one(void)
+/* A process that starts one. */
+struct starter {
+    pid_t pid; /* 0: none */
+    char name[INSTANCE_NAME_BYTES + 24];
+};
+
+static struct starter *find_starter(struct starter starter[AT_ONCE], pid_t pid)
+{
+    for (unsigned i = 0; i < AT_ONCE; i++)
+        if (starter[i].pid == pid)
+            return &starter[i];
+    return NULL;
+}
+
+static int wait_for_one(struct starter starter[AT_ONCE])
 {
     int status;
-    if (wait(&status) < 0)
+    pid_t pid = wait(&status);
+    struct starter *ended = pid > 0 ? find_starter(starter, pid) : NULL;
+    if (!ended)
         return STATUS_ERROR;
-    return WIFEXITED(status) ? WEXITSTATUS(status) : STATUS_ERROR;
+    ended->pid = 0;
+    if (!WIFEXITED(status) || WEXITSTATUS(status))
+        return WIFEXITED(status) ? WEXITSTATUS(status) : STATUS_ERROR;
+    report_machine(ended->name);
+    fflush(stdout);
+    return 0;
 }
 
 static int start_all(const struct clones *clones, const struct stored_snapshot *snapshot)
 {
-    char name[INSTANCE_NAME_BYTES + 24];
+    struct starter starter[AT_ONCE] = {0};
     unsigned running = 0;
     int worst = 0, status;
-    if (clones->count == 1) {
-        name_of(clones, clones->first, name);
-        return start_one(clones, snapshot, name);
-    }
     for (unsigned long i = 0; i < clones->count; i++) {
-        if (running == AT_ONCE && (running--, status = wait_for_one()))
+        if (running == AT_ONCE && (running--, status = wait_for_one(starter)))
             worst = status;
         fflush(NULL);
-        pid_t pid = fork();
-        if (pid < 0)
+        struct starter *next = find_starter(starter, 0);
+        name_of(clones, clones->first + i, next->name);
+        next->pid = fork();
+        if (next->pid == 0)
+            exit(start_one(clones, snapshot, next->name));
+        if (next->pid > 0)
+            running++;
+        else
             worst = complain(STATUS_ERROR, "cannot start a process: %s", strerror(errno));
-        name_of(clones, clones->first + i, name);
-        if (pid == 0)
-            exit(start_one(clones, snapshot, name));
-        running += pid > 0;
+        next->pid = next->pid > 0 ? next->pid : 0;
     }
     while (running--)
-        if ((status = wait_for_one()))
+        if ((status = wait_for_one(starter)))
             worst = status;
     return worst;
+}
+
+static int start_the_one(const struct clones *clones, const struct stored_snapshot *snapshot)
+{
+    char name[INSTANCE_NAME_BYTES + 24];
+    name_of(clones, clones->first, name);
+    int r = start_one(clones, snapshot, name);
+    if (r == 0)
+        report_machine(name);
+    return r;
 }
 
 /* The first number from which on no machine that lives has these names. */
@@ -259,7 +289,10 @@ static int clone_from(struct clones *clones, const struct arguments *arguments)
     if (r == 0)
         r = find_snapshot(clones, clones->vm.name, slash, &snapshot);
     clones->chain->files.secret = &clones->secret;
-    return r ? r : start_all(clones, snapshot);
+    if (r)
+        return r;
+    report_list();
+    return clones->count == 1 ? start_the_one(clones, snapshot) : start_all(clones, snapshot);
 }
 
 int clone_main(int argc, char **argv)

@@ -5,6 +5,7 @@
 #include <stdio.h>
 
 #include "cli/arguments.h"
+#include "cli/report.h"
 #include "machine/cpu_template.h"
 #include "machine/machine.h"
 
@@ -61,8 +62,6 @@ int cpu_baseline_main(int argc, char **argv)
     for (unsigned i = 0; i < arguments.name_count; i++)
         if ((r = keep_common(&common, arguments.names[i], i == 0)) != 0)
             return r;
-    json_t *root = cpu_template_write(&common);
-    bool written = root && json_dumpf(root, stdout, JSON_INDENT(2)) == 0 && putchar('\n') != EOF && fflush(stdout) == 0;
-    json_decref(root);
-    return written ? 0 : complain(STATUS_ERROR, "cpu-baseline: cannot write");
+    report_value(cpu_template_write(&common));
+    return 0;
 }

@@ -15,7 +15,42 @@
 
 #include "block/image.h"
 #include "cli/arguments.h"
+#include "cli/report.h"
 #include "machine/config.h"
+
+/* ---- what an image is ---- */
+
+static json_t *describe(const char *path, const struct block_image_info *info)
+{
+    json_t *all = json_pack("{s:o, s:s, s:I, s:I, s:I}", "file", report_text(path), "format", info->qcow2 ? "qcow2" : "raw", "size_bytes", (json_int_t)info->size_bytes, "file_bytes",
+                            (json_int_t)info->file_bytes, "allocated_bytes", (json_int_t)info->allocated_bytes);
+    if (info->qcow2)
+        json_object_update_new(all, json_pack("{s:i, s:i, s:i, s:b, s:b}", "version", (int)info->version, "cluster_bytes", (int)info->cluster_bytes, "snapshots",
+                                              (int)info->snapshots, "dirty", info->dirty, "corrupt", info->corrupt));
+    if (info->backing)
+        json_object_set_new(all, "backing", report_text(info->backing));
+    if (info->backing_format)
+        json_object_set_new(all, "backing_format", report_text(info->backing_format));
+    return all;
+}
+
+/* As info does, of what another action has left. */
+static int report_image(const char *path, const char *format)
+{
+    struct block_image_info info;
+    struct error err = {0};
+    if (!report_is_json())
+        return 0;
+    if (strcmp(format, "raw") != 0 && strcmp(format, "qcow2") != 0) {
+        report_value(json_pack("{s:o, s:s}", "file", report_text(path), "format", format));
+        return 0;
+    }
+    if (block_image_info(path, format, &info, &err))
+        return complain(STATUS_ERROR, "%s", err.text);
+    report_value(describe(path, &info));
+    block_image_info_clear(&info);
+    return 0;
+}
 
 /* ---- create ---- */
 
@@ -79,24 +114,10 @@ static int create(const struct arguments *arguments)
         close(fd);
     if (r == 0 && strcmp(format_of(path), "qcow2") != 0)
         complain(0, "%s: to use it: --disk %s,format=qcow2", path, path);
-    return r;
+    return r ? r : report_image(path, "qcow2");
 }
 
 /* ---- info ---- */
-
-static json_t *describe(const char *path, const struct block_image_info *info)
-{
-    json_t *all = json_pack("{s:s, s:s, s:I, s:I, s:I}", "file", path, "format", info->qcow2 ? "qcow2" : "raw", "size_bytes", (json_int_t)info->size_bytes, "file_bytes",
-                            (json_int_t)info->file_bytes, "allocated_bytes", (json_int_t)info->allocated_bytes);
-    if (info->qcow2)
-        json_object_update_new(all, json_pack("{s:i, s:i, s:i, s:b, s:b}", "version", (int)info->version, "cluster_bytes", (int)info->cluster_bytes, "snapshots",
-                                              (int)info->snapshots, "dirty", info->dirty, "corrupt", info->corrupt));
-    if (info->backing)
-        json_object_set_new(all, "backing", json_string(info->backing));
-    if (info->backing_format)
-        json_object_set_new(all, "backing_format", json_string(info->backing_format));
-    return all;
-}
 
 static void print_info(const char *path, const struct block_image_info *info)
 {
@@ -111,19 +132,16 @@ static void print_info(const char *path, const struct block_image_info *info)
 
 static int info(const struct arguments *arguments)
 {
+    report_list();
     for (unsigned i = 1; i < arguments->name_count; i++) {
         struct block_image_info info;
         struct error err = {0};
         if (block_image_info(arguments->names[i], NULL, &info, &err))
             return complain(STATUS_ERROR, "%s", err.text);
-        json_t *all = arguments->value[DISK_JSON] ? describe(arguments->names[i], &info) : NULL;
-        if (all) {
-            json_dumpf(all, stdout, JSON_INDENT(2));
-            putchar('\n');
-            json_decref(all);
-        } else {
+        if (report_is_json())
+            report(describe(arguments->names[i], &info), "%s", "");
+        else
             print_info(arguments->names[i], &info);
-        }
         block_image_info_clear(&info);
     }
     return 0;
@@ -131,10 +149,40 @@ static int info(const struct arguments *arguments)
 
 /* ---- what qemu-img does ---- */
 
-static int run_qemu_img(const char *const *argv)
+/* Passes on its messages, up to their end. */
+static void pass_messages(int fd)
+{
+    char *line = NULL;
+    size_t room = 0;
+    FILE *messages = fdopen(fd, "r");
+    while (messages && getline(&line, &room, messages) > 0) {
+        line[strcspn(line, "\n")] = '\0';
+        complain(0, "%s", line);
+    }
+    free(line);
+    if (messages)
+        fclose(messages);
+    else
+        close(fd);
+}
+
+/* With --json its messages become ours, and what it prints must be wanted to be seen. */
+static int run_qemu_img(const char *const *argv, bool prints_json)
 {
     pid_t pid;
-    int status = 0, code = posix_spawnp(&pid, argv[0], NULL, NULL, (char *const *)argv, environ);
+    int pipe_fd[2] = {-1, -1};
+    posix_spawn_file_actions_t actions;
+    posix_spawn_file_actions_init(&actions);
+    if (report_is_json() && pipe2(pipe_fd, O_CLOEXEC) == 0)
+        posix_spawn_file_actions_adddup2(&actions, pipe_fd[1], STDERR_FILENO);
+    if (report_is_json() && !prints_json)
+        posix_spawn_file_actions_addopen(&actions, STDOUT_FILENO, "/dev/null", O_WRONLY, 0);
+    int status = 0, code = posix_spawnp(&pid, argv[0], &actions, NULL, (char *const *)argv, environ);
+    posix_spawn_file_actions_destroy(&actions);
+    if (pipe_fd[1] >= 0)
+        close(pipe_fd[1]);
+    if (pipe_fd[0] >= 0)
+        pass_messages(pipe_fd[0]);
     if (code)
         return complain(STATUS_ERROR, "qemu-img, which does this, cannot be started: %s; it is in the package qemu-utils", strerror(code));
     while (waitpid(pid, &status, 0) < 0)
@@ -145,15 +193,16 @@ static int run_qemu_img(const char *const *argv)
 
 static int check(const struct arguments *arguments)
 {
-    const char *path = arguments->names[1];
+    const char *path = arguments->names[1], *output = report_is_json() ? "--output=json" : "--output=human";
     if (arguments->value[DISK_REPAIR])
-        return run_qemu_img((const char *const[]){"qemu-img", "check", "-f", "qcow2", "-r", "all", "--", path, NULL});
-    return run_qemu_img((const char *const[]){"qemu-img", "check", "-f", "qcow2", "--", path, NULL});
+        return run_qemu_img((const char *const[]){"qemu-img", "check", output, "-f", "qcow2", "-r", "all", "--", path, NULL}, true);
+    return run_qemu_img((const char *const[]){"qemu-img", "check", output, "-f", "qcow2", "--", path, NULL}, true);
 }
 
 static int commit(const struct arguments *arguments)
 {
-    return run_qemu_img((const char *const[]){"qemu-img", "commit", "-f", "qcow2", "--", arguments->names[1], NULL});
+    int r = run_qemu_img((const char *const[]){"qemu-img", "commit", "-f", "qcow2", "--", arguments->names[1], NULL}, false);
+    return r ? r : report_image(arguments->names[1], "qcow2");
 }
 
 static int convert(const struct arguments *arguments)
@@ -162,7 +211,9 @@ static int convert(const struct arguments *arguments)
     from = from ? from : format_of(arguments->names[1]);
     if (access(arguments->names[2], F_OK) == 0)
         return complain(STATUS_ERROR, "%s is there already", arguments->names[2]);
-    return run_qemu_img((const char *const[]){"qemu-img", "convert", isatty(STDERR_FILENO) ? "-p" : "-q", "-f", from, "-O", to, "--", arguments->names[1], arguments->names[2], NULL});
+    bool shows = isatty(STDERR_FILENO) && !report_is_json();
+    int r = run_qemu_img((const char *const[]){"qemu-img", "convert", shows ? "-p" : "-q", "-f", from, "-O", to, "--", arguments->names[1], arguments->names[2], NULL}, false);
+    return r ? r : report_image(arguments->names[2], to);
 }
 
 /* ---- the command ---- */
@@ -175,7 +226,7 @@ static const struct {
     unsigned names_min, names_max, options;
 } actions[] = {
     {"create", "[--backing FILE [--backing-format raw|qcow2]] FILE [SIZE]", create, 1, 2, BIT(DISK_BACKING) | BIT(DISK_BACKING_FORMAT)},
-    {"info", "[--json] FILE...", info, 1, 64, BIT(DISK_JSON)},
+    {"info", "FILE...", info, 1, 64, 0},
     {"check", "[--repair] FILE", check, 1, 1, BIT(DISK_REPAIR)},
     {"commit", "FILE", commit, 1, 1, 0},
     {"convert", "[--from FORMAT] [--to FORMAT] FILE NEW", convert, 2, 2, BIT(DISK_FROM) | BIT(DISK_TO)},
@@ -194,7 +245,7 @@ int disk_main(int argc, char **argv)
         if (arguments.name_count - 1 < actions[i].names_min || arguments.name_count - 1 > actions[i].names_max)
             return complain(STATUS_USAGE, "disk: usage: doppel disk %s %s", actions[i].name, actions[i].usage);
         for (unsigned n = 0; command->options[n].name; n++)
-            if (arguments.value[n] && !(actions[i].options & BIT(n)))
+            if (arguments.value[n] && !((actions[i].options | BIT(DISK_JSON)) & BIT(n)))
                 return complain(STATUS_USAGE, "disk: --%s is not for %s", command->options[n].name, actions[i].name);
         return actions[i].act(&arguments);
     }

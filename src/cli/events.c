@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "cli/arguments.h"
+#include "cli/report.h"
 
 #define LINE_BYTES 1024u
 #define LINES_MAX 100000u
@@ -36,7 +37,7 @@ struct events {
 
 static void print_event(const struct events *events, const char *line)
 {
-    if (events->arguments.value[EVENTS_JSON]) {
+    if (report_is_json()) {
         printf("%s\n", line);
         return;
     }

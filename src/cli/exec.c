@@ -18,8 +18,17 @@
 #include <unistd.h>
 
 #include "cli/agent_client.h"
+#include "cli/report.h"
 
+#define KEPT_BYTES_MAX (16u << 20)
 #define WRITE_BYTES 4096u /* a pipe that polls as writable takes as many without blocking */
+
+/* Output for --json. */
+struct kept {
+    uint8_t *data;
+    size_t size_bytes;
+    bool cut; /* there was more */
+};
 
 struct exec {
     struct agent_address address;
@@ -32,8 +41,10 @@ struct exec {
     uint32_t window; /* bytes of input that may be sent */
     struct agent_frame frame; /* being written: the rest of it; body NULL: none */
     bool deaf; /* the agent takes nothing more */
+    struct kept out_kept, err_kept;
     bool ended;
-    int status;
+    int status, signal; /* the signal that ended the command, or 0 */
+    bool exited;        /* the command has, and was not just refused */
     uint8_t out[AGENT_HEADER_BYTES + AGENT_BODY_MAX + 256]; /* to be sent */
     size_t out_start, out_count;
 };
@@ -95,6 +106,8 @@ static int parse(struct exec *exec, int argc, char **argv)
         return complain(STATUS_USAGE, "exec: more than %u arguments", AGENT_ARGUMENTS_MAX);
     for (; at < argc; at++)
         exec->request.argument[exec->request.argument_count++] = argv[at];
+    if (exec->terminal && report_is_json())
+        return complain(STATUS_USAGE, "exec: give either --tty or --json");
     if (!exec->request.argument_count || (!exec->address.vm && !own.value[AGENT_VSOCK]))
         return complain(STATUS_USAGE, "exec: which command, and where? usage: doppel exec %s", command->argument);
     return agent_address_set(&exec->address, &own, "exec");
@@ -114,7 +127,7 @@ static bool open_terminal(struct exec *exec)
 {
     struct termios raw;
     if (tcgetattr(STDIN_FILENO, &exec->saved)) {
-        fprintf(stderr, "doppel: exec: -t needs a terminal as standard input\n");
+        complain(0, "exec: -t needs a terminal as standard input");
         return false;
     }
     raw = exec->saved;
@@ -190,6 +203,17 @@ static void take_signal(struct exec *exec)
 
 /* ---- receiving ---- */
 
+static void keep(struct kept *kept, const struct agent_frame *frame)
+{
+    size_t room = KEPT_BYTES_MAX - kept->size_bytes, size = frame->size_bytes < room ? frame->size_bytes : room;
+    uint8_t *more = size ? realloc(kept->data, kept->size_bytes + size) : NULL;
+    kept->cut |= size < frame->size_bytes || (size && !more);
+    if (!more)
+        return;
+    kept->data = memcpy(more + kept->size_bytes, frame->body, size) - kept->size_bytes;
+    kept->size_bytes += size;
+}
+
 /* Takes frames until one is to be written. False: the connection is of no use any more. */
 static bool take_frames(struct exec *exec)
 {
@@ -199,7 +223,9 @@ static bool take_frames(struct exec *exec)
         switch (frame.type) {
         case AGENT_OUTPUT:
         case AGENT_ERRORS:
-            if (frame.size_bytes)
+            if (report_is_json())
+                keep(frame.type == AGENT_OUTPUT ? &exec->out_kept : &exec->err_kept, &frame);
+            else if (frame.size_bytes)
                 exec->frame = frame;
             break;
         case AGENT_TAKEN:
@@ -211,7 +237,8 @@ static bool take_frames(struct exec *exec)
             if (frame.size_bytes != 2)
                 return false;
             exec->status = frame.body[0] ? 128 + frame.body[1] : frame.body[1];
-            exec->ended = true;
+            exec->signal = frame.body[0] ? frame.body[1] : 0;
+            exec->ended = exec->exited = true;
             break;
         default:
             exec->status = agent_client_failed(&frame, "exec");
@@ -274,8 +301,9 @@ static int run(struct exec *exec)
     }
     if (exec->ended)
         return exec->status;
-    fprintf(stderr, "%sdoppel: exec: the connection to the guest ended%s", exec->terminal ? "\r" : "", exec->terminal ? "\r\n" : "\n");
-    return AGENT_CLIENT_TROUBLE;
+    if (exec->terminal)
+        tcsetattr(STDIN_FILENO, TCSADRAIN, &exec->saved);
+    return complain(AGENT_CLIENT_TROUBLE, "exec: the connection to the guest ended");
 }
 
 static int block_signals(void)
@@ -288,6 +316,15 @@ static int block_signals(void)
     sigprocmask(SIG_BLOCK, &set, NULL);
     signal(SIGPIPE, SIG_IGN);
     return signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
+}
+
+static void report_end_of_command(struct exec *exec)
+{
+    json_t *object = json_pack("{s:i, s:o, s:b}", "exit_status", exec->status, "signal", exec->signal ? json_integer(exec->signal) : json_null(), "truncated",
+                               exec->out_kept.cut || exec->err_kept.cut);
+    report_set_bytes(object, "stdout", exec->out_kept.data, exec->out_kept.size_bytes);
+    report_set_bytes(object, "stderr", exec->err_kept.data, exec->err_kept.size_bytes);
+    report_value(object);
 }
 
 int exec_main(int argc, char **argv)
@@ -306,10 +343,8 @@ int exec_main(int argc, char **argv)
             (void)add_variable(&exec, "TERM");
     }
     int size = agent_exec_format(&exec.request, body);
-    if (size < 0) {
-        fprintf(stderr, "doppel: exec: the command is too long\n");
-        return STATUS_USAGE;
-    }
+    if (size < 0)
+        return complain(STATUS_USAGE, "exec: the command is too long");
     if (!agent_client_open(&exec.client, &exec.address, "exec"))
         return AGENT_CLIENT_TROUBLE;
     exec.signals = block_signals();
@@ -323,5 +358,9 @@ int exec_main(int argc, char **argv)
     if (exec.terminal)
         tcsetattr(STDIN_FILENO, TCSADRAIN, &exec.saved);
     agent_client_close(&exec.client);
+    if (report_is_json() && exec.exited)
+        report_end_of_command(&exec);
+    free(exec.out_kept.data);
+    free(exec.err_kept.data);
     return status;
 }

@@ -5,7 +5,8 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "cli/cli.h"
+#include "cli/arguments.h"
+#include "cli/report.h"
 #include "doppel/doppel.h"
 #include "machine/config.h"
 
@@ -41,6 +42,19 @@ static const struct {
     {"SIGUSR1", "print the machine's state to stderr"},
 };
 #define SIGNAL_COUNT (sizeof signals / sizeof *signals)
+
+static const struct {
+    const char *term, *meaning;
+} json_rules[] = {
+    {"Result", "what a command has done or found is one JSON value on standard output: an array where several machines, snapshots or files can be named or made (in it is what was done), "
+               "else an object. A machine is told as ps --json does. Without a result there is nothing or an empty array"},
+    {"Lines", "of events, logs, trace and top each line is a value"},
+    {"Messages", "each is an object on a line of standard error, with \"message\" and, when it comes from a machine that starts, \"level\". Whether a command failed says its exit status, "
+                 "which is the same as without --json"},
+    {"exec", "standard output and standard error of the command are members \"stdout\" and \"stderr\" (their first 16 MiB; \"truncated\" tells when there was more), or \"stdout_base64\" "
+             "and \"stderr_base64\" when they are not UTF-8. --json comes before the command"},
+};
+#define JSON_RULE_COUNT (sizeof json_rules / sizeof *json_rules)
 
 static const char example[] = "doppel run --kernel vmlinuz --initrd initrd.img --memory 1G --cpus 2 \\\n"
                               "    --disk disk.img --net user,forward=tcp:2222:22 --append \"console=ttyS0 root=/dev/vda\"";
@@ -101,49 +115,55 @@ void print_run_help(FILE *out)
     fprintf(out, "\nexample:\n  %s\n", example);
 }
 
-/* Of commands without options; true: that was all, with this status. */
-static bool is_answered(int argc, char **argv, int arguments_max, int *status)
+static json_t *options_json(const struct cli_option *options)
 {
-    if (argc > 1 && (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0)) {
-        print_command_help(stdout, command_find(argv[0]));
-        *status = 0;
-        return true;
-    }
-    if (argc - 1 <= arguments_max)
-        return false;
-    fprintf(stderr, "doppel: %s: unexpected argument \"%s\"; see doppel %s --help\n", argv[0], argv[1 + arguments_max], argv[0]);
-    *status = STATUS_USAGE;
-    return true;
+    json_t *list = json_array();
+    for (; options && options->name; options++)
+        json_array_append_new(list, json_pack("{s:s, s:s, s:s?, s:s}", "name", options->name, "letter", (const char[]){options->letter, 0}, "argument", options->argument, "help", options->help));
+    return list;
+}
+
+static json_t *command_json(const struct subcommand *command)
+{
+    json_t *options = options_json(command->options);
+    for (const struct option_info *option = option_table; option->key && strcmp(command->name, "run") == 0; option++)
+        json_array_append_new(options, json_pack("{s:s, s:s, s:s?, s:s}", "name", option->key, "letter", "", "argument", option->argument, "help", option->help));
+    return json_pack("{s:s, s:s, s:s, s:o}", "name", command->name, "arguments", command->argument, "help", command->help, "options", options);
 }
 
 int help_main(int argc, char **argv)
 {
-    int status;
-    if (is_answered(argc, argv, 1, &status))
-        return status;
-    if (argc < 2) {
+    struct arguments arguments;
+    int r = parse_arguments(argc, argv, &arguments);
+    if (r)
+        return r < 0 ? 0 : r;
+    if (arguments.name_count > 1)
+        return complain(STATUS_USAGE, "help: unexpected argument \"%s\"; see doppel help --help", arguments.names[1]);
+    const struct subcommand *command = arguments.name_count ? command_find(arguments.names[0]) : NULL;
+    if (arguments.name_count && !command)
+        return complain(STATUS_USAGE, "unknown command \"%s\"; doppel help lists them", arguments.names[0]);
+    if (report_is_json()) {
+        report_list();
+        for (const struct subcommand *each = subcommands; each->name; each++)
+            if (!command || each == command)
+                report(command_json(each), "%s", each->name);
+    } else if (!command) {
         print_usage(stdout);
-        return 0;
-    }
-    if (strcmp(argv[1], "run") == 0) {
+    } else if (strcmp(command->name, "run") == 0) {
         print_run_help(stdout);
-        return 0;
-    }
-    const struct subcommand *command = command_find(argv[1]);
-    if (command) {
+    } else {
         print_command_help(stdout, command);
-        return 0;
     }
-    fprintf(stderr, "doppel: unknown command \"%s\"; doppel help lists them\n", argv[1]);
-    return STATUS_USAGE;
+    return 0;
 }
 
 int version_main(int argc, char **argv)
 {
-    int status;
-    if (is_answered(argc, argv, 0, &status))
-        return status;
-    printf("doppel %s\n", doppel_version());
+    struct arguments arguments;
+    int r = parse_arguments(argc, argv, &arguments);
+    if (r)
+        return r < 0 ? 0 : r;
+    report(json_pack("{s:s, s:s}", "program", "doppel", "version", doppel_version()), "doppel %s", doppel_version());
     return 0;
 }
 
@@ -172,7 +192,7 @@ static void complete_bash(void)
         printf("%s ", command->name);
     printf("' -- \"$cur\"))\n        return\n    fi\n    case ${COMP_WORDS[1]} in\n");
     for (const struct subcommand *command = subcommands; command->name; command++) {
-        if (command->names == NAMES_OWN)
+        if (!command->options || command->options == command_find("run")->options)
             continue;
         printf("    %s) COMPREPLY=($(compgen -W \"", command->name);
         for (const struct cli_option *option = command->options; option->name; option++)
@@ -221,7 +241,7 @@ static void complete_zsh(void)
     }
     printf("\n    return\nfi\ncase $words[2] in\n");
     for (const struct subcommand *command = subcommands; command->name; command++) {
-        if (command->names == NAMES_OWN)
+        if (!command->options || command->options == command_find("run")->options)
             continue;
         printf("%s)\n    _arguments", command->name);
         complete_zsh_options(command->options);
@@ -268,17 +288,19 @@ int completion_main(int argc, char **argv)
         const char *shell;
         void (*print)(void);
     } shells[] = {{"bash", complete_bash}, {"zsh", complete_zsh}, {"fish", complete_fish}};
-    int status;
-    if (is_answered(argc, argv, 1, &status))
-        return status;
-    for (size_t i = 0; argc > 1 && i < sizeof shells / sizeof *shells; i++) {
-        if (strcmp(shells[i].shell, argv[1]) == 0) {
+    struct arguments arguments;
+    int r = parse_arguments(argc, argv, &arguments);
+    if (r)
+        return r < 0 ? 0 : r;
+    if (arguments.name_count > 1)
+        return complain(STATUS_USAGE, "completion: unexpected argument \"%s\"; see doppel completion --help", arguments.names[1]);
+    for (size_t i = 0; arguments.name_count && i < sizeof shells / sizeof *shells; i++) {
+        if (strcmp(shells[i].shell, arguments.names[0]) == 0) {
             shells[i].print();
             return 0;
         }
     }
-    fprintf(stderr, "doppel: say which shell: doppel completion bash, zsh or fish\n");
-    return STATUS_USAGE;
+    return complain(STATUS_USAGE, "say which shell: doppel completion bash, zsh or fish");
 }
 
 /* ---- manual page ---- */
@@ -318,8 +340,8 @@ static void print_roff_commands(void)
         printf("\\fR\n");
         print_roff(command->help);
         printf(".\n");
-        if (command->names == NAMES_OWN || !command->options->name)
-            continue;
+        if (!command->options || !command->options->name || command->options == command_find("run")->options)
+            continue; /* run's are a section of their own */
         printf(".RS\n");
         for (const struct cli_option *option = command->options; option->name; option++)
             print_roff_option(option);
@@ -329,9 +351,10 @@ static void print_roff_commands(void)
 
 int manual_main(int argc, char **argv)
 {
-    int status;
-    if (is_answered(argc, argv, 0, &status))
-        return status;
+    struct arguments arguments;
+    int r = parse_arguments(argc, argv, &arguments);
+    if (r)
+        return r < 0 ? 0 : r;
     printf(".TH DOPPEL 1 \"\" \"doppel %s\" \"User Commands\"\n.SH NAME\ndoppel \\- virtual machines with and without hardware virtualization\n"
            ".SH SYNOPSIS\n.B doppel run\n.B \\-\\-kernel\n.I FILE\n[\\fIOPTIONS\\fR]\n.SH DESCRIPTION\n"
            "Doppel runs unmodified x86\\-64 operating systems in one ordinary process.\n"
@@ -354,6 +377,12 @@ int manual_main(int argc, char **argv)
            "{\"kernel\": \"vmlinuz\", \"memory\": \"1G\", \"cpus\": 2, \"disk\": [\"root.img\", \"data.img,readonly\"]}\n.fi\n.SH KEYS\n");
     for (size_t i = 0; i < KEY_COUNT; i++)
         printf(".TP\n.B %s\n%s\n", keys[i].key, keys[i].meaning);
+    printf(".SH JSON\nWith \\-\\-json a command is for programs:\n");
+    for (size_t i = 0; i < JSON_RULE_COUNT; i++) {
+        printf(".TP\n.B %s\n", json_rules[i].term);
+        print_roff(json_rules[i].meaning);
+        printf(".\n");
+    }
     printf(".SH SIGNALS\n");
     for (size_t i = 0; i < SIGNAL_COUNT; i++)
         printf(".TP\n.B %s\n%s\n", signals[i].signal, signals[i].meaning);

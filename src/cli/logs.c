@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "cli/arguments.h"
+#include "cli/report.h"
 
 #define PIECE_BYTES 65536u
 
@@ -20,8 +21,36 @@ struct log {
     int fd; /* -1: there is none yet */
 };
 
+/* For --json: a line is an object when it is complete, or when nothing follows. */
+static struct {
+    char text[PIECE_BYTES];
+    size_t length;
+} line;
+
+static void print_line(void)
+{
+    json_t *object = json_object();
+    size_t length = line.length - (line.length && line.text[line.length - 1] == '\r');
+    report_set_bytes(object, "line", line.text, length);
+    report_line(object);
+    line.length = 0;
+}
+
+static int print_lines(const char *data, size_t size_bytes)
+{
+    for (; size_bytes; size_bytes--, data++) {
+        if (*data != '\n')
+            line.text[line.length++] = *data;
+        if (*data == '\n' || line.length == sizeof line.text)
+            print_line();
+    }
+    return ferror(stdout) ? -EIO : 0;
+}
+
 static int write_all(const char *data, size_t size_bytes)
 {
+    if (report_is_json())
+        return print_lines(data, size_bytes);
     while (size_bytes) {
         ssize_t n = write(STDOUT_FILENO, data, size_bytes);
         if (n < 0 && errno != EINTR)
@@ -154,6 +183,8 @@ int logs_main(int argc, char **argv)
     r = print_log(&log, arguments.value[LOGS_LINES], lines) ? STATUS_ERROR : 0;
     if (r == 0 && arguments.value[LOGS_FOLLOW])
         r = follow(&log);
+    if (line.length)
+        print_line();
     if (log.fd >= 0)
         close(log.fd);
     instance_info_clear(&vm);

@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "cli/arguments.h"
+#include "cli/report.h"
 #include "machine/config.h"
 
 static int usual_place(const char *name, char path[STORE_PATH_BYTES])
@@ -101,13 +102,15 @@ static int write_config(const struct machine_directory *directory, const json_t 
 
 int machine_directory_commit(struct machine_directory *directory, const json_t *config)
 {
+    char path[STORE_PATH_BYTES + 16];
     int r = write_config(directory, config);
     if (r)
         return r;
     if (syncfs(directory->fd) || renameat2(AT_FDCWD, directory->draft, AT_FDCWD, directory->path, RENAME_NOREPLACE))
         return complain(STATUS_ERROR, "cannot write %s: %s", directory->path, strerror(errno));
     strcpy(directory->draft, directory->path);
-    printf("%s/machine.json\n", directory->path);
+    snprintf(path, sizeof path, "%s/machine.json", directory->path);
+    report(json_pack("{s:o, s:O}", "machine", report_text(path), "config", config), "%s", path);
     return 0;
 }
 

@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "cli/arguments.h"
+#include "cli/report.h"
 #include "control/client.h"
 
 #define ANSWER_MS 10000
@@ -39,13 +40,10 @@ int metadata_main(int argc, char **argv)
         return complain(STATUS_ERROR, "%s", err.text);
     }
     r = client_request(vm.name, set ? "PUT" : merge ? "PATCH" : "GET", "/doppel/v1/metadata", body, ANSWER_MS, &answer, &err) ? complain(STATUS_ERROR, "%s", err.text) : 0;
-    if (answer) {
-        json_dumpf(answer, stdout, JSON_INDENT(2));
-        putchar('\n');
-    }
+    if (answer)
+        report_value(answer);
     if (r == 0 && body)
-        printf("%s\n", vm.name);
-    json_decref(answer);
+        report_machine(vm.name);
     json_decref(body);
     instance_info_clear(&vm);
     return r;

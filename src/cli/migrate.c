@@ -13,6 +13,7 @@
 
 #include "cli/arguments.h"
 #include "cli/progress.h"
+#include "cli/report.h"
 #include "cli/run.h"
 #include "cli/wire.h"
 #include "control/client.h"
@@ -46,7 +47,7 @@ static int wait_for_one(const struct arguments *arguments, struct wire *wire)
     int listener = wire_listen(address, shown, &err), r;
     if (listener < 0)
         return complain(STATUS_ERROR, "receive: %s", err.text);
-    fprintf(stderr, "doppel: waiting for a virtual machine at %s\n", shown);
+    complain(0, "waiting for a virtual machine at %s", shown);
     while ((r = wire_accept(wire, listener, address, &security, &err)) == -EPROTO)
         complain(0, "receive: %s", err.text); /* a stranger */
     close(listener);
@@ -91,18 +92,15 @@ static void show_progress(const void *ctx)
     json_decref(answer);
 }
 
-static void print_result(const char *name, json_t *answer, const char *to, bool json)
+/* Takes the answer. */
+static void report_result(const char *name, json_t *answer, const char *to)
 {
-    if (json) {
-        json_object_set_new(answer, "name", json_string(name));
-        json_object_set_new(answer, "to", json_string(to));
-        json_dumpf(answer, stdout, JSON_INDENT(2));
-        putchar('\n');
-        return;
-    }
     double downtime = (double)json_integer_value(json_object_get(answer, "downtime_ns")), duration = (double)json_integer_value(json_object_get(answer, "duration_ns"));
-    printf("%s runs at %s: %.2f s, %lld MiB in %d rounds, still for %.1f ms\n", name, to, duration / 1e9, (long long)json_integer_value(json_object_get(answer, "bytes")) >> 20,
-           (int)json_integer_value(json_object_get(answer, "rounds")) + 1, downtime / 1e6);
+    long long sent = (long long)json_integer_value(json_object_get(answer, "bytes"));
+    int rounds = (int)json_integer_value(json_object_get(answer, "rounds")) + 1;
+    json_object_set_new(answer, "name", json_string(name));
+    json_object_set_new(answer, "to", json_string(to));
+    report(answer, "%s runs at %s: %.2f s, %lld MiB in %d rounds, still for %.1f ms", name, to, duration / 1e9, sent >> 20, rounds, downtime / 1e6);
 }
 
 /* 50, 50ms, 2s */
@@ -185,9 +183,8 @@ static int start_migration(const struct arguments *arguments, const struct insta
         close(through);
     wire_close(&wire);
     if (r == 0)
-        print_result(vm->name, answer, arguments->names[1], arguments->value[MIGRATE_JSON]);
+        report_result(vm->name, answer, arguments->names[1]);
     json_decref(body);
-    json_decref(answer);
     return r;
 }
 
@@ -197,9 +194,17 @@ static int show_status(const struct instance_info *vm)
     json_t *answer;
     if (client_request(vm->name, "GET", "/doppel/v1/migration", NULL, ANSWER_MS, &answer, &err))
         return complain(STATUS_ERROR, "%s", err.text);
-    json_dumpf(answer, stdout, JSON_INDENT(2));
-    putchar('\n');
-    json_decref(answer);
+    report_value(answer);
+    return 0;
+}
+
+static int cancel_migration(const struct instance_info *vm)
+{
+    struct error err = {0};
+    if (client_request(vm->name, "DELETE", "/doppel/v1/migration", NULL, ANSWER_MS, NULL, &err))
+        return complain(STATUS_ERROR, "%s", err.text);
+    if (report_is_json()) /* people see it go on */
+        report_machine(vm->name);
     return 0;
 }
 
@@ -221,7 +226,7 @@ int migrate_main(int argc, char **argv)
     else if (status)
         r = show_status(&vm);
     else if (cancel)
-        r = client_request(vm.name, "DELETE", "/doppel/v1/migration", NULL, ANSWER_MS, NULL, &err) ? complain(STATUS_ERROR, "%s", err.text) : 0;
+        r = cancel_migration(&vm);
     else
         r = start_migration(&arguments, &vm);
     instance_info_clear(&vm);
@@ -245,7 +250,7 @@ static int receive_again(const struct arguments *arguments, struct wire *wire)
         close(through);
     json_decref(body);
     if (r == 0)
-        printf("%s\n", name);
+        report_machine(name);
     return r;
 }
 
@@ -358,13 +363,15 @@ static int start_incoming(struct run *run, const struct arguments *arguments)
     forget_own_vsock(&run->config.vsock, json_string_value(json_object_get(about, "instance")));
     int r = make_disks(run, arguments, stored);
     if (directory && chdir(directory)) /* its files may all have whole paths */
-        fprintf(stderr, "doppel: it was started in %s, where one cannot go here\n", directory);
+        complain(0, "it was started in %s, where one cannot go here", directory);
     if (r == 0 && (r = run_again(run, stored)))
         machine_incoming_refuse(run->incoming, "the machine cannot be made there; doppel receive says why");
     json_decref(about);
-    if (r == 0)
-        machine_incoming_keep_disks(run->incoming);
-    return r;
+    if (r)
+        return r;
+    machine_incoming_keep_disks(run->incoming);
+    report_machine(run->called);
+    return 0;
 }
 
 int receive_main(int argc, char **argv)

@@ -215,8 +215,8 @@ static int finish(struct appliance *appliance)
         r = config ? machine_directory_commit(&appliance->directory, config) : complain(STATUS_ERROR, "out of memory");
     json_decref(config);
     if (r == 0)
-        fprintf(stderr, "doppel: it started from its disk, which is not possible here: name a kernel with --kernel, or as \"kernel\" in that file%s\n",
-                appliance->ovf.others ? "; drives for removable media were left out" : "");
+        complain(0, "it started from its disk, which is not possible here: name a kernel with --kernel, or as \"kernel\" in that file%s",
+                 appliance->ovf.others ? "; drives for removable media were left out" : "");
     return r;
 }
 

@@ -8,6 +8,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "cli/report.h"
 #include "control/client.h"
 
 #define BETWEEN_NS 200000000l
@@ -62,7 +63,7 @@ int request_with_progress(const char *vm, const char *path, const json_t *body, 
     pthread_condattr_init(&monotonic);
     pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
     pthread_cond_init(&request.ended, &monotonic);
-    if (!isatty(STDERR_FILENO) || pthread_create(&thread, NULL, request_main, &request)) {
+    if (!isatty(STDERR_FILENO) || report_is_json() || pthread_create(&thread, NULL, request_main, &request)) {
         request_main(&request);
     } else {
         show_until_done(&request, show, ctx);

@@ -16,6 +16,7 @@
 #include <unistd.h>
 
 #include "cli/arguments.h"
+#include "cli/report.h"
 #include "control/snapshot_disks.h"
 #include "control/snapshot_store.h"
 #include "doppel/doppel.h"
@@ -75,8 +76,7 @@ static int check_options(struct run *run, const struct arguments *own)
     run->name = own->value[RUN_NAME];
     run->detach = own->value[RUN_DETACH];
     run->remove = own->value[RUN_REMOVE];
-    run->json = own->value[RUN_JSON];
-    if (!run->detach && (own->value[RUN_RESTART] || run->remove || run->json))
+    if (!run->detach && (own->value[RUN_RESTART] || run->remove || own->value[RUN_JSON]))
         return complain(STATUS_USAGE, "--restart, --rm and --json need --detach");
     if (run->name && !instance_name_valid(run->name))
         return complain(STATUS_USAGE, "--name: \"%s\" is no name for a virtual machine: use up to %d letters, digits, \"-\", \"_\" and \".\", beginning with a letter or digit",
@@ -481,6 +481,8 @@ int run_main(int argc, char **argv)
     if (status == 0 && run.detach) {
         detach_console(&run);
         status = run_in_background(&run);
+        if (status == 0)
+            report_machine(run.called);
     } else if (status == 0) {
         guard_terminal();
         status = run_vm(&run);

@@ -12,7 +12,8 @@ enum restart_policy { RESTART_NO, RESTART_ON_FAILURE, RESTART_ALWAYS };
 struct run {
     struct machine_config config;
     const char *name; /* NULL: made up */
-    bool detach, remove, json;
+    bool detach, remove;
+    char called[INSTANCE_NAME_BYTES]; /* its name, when it runs in the background */
     enum restart_policy restart;
     unsigned long restarts_max; /* 0: no limit */
 
@@ -37,7 +38,7 @@ struct run {
 int run_vm(struct run *run);
 /* A machine in the background with the configuration in `run`; `arguments` (may be NULL) are those that doppel start gives. An exit status. */
 int run_again(struct run *run, const json_t *arguments);
-/* Returns in the caller's process, when the guest runs or has failed to: an exit status. */
+/* Returns in the caller's process, when the guest runs (run->called) or has failed to: an exit status. */
 int run_in_background(struct run *run);
 /* The guest runs: says so to whoever waits, and messages go to the log. */
 void tell_ready(struct run *run);

@@ -13,6 +13,7 @@
 
 #include "cli/arguments.h"
 #include "cli/progress.h"
+#include "cli/report.h"
 #include "cli/run.h"
 #include "cli/snapshot.h"
 #include "control/bundle.h"
@@ -233,7 +234,7 @@ static int create_locked(struct create *create)
     if (r)
         snapshot_store_abort(create->vm.name, create->name);
     else if (!create->for_clones)
-        printf("%s/%s\n", create->vm.name, create->name);
+        report(json_incref(meta), "%s/%s", create->vm.name, create->name);
     if (r == 0)
         tell_of_plain_disks(create);
     json_decref(meta);
@@ -384,6 +385,8 @@ int snapshot_restore(const struct arguments *arguments)
     if (r == 0) {
         chain->files.secret = &secret;
         r = snapshot_start(snapshot, chain, as ? as : vm, lock, set_engine, (void *)arguments->value[SNAPSHOT_ENGINE]);
+        if (r == 0)
+            report_machine(as ? as : vm);
     }
     if (lock >= 0)
         close(lock);

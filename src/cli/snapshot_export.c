@@ -11,6 +11,7 @@
 
 #include "block/image.h"
 #include "cli/archive_files.h"
+#include "cli/report.h"
 #include "cli/snapshot.h"
 #include "control/checked_json.h"
 #include "control/snapshot_disks.h"
@@ -142,8 +143,12 @@ int snapshot_export(const struct arguments *arguments)
         r = complain(STATUS_ERROR, "%s has no snapshot named %s", vm, name);
     if (r == 0 && is_standard(path) && isatty(STDOUT_FILENO))
         r = complain(STATUS_USAGE, "snapshot: standard output is a terminal; give a file");
+    if (r == 0 && is_standard(path) && report_is_json())
+        r = complain(STATUS_USAGE, "snapshot: standard output has either the archive or --json");
     if (r == 0)
         r = write_archive(list, count, snapshot, path);
+    if (r == 0 && report_is_json())
+        report_file(path, json_pack("{s:s, s:s}", "vm", vm, "name", name));
     if (lock >= 0)
         close(lock);
     snapshot_store_free(list, count);
@@ -183,7 +188,7 @@ static int finish_one(struct snapshot_import *import)
     else if (!import->known && snapshot_store_commit(import->vm, import->name, import->meta, &err))
         r = complain(STATUS_ERROR, "%s", err.text);
     if (r == 0)
-        printf("%s/%s%s\n", import->vm, import->name, import->known ? " (there already)" : "");
+        report(json_pack("{s:s, s:s, s:b}", "vm", import->vm, "name", import->name, "known", import->known), "%s/%s%s", import->vm, import->name, import->known ? " (there already)" : "");
     json_decref(import->meta);
     import->meta = NULL;
     import->count++;
@@ -380,6 +385,7 @@ int snapshot_import(const struct arguments *arguments)
 {
     if (archive_library_load())
         return STATUS_ERROR;
+    report_list();
     struct snapshot_import import = {.in = archive_read_new(), .path = arguments->names[1], .wanted_vm = arguments->name_count > 2 ? arguments->names[2] : NULL, .lock = -1};
     if (!import.in)
         return complain(STATUS_ERROR, "out of memory");

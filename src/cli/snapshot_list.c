@@ -5,6 +5,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "cli/report.h"
 #include "cli/snapshot.h"
 #include "cli/usage.h"
 #include "control/snapshot_disks.h"
@@ -48,13 +49,6 @@ static json_t *as_json(const struct stored_snapshot *snapshot)
     return object;
 }
 
-static void print_json(json_t *value)
-{
-    json_dumpf(value, stdout, JSON_INDENT(2));
-    putchar('\n');
-    json_decref(value);
-}
-
 static int list_snapshots(const struct arguments *arguments)
 {
     struct stored_snapshot *list;
@@ -63,11 +57,10 @@ static int list_snapshots(const struct arguments *arguments)
     snapshot_store_tidy();
     if (snapshot_store_list(arguments->name_count > 1 ? arguments->names[1] : NULL, &list, &count, &err))
         return complain(STATUS_ERROR, "%s", err.text);
-    if (arguments->value[SNAPSHOT_JSON]) {
-        json_t *all = json_array();
+    if (report_is_json()) {
+        report_list();
         for (unsigned i = 0; i < count; i++)
-            json_array_append_new(all, as_json(&list[i]));
-        print_json(all);
+            report(as_json(&list[i]), "%s", list[i].name);
     } else {
         printf("%-28s %-19s %10s  %-11s %s  %s\n", "SNAPSHOT", "MADE", "SIZE", "KIND", "ZE", "DESCRIPTION");
         for (unsigned i = 0; i < count; i++) {
@@ -90,7 +83,7 @@ static int show_snapshot(const struct arguments *arguments)
         return complain(STATUS_ERROR, "%s", err.text);
     const struct stored_snapshot *snapshot = snapshot_store_by_name(list, count, arguments->names[2]);
     if (snapshot)
-        print_json(as_json(snapshot));
+        report_value(as_json(snapshot));
     else
         complain(0, "%s has no snapshot named %s", arguments->names[1], arguments->names[2]);
     snapshot_store_free(list, count);
@@ -101,7 +94,7 @@ static int show_snapshot(const struct arguments *arguments)
 
 static void show_progress(uint64_t done, uint64_t all)
 {
-    if (isatty(STDERR_FILENO))
+    if (isatty(STDERR_FILENO) && !report_is_json())
         fprintf(stderr, "\rmerging: %3d %% ", (int)(done * 100 / all));
 }
 
@@ -116,14 +109,15 @@ static int delete_snapshots(const struct arguments *arguments)
     int lock = snapshot_store_lock(vm, true, &err);
     if (lock < 0)
         return complain(STATUS_ERROR, "%s", err.text);
+    report_list();
     for (unsigned i = 2; i < arguments->name_count; i++) {
         bool failed = snapshot_store_remove(vm, arguments->names[i], &secret, show_progress, &err);
-        if (isatty(STDERR_FILENO))
+        if (isatty(STDERR_FILENO) && !report_is_json())
             fprintf(stderr, "\r\033[K");
         if (failed)
             r = complain(STATUS_ERROR, "%s", err.text);
         else
-            printf("%s/%s\n", vm, arguments->names[i]);
+            report(json_pack("{s:s, s:s}", "vm", vm, "name", arguments->names[i]), "%s/%s", vm, arguments->names[i]);
     }
     snapshot_disks_sweep(vm, true);
     close(lock);
@@ -145,24 +139,46 @@ static int chain_of(const struct stored_snapshot *list, unsigned count, const ch
     return 0;
 }
 
-static void print_section(void *ctx, const char *name, const char *how)
+struct difference {
+    uint64_t pages, pages_all, clusters, clusters_all; /* clusters_all 0: no disks to compare */
+    json_t *sections; /* {name: how} */
+};
+
+static void take_section(void *ctx, const char *name, const char *how)
 {
-    bool *any = ctx;
-    printf("%s%s%s%s", *any ? ", " : "sections:  ", name, how[0] ? " " : "", how);
-    *any = true;
+    struct difference *difference = ctx;
+    json_object_set_new(difference->sections, name, json_string(how));
 }
 
-static int diff_disks(const struct stored_snapshot *a, const struct stored_snapshot *b)
+static int diff_disks(const struct stored_snapshot *a, const struct stored_snapshot *b, struct difference *difference)
 {
-    uint64_t different, all;
     struct error err = {0};
     if (!json_array_size(json_object_get(a->meta, "disk_files")) || !json_array_size(json_object_get(b->meta, "disk_files")))
         return 0;
-    if (snapshot_disks_compare(a, b, &different, &all, &err))
-        return complain(STATUS_ERROR, "%s", err.text);
-    if (all)
-        printf("disks:     %llu of %llu clusters differ (%.1f MiB)\n", (unsigned long long)different, (unsigned long long)all, (double)different / 16);
-    return 0;
+    return snapshot_disks_compare(a, b, &difference->clusters, &difference->clusters_all, &err) ? complain(STATUS_ERROR, "%s", err.text) : 0;
+}
+
+static void print_difference(const struct difference *difference)
+{
+    const char *name, *separator = "sections:  ";
+    json_t *how;
+    printf("memory:    %llu of %llu pages differ (%.1f MiB)\n", (unsigned long long)difference->pages, (unsigned long long)difference->pages_all, (double)difference->pages / 256);
+    json_object_foreach(difference->sections, name, how) {
+        printf("%s%s%s%s", separator, name, json_string_length(how) ? " " : "", json_string_value(how));
+        separator = ", ";
+    }
+    printf("%s", json_object_size(difference->sections) ? "\n" : "sections:  all the same\n");
+    if (difference->clusters_all)
+        printf("disks:     %llu of %llu clusters differ (%.1f MiB)\n", (unsigned long long)difference->clusters, (unsigned long long)difference->clusters_all,
+               (double)difference->clusters / 16);
+}
+
+static void report_difference(const struct difference *difference)
+{
+    json_t *object = json_pack("{s:I, s:I, s:O}", "pages_different", (json_int_t)difference->pages, "pages", (json_int_t)difference->pages_all, "sections", difference->sections);
+    if (difference->clusters_all)
+        json_object_update_new(object, json_pack("{s:I, s:I}", "disk_clusters_different", (json_int_t)difference->clusters, "disk_clusters", (json_int_t)difference->clusters_all));
+    report_value(object);
 }
 
 static int diff_snapshots(const struct arguments *arguments)
@@ -173,22 +189,23 @@ static int diff_snapshots(const struct arguments *arguments)
     unsigned count = 0;
     struct chunk_secret secret;
     struct error err = {0};
-    uint64_t different, all;
-    bool any = false;
+    struct difference difference = {.sections = json_object()};
     int lock = -1, r = chain ? snapshot_read_secret(arguments, &secret) : complain(STATUS_ERROR, "out of memory");
     if (r == 0 && ((lock = snapshot_store_lock(vm, false, &err)) < 0 || snapshot_store_list(vm, &list, &count, &err)))
         r = complain(STATUS_ERROR, "%s", err.text);
     for (unsigned i = 0; r == 0 && i < 2; i++)
         r = chain_of(list, count, vm, arguments->names[2 + i], &secret, &chain[i]);
-    if (r == 0 && snapshot_store_compare(&chain[0], &chain[1], &different, &all, &err))
+    if (r == 0 && snapshot_store_compare(&chain[0], &chain[1], &difference.pages, &difference.pages_all, &err))
         r = complain(STATUS_ERROR, "%s", err.text);
-    if (r == 0) {
-        printf("memory:    %llu of %llu pages differ (%.1f MiB)\n", (unsigned long long)different, (unsigned long long)all, (double)different / 256);
-        if (machine_snapshot_compare(&chain[0].files, &chain[1].files, print_section, &any, &err))
-            r = complain(STATUS_ERROR, "%s", err.text);
-        printf("%s", any ? "\n" : "sections:  all the same\n");
-        r = r ? r : diff_disks(snapshot_store_by_name(list, count, arguments->names[2]), snapshot_store_by_name(list, count, arguments->names[3]));
-    }
+    if (r == 0 && machine_snapshot_compare(&chain[0].files, &chain[1].files, take_section, &difference, &err))
+        r = complain(STATUS_ERROR, "%s", err.text);
+    if (r == 0)
+        r = diff_disks(snapshot_store_by_name(list, count, arguments->names[2]), snapshot_store_by_name(list, count, arguments->names[3]), &difference);
+    if (r == 0 && report_is_json())
+        report_difference(&difference);
+    else if (r == 0)
+        print_difference(&difference);
+    json_decref(difference.sections);
     if (lock >= 0)
         close(lock);
     explicit_bzero(&secret, sizeof secret);
@@ -210,7 +227,7 @@ static const struct {
 } actions[] = {
     {"create", "VM [NAME]", snapshot_create, 1, 2,
      KEY_OPTIONS | BIT(SNAPSHOT_INCREMENTAL) | BIT(SNAPSHOT_FULL) | BIT(SNAPSHOT_COMPRESS) | BIT(SNAPSHOT_ENCRYPT) | BIT(SNAPSHOT_DESCRIPTION) | BIT(SNAPSHOT_NO_DISKS)},
-    {"list", "[VM]", list_snapshots, 0, 1, BIT(SNAPSHOT_TREE) | BIT(SNAPSHOT_JSON)},
+    {"list", "[VM]", list_snapshots, 0, 1, BIT(SNAPSHOT_TREE)},
     {"show", "VM NAME", show_snapshot, 2, 2, 0},
     {"restore", "VM NAME", snapshot_restore, 2, 2, KEY_OPTIONS | BIT(SNAPSHOT_AS) | BIT(SNAPSHOT_LOAD) | BIT(SNAPSHOT_ENGINE)},
     {"delete", "VM NAME...", delete_snapshots, 2, 64, KEY_OPTIONS},
@@ -234,7 +251,7 @@ int snapshot_main(int argc, char **argv)
         if (arguments.name_count - 1 < actions[i].names_min || arguments.name_count - 1 > actions[i].names_max)
             return complain(STATUS_USAGE, "snapshot: usage: doppel snapshot %s %s", actions[i].name, actions[i].usage);
         for (unsigned n = 0; command->options[n].name; n++)
-            if (arguments.value[n] && !(actions[i].options & BIT(n)))
+            if (arguments.value[n] && !((actions[i].options | BIT(SNAPSHOT_JSON)) & BIT(n)))
                 return complain(STATUS_USAGE, "snapshot: --%s is not for %s", command->options[n].name, actions[i].name);
         const unsigned vm = actions[i].act == snapshot_import ? 2 : 1; /* which of the words names a machine */
         if (arguments.name_count > vm && !instance_name_valid(arguments.names[vm]))

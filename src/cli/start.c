@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include "cli/arguments.h"
+#include "cli/report.h"
 
 #define ARGUMENTS_MAX 1024u
 
@@ -55,7 +56,7 @@ static int start_one(struct instance_info *vm, void *ctx)
         return complain(STATUS_ERROR, "%s is running", vm->name);
     if (start_again(vm))
         return STATUS_ERROR;
-    printf("%s\n", vm->name);
+    report_machine(vm->name);
     return 0;
 }
 
@@ -65,5 +66,6 @@ int start_main(int argc, char **argv)
     int r = parse_arguments(argc, argv, &arguments);
     if (r)
         return r < 0 ? 0 : r;
+    report_list();
     return for_each_vm(&arguments, start_one, NULL);
 }

@@ -1,6 +1,7 @@
 /* doppel stats: what virtual machines use, once: a table from two looks half a second apart, or all counters as JSON. */
 #include <time.h>
 
+#include "cli/report.h"
 #include "cli/usage.h"
 
 #define BETWEEN_NS 500000000l
@@ -20,20 +21,6 @@ static void print_row(const struct usage *before, const struct usage *now)
            received, sent);
 }
 
-static void print_json(const struct usages *usages)
-{
-    json_t *list = json_array();
-    for (unsigned i = 0; i < usages->count; i++) {
-        json_t *object = json_pack("{s:s, s:s}", "name", usages->list[i].name, "state", usages->list[i].state);
-        if (usages->list[i].statistics)
-            json_object_update_missing(object, usages->list[i].statistics);
-        json_array_append_new(list, object);
-    }
-    json_dumpf(list, stdout, JSON_INDENT(2));
-    putchar('\n');
-    json_decref(list);
-}
-
 int stats_main(int argc, char **argv)
 {
     struct arguments arguments;
@@ -42,13 +29,13 @@ int stats_main(int argc, char **argv)
     if (r)
         return r < 0 ? 0 : r;
     r = usages_take(&arguments, &before);
-    if (arguments.value[STATS_JSON]) {
-        print_json(&before);
+    if (report_is_json()) {
+        report_value(usages_json(&before));
         usages_free(&before);
         return r;
     }
     nanosleep(&(struct timespec){.tv_nsec = BETWEEN_NS}, NULL);
-    r = usages_take(&arguments, &now) || r ? STATUS_ERROR : 0;
+    usages_take_again(&before, &now);
     printf("%-20s %-10s %6s %17s %8s %17s %17s\n", "NAME", "STATE", "CPU %", "GUEST MEM / OF", "RESIDENT", "DISK READ / WRIT.", "NET RECV. / SENT");
     for (unsigned i = 0; i < now.count; i++)
         print_row(usages_find(&before, &now.list[i]), &now.list[i]);

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include "cli/curses_library.h"
+#include "cli/report.h"
 #include "cli/usage.h"
 
 #define DELAY_SECONDS 2ul
@@ -102,6 +103,10 @@ static void format_head(char text[256])
 static void print_look(const struct top *top)
 {
     char text[256];
+    if (report_is_json()) {
+        report_line(usages_json(&top->now));
+        return;
+    }
     format_head(text);
     printf("%s\n", text);
     for (unsigned i = 0; top->row && i < top->now.count; i++) {
@@ -185,7 +190,7 @@ int top_main(int argc, char **argv)
     int r = parse_arguments(argc, argv, &top.arguments);
     if (r)
         return r < 0 ? 0 : r;
-    top.batch = top.arguments.value[TOP_BATCH];
+    top.batch = top.arguments.value[TOP_BATCH] || report_is_json();
     r = parse_number(argv[0], "--delay", top.arguments.value[TOP_DELAY], DELAY_SECONDS_MAX, &top.delay_s);
     if (r == 0)
         r = parse_number(argv[0], "--count", top.arguments.value[TOP_COUNT], 1000000000, &top.count);

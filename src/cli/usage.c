@@ -78,12 +78,36 @@ int usages_take(const struct arguments *arguments, struct usages *usages)
     return for_each_vm(arguments, take, usages);
 }
 
+void usages_take_again(const struct usages *before, struct usages *now)
+{
+    struct instance_info vm;
+    *now = (struct usages){0};
+    for (unsigned i = 0; i < before->count; i++) {
+        if (instance_read(before->list[i].name, &vm, NULL))
+            continue; /* it has gone meanwhile */
+        (void)!take(&vm, now);
+        instance_info_clear(&vm);
+    }
+}
+
 void usages_free(struct usages *usages)
 {
     for (unsigned i = 0; i < usages->count; i++)
         json_decref(usages->list[i].statistics);
     free(usages->list);
     *usages = (struct usages){0};
+}
+
+json_t *usages_json(const struct usages *usages)
+{
+    json_t *list = json_array();
+    for (unsigned i = 0; i < usages->count; i++) {
+        json_t *object = json_pack("{s:s, s:s}", "name", usages->list[i].name, "state", usages->list[i].state);
+        if (usages->list[i].statistics)
+            json_object_update_missing(object, usages->list[i].statistics);
+        json_array_append_new(list, object);
+    }
+    return list;
 }
 
 const struct usage *usages_find(const struct usages *usages, const struct usage *usage)

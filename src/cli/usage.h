@@ -30,6 +30,10 @@ struct usages {
 
 /* Of the machines that are asked for and live. An exit status. */
 int usages_take(const struct arguments *arguments, struct usages *usages);
+/* Those of an earlier look that still are there. */
+void usages_take_again(const struct usages *before, struct usages *now);
+/* An array of all that each tells; the caller's. NULL: no memory. */
+json_t *usages_json(const struct usages *usages);
 void usages_free(struct usages *usages);
 /* The same machine's usage in an earlier look; NULL: it was not there. */
 const struct usage *usages_find(const struct usages *usages, const struct usage *usage);

@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include "cli/arguments.h"
+#include "cli/report.h"
 #include "control/client.h"
 
 #define ANSWER_MS 10000
@@ -77,38 +78,15 @@ static void print_state(const struct instance_info *vm, char text[48])
         snprintf(text, 48, "%s", vm->state);
 }
 
-static json_t *summary(const struct instance_info *vm)
-{
-    const json_t *config = json_object_get(vm->vm, "config");
-    json_t *object = json_pack("{s:s, s:s, s:b}", "name", vm->name, "state", vm->state, "alive", vm->life == INSTANCE_ALIVE);
-    static const char *const from_config[] = {"cpus", "memory_bytes", "kernel"}, *const from_status[] = {"since_ms", "started_ms", "restarts", "reason", "exit_status"};
-    if (vm->process.pid)
-        json_object_set_new(object, "pid", json_integer(vm->process.pid));
-    for (size_t i = 0; i < sizeof from_config / sizeof *from_config; i++)
-        json_object_set(object, from_config[i], json_object_get(config, from_config[i]));
-    for (size_t i = 0; i < sizeof from_status / sizeof *from_status; i++)
-        json_object_set(object, from_status[i], json_object_get(vm->status, from_status[i]));
-    return object;
-}
-
-struct ps {
-    struct arguments arguments;
-    json_t *list;
-};
-
 static int show(struct instance_info *vm, void *ctx)
 {
-    struct ps *ps = ctx;
+    const struct arguments *arguments = ctx;
     char state[48], age[24], pid[16] = "-";
     const json_t *config = json_object_get(vm->vm, "config");
-    if (vm->life != INSTANCE_ALIVE && !ps->arguments.value[PS_ALL])
+    if (vm->life != INSTANCE_ALIVE && !arguments->value[PS_ALL])
         return 0;
-    if (ps->list) {
-        json_array_append_new(ps->list, summary(vm));
-        return 0;
-    }
-    if (ps->arguments.value[PS_QUIET]) {
-        printf("%s\n", vm->name);
+    if (report_is_json() || arguments->value[PS_QUIET]) {
+        report(report_is_json() ? report_machine_json(vm) : NULL, "%s", vm->name);
         return 0;
     }
     print_state(vm, state);
@@ -123,21 +101,14 @@ static int show(struct instance_info *vm, void *ctx)
 
 int ps_main(int argc, char **argv)
 {
-    struct ps ps = {0};
-    int r = parse_arguments(argc, argv, &ps.arguments);
+    struct arguments arguments;
+    int r = parse_arguments(argc, argv, &arguments);
     if (r)
         return r < 0 ? 0 : r;
-    if (ps.arguments.value[PS_JSON])
-        ps.list = json_array();
-    else if (!ps.arguments.value[PS_QUIET])
+    report_list();
+    if (!report_is_json() && !arguments.value[PS_QUIET])
         printf("%-20s %-22s %8s %8s %4s %7s  %s\n", "NAME", "STATE", "SINCE", "PID", "CPUS", "MEM/MIB", "KERNEL");
-    int status = for_each_vm(&ps.arguments, show, &ps);
-    if (ps.list)
-        json_dumpf(ps.list, stdout, JSON_INDENT(2));
-    if (ps.list)
-        putchar('\n');
-    json_decref(ps.list);
-    return status;
+    return for_each_vm(&arguments, show, &arguments);
 }
 
 /* ---- inspect ---- */
@@ -164,9 +135,7 @@ int inspect_main(int argc, char **argv)
         return r < 0 ? 0 : r;
     json_t *list = json_array();
     int status = for_each_vm(&arguments, collect, list);
-    json_dumpf(list, stdout, JSON_INDENT(2));
-    putchar('\n');
-    json_decref(list);
+    report_value(list);
     return status;
 }
 
@@ -181,7 +150,7 @@ static int request(struct instance_info *vm, void *ctx)
     snprintf(path, sizeof path, "/doppel/v1/%s", (const char *)ctx);
     if (client_request(vm->name, "POST", path, NULL, ANSWER_MS, NULL, &err))
         return complain(STATUS_ERROR, "%s", err.text);
-    printf("%s\n", vm->name);
+    report_machine(vm->name);
     return 0;
 }
 
@@ -191,6 +160,7 @@ static int request_each(int argc, char **argv)
     int r = parse_arguments(argc, argv, &arguments);
     if (r)
         return r < 0 ? 0 : r;
+    report_list();
     return for_each_vm(&arguments, request, argv[0]);
 }
 
@@ -225,6 +195,25 @@ static void make_absolute(const char *text, char *absolute, size_t size)
     free(directory);
 }
 
+/* What programs are told: the name of the device that was not there before. */
+static json_t *new_device(const char *vm, const json_t *before)
+{
+    json_t *now = NULL, *device, *found = NULL;
+    size_t i, n;
+    if (report_is_json() && client_request(vm, "GET", "/doppel/v1/devices", NULL, ANSWER_MS, &now, NULL))
+        return NULL;
+    json_array_foreach(now, i, device) {
+        const json_t *name = json_object_get(device, "name"), *other;
+        bool known = false;
+        json_array_foreach(before, n, other)
+            known = known || json_equal(name, json_object_get(other, "name"));
+        if (!known && !found)
+            found = json_pack("{s:O}", "device", name);
+    }
+    json_decref(now);
+    return found;
+}
+
 int plug_main(int argc, char **argv)
 {
     struct arguments arguments;
@@ -241,10 +230,12 @@ int plug_main(int argc, char **argv)
         return complain(STATUS_ERROR, "%s", err.text);
     if (disk)
         make_absolute(disk, path, sizeof path);
-    json_t *body = json_pack("{s:s}", disk ? "disk" : "net", disk ? path : net);
-    r = client_request(vm.name, "POST", "/doppel/v1/devices", body, ANSWER_MS, NULL, &err) ? complain(STATUS_ERROR, "%s", err.text) : 0;
+    json_t *body = json_pack("{s:s}", disk ? "disk" : "net", disk ? path : net), *before = NULL;
+    r = report_is_json() ? client_request(vm.name, "GET", "/doppel/v1/devices", NULL, ANSWER_MS, &before, &err) : 0;
+    r = r || client_request(vm.name, "POST", "/doppel/v1/devices", body, ANSWER_MS, NULL, &err) ? complain(STATUS_ERROR, "%s", err.text) : 0;
     if (r == 0)
-        printf("%s\n", vm.name);
+        report_machine_with(vm.name, new_device(vm.name, before));
+    json_decref(before);
     json_decref(body);
     instance_info_clear(&vm);
     return r;
@@ -259,11 +250,11 @@ int screen_main(int argc, char **argv)
     int r = parse_arguments(argc, argv, &arguments);
     if (r)
         return r < 0 ? 0 : r;
-    if (arguments.value[SCREEN_JSON] && arguments.value[SCREEN_SVG])
+    if (report_is_json() && arguments.value[SCREEN_SVG])
         return complain(STATUS_USAGE, "screen: give either --json or --svg");
     if (instance_find(arguments.names[0], &vm, &err))
         return complain(STATUS_ERROR, "%s", err.text);
-    snprintf(path, sizeof path, "/doppel/v1/screen?format=%s", arguments.value[SCREEN_JSON] ? "json" : arguments.value[SCREEN_SVG] ? "svg" : "text");
+    snprintf(path, sizeof path, "/doppel/v1/screen?format=%s", report_is_json() ? "json" : arguments.value[SCREEN_SVG] ? "svg" : "text");
     r = client_get_text(vm.name, path, ANSWER_MS, &text, &err) ? complain(STATUS_ERROR, "%s", err.text) : 0;
     if (r == 0) {
         fputs(text, stdout);
@@ -291,7 +282,7 @@ int unplug_main(int argc, char **argv)
     snprintf(path, sizeof path, "/doppel/v1/devices/%s", arguments.names[1]);
     r = client_request(vm.name, "DELETE", path, NULL, ANSWER_MS, NULL, &err) ? complain(STATUS_ERROR, "%s", err.text) : 0;
     if (r == 0)
-        printf("%s\n", vm.name);
+        report_machine(vm.name);
     instance_info_clear(&vm);
     return r;
 }
@@ -315,7 +306,7 @@ static int kill_one(struct instance_info *vm, void *ctx)
         return complain(STATUS_ERROR, "%s is not running", vm->name);
     if (end_by_force(vm))
         return complain(STATUS_ERROR, "%s does not end", vm->name);
-    printf("%s\n", vm->name);
+    report_machine(vm->name);
     return 0;
 }
 
@@ -325,6 +316,7 @@ int kill_main(int argc, char **argv)
     int r = parse_arguments(argc, argv, &arguments);
     if (r)
         return r < 0 ? 0 : r;
+    report_list();
     return for_each_vm(&arguments, kill_one, NULL);
 }
 
@@ -337,7 +329,7 @@ static int rm_one(struct instance_info *vm, void *ctx)
     int r = instance_remove(vm->name, &err);
     if (r && !(r == -ENOENT && arguments->value[RM_FORCE])) /* it may have gone by itself */
         return complain(STATUS_ERROR, "%s", err.text);
-    printf("%s\n", vm->name);
+    report_machine(vm->name);
     return 0;
 }
 
@@ -347,6 +339,7 @@ int rm_main(int argc, char **argv)
     int r = parse_arguments(argc, argv, &arguments);
     if (r)
         return r < 0 ? 0 : r;
+    report_list();
     return for_each_vm(&arguments, rm_one, &arguments);
 }
 
@@ -393,7 +386,7 @@ static int finish(struct stop *stop, struct instance_info *vm)
         return complain(STATUS_ERROR, "%s does not end", vm->name);
     if (stop->again && start_again(vm))
         return STATUS_ERROR;
-    printf("%s\n", vm->name);
+    report_machine(vm->name);
     return 0;
 }
 
@@ -410,6 +403,7 @@ static int stop_each(int argc, char **argv, bool again)
     stop.list = calloc(arguments.name_count, sizeof *stop.list);
     if (!stop.list)
         return complain(STATUS_ERROR, "out of memory");
+    report_list();
     int status = for_each_vm(&arguments, ask, &stop);
     for (unsigned i = 0; i < stop.count; i++) {
         if (finish(&stop, &stop.list[i]))

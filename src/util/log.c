@@ -24,6 +24,7 @@
 
 static _Atomic int log_level_now = LOG_INFO;
 static atomic_bool log_raw_terminal;
+static log_line_format *_Atomic log_line;
 
 /* The file, guarded by `lock`; fd -1: stderr. */
 static struct {
@@ -54,6 +55,11 @@ enum log_level log_get_level(void)
 void log_set_raw_terminal(bool raw)
 {
     atomic_store_explicit(&log_raw_terminal, raw, memory_order_relaxed);
+}
+
+void log_set_line_format(log_line_format *format)
+{
+    atomic_store_explicit(&log_line, format, memory_order_relaxed);
 }
 
 SANDBOX_ALLOW_IF(IN_PROGRAM, prctl, ARG_IS(0, PR_GET_NAME)); /* the thread's, in lines of the file */
@@ -159,6 +165,14 @@ void log_message_at(enum log_level level, const char *file, int line_number, con
         va_start(args, format);
         length += written(vsnprintf(line + length, room - length, format, args), room - length);
         va_end(args);
+        log_line_format *other = to_file ? NULL : atomic_load_explicit(&log_line, memory_order_relaxed);
+        if (other) {
+            char text[sizeof line];
+            va_start(args, format);
+            vsnprintf(text, sizeof text, format, args);
+            va_end(args);
+            length = other(line, room, level, text);
+        }
         bool raw = !to_file && atomic_load_explicit(&log_raw_terminal, memory_order_relaxed);
         if (raw)
             line[length++] = '\r';

@@ -9,6 +9,7 @@
 
 #include <stdatomic.h>
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 enum log_level { LOG_OFF = -1, LOG_ERROR, LOG_WARNING, LOG_INFO, LOG_DEBUG };
@@ -36,6 +37,11 @@ void log_never_wait(void);
 
 /* Lines end in "\r\n" while a terminal is in raw mode. */
 void log_set_raw_terminal(bool raw);
+/*
+ * How lines of stderr look instead: `format` puts one without its end into `line` (`room` bytes, not 0) and returns its length; any thread may call it. NULL: as above.
+ */
+typedef size_t log_line_format(char *line, size_t room, enum log_level level, const char *text);
+void log_set_line_format(log_line_format *format);
 
 void log_message_at(enum log_level level, const char *file, int line, const char *format, ...) __attribute__((format(printf, 4, 5)));
 #define log_message(level, ...) log_message_at(level, __FILE__, __LINE__, __VA_ARGS__)

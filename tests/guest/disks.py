@@ -171,7 +171,7 @@ def snapshots():
         went_on = goes_on("far", 3)
         assert at["three"][0].start <= went_on[0] < at["three"][0].stop
         image = json.loads(snapshot("show", "far", "three"))["disk_files"][0]["file"]
-        assert image.startswith(folder.store("far")) and "backing" not in json.loads(command(doppel, "disk", "info", "--json", image))
+        assert image.startswith(folder.store("far")) and "backing" not in json.loads(command(doppel, "disk", "info", "--json", image))[0]
         command(doppel, "kill", "vm", "twin", "far")
         for vm in "vm", "twin":
             last = numbers(vm)[-1]

@@ -17,7 +17,7 @@ def run(*arguments, status=0):
 
 
 def info(path):
-    return json.loads(run("info", "--json", path))
+    return json.loads(run("info", "--json", path))[0]
 
 
 os.chdir(folder := tempfile.mkdtemp(prefix="doppel-disks-"))

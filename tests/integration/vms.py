@@ -144,7 +144,7 @@ def names():
         assert state("web-2") == "paused" and state("web-1") == "running"
         run("resume", "web-2", "nobody", "web-1", status=1)  # one does not exist, one is not paused: the other goes on
         assert state("web-2") == "running"
-        assert json.loads(start(small_guests.HALT, "--json", name="j")) == {"name": "j"}
+        assert json.loads(start(small_guests.HALT, "--json", name="j"))["name"] == "j"
         run("ps", "extra", status=2)
         run("stop", status=2)
         run("stop", "--timeout", "x", "j", status=2)
