@@ -9,6 +9,7 @@ import os
 import pathlib
 import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -97,7 +98,7 @@ def run_test(test, rule, omit):
         try:
             status = process.wait(LIMIT)
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             status = "too late"
         output.seek(0)

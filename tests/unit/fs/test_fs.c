@@ -452,6 +452,8 @@ static void test_kept_names(void **state)
 
     assert_int_equal(client_mkdir(&c, ROOT, "d", 0755, &node), 0);
     assert_int_equal(opendir_flags(node), FOPEN_CACHE_DIR);
+    if (getenv("FILTER_REMOTE")) /* played by filtered/other_host.c: times of change are other machines' */
+        return;
     /* Good as soon as the directory's last change is so old that a later one shows. */
     while (opendir_flags(node) == FOPEN_CACHE_DIR)
         ;
