@@ -5,10 +5,12 @@
  * accessible: window W, window R and the DT pool, each with BT_GUARD_BYTES of nothing on both sides. So an address that agrees with a byte of the range in its low
  * BT_ALIAS_BITS bits either is that byte or faults (kernel addresses and non-canonical ones fault anyway). The place is random: a guest cannot know it.
  * Mappings that appear later (malloc, other engines) go elsewhere by themselves, because what is reserved is taken.
- * Threading: creation may race with other threads' mappings; what got in the way is seen (MAP_FIXED_NOREPLACE) and another place is tried.
+ * Most aliases are where the process has nothing at all: these are reserved in one or two pieces (`wastes`), whole and for all engines of the process, because 256 calls take a millisecond.
+ * Threading: `wastes` has a lock. Creation may race with other threads' mappings; what got in the way is seen (MAP_FIXED_NOREPLACE) and another place is tried.
  */
 #include <assert.h>
 #include <errno.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -23,13 +25,15 @@
 #define ALIGNMENT (2ull << 20) /* so that the windows can have huge pages */
 #define DISTANCE (1ull << 30)  /* to foreign mappings, which may grow: heap, stacks */
 #define LOW_LIMIT (4ull << 30) /* 32-bit addresses belong to the translation cache and its like */
+#define ROOM (8ull << 40)      /* left below mappings, where the kernel puts new ones: tables of 64 processors take most of it */
+#define WASTES_MAX 4u
 #define VSYSCALL_PAGE 0xffffffffff600000ull
 #define ATTEMPTS_MAX 32u
 #define TC_LOWEST (256ull << 20)
 #define TC_LIMIT (2ull << 30)
 #define TC_BYTES_MAX (1ull << 30)
 
-/* Offsets in an alias, [start, end). */
+/* [start, end): addresses, offsets in an alias, or numbers of aliases. */
 struct interval {
     uint64_t start, end;
 };
@@ -80,18 +84,35 @@ static int addresses_block(struct interval_list *list, uint64_t start, uint64_t 
     return rc ? rc : interval_append(list, 0, low + length - BT_ALIAS_BYTES);
 }
 
-static int mappings_block(struct interval_list *list)
+/* What engines have reserved in whole aliases; numbers of these. Given back with the last engine. */
+static struct {
+    pthread_mutex_t lock;
+    unsigned users, count;
+    struct interval item[WASTES_MAX];
+} wastes = {.lock = PTHREAD_MUTEX_INITIALIZER};
+
+static bool is_waste(unsigned alias)
+{
+    for (unsigned n = 0; n < wastes.count; n++)
+        if (alias >= wastes.item[n].start && alias < wastes.item[n].end)
+            return true;
+    return false;
+}
+
+/* Ascending. Of the wastes only what engines use; what they keep free around it is nearer than DISTANCE. */
+static int mappings_read(struct interval_list *list)
 {
     FILE *maps = fopen("/proc/self/maps", "re");
     if (!maps)
         return -errno;
-    char *line = NULL;
+    char *line = NULL, *at;
     size_t size = 0;
     int rc = 0;
     while (!rc && getline(&line, &size, maps) > 0) {
-        unsigned long long start, end;
-        if (sscanf(line, "%llx-%llx", &start, &end) == 2 && end <= 1ull << 47)
-            rc = addresses_block(list, start, end, DISTANCE);
+        uint64_t start = strtoull(line, &at, 16), end = *at == '-' ? strtoull(at + 1, &at, 16) : 0;
+        bool waste = end <= 1ull << 47 && is_waste((unsigned)(start / BT_ALIAS_BYTES)) && strncmp(at, " ---", 4) == 0;
+        if (end && end <= 1ull << 47 && !waste)
+            rc = interval_append(list, start, end);
     }
     free(line);
     fclose(maps);
@@ -129,11 +150,13 @@ static uint64_t places_walk(const struct interval_list *list, uint64_t length_by
     return total;
 }
 
-/* A random place that is free in all aliases now. -ENOSPC: there is none. */
-static int offset_find(uint64_t length_bytes, uint64_t *offset)
+/* A random place that is free in all aliases. -ENOSPC: there is none. */
+static int offset_find(const struct interval_list *mappings, uint64_t length_bytes, uint64_t *offset)
 {
     struct interval_list list = {0};
-    int rc = mappings_block(&list);
+    int rc = 0;
+    for (size_t n = 0; !rc && n < mappings->count; n++)
+        rc = addresses_block(&list, mappings->item[n].start, mappings->item[n].end, DISTANCE);
     if (!rc)
         rc = addresses_block(&list, 0, LOW_LIMIT, 0);
     if (!rc)
@@ -170,22 +193,78 @@ static int map_exactly(void *at, uint64_t length_bytes, int prot, int flags, int
     return -EEXIST;
 }
 
+static int reserve(void *at, uint64_t length_bytes)
+{
+    return map_exactly(at, length_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1);
+}
+
+/* ---- what engines share: under wastes.lock ---- */
+
+static void waste_reserve(uint64_t start, uint64_t end)
+{
+    struct interval waste = {round_up(start, BT_ALIAS_BYTES) / BT_ALIAS_BYTES, end / BT_ALIAS_BYTES};
+    if (waste.start < waste.end && wastes.count < WASTES_MAX && reserve((void *)(waste.start * BT_ALIAS_BYTES), (waste.end - waste.start) * BT_ALIAS_BYTES) == 0)
+        wastes.item[wastes.count++] = waste;
+}
+
+/* What cannot be had in one piece is reserved alias by alias. */
+static void wastes_begin(const struct interval_list *mappings)
+{
+    uint64_t free_from = LOW_LIMIT;
+    for (size_t n = 0; n < mappings->count; n++) {
+        const struct interval *next = &mappings->item[n];
+        if (next->start > free_from + DISTANCE + ROOM)
+            waste_reserve(free_from + DISTANCE, next->start - ROOM);
+        if (next->end > free_from)
+            free_from = next->end;
+    }
+}
+
+static void wastes_end(void)
+{
+    for (unsigned n = 0; n < wastes.count; n++)
+        munmap((void *)(wastes.item[n].start * BT_ALIAS_BYTES), (wastes.item[n].end - wastes.item[n].start) * BT_ALIAS_BYTES);
+    wastes.count = 0;
+}
+
 static void aliases_release(const struct bt_layout *layout, unsigned count)
 {
     for (unsigned n = 0; n < count; n++)
-        munmap(alias_at(layout, n), layout->length_bytes);
+        if (!is_waste(n))
+            munmap(alias_at(layout, n), layout->length_bytes);
+        else if (alias_at(layout, n) == layout->reserved_low) /* what is waste stays reserved */
+            (void)!mmap(layout->reserved_low, layout->length_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
 }
 
 static int aliases_reserve(const struct bt_layout *layout)
 {
     for (unsigned n = 0; n < BT_ALIASES; n++) {
-        int rc = map_exactly(alias_at(layout, n), layout->length_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1);
+        int rc = is_waste(n) ? 0 : reserve(alias_at(layout, n), layout->length_bytes);
         if (rc) {
             aliases_release(layout, n);
             return rc;
         }
     }
     return 0; /* what was never written is in no core file, so none needs MADV_DONTDUMP */
+}
+
+/* Reserves the layout's aliases at a place that is free. */
+static int aliases_place(struct bt_layout *layout)
+{
+    struct interval_list mappings = {0};
+    int rc = mappings_read(&mappings);
+    if (!rc && !wastes.users)
+        wastes_begin(&mappings);
+    if (!rc)
+        rc = offset_find(&mappings, layout->length_bytes, &layout->offset);
+    free(mappings.item);
+    if (!rc)
+        rc = aliases_reserve(layout);
+    if (!rc)
+        wastes.users++;
+    else if (!wastes.users)
+        wastes_end();
+    return rc;
 }
 
 /* ---- why it failed, for people ---- */
@@ -237,20 +316,24 @@ static int execute_error(struct error *err, int rc)
 
 static int aliases_create(struct bt_layout *layout, struct error *err)
 {
-    int rc = -ENOSPC;
-    for (unsigned attempt = 0; attempt < ATTEMPTS_MAX; attempt++) {
-        rc = offset_find(layout->length_bytes, &layout->offset);
-        if (rc)
-            break;
-        rc = aliases_reserve(layout);
-        if (!rc) {
-            layout->reserved_low = alias_at(layout, 1 + (unsigned)random_below(BT_ALIASES - 2));
-            return 0;
-        }
-        if (rc != -EEXIST)
-            break;
-    }
-    return reserve_error(err, rc, BT_ALIASES * layout->length_bytes);
+    int rc = -EEXIST;
+    pthread_mutex_lock(&wastes.lock);
+    for (unsigned attempt = 0; attempt < ATTEMPTS_MAX && rc == -EEXIST; attempt++)
+        rc = aliases_place(layout);
+    pthread_mutex_unlock(&wastes.lock);
+    if (rc)
+        return reserve_error(err, rc, BT_ALIASES * layout->length_bytes);
+    layout->reserved_low = alias_at(layout, 1 + (unsigned)random_below(BT_ALIASES - 2));
+    return 0;
+}
+
+static void aliases_destroy(const struct bt_layout *layout)
+{
+    pthread_mutex_lock(&wastes.lock);
+    aliases_release(layout, BT_ALIASES);
+    if (--wastes.users == 0)
+        wastes_end();
+    pthread_mutex_unlock(&wastes.lock);
 }
 
 /* Poison, W, R and the pool lie in this order; places are computed before the range is reserved, as offsets in it. */
@@ -324,12 +407,18 @@ static int tc_create(struct bt_layout *layout, struct error *err)
     return rc ? execute_error(err, rc) : 0;
 }
 
-/* As much in one piece as the aliases take: what limits a process, limits this; and a place that is free in all of them. To map each of them takes a millisecond more. */
+/* As much in one piece as the aliases take: what limits a process, limits this; and a place that is free in all of them. To reserve them takes longer. */
 int layout_probe(struct error *err)
 {
     struct bt_layout layout = {.length_bytes = plan_make(0).end, .tc_bytes = ALIGNMENT};
     uint64_t bytes = BT_ALIASES * layout.length_bytes;
-    int rc = offset_find(layout.length_bytes, &layout.offset);
+    struct interval_list mappings = {0};
+    pthread_mutex_lock(&wastes.lock);
+    int rc = mappings_read(&mappings);
+    pthread_mutex_unlock(&wastes.lock);
+    if (!rc)
+        rc = offset_find(&mappings, layout.length_bytes, &layout.offset);
+    free(mappings.item);
     void *all = rc ? MAP_FAILED : mmap(NULL, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (!rc && all == MAP_FAILED)
         rc = -errno;
@@ -366,7 +455,7 @@ void layout_destroy(struct bt_layout *layout)
         physmap_unmap(layout->memory, layout->window_r);
     }
     if (layout->reserved_low)
-        aliases_release(layout, BT_ALIASES);
+        aliases_destroy(layout);
     if (layout->tc_exec)
         munmap(layout->tc_exec, layout->tc_bytes);
     if (layout->tc_write)

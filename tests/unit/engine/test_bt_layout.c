@@ -173,8 +173,17 @@ static void several_in_one_process(void **state)
             assert_ptr_not_equal(l[n].tc_exec, l[other].tc_exec);
         }
     }
-    for (unsigned n = 0; n < 4; n++)
+    /* Those that stay keep what they have, in all aliases, whoever else goes. */
+    for (unsigned n = 0; n < 4; n++) {
+        uint8_t *gone = l[n].window_w;
         layout_destroy(&l[n]);
+        assert_false(probe_readable(gone));
+        for (unsigned other = n + 1; other < 4; other++)
+            for (unsigned alias = 0; alias < ALIASES; alias++) {
+                assert_true(is_taken(alias_of(l[other].window_w, alias)));
+                assert_int_equal(probe_readable(alias_of(l[other].window_w, alias)), alias_of(l[other].window_w, alias) == l[other].window_w);
+            }
+    }
     /* Nothing is left behind: many more fit one after the other. */
     for (unsigned n = 0; n < 50; n++) {
         assert_int_equal(layout_probe(NULL), 0);
