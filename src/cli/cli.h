@@ -58,10 +58,12 @@ struct subcommand {
     int (*main)(int argc, char **argv); /* argv[0] is the subcommand's name */
     const char *argument, *help;
     enum command_names names;         /* NAMES_OWN: the command reads its arguments itself */
-    const struct cli_option *options; /* ended by a NULL name; NULL: none, or its own */
+    const struct cli_option *options; /* ended by a NULL name */
+    const char *words;                /* for shells: what may stand beside options and names; "@" in front: names, too; "?": commands. NULL: nothing, or files */
 };
 
 extern const struct subcommand subcommands[];
+extern const struct cli_option serve_options[]; /* serve.c */
 
 int serve_main(int argc, char **argv);
 int run_main(int argc, char **argv);

@@ -83,7 +83,7 @@ void print_command_help(FILE *out, const struct subcommand *command)
         fprintf(out, "Without names: of all virtual machines.\n");
     if (command->names >= NAMES_ANY)
         fprintf(out, "Names may be shortened as long as only one virtual machine is meant.\n");
-    if (command->options && command->options->name) {
+    if (command->options->name) {
         fprintf(out, "\noptions:\n");
         print_options(out, command->options);
     }
@@ -115,10 +115,16 @@ void print_run_help(FILE *out)
     fprintf(out, "\nexample:\n  %s\n", example);
 }
 
+/* Its options are those of the machine, too. */
+static bool is_run(const struct subcommand *command)
+{
+    return command->main == run_main;
+}
+
 static json_t *options_json(const struct cli_option *options)
 {
     json_t *list = json_array();
-    for (; options && options->name; options++)
+    for (; options->name; options++)
         json_array_append_new(list, json_pack("{s:s, s:s, s:s?, s:s}", "name", options->name, "letter", (const char[]){options->letter, 0}, "argument", options->argument, "help", options->help));
     return list;
 }
@@ -126,7 +132,7 @@ static json_t *options_json(const struct cli_option *options)
 static json_t *command_json(const struct subcommand *command)
 {
     json_t *options = options_json(command->options);
-    for (const struct option_info *option = option_table; option->key && strcmp(command->name, "run") == 0; option++)
+    for (const struct option_info *option = option_table; option->key && is_run(command); option++)
         json_array_append_new(options, json_pack("{s:s, s:s, s:s?, s:s}", "name", option->key, "letter", "", "argument", option->argument, "help", option->help));
     return json_pack("{s:s, s:s, s:s, s:o}", "name", command->name, "arguments", command->argument, "help", command->help, "options", options);
 }
@@ -149,7 +155,7 @@ int help_main(int argc, char **argv)
                 report(command_json(each), "%s", each->name);
     } else if (!command) {
         print_usage(stdout);
-    } else if (strcmp(command->name, "run") == 0) {
+    } else if (is_run(command)) {
         print_run_help(stdout);
     } else {
         print_command_help(stdout, command);
@@ -169,44 +175,67 @@ int version_main(int argc, char **argv)
 
 /* ---- completion ---- */
 
-/* Words after the command "run", or "$1" there. */
+static bool takes_vms(const struct subcommand *command)
+{
+    return command->names >= NAMES_ANY || (command->words && command->words[0] == '@');
+}
+
+static void print_commands(void)
+{
+    for (const struct subcommand *command = subcommands; command->name; command++)
+        printf("%s%s", command == subcommands ? "" : " ", command->name);
+}
+
+static void print_words(const struct subcommand *command)
+{
+    if (command->words && command->words[0] == '?')
+        print_commands();
+    else if (command->words)
+        printf("%s", command->words + (command->words[0] == '@'));
+}
+
+/* Values of run's options that are words; what is a file's name is left to the shell. */
 static void complete_bash_values(void)
 {
     for (const struct option_info *option = option_table; option->key; option++) {
         if (option->argument && strchr(option->argument, '|') && !strchr(option->argument, '[')) {
-            printf("    --%s) COMPREPLY=($(compgen -W '", option->key);
+            printf("        --%s) COMPREPLY=($(compgen -W '", option->key);
             for (const char *c = option->argument; *c; c++)
                 putchar(*c == '|' ? ' ' : *c);
             printf("' -- \"$cur\")); return ;;\n");
         } else if (option->argument && strncmp(option->argument, "FILE", 4) == 0) {
-            printf("    --%s) COMPREPLY=($(compgen -f -- \"$cur\")); return ;;\n", option->key);
+            printf("        --%s) return ;;\n", option->key);
         }
     }
 }
 
+static void complete_bash_command(const struct subcommand *command)
+{
+    printf("    %s)\n", command->name);
+    if (is_run(command)) {
+        printf("        case $prev in\n");
+        complete_bash_values();
+        printf("        esac\n");
+    }
+    printf("        COMPREPLY=($(compgen -W \"");
+    for (const struct cli_option *option = command->options; option->name; option++)
+        printf("--%s ", option->name);
+    for (const struct option_info *option = option_table; is_run(command) && option->key; option++)
+        printf("--%s ", option->key);
+    print_words(command);
+    printf(" --help%s\" -- \"$cur\")) ;;\n", takes_vms(command) ? " $(doppel ps --all --quiet 2>/dev/null)" : "");
+}
+
+/* Where nothing else fits, the shell offers files. */
 static void complete_bash(void)
 {
-    printf("_doppel()\n{\n    local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]}\n    if [ \"$COMP_CWORD\" -eq 1 ]; then\n"
+    printf("_doppel()\n{\n    local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]}\n    COMPREPLY=()\n    if [ \"$COMP_CWORD\" -eq 1 ]; then\n"
            "        COMPREPLY=($(compgen -W '");
-    for (const struct subcommand *command = subcommands; command->name; command++)
-        printf("%s ", command->name);
+    print_commands();
     printf("' -- \"$cur\"))\n        return\n    fi\n    case ${COMP_WORDS[1]} in\n");
-    for (const struct subcommand *command = subcommands; command->name; command++) {
-        if (!command->options || command->options == command_find("run")->options)
-            continue;
-        printf("    %s) COMPREPLY=($(compgen -W \"", command->name);
-        for (const struct cli_option *option = command->options; option->name; option++)
-            printf("--%s ", option->name);
-        printf("--help%s\" -- \"$cur\")); return ;;\n", command->names >= NAMES_ANY ? " $(doppel ps --all --quiet 2>/dev/null)" : "");
-    }
-    printf("    esac\n    case $prev in\n");
-    complete_bash_values();
-    printf("    esac\n    COMPREPLY=($(compgen -W '");
-    for (const struct cli_option *option = command_find("run")->options; option->name; option++)
-        printf("--%s ", option->name);
-    for (const struct option_info *option = option_table; option->key; option++)
-        printf("--%s ", option->key);
-    printf("--help' -- \"$cur\"))\n}\ncomplete -o filenames -F _doppel doppel\n");
+    for (const struct subcommand *command = subcommands; command->name; command++)
+        complete_bash_command(command);
+    printf("    esac\n}\ncomplete -o default -F _doppel doppel\n");
 }
 
 /* Single quotes end and reopen around an escaped one, as shells want it. */
@@ -222,13 +251,27 @@ static void print_quoted(const char *text, const char *also_escape)
     }
 }
 
-static void complete_zsh_options(const struct cli_option *options)
+static void complete_zsh_option(const char *name, const char *help, const char *argument, bool many)
 {
-    for (; options->name; options++) {
-        printf(" \\\n        '--%s[", options->name);
-        print_quoted(options->help, "[]:");
-        printf("]%s'", options->argument ? ":value:" : "");
+    printf(" \\\n        '%s--%s[", many ? "*" : "", name);
+    print_quoted(help, "[]:");
+    printf("]%s'", !argument ? "" : strncmp(argument, "FILE", 4) == 0 ? ":file:_files" : ":value:");
+}
+
+static void complete_zsh_command(const struct subcommand *command)
+{
+    printf("%s)\n    _arguments", command->name);
+    for (const struct cli_option *option = command->options; option->name; option++)
+        complete_zsh_option(option->name, option->help, option->argument, false);
+    for (const struct option_info *option = option_table; is_run(command) && option->key; option++)
+        complete_zsh_option(option->key, option->help, option->argument, option->flags & OPT_MANY);
+    printf(" \\\n        '*: :{");
+    if (command->words) {
+        printf("compadd -- ");
+        print_words(command);
+        printf("; ");
     }
+    printf("%s}' ;;\n", takes_vms(command) ? "_doppel_vms" : "_files");
 }
 
 static void complete_zsh(void)
@@ -240,21 +283,16 @@ static void complete_zsh(void)
         printf("]'");
     }
     printf("\n    return\nfi\ncase $words[2] in\n");
-    for (const struct subcommand *command = subcommands; command->name; command++) {
-        if (!command->options || command->options == command_find("run")->options)
-            continue;
-        printf("%s)\n    _arguments", command->name);
-        complete_zsh_options(command->options);
-        printf("%s ;;\n", command->names >= NAMES_ANY ? " \\\n        '*:virtual machine:_doppel_vms'" : "");
-    }
-    printf("*)\n    _arguments");
-    complete_zsh_options(command_find("run")->options);
-    for (const struct option_info *option = option_table; option->key; option++) {
-        printf(" \\\n        '%s--%s[", option->flags & OPT_MANY ? "*" : "", option->key);
-        print_quoted(option->help, "[]:");
-        printf("]%s'", !option->argument ? "" : strncmp(option->argument, "FILE", 4) == 0 ? ":file:_files" : ":value:");
-    }
-    printf(" ;;\nesac\n");
+    for (const struct subcommand *command = subcommands; command->name; command++)
+        complete_zsh_command(command);
+    printf("esac\n");
+}
+
+static void complete_fish_option(const struct subcommand *command, const char *name, const char *help, const char *argument)
+{
+    printf("complete -c doppel -n '__fish_seen_subcommand_from %s' -l %s %s -d '", command->name, name, argument ? "-r" : "");
+    print_quoted(help, "");
+    printf("'\n");
 }
 
 static void complete_fish_command(const struct subcommand *command)
@@ -262,24 +300,23 @@ static void complete_fish_command(const struct subcommand *command)
     printf("complete -c doppel -n __fish_use_subcommand -f -a %s -d '", command->name);
     print_quoted(command->help, "");
     printf("'\n");
-    if (command->names >= NAMES_ANY)
+    if (takes_vms(command))
         printf("complete -c doppel -n '__fish_seen_subcommand_from %s' -f -a '(doppel ps --all --quiet 2>/dev/null)'\n", command->name);
-    for (const struct cli_option *option = command->options; option && option->name; option++) {
-        printf("complete -c doppel -n '__fish_seen_subcommand_from %s' -l %s %s -d '", command->name, option->name, option->argument ? "-r" : "");
-        print_quoted(option->help, "");
+    if (command->words) {
+        printf("complete -c doppel -n '__fish_seen_subcommand_from %s' -a '", command->name);
+        print_words(command);
         printf("'\n");
     }
+    for (const struct cli_option *option = command->options; option->name; option++)
+        complete_fish_option(command, option->name, option->help, option->argument);
+    for (const struct option_info *option = option_table; is_run(command) && option->key; option++)
+        complete_fish_option(command, option->key, option->help, option->argument);
 }
 
 static void complete_fish(void)
 {
     for (const struct subcommand *command = subcommands; command->name; command++)
         complete_fish_command(command);
-    for (const struct option_info *option = option_table; option->key; option++) {
-        printf("complete -c doppel -n '__fish_seen_subcommand_from run' -l %s %s -d '", option->key, option->argument ? "-r" : "");
-        print_quoted(option->help, "");
-        printf("'\n");
-    }
 }
 
 int completion_main(int argc, char **argv)
@@ -340,7 +377,7 @@ static void print_roff_commands(void)
         printf("\\fR\n");
         print_roff(command->help);
         printf(".\n");
-        if (!command->options || !command->options->name || command->options == command_find("run")->options)
+        if (!command->options->name || is_run(command))
             continue; /* run's are a section of their own */
         printf(".RS\n");
         for (const struct cli_option *option = command->options; option->name; option++)

@@ -40,41 +40,46 @@ struct serve {
     atomic_bool over, started; /* the signals' thread is to end; to shut itself in */
 };
 
-#define VALUE(name, argument, field, help) {name, argument, help, offsetof(struct serve, field)}
-#define FLAG(name, field, help) {name, NULL, help, offsetof(struct serve, field)}
-static const struct serve_option {
-    const char *name, *argument, *help;
-    size_t offset; /* of a char * with an argument, else of a bool */
-} options[] = {
-    VALUE("api-sock", "PATH", api_sock, "Unix socket of the API"),
-    VALUE("id", "ID", id, "name of the instance: letters, digits and -, 64 at most (default anonymous-instance)"),
-    VALUE("config-file", "FILE", config_file, "configure and start from a file: the JSON of GET /vm/config"),
-    VALUE("metadata", "FILE", metadata, "JSON for the metadata service"),
-    FLAG("no-api", no_api, "no socket; needs --config-file"),
-    VALUE("log-path", "PATH", log_path, "file or named pipe for the log (default: stderr)"),
-    VALUE("level", "Off|Error|Warning|Info|Debug|Trace", level, "what is logged (default Info)"),
-    VALUE("module", "TEXT", module, "log only from source files with this in their path"),
-    FLAG("show-level", show_level, "log lines with their level"),
-    FLAG("show-log-origin", show_origin, "log lines with the source line they come from"),
-    VALUE("metrics-path", "PATH", metrics_path, "file or named pipe for metrics, one JSON object a line"),
-    FLAG("boot-timer", boot_timer, "log how long the guest took until its init said so"),
-    FLAG("enable-pci", pci, "devices on PCI instead of memory-mapped virtio"),
-    VALUE("engine", "auto|bt|kvm|interp", engine, "how guest code runs (default auto)"),
-    VALUE("sandbox", "on|off", sandbox, "shut the program in before the guest runs: system calls, paths, user, network (default on)"),
-    VALUE("http-api-max-payload-size", "BYTES", body_max, "largest body of a request (default 51200)"),
-    VALUE("mmds-size-limit", "BYTES", mmds_max, "largest metadata (default: as the body)"),
-    VALUE("start-time-us", "US", start_us, "when the process was started, by the monotonic clock; for metrics"),
-    VALUE("start-time-cpu-us", "US", start_cpu_us, "processor time it had used by then"),
-    VALUE("parent-cpu-time-us", "US", parent_us, "processor time of its parent, to be added"),
-    FLAG("no-seccomp", no_seccomp, "accepted; docs/api.md says what confines the process"),
-    VALUE("seccomp-filter", "FILE", seccomp_filter, "refused: filters are Doppel's own"),
-    VALUE("seccomp-level", "0|1|2", seccomp_level, "accepted, as --no-seccomp"),
-    FLAG("snapshot-version", snapshot_version, "print the version of snapshots"),
-    VALUE("describe-snapshot", "FILE", describe, "refused: snapshots say themselves what they are"),
-    FLAG("version", version, "print the version"),
-    FLAG("help", help, "this text"),
-};
-#define OPTION_COUNT (sizeof options / sizeof *options)
+/* VALUE(name, argument, member, help), FLAG(name, member, help). */
+#define SERVE_OPTIONS \
+    VALUE("api-sock", "PATH", api_sock, "Unix socket of the API") \
+    VALUE("id", "ID", id, "name of the instance: letters, digits and -, 64 at most (default anonymous-instance)") \
+    VALUE("config-file", "FILE", config_file, "configure and start from a file: the JSON of GET /vm/config") \
+    VALUE("metadata", "FILE", metadata, "JSON for the metadata service") \
+    FLAG("no-api", no_api, "no socket; needs --config-file") \
+    VALUE("log-path", "PATH", log_path, "file or named pipe for the log (default: stderr)") \
+    VALUE("level", "Off|Error|Warning|Info|Debug|Trace", level, "what is logged (default Info)") \
+    VALUE("module", "TEXT", module, "log only from source files with this in their path") \
+    FLAG("show-level", show_level, "log lines with their level") \
+    FLAG("show-log-origin", show_origin, "log lines with the source line they come from") \
+    VALUE("metrics-path", "PATH", metrics_path, "file or named pipe for metrics, one JSON object a line") \
+    FLAG("boot-timer", boot_timer, "log how long the guest took until its init said so") \
+    FLAG("enable-pci", pci, "devices on PCI instead of memory-mapped virtio") \
+    VALUE("engine", "auto|bt|kvm|interp", engine, "how guest code runs (default auto)") \
+    VALUE("sandbox", "on|off", sandbox, "shut the program in before the guest runs: system calls, paths, user, network (default on)") \
+    VALUE("http-api-max-payload-size", "BYTES", body_max, "largest body of a request (default 51200)") \
+    VALUE("mmds-size-limit", "BYTES", mmds_max, "largest metadata (default: as the body)") \
+    VALUE("start-time-us", "US", start_us, "when the process was started, by the monotonic clock; for metrics") \
+    VALUE("start-time-cpu-us", "US", start_cpu_us, "processor time it had used by then") \
+    VALUE("parent-cpu-time-us", "US", parent_us, "processor time of its parent, to be added") \
+    FLAG("no-seccomp", no_seccomp, "accepted; docs/api.md says what confines the process") \
+    VALUE("seccomp-filter", "FILE", seccomp_filter, "refused: filters are Doppel's own") \
+    VALUE("seccomp-level", "0|1|2", seccomp_level, "accepted, as --no-seccomp") \
+    FLAG("snapshot-version", snapshot_version, "print the version of snapshots") \
+    VALUE("describe-snapshot", "FILE", describe, "refused: snapshots say themselves what they are") \
+    FLAG("version", version, "print the version") \
+    FLAG("help", help, "this text")
+
+#define VALUE(name, argument, member, help) {name, 0, argument, help},
+#define FLAG(name, member, help) {name, 0, NULL, help},
+const struct cli_option serve_options[] = {SERVE_OPTIONS {0}};
+#undef VALUE
+#undef FLAG
+#define VALUE(name, argument, member, help) offsetof(struct serve, member),
+#define FLAG(name, member, help) offsetof(struct serve, member),
+static const size_t option_offsets[] = {SERVE_OPTIONS}; /* of a char * with an argument, else of a bool */
+#undef VALUE
+#undef FLAG
 
 static int complain(int status, const char *text)
 {
@@ -85,9 +90,8 @@ static int complain(int status, const char *text)
 static void print_help(void)
 {
     printf("usage: doppel serve --api-sock PATH [OPTIONS]\n\nRuns one virtual machine behind an HTTP API on a Unix socket (docs/api.md).\n\noptions:\n");
-    for (size_t i = 0; i < OPTION_COUNT; i++)
-        printf("  --%s%s%s\n        %s\n", options[i].name, options[i].argument ? " " : "", options[i].argument ? options[i].argument : "",
-               options[i].help);
+    for (const struct cli_option *option = serve_options; option->name; option++)
+        printf("  --%s%s%s\n        %s\n", option->name, option->argument ? " " : "", option->argument ? option->argument : "", option->help);
     printf("\nexit status:\n  0    the guest ended, or SIGTERM, SIGINT or SIGHUP came\n  1    trouble on the host\n  152  the configuration file is bad\n"
            "  153  an option is bad\n");
 }
@@ -97,13 +101,12 @@ static int parse(struct serve *serve, int argc, char **argv)
 {
     char text[160];
     for (int i = 1; i < argc; i++) {
-        const struct serve_option *option = NULL;
+        const struct cli_option *option = serve_options;
         char *value = strchr(argv[i], '=');
         size_t length = value ? (size_t)(value - argv[i]) : strlen(argv[i]);
-        for (size_t n = 0; n < OPTION_COUNT && !option; n++)
-            if (length == strlen(options[n].name) + 2 && strncmp(argv[i], "--", 2) == 0 && strncmp(argv[i] + 2, options[n].name, length - 2) == 0)
-                option = &options[n];
-        if (!option) {
+        while (option->name && !(length == strlen(option->name) + 2 && strncmp(argv[i], "--", 2) == 0 && strncmp(argv[i] + 2, option->name, length - 2) == 0))
+            option++;
+        if (!option->name) {
             snprintf(text, sizeof text, "unknown argument \"%.100s\"; see --help", argv[i]);
             return complain(SERVE_BAD_ARGUMENTS, text);
         }
@@ -112,10 +115,11 @@ static int parse(struct serve *serve, int argc, char **argv)
             snprintf(text, sizeof text, "--%s %s", option->name, option->argument ? "needs a value" : "takes no value");
             return complain(SERVE_BAD_ARGUMENTS, text);
         }
+        char *member = (char *)serve + option_offsets[option - serve_options];
         if (value)
-            memcpy((char *)serve + option->offset, &value, sizeof value);
+            memcpy(member, &value, sizeof value);
         else
-            *((bool *)((char *)serve + option->offset)) = true;
+            *(bool *)member = true;
     }
     return 0;
 }
