@@ -7,7 +7,7 @@ build=$root/build
 agent=${DOPPEL_AGENT:-$build/src/agent/doppel-agent}
 
 BUILD_PACKAGES="gcc libc6-dev meson ninja-build pkg-config libzydis-dev libjansson-dev libslirp-dev libglib2.0-dev liburing-dev
-    liblzma-dev libzstd-dev liblz4-dev libdeflate-dev libmicrohttpd-dev libvterm-dev libncurses-dev libxxhash-dev libarchive-dev libgnutls28-dev"
+    liblzma-dev libzstd-dev liblz4-dev libdeflate-dev libmicrohttpd-dev libvterm-dev libseccomp-dev libncurses-dev libxxhash-dev libarchive-dev libgnutls28-dev"
 DEMO_PACKAGES="busybox-static cpio kmod"
 DEBIAN_PACKAGES="mmdebstrap e2fsprogs"
 TEST_PACKAGES="libcmocka-dev openssl g++ clang libclang-rt-14-dev llvm busybox-static cpio kmod expect socat e2fsprogs mmdebstrap python3 iproute2 curl binutils acpica-tools qemu-utils"

@@ -560,6 +560,7 @@ static int create_engine(struct machine *machine, bool goes_on, struct error *er
     machine->engine_ops = engine_find(name, machine->engine_reason, err);
     if (!machine->engine_ops)
         return err->code ? err->code : -EINVAL;
+    machine_begin_sandbox(machine);
     machine->tsc_khz = goes_on ? inputs_tsc_khz_roughly() : inputs_tsc_khz();
     for (;;) {
         int r = create_cpuid(machine, err);
@@ -772,6 +773,7 @@ void machine_destroy(struct machine *machine)
     if (machine->loop)
         loop_destroy(machine->loop);
     sandbox_destroy(machine->sandbox);
+    sandbox_destroy(machine->sandbox_begun);
     if (machine->kernel_fd >= 0)
         close(machine->kernel_fd);
     if (machine->initrd_fd >= 0)

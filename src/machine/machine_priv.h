@@ -160,6 +160,7 @@ struct machine {
     uint64_t tsc_khz;
     bool catch_up; /* snapshot_files' */
     struct sandbox *sandbox; /* NULL: off */
+    struct sandbox *sandbox_begun; /* until it is made */
     bool user_network;       /* the loop's thread may do it */
 
     /* Running: guarded by run_lock, signalled through run_changed. */
@@ -270,6 +271,7 @@ const char *machine_full_disk(const struct machine *machine); /* the path of one
 void machine_retry_disks(struct machine *machine, bool for_good);
 
 /* shut_in.c: the sandbox is made when all files are open and before the first thread is, and entered by each thread first. True: go on. */
+void machine_begin_sandbox(struct machine *machine); /* once the engine is known: some of it is made aside meanwhile */
 int machine_make_sandbox(struct machine *machine, struct error *err);
 bool machine_enter_sandbox(struct machine *machine, unsigned kind);
 

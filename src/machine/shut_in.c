@@ -47,6 +47,13 @@ static unsigned needs(const struct machine *machine)
            (config->direct != DIRECT_OFF && strcmp(engine, "bt") == 0 ? SANDBOX_DIRECT : 0) | (strcmp(engine, "kvm") == 0 ? SANDBOX_KVM : 0);
 }
 
+void machine_begin_sandbox(struct machine *machine)
+{
+    const struct machine_config *config = machine->config;
+    if (config->sandbox)
+        machine->sandbox_begun = sandbox_compile(needs(machine), config->sandbox_omit, config->broker >= 0);
+}
+
 int machine_make_sandbox(struct machine *machine, struct error *err)
 {
     const struct machine_config *config = machine->config;
@@ -75,7 +82,9 @@ int machine_make_sandbox(struct machine *machine, struct error *err)
     }
     for (unsigned i = 0; i < config->share_count; i++)
         paths[sandbox.path_count++] = (struct sandbox_path){config->share[i].path, !config->share[i].readonly, IN_SHARE};
-    int r = sandbox_create(&machine->sandbox, &sandbox, err);
+    int r = sandbox_create(&machine->sandbox_begun, &sandbox, err);
+    machine->sandbox = machine->sandbox_begun;
+    machine->sandbox_begun = NULL;
     if (r == 0)
         loop_set_thread_enter(machine->loop, enter, machine);
     return r;

@@ -13,6 +13,7 @@
 #include <linux/mount.h>
 #include <linux/seccomp.h>
 #include <linux/securebits.h>
+#include <pthread.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdio.h>
@@ -40,6 +41,13 @@ _Static_assert(IN_BROKER == 1u << BROKER_KIND, "the last kind");
 
 struct sandbox {
     struct sock_fprog filter[SANDBOX_KINDS];
+    /* What the filters are made for, aside until joined. */
+    unsigned needs;
+    const char *omit;
+    bool with_broker;
+    int filter_error;
+    bool compiles;
+    pthread_t compiler;
     int landlock[SANDBOX_KINDS]; /* rule sets; -1: the kernel has none */
     int empty_root, network;     /* descriptors; -1: not available or not wanted */
     int broker;                  /* -1: none */
@@ -264,23 +272,66 @@ static void free_filters(struct sandbox *sandbox)
         filter_free(&sandbox->filter[n]);
 }
 
-static int make_filters(struct sandbox *sandbox, const struct sandbox_config *config, bool broker)
+static void *make_filters(void *arg)
 {
+    struct sandbox *sandbox = arg;
     int r = 0;
-    free_filters(sandbox);
     for (unsigned n = 0; n < SANDBOX_KINDS && r == 0; n++)
-        r = filter_make(&sandbox->filter[n], 1u << n, config->needs, config->omit, 1u << n == IN_API && broker);
-    return r;
+        r = filter_make(&sandbox->filter[n], 1u << n, sandbox->needs, sandbox->omit, 1u << n == IN_API && sandbox->with_broker);
+    sandbox->filter_error = r;
+    return NULL;
+}
+
+static struct sandbox *allocate(unsigned needs, const char *omit, bool broker)
+{
+    struct sandbox *sandbox = calloc(1, sizeof *sandbox);
+    if (!sandbox)
+        return NULL;
+    for (unsigned n = 0; n < SANDBOX_KINDS; n++)
+        sandbox->landlock[n] = -1;
+    sandbox->empty_root = sandbox->network = sandbox->broker = -1;
+    sandbox->needs = needs;
+    sandbox->omit = omit;
+    sandbox->with_broker = broker;
+    return sandbox;
+}
+
+struct sandbox *sandbox_compile(unsigned needs, const char *omit, bool broker)
+{
+    struct sandbox *sandbox = allocate(needs, omit, broker);
+    if (sandbox && !(sandbox->compiles = pthread_create(&sandbox->compiler, NULL, make_filters, sandbox) == 0)) {
+        free(sandbox);
+        return NULL;
+    }
+    return sandbox;
+}
+
+static void join_compiler(struct sandbox *sandbox)
+{
+    if (sandbox->compiles)
+        pthread_join(sandbox->compiler, NULL);
+    sandbox->compiles = false;
+}
+
+/* With what was begun aside, when that is what it takes. */
+static int finish_filters(struct sandbox *sandbox, unsigned needs, bool broker)
+{
+    join_compiler(sandbox);
+    if (!sandbox->filter[0].filter || sandbox->needs != needs || sandbox->with_broker != broker) {
+        free_filters(sandbox);
+        sandbox->needs = needs;
+        sandbox->with_broker = broker;
+        make_filters(sandbox);
+    }
+    return sandbox->filter_error;
 }
 
 int sandbox_create(struct sandbox **out, const struct sandbox_config *config, struct error *err)
 {
-    struct sandbox *sandbox = calloc(1, sizeof *sandbox);
+    struct sandbox *sandbox = *out ? *out : allocate(config->needs, config->omit, false);
     *out = NULL;
     if (!sandbox)
         return error_set(err, -ENOMEM, "out of memory");
-    for (unsigned n = 0; n < SANDBOX_KINDS; n++)
-        sandbox->landlock[n] = -1;
     sandbox->outside = ~IN_GUEST | (config->needs & SANDBOX_VSOCK ? IN_LOOP : 0);
     sandbox->drop_user = geteuid() == 0 && has_capability(CAP_SETUID) && has_capability(CAP_SETGID);
     /* Each thread gets a root directory of its own by unshare, which containers' filters may refuse whatever the capabilities. */
@@ -288,10 +339,10 @@ int sandbox_create(struct sandbox **out, const struct sandbox_config *config, st
     sandbox->empty_root = unshares ? make_empty_root(config) : -1;
     sandbox->network = !config->host_network && has_capability(CAP_SYS_ADMIN) ? make_empty_network() : -1;
     sandbox->filters = filter_possible();
-    int r = make_filters(sandbox, config, config->broker >= 0 && sandbox->filters);
+    int r = finish_filters(sandbox, config->needs, config->broker >= 0 && sandbox->filters);
     sandbox->broker = r ? -1 : choose_broker(sandbox, config);
     if (sandbox->broker < 0) /* filters that wait for one cannot be made everywhere */
-        r = make_filters(sandbox, config, false);
+        r = finish_filters(sandbox, config->needs, false);
     if (r)
         error_set(err, r, "sandbox: cannot make the filters of system calls: %s; --sandbox off does without", strerror(-r));
     for (unsigned n = 0; n < SANDBOX_KINDS && r == 0; n++)
@@ -317,6 +368,7 @@ void sandbox_destroy(struct sandbox *sandbox)
 {
     if (!sandbox)
         return;
+    join_compiler(sandbox);
     free_filters(sandbox);
     for (unsigned n = 0; n < SANDBOX_KINDS; n++)
         if (sandbox->landlock[n] >= 0)

@@ -1,8 +1,8 @@
 /*
  * What the program gives up before the first guest instruction, so that whoever takes it over has next to nothing.
  *
- * Two steps. sandbox_begin, first thing and with one thread: namespaces of its own (user, when not root; mounts; IPC). Then, when all files are open: sandbox_create makes what each kind of thread may
- * do, and each thread calls sandbox_enter with its kind as the first thing it does, the creating one last:
+ * Three steps. sandbox_begin, first thing and with one thread: namespaces of its own (user, when not root; mounts; IPC). As soon as it is known what will be needed,
+ * sandbox_compile: filters of system calls are made aside. Then, when all files are open: sandbox_create makes what each kind of thread may do, and each thread calls sandbox_enter with its kind as the first thing it does, the creating one last:
  *   - a root directory that is empty, and no path that leads anywhere (chroot; Landlock), but for those named;
  *   - its own network, when no back end needs the host's;
  *   - no privileges: user and groups nobody when root, no capabilities, no_new_privs;
@@ -37,6 +37,9 @@ struct sandbox_config {
 /* True when namespaces were entered. Single-threaded; before anything is opened or made. */
 void sandbox_begin(void);
 
+/* Begins to make the filters, in a thread of its own. NULL: too little memory; sandbox_create does it all then. */
+struct sandbox *sandbox_compile(unsigned needs, const char *omit, bool broker);
+/* *sandbox is sandbox_compile's or NULL; should more or less be needed than was said then, its filters are made again. NULL after a failure. */
 int sandbox_create(struct sandbox **sandbox, const struct sandbox_config *config, struct error *err) __attribute__((warn_unused_result));
 /* The calling thread only. `kind` is one of IN_MAIN ... Must be called before what it protects from can happen; a failure (with err) means that it did not take effect. */
 int sandbox_enter(const struct sandbox *sandbox, unsigned kind, struct error *err) __attribute__((warn_unused_result));

@@ -1,5 +1,5 @@
 /*
- * From the rules that are spread over the program (util/sandbox_rules.h) to one filter for each kind of thread. They are made once, before threads start; a
+ * From the rules that are spread over the program (util/sandbox_rules.h) to one filter for each kind of thread. libseccomp compiles them once, before threads start; a
  * thread only loads the finished program. A call without a rule raises SIGSYS: the handler says which thread wanted what, and ends the program.
  * Threading: after creation everything here is constant.
  */
@@ -9,6 +9,7 @@
 #include <linux/filter.h>
 #include <linux/if_tun.h>
 #include <linux/seccomp.h>
+#include <seccomp.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -19,7 +20,6 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "sandbox/filter_program.h"
 #include "sandbox/sandbox_priv.h"
 
 /* What the C library does by itself, in any thread. */
@@ -79,23 +79,34 @@ static bool is_omitted(const char *omit, unsigned kind, const struct sandbox_rul
     return omit && strcmp(omit, name) == 0;
 }
 
-/* As many cases as there are rules, and a few of our own. */
-struct case_list {
-    struct filter_case *item;
-    unsigned count;
-};
-
-static void add_case(struct case_list *list, int number, int argument, uint64_t mask, uint64_t value, uint32_t action)
-{
-    list->item[list->count++] = (struct filter_case){number, argument, mask, value, action};
-}
-
-static void add_rule(struct case_list *list, const struct sandbox_rule *rule)
+static int add_rule(scmp_filter_ctx filter, const struct sandbox_rule *rule)
 {
     if (rule->number == SYS_tgkill) /* to other processes it says nothing */
-        add_case(list, SYS_tgkill, ARG_IS(0, (uint64_t)getpid()), SECCOMP_RET_ALLOW);
-    else
-        add_case(list, rule->number, rule->argument, rule->mask, rule->value, SECCOMP_RET_ALLOW);
+        return seccomp_rule_add(filter, SCMP_ACT_ALLOW, rule->number, 1, SCMP_A0(SCMP_CMP_EQ, (scmp_datum_t)getpid()));
+    if (rule->argument < 0)
+        return seccomp_rule_add(filter, SCMP_ACT_ALLOW, rule->number, 0);
+    struct scmp_arg_cmp compare = {.arg = (unsigned)rule->argument, .op = SCMP_CMP_MASKED_EQ, .datum_a = rule->mask, .datum_b = rule->value};
+    return seccomp_rule_add_array(filter, SCMP_ACT_ALLOW, rule->number, 1, &compare);
+}
+
+/* The filter's instructions, by way of a file in memory: libseccomp gives them no other way. */
+static int export_program(scmp_filter_ctx filter, struct sock_fprog *program)
+{
+    struct stat st;
+    int fd = memfd_create("filter", MFD_CLOEXEC), r = fd < 0 ? -errno : seccomp_export_bpf(filter, fd);
+    if (r == 0 && fstat(fd, &st) < 0)
+        r = -errno;
+    if (r == 0) {
+        program->len = (unsigned short)((size_t)st.st_size / sizeof(struct sock_filter));
+        program->filter = malloc((size_t)st.st_size);
+        if (!program->filter)
+            r = -ENOMEM;
+        else if (pread(fd, program->filter, (size_t)st.st_size, 0) != st.st_size)
+            r = -EIO;
+    }
+    if (fd >= 0)
+        close(fd);
+    return r;
 }
 
 /* What the broker does (broker.c, perform): all of it, or what is relative to the working directory, which is what paths without a descriptor are. */
@@ -114,45 +125,57 @@ static bool is_brokered(int number)
     return false;
 }
 
-static void add_brokered(struct case_list *list)
+static int add_brokered(scmp_filter_ctx filter)
 {
-    const uint64_t negative = ~0ull << 31; /* descriptors lack these bits; AT_FDCWD has them, as 32 bits or as 64 */
-    for (size_t n = 0; n < sizeof brokered / sizeof *brokered; n++) {
-        if (brokered[n].by_directory)
-            add_case(list, brokered[n].number, ARG_LACKS(0, negative), SECCOMP_RET_ALLOW);
-        add_case(list, brokered[n].number, -1, 0, 0, SECCOMP_RET_USER_NOTIF);
+    int r = 0;
+    for (size_t n = 0; r == 0 && n < sizeof brokered / sizeof *brokered; n++) {
+        const struct scmp_arg_cmp descriptor = SCMP_A0(SCMP_CMP_LT, 1ull << 31), none = SCMP_A0(SCMP_CMP_GE, 1ull << 31); /* AT_FDCWD is negative */
+        if (!brokered[n].by_directory) {
+            r = seccomp_rule_add(filter, SCMP_ACT_NOTIFY, brokered[n].number, 0);
+            continue;
+        }
+        r = seccomp_rule_add_array(filter, SCMP_ACT_ALLOW, brokered[n].number, 1, &descriptor);
+        if (r == 0)
+            r = seccomp_rule_add_array(filter, SCMP_ACT_NOTIFY, brokered[n].number, 1, &none);
     }
-    add_case(list, SYS_ioctl, ARG_IS(1, BROKERED_IOCTL), SECCOMP_RET_USER_NOTIF);
+    const struct scmp_arg_cmp attaches = SCMP_A1(SCMP_CMP_EQ, BROKERED_IOCTL);
+    return r ? r : seccomp_rule_add_array(filter, SCMP_ACT_NOTIFY, SYS_ioctl, 1, &attaches);
 }
-#define OWN_CASES_MAX (2 + 2 * sizeof brokered / sizeof *brokered + 1)
 
 int filter_make(struct sock_fprog *program, unsigned kind, unsigned needs, const char *omit, bool broker)
 {
     unsigned count;
     const struct sandbox_rule *rules = sandbox_rules(&count);
-    struct case_list list = {.item = calloc(count + OWN_CASES_MAX, sizeof *list.item)};
+    scmp_filter_ctx filter = seccomp_init(SCMP_ACT_TRAP);
+    int r = filter ? 0 : -ENOMEM;
+    if (r == 0)
+        r = seccomp_attr_set(filter, SCMP_FLTATR_CTL_OPTIMIZE, 2); /* a tree: the wanted call is found in few steps */
+    if (r == 0)
+        r = seccomp_attr_set(filter, SCMP_FLTATR_ACT_BADARCH, SCMP_ACT_TRAP); /* INT 0x80 and x32: else only the thread would end, and the program go on without it */
     bool opens = broker, clones = false;
-    if (!list.item)
-        return -ENOMEM;
-    for (unsigned n = 0; n < count; n++) {
+    for (unsigned n = 0; r == 0 && n < count; n++) {
         const struct sandbox_rule *rule = &rules[n];
         if (!(rule->threads & kind) || (rule->needs & needs) != rule->needs || (broker && is_brokered(rule->number)))
             continue;
         opens |= rule->number == SYS_openat;
         clones |= rule->number == SYS_clone;
         if (!is_omitted(omit, kind, rule))
-            add_rule(&list, rule);
+            r = add_rule(filter, rule);
+        if (r == -EEXIST)
+            r = 0;
     }
     /* The C library's free() looks into /proc/sys/vm/overcommit_memory when it gives an arena's memory back, and does without. */
-    if (!opens)
-        add_case(&list, SYS_openat, -1, 0, 0, SECCOMP_RET_ERRNO | EACCES);
+    if (r == 0 && !opens)
+        r = seccomp_rule_add(filter, SCMP_ACT_ERRNO(EACCES), SYS_openat, 0);
     /* Its flags are in memory, where a filter cannot look; the C library does with clone. */
-    if (clones)
-        add_case(&list, SYS_clone3, -1, 0, 0, SECCOMP_RET_ERRNO | ENOSYS);
-    if (broker)
-        add_brokered(&list);
-    int r = filter_program(program, list.item, list.count, SECCOMP_RET_TRAP);
-    free(list.item);
+    if (r == 0 && clones)
+        r = seccomp_rule_add(filter, SCMP_ACT_ERRNO(ENOSYS), SYS_clone3, 0);
+    if (r == 0 && broker)
+        r = add_brokered(filter);
+    if (r == 0)
+        r = export_program(filter, program);
+    if (filter)
+        seccomp_release(filter);
     return r;
 }
 

@@ -36,7 +36,6 @@
 #include <unistd.h>
 
 #include "doppel/doppel.h"
-#include "sandbox/filter_program.h"
 #include "sandbox/sandbox_priv.h"
 #include "util/log.h"
 
@@ -703,30 +702,6 @@ static void filters_send_to_the_broker(void **state)
     filter_free(&program);
 }
 
-/* The kernel's instructions reach only so far; what does not fit is an error and not another filter. */
-static void filters_have_an_end(void **state)
-{
-    struct filter_case cases[1000];
-    struct sock_fprog program;
-    const struct {
-        unsigned calls, of_each;
-        int result;
-    } tables[] = {{0, 0, 0}, {1, 1, 0}, {1, 30, 0}, {1, 60, -E2BIG}, {20, 20, 0}, {40, 20, -E2BIG}, {350, 1, 0}, {900, 1, -E2BIG}};
-    for (size_t n = 0; n < sizeof tables / sizeof *tables; n++) {
-        unsigned count = tables[n].calls * tables[n].of_each;
-        for (unsigned i = 0; i < count; i++)
-            cases[i] = (struct filter_case){(int)(i % tables[n].calls), 1, 0xf0000000fff, i, SECCOMP_RET_ALLOW};
-        assert_int_equal(filter_program(&program, cases, count, SECCOMP_RET_TRAP), tables[n].result);
-        for (unsigned i = 0; tables[n].result == 0 && i <= count; i++) {
-            struct seccomp_data data = {.nr = (int)(i % (tables[n].calls + 1)), .arch = AUDIT_ARCH_X86_64, .args = {0, i | 1ull << 50}};
-            bool allowed = i < count && data.nr == (int)(i % (tables[n].calls ? tables[n].calls : 1));
-            assert_int_equal(verdict(&program, &data), allowed ? SECCOMP_RET_ALLOW : SECCOMP_RET_TRAP);
-        }
-        if (tables[n].result == 0)
-            filter_free(&program);
-    }
-}
-
 /* ---- the tests ---- */
 
 /* What many containers refuse. */
@@ -799,7 +774,6 @@ int main(int argc, char **argv)
         cmocka_unit_test(hijacked),
         cmocka_unit_test(filters_allow_what_rules_say),
         cmocka_unit_test(filters_send_to_the_broker),
-        cmocka_unit_test(filters_have_an_end),
         cmocka_unit_test(named_paths),
         cmocka_unit_test(what_is_left),
     };
