@@ -222,7 +222,13 @@ struct snapshot_files {
 int machine_snapshot_save(struct machine *machine, const struct snapshot_files *files, struct error *err) __attribute__((warn_unused_result));
 /* Fills an initialised, empty configuration with the one a snapshot was made with. */
 int machine_snapshot_config(const struct snapshot_files *files, struct machine_config *config, struct error *err) __attribute__((warn_unused_result));
-/* Whether all the files are there, complete and of one snapshot; the contents of memory are not looked at. */
+/* Whether the state file is complete, each section as it was written, and this program reads all of them. */
+struct snapshot_state {
+    struct chunk_id id;
+    uint64_t ram_bytes;
+};
+int machine_snapshot_check_state(const struct snapshot_files *files, struct snapshot_state *state, struct error *err) __attribute__((warn_unused_result));
+/* The same, and whether all the files are there, complete and of one snapshot; the contents of memory are not looked at. */
 int machine_snapshot_check(const struct snapshot_files *files, struct error *err) __attribute__((warn_unused_result));
 /*
  * As machine_create, in the state of the snapshot. Memory is not read yet (but for `whole`, and under engines of the host): a raw memory file is mapped and shared with

@@ -9,7 +9,7 @@
 int migrate_hello_state(struct migrate_hello *hello, struct state_io *io)
 {
     unsigned lowest = hello->disk_count ? 3 : hello->post_copy ? 2 : 1; /* who does not know what is to come need not begin */
-    unsigned version = state_begin(io, "migration", state_loading(io) ? 3 : lowest);
+    unsigned version = state_begin_unlisted(io, "migration", state_loading(io) ? 3 : lowest);
     state_string(io, &hello->version);
     state_u64(io, &hello->ram_bytes);
     state_string(io, &hello->about);

@@ -147,8 +147,12 @@ int snapshot_encode(struct machine *machine, const struct chunk_id *id, struct s
     int r = header_state(&header, io);
     if (r == 0)
         r = machine_config_state(&config, io);
+    size_t place = 0;
+    (void)state_writer_data(io, &place);
     if (r == 0)
         r = machine_state(machine, io);
+    if (r == 0)
+        r = state_put_parts(io, place);
     return r ? error_set(err, r, "cannot save the machine's state: %s", state_error(io)) : 0;
 }
 
@@ -301,7 +305,7 @@ int machine_snapshot_config(const struct snapshot_files *files, struct machine_c
     return 0;
 }
 
-int machine_snapshot_check(const struct snapshot_files *files, struct error *err)
+int machine_snapshot_check_state(const struct snapshot_files *files, struct snapshot_state *state, struct error *err)
 {
     struct snapshot_header header = {0};
     struct machine_config config;
@@ -315,12 +319,21 @@ int machine_snapshot_check(const struct snapshot_files *files, struct error *err
     if (r)
         return r;
     while (state_next(io, name, &body, &body_bytes))
-        continue;
+        if (strcmp(name, "parts") == 0)
+            state_check_parts(io, body, body_bytes);
     if (state_failed(io) || strcmp(name, "machine") != 0)
         r = error_set(err, -EINVAL, "%s: %s", files->state, state_failed(io) ? state_error(io) : "section \"machine\" is missing");
     state_io_destroy(io);
     free(data);
-    return r ? r : snapshot_check_layers(header.ram_bytes, files, err);
+    *state = (struct snapshot_state){id_of(&header), header.ram_bytes};
+    return r;
+}
+
+int machine_snapshot_check(const struct snapshot_files *files, struct error *err)
+{
+    struct snapshot_state state;
+    int r = machine_snapshot_check_state(files, &state, err);
+    return r ? r : snapshot_check_layers(state.ram_bytes, files, err);
 }
 
 /* Memory before the parts: some look at what they left there. */

@@ -17,10 +17,15 @@
 #define SECTION_MAGIC 0x54535044u  /* "DPST" */
 #define OPTIONAL_MAGIC 0x4f535044u /* "DPSO": who does not know it skips it */
 #define SECTION_DEPTH_MAX 16u
+#define PARTS_MAX 256u
 #define NAME_BYTES_MAX 63u
+
+/* What state_begin is called with anywhere in the program. */
+extern const struct state_part __start_state_parts[] __attribute__((weak, visibility("hidden"))), __stop_state_parts[] __attribute__((weak, visibility("hidden")));
 
 struct section {
     const char *name;
+    bool optional;
     size_t body; /* offset of the body's first byte */
     size_t end;  /* reader: offset behind the body */
 };
@@ -34,6 +39,8 @@ struct state_io {
     size_t position;        /* reader */
     struct section open[SECTION_DEPTH_MAX];
     unsigned depth;
+    struct state_part part[PARTS_MAX]; /* writer: what sections there are, each kind once */
+    unsigned parts;
     uint32_t crc_table[256];
     char error[256];
 };
@@ -203,6 +210,18 @@ static uint64_t get_number(struct state_io *io, unsigned size_bytes)
     return value;
 }
 
+static void note_part(struct state_io *io, const char *name, unsigned version)
+{
+    for (unsigned i = 0; i < io->depth && i < SECTION_DEPTH_MAX; i++)
+        if (io->open[i].optional)
+            return;
+    for (unsigned i = 0; i < io->parts; i++)
+        if (strcmp(io->part[i].name, name) == 0 && io->part[i].version == version)
+            return;
+    if (io->parts < PARTS_MAX)
+        io->part[io->parts++] = (struct state_part){name, version};
+}
+
 static void begin_save(struct state_io *io, struct section *section, unsigned version, uint32_t magic)
 {
     size_t name_bytes = strlen(section->name);
@@ -214,6 +233,9 @@ static void begin_save(struct state_io *io, struct section *section, unsigned ve
     put_number(io, version, 4);
     put_number(io, 0, 8); /* the body's length, filled in by end_save */
     section->body = io->size;
+    section->optional = magic == OPTIONAL_MAGIC;
+    if (!section->optional)
+        note_part(io, section->name, version);
 }
 
 struct header {
@@ -322,7 +344,7 @@ static unsigned begin_load(struct state_io *io, struct section *section, unsigne
     return io->failed ? version : header.version;
 }
 
-unsigned state_begin(struct state_io *io, const char *name, unsigned version)
+unsigned state_begin_unlisted(struct state_io *io, const char *name, unsigned version)
 {
     struct section section = {.name = name};
 
@@ -508,4 +530,79 @@ void state_string(struct state_io *io, char **text)
         return;
     }
     *text = copy;
+}
+
+/* ---- what parts there are ---- */
+
+int state_put_parts(struct state_io *io, size_t place)
+{
+    size_t end = io->size;
+    uint32_t count = io->parts;
+
+    assert(!io->loading && io->depth == 0 && (io->failed || place <= end));
+    if (state_begin_optional(io, "parts", 1) == 0)
+        return io->failed;
+    state_u32(io, &count);
+    for (unsigned i = 0; i < count; i++) {
+        char *name = (char *)(uintptr_t)io->part[i].name;
+        uint32_t version = io->part[i].version;
+
+        state_string(io, &name);
+        state_u32(io, &version);
+    }
+    if (state_end(io) < 0)
+        return io->failed;
+    size_t bytes = io->size - end;
+    uint8_t *copy = malloc(bytes);
+    if (!copy) {
+        fail_with(io, -ENOMEM, "no memory to save");
+        return io->failed;
+    }
+    memcpy(copy, io->buffer + end, bytes);
+    memmove(io->buffer + place + bytes, io->buffer + place, end - place);
+    memcpy(io->buffer + place, copy, bytes);
+    free(copy);
+    return 0;
+}
+
+/* The highest version that the program reads; 0: it knows none. */
+static unsigned known_version(const char *name)
+{
+    unsigned version = 0;
+
+    for (const struct state_part *part = __start_state_parts; part < __stop_state_parts; part++)
+        if (strcmp(part->name, name) == 0 && part->version > version)
+            version = part->version;
+    return version;
+}
+
+void state_check_parts(struct state_io *io, const void *body, size_t body_bytes)
+{
+    struct state_io *list = state_reader_create(body, body_bytes);
+    uint32_t count = 0, version = 0;
+    char reason[256];
+
+    if (!list) {
+        fail_with(io, -ENOMEM, "no memory to load");
+        return;
+    }
+    state_u32(list, &count);
+    for (uint32_t i = 0; i < count && !list->failed && !io->failed; i++) {
+        char *name = NULL;
+
+        state_string(list, &name);
+        state_u32(list, &version);
+        unsigned known = name && name_is_plain(name, strlen(name)) ? known_version(name) : 0;
+        if (!list->failed && version > known) {
+            if (known)
+                snprintf(reason, sizeof(reason), "section \"%.63s\" has version %u; this program reads up to %u", name, version, known);
+            else
+                snprintf(reason, sizeof(reason), "section \"%.63s\" is not known to this program", name && name_is_plain(name, strlen(name)) ? name : "");
+            state_fail(io, reason);
+        }
+        free(name);
+    }
+    if (list->failed)
+        state_fail(io, "section \"parts\" is damaged");
+    state_io_destroy(list);
 }

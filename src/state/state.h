@@ -40,8 +40,21 @@ bool state_loading(const struct state_io *io);
 bool state_failed(const struct state_io *io);
 const char *state_error(const struct state_io *io); /* one line naming section and cause, "" when none */
 
-/* Sections may nest. Loading checks name and version <= `version` and returns the version found (writer: `version`). */
-unsigned state_begin(struct state_io *io, const char *name, unsigned version);
+/*
+ * Sections may nest. Loading checks name and version <= `version` and returns the version found (writer: `version`). Name and version are constants: what sections a program reads, up to which
+ * version, is known without reading one (state_check_parts).
+ */
+#define state_begin(io, name_, version_)                                                                                                                          \
+    __extension__({                                                                                                                                              \
+        static const struct state_part state_part_ __attribute__((used, section("state_parts"), aligned(8))) = {name_, version_};                                \
+        state_begin_unlisted(io, state_part_.name, state_part_.version);                                                                                         \
+    })
+struct state_part {
+    const char *name;
+    unsigned version;
+};
+/* The same for sections that are in no machine's state, whose version may depend on something. `name` stays as long as `io`. */
+unsigned state_begin_unlisted(struct state_io *io, const char *name, unsigned version);
 /*
  * A section between others, or last in one, that readers may lack: those that do not know it, or not its version, skip it. 0: loading, and there is none to be read here;
  * then nothing is to be ended. Also 0 after a failure. Several in a row are to be loaded in the order in which they were saved.
@@ -54,6 +67,14 @@ void state_fail(struct state_io *io, const char *reason);
  * none, or it is damaged (state_failed). `name` has room for 64 bytes; `body` stays valid as long as the data.
  */
 bool state_next(struct state_io *io, char name[64], const void **body, size_t *body_bytes);
+
+/*
+ * Who takes a state of a later program, whose newer parts it cannot read, wants to know before it begins. Writer only: an optional section "parts" is put at `place` (state_writer_data's size when no
+ * section was open), with names and versions of all sections written so far that are not optional. Reader only: fails when the body of such a section, from state_next, names one that this program
+ * does not read.
+ */
+int state_put_parts(struct state_io *io, size_t place) __attribute__((warn_unused_result));
+void state_check_parts(struct state_io *io, const void *body, size_t body_bytes);
 
 void state_bool(struct state_io *io, bool *value);
 void state_u8(struct state_io *io, uint8_t *value);

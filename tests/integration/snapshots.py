@@ -237,6 +237,8 @@ def sections():
         found = list(sections_of(good))
         assert {"snapshot", "config", "machine", "virtio-net", "virtio-blk", "ioapic"} <= {path[-1][1] for path in found} and len(found) > 20, found
 
+        parts_body, parts_end = next(path[0][2:] for path in found if path[0][1] == "parts")
+
         def refused(bad, names, *options, status=1):
             file.write_bytes(bad)
             run("snapshot", "restore", "vm", "one", *options, status=status)
@@ -255,6 +257,11 @@ def sections():
                 for _, _, first, last in reversed(path[:-1]):
                     struct.pack_into("<I", newer, last, zlib.crc32(newer[first:last]))
                 refused(bytes(newer), [name], "--as", "other", status=1 if len(path) == 1 and name != "machine" else 2)  # found out by the process that would run it
+                listed = b"\x01" + struct.pack("<I", len(name)) + name.encode()
+                if (entry := newer.find(listed, parts_body, parts_end)) >= 0 or path[0][1] == "machine":
+                    struct.pack_into("<I", newer, entry + len(listed), 999)
+                    struct.pack_into("<I", newer, parts_end, zlib.crc32(newer[parts_body:parts_end]))
+                    refused(bytes(newer), [name])  # before anything is ended
         file.write_bytes(good)
         print(f"{len(found)} sections")
         meta = file.parent / "snapshot.json"

@@ -9,6 +9,7 @@
 #include <cmocka.h>
 
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -362,13 +363,68 @@ static void test_large(void **state)
     free(back);
 }
 
+/* A state with sections "known" 2 and `name` `version`, and its list: what a program that reads "known" up to 2 says of it. */
+static void list_and_check(const char *name, unsigned version, bool optional, char why[256])
+{
+    struct state_io *writer = state_writer_create(), *reader;
+    size_t place, size;
+    char found[64];
+    const void *body;
+    size_t body_bytes;
+
+    state_begin(writer, "known", 1);
+    assert_int_equal(state_end(writer), 0);
+    (void)state_writer_data(writer, &place);
+    state_begin(writer, "known", 2);
+    if (optional)
+        assert_int_equal(state_begin_optional(writer, "more", 9), 9);
+    state_begin_unlisted(writer, name, version);
+    assert_int_equal(state_end(writer), 0);
+    if (optional)
+        assert_int_equal(state_end(writer), 0);
+    assert_int_equal(state_end(writer), 0);
+    assert_int_equal(state_put_parts(writer, place), 0);
+    const void *data = state_writer_data(writer, &size);
+    reader = state_reader_create((const uint8_t *)data + place, size - place);
+    assert_true(state_next(reader, found, &body, &body_bytes));
+    assert_string_equal(found, "parts");
+    state_check_parts(reader, body, body_bytes);
+    snprintf(why, 256, "%s", state_error(reader));
+    state_io_destroy(reader);
+    reader = state_reader_create((const uint8_t *)data + place, size - place); /* who does not know the list does not see it */
+    state_begin(reader, "known", 2);
+    assert_false(state_failed(reader));
+    state_io_destroy(reader);
+    for (size_t cut = 0; cut < body_bytes; cut++) {
+        struct state_io *io = state_reader_create(data, size);
+        state_check_parts(io, body, cut);
+        assert_true(state_failed(io));
+        state_io_destroy(io);
+    }
+    state_io_destroy(writer);
+}
+
+static void test_parts(void **state)
+{
+    char why[256];
+
+    list_and_check("known", 2, false, why);
+    assert_string_equal(why, "");
+    list_and_check("known", 3, false, why);
+    assert_string_equal(why, "section \"known\" has version 3; this program reads up to 2");
+    list_and_check("new", 1, false, why);
+    assert_string_equal(why, "section \"new\" is not known to this program");
+    list_and_check("new", 1, true, why); /* what may be skipped is, with all that is in it */
+    assert_string_equal(why, "");
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_round_trip), cmocka_unit_test(test_format),
         cmocka_unit_test(test_truncated),  cmocka_unit_test(test_corrupted),
         cmocka_unit_test(test_names_and_versions), cmocka_unit_test(test_failures),
-        cmocka_unit_test(test_large), cmocka_unit_test(test_optional),
+        cmocka_unit_test(test_large), cmocka_unit_test(test_optional), cmocka_unit_test(test_parts),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);
