@@ -143,6 +143,20 @@ int block_image_read(struct block_image *image, uint64_t offset, void *data, uin
     return run(image, BLOCK_READ, offset, data, bytes);
 }
 
+int block_image_check(struct block_image *image, unsigned *count, struct error *err)
+{
+    const struct block *block = image->block;
+    int ret = 0;
+
+    for (*count = 0; ret == 0 && block; ++*count) {
+        bool qcow2 = block->ops == &block_qcow2_ops;
+
+        ret = qcow2 ? qcow2_check(block->private, err) : 0;
+        block = qcow2 ? ((struct qcow2 *)block->private)->backing : NULL;
+    }
+    return ret;
+}
+
 /* ---- where bytes come from ---- */
 
 static int raw_where(const struct block *block, uint64_t offset, uint64_t *bytes, struct block_where *where)

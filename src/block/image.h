@@ -20,6 +20,8 @@ void block_image_info_clear(struct block_image_info *info);
 struct block_image;
 int block_image_open(struct block_image **image, const char *path, const char *format, struct error *err) __attribute__((warn_unused_result));
 void block_image_close(struct block_image *image); /* NULL: nothing */
+/* Whether it and the images below it agree with themselves; contents have no checksums. *count: how many images there are. -EBADMSG: which one, and where it does not. */
+int block_image_check(struct block_image *image, unsigned *count, struct error *err) __attribute__((warn_unused_result));
 uint64_t block_image_bytes(const struct block_image *image);
 int block_image_read(struct block_image *image, uint64_t offset, void *data, uint64_t bytes) __attribute__((warn_unused_result));
 

@@ -188,6 +188,11 @@ void qcow2_free(struct qcow2 *image, uint64_t cluster, uint64_t count);
 /* Counts down what was committed and is in nobody's hands. */
 void qcow2_release(struct qcow2 *image, uint64_t oldest_sequence);
 
+/* ---- checking (qcow2_check.c) ---- */
+
+/* -EBADMSG: an image that is open for reading contradicts itself. Loads its reference counts. */
+int qcow2_check(struct qcow2 *image, struct error *err) __attribute__((warn_unused_result));
+
 /* ---- L2 tables (qcow2_table.c) ---- */
 
 /* Pinned. -EAGAIN: it is being read, wait; -ENOBUFS: a commit has to make room; NULL and 0: there is none (only when not `write`). */

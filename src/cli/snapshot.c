@@ -184,7 +184,7 @@ static int request_snapshot(struct create *create)
 /* snapshot.json, complete. */
 static json_t *describe(const struct create *create)
 {
-    static const char *const from_answer[] = {"id", "parent_id", "pause_ns", "duration_ns", "rounds", "pages", "memory_bytes", "state_bytes", "disk_files"};
+    static const char *const from_answer[] = {"id", "parent_id", "pause_ns", "duration_ns", "rounds", "pages", "memory_bytes", "state_bytes", "memory_xxh3", "state_xxh3", "disk_files"};
     static const char *const from_vm[] = {"arguments", "directory"};
     const char *description = create->arguments->value[SNAPSHOT_DESCRIPTION];
     struct timespec now;

@@ -8,6 +8,7 @@
 #include "cli/report.h"
 #include "cli/snapshot.h"
 #include "cli/usage.h"
+#include "control/snapshot_check.h"
 #include "control/snapshot_disks.h"
 
 /* ---- list, show ---- */
@@ -214,6 +215,64 @@ static int diff_snapshots(const struct arguments *arguments)
     return r;
 }
 
+/* ---- check ---- */
+
+struct checking {
+    const char *vm;
+    bool damaged;
+};
+
+static void report_item(void *ctx, const char *snapshot, const char *item, enum check_result result, const char *text)
+{
+    static const char *const results[] = {[CHECK_SOUND] = "sound", [CHECK_DAMAGED] = "damaged", [CHECK_UNKNOWN] = "not checked"};
+    struct checking *checking = ctx;
+    char name[2 * STORE_NAME_BYTES + 2];
+    checking->damaged |= result == CHECK_DAMAGED;
+    snprintf(name, sizeof name, "%s%s%s", checking->vm, snapshot[0] ? "/" : "", snapshot);
+    report(json_pack("{s:s, s:s, s:s, s:s, s:o}", "vm", checking->vm, "snapshot", snapshot, "item", item, "result", results[result], "message", report_text(text)), "%-28s %-14s %s%s%s", name, item,
+           results[result], text[0] ? ": " : "", text);
+}
+
+/* With those that it needs. */
+static int check_one(const struct stored_snapshot *list, unsigned count, const char *vm, const char *name, const struct chunk_secret *secret, const struct check_report *to)
+{
+    const struct stored_snapshot *at = snapshot_store_by_name(list, count, name);
+    if (!at)
+        return complain(STATUS_ERROR, "%s has no snapshot named %s", vm, name);
+    for (unsigned depth = 0; at && depth <= STORE_DEPTH_MAX; depth++) {
+        snapshot_check(list, count, at, secret, to);
+        at = at->base_id[0] ? snapshot_store_by_id(list, count, at->base_id) : NULL;
+    }
+    return 0;
+}
+
+static int check_snapshots(const struct arguments *arguments)
+{
+    const char *vm = arguments->names[1], *name = arguments->name_count > 2 ? arguments->names[2] : NULL;
+    struct stored_snapshot *list = NULL;
+    unsigned count = 0;
+    struct chunk_secret secret;
+    struct error err = {0};
+    struct checking checking = {.vm = vm};
+    const struct check_report to = {report_item, &checking};
+    int lock = -1, r = snapshot_read_secret(arguments, &secret);
+    if (r == 0 && ((lock = snapshot_store_lock(vm, false, &err)) < 0 || snapshot_store_list(vm, &list, &count, &err)))
+        r = complain(STATUS_ERROR, "%s", err.text);
+    if (r == 0)
+        report_list();
+    if (r == 0 && name)
+        r = check_one(list, count, vm, name, &secret, &to);
+    for (unsigned i = 0; r == 0 && !name && i < count; i++)
+        snapshot_check(list, count, &list[i], &secret, &to);
+    if (r == 0)
+        snapshot_check_rest(vm, list, count, &to);
+    if (lock >= 0)
+        close(lock);
+    explicit_bzero(&secret, sizeof secret);
+    snapshot_store_free(list, count);
+    return r == 0 && checking.damaged ? STATUS_ERROR : r;
+}
+
 /* ---- the command ---- */
 
 #define BIT(option) (1u << (option))
@@ -231,6 +290,7 @@ static const struct {
     {"show", "VM NAME", show_snapshot, 2, 2, 0},
     {"restore", "VM NAME", snapshot_restore, 2, 2, KEY_OPTIONS | BIT(SNAPSHOT_AS) | BIT(SNAPSHOT_LOAD) | BIT(SNAPSHOT_ENGINE)},
     {"delete", "VM NAME...", delete_snapshots, 2, 64, KEY_OPTIONS},
+    {"check", "VM [NAME]", check_snapshots, 1, 2, KEY_OPTIONS},
     {"diff", "VM NAME NAME", diff_snapshots, 3, 3, KEY_OPTIONS},
     {"export", "VM NAME FILE|-", snapshot_export, 3, 3, 0},
     {"import", "FILE|- [VM]", snapshot_import, 1, 2, 0},

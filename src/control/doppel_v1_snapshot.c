@@ -56,9 +56,14 @@ static json_t *describe(const struct machine_snapshot *snapshot, json_t *disks)
     snapshot_id_text(&snapshot->id, id);
     if (snapshot->has_parent)
         snapshot_id_text(&snapshot->parent, parent);
-    return json_pack("{s:s, s:s, s:I, s:I, s:i, s:I, s:I, s:I, s:o}", "id", id, "parent_id", parent, "pause_ns", (json_int_t)snapshot->pause_ns, "duration_ns",
+    json_t *answer = json_pack("{s:s, s:s, s:I, s:I, s:i, s:I, s:I, s:I, s:o}", "id", id, "parent_id", parent, "pause_ns", (json_int_t)snapshot->pause_ns, "duration_ns",
                      (json_int_t)snapshot->duration_ns, "rounds", (int)snapshot->rounds, "pages", (json_int_t)snapshot->pages, "memory_bytes",
                      (json_int_t)snapshot->memory_bytes, "state_bytes", (json_int_t)snapshot->state_bytes, "disk_files", disks);
+    if (snapshot->memory_sum[0])
+        json_object_set_new(answer, "memory_xxh3", json_string(snapshot->memory_sum));
+    if (snapshot->state_sum[0])
+        json_object_set_new(answer, "state_xxh3", json_string(snapshot->state_sum));
+    return answer;
 }
 
 static void *make(void *arg)
@@ -158,7 +163,7 @@ static struct making *prepare(struct http_call *call, struct vm_control *control
     struct making *making = calloc(1, sizeof *making);
     if (making)
         *making = (struct making){.control = control, .call = call, .passing = passing, .state_fd = -1, .memory_fd = -1,
-                                  .snapshot = {.threads = COMPRESSION_THREADS, .progress = note_progress, .ctx = control, .state_name = "the state", .memory_name = "the memory"}};
+                                  .snapshot = {.threads = COMPRESSION_THREADS, .sums = !passing, .progress = note_progress, .ctx = control, .state_name = "the state", .memory_name = "the memory"}};
     bool good = making && understand(making, body, &name);
     if (!good)
         http_reply_error(call, 400, "The body has a \"name\", and may have \"since\" (an identifier), \"zstd_level\" (0 to %d), \"secret\" (hexadecimal) and \"without_disks\".",

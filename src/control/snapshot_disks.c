@@ -257,19 +257,22 @@ static int understand(const struct stored_snapshot *snapshot, const json_t *entr
     return error_set(err, -EBADMSG, "%s/%s: its snapshot.json names no files of disks", snapshot->vm, snapshot->name);
 }
 
-static int check_disk(const struct stored_snapshot *snapshot, const json_t *entry, struct error *err)
+int snapshot_disks_open(const struct stored_snapshot *snapshot, const json_t *entry, struct block_image **image, struct error *err)
 {
     const char *origin, *file, *format;
     uint64_t size_bytes, found;
-    struct block_image *image = NULL;
+    *image = NULL;
     int r = understand(snapshot, entry, &origin, &file, &format, &size_bytes, err);
     if (r == 0)
-        r = block_image_open(&image, file, format, err);
+        r = block_image_open(image, file, format, err);
     if (r)
         return r;
-    found = block_image_bytes(image);
-    block_image_close(image);
-    return found == size_bytes ? 0 : error_set(err, -EBADMSG, "%s has %llu bytes, and was frozen with %llu", file, (unsigned long long)found, (unsigned long long)size_bytes);
+    found = block_image_bytes(*image);
+    if (found == size_bytes)
+        return 0;
+    block_image_close(*image);
+    *image = NULL;
+    return error_set(err, -EBADMSG, "%s has %llu bytes, and was frozen with %llu", file, (unsigned long long)found, (unsigned long long)size_bytes);
 }
 
 int snapshot_disks_check(const struct stored_snapshot *snapshot, const char *vm, struct error *err)
@@ -282,8 +285,14 @@ int snapshot_disks_check(const struct stored_snapshot *snapshot, const char *vm,
     if (r == 0 && json_array_size(files))
         r = snapshot_disks_map(directory, &map, err);
     json_decref(map);
-    json_array_foreach(files, i, entry)
-        r = r ? r : check_disk(snapshot, entry, err);
+    json_array_foreach(r ? NULL : files, i, entry)
+    {
+        struct block_image *image;
+        r = snapshot_disks_open(snapshot, entry, &image, err);
+        if (r)
+            return r;
+        block_image_close(image);
+    }
     return r;
 }
 

@@ -14,6 +14,7 @@
 
 #include <jansson.h>
 
+#include "block/image.h"
 #include "control/snapshot_store.h"
 #include "machine/machine.h"
 
@@ -33,6 +34,8 @@ void snapshot_disks_end(struct disks_under_way *disks, bool in_use);
 
 /* The disks in `config` become what the map in `directory` says. Files are not looked at. */
 int snapshot_disks_apply(const char *directory, struct machine_config *config, struct error *err) __attribute__((warn_unused_result));
+/* One of "disk_files", with all that is below it. */
+int snapshot_disks_open(const struct stored_snapshot *snapshot, const json_t *entry, struct block_image **image, struct error *err) __attribute__((warn_unused_result));
 /* What can be found out before a running `vm` gives its place up: whether the files of a snapshot can be had, with what is below them, and the map of `vm`. */
 int snapshot_disks_check(const struct stored_snapshot *snapshot, const char *vm, struct error *err) __attribute__((warn_unused_result));
 /* New overlays on the files of a snapshot for the machine `vm`, which does not run, and its map. */

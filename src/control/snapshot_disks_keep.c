@@ -257,14 +257,6 @@ static int compare_pair(const struct pair *pair, uint64_t *different, uint64_t *
     return r;
 }
 
-static int open_disk(const struct stored_snapshot *snapshot, size_t index, struct block_image **image, struct error *err)
-{
-    const json_t *entry = json_array_get(json_object_get(snapshot->meta, "disk_files"), index);
-    const char *file = json_string_value(json_object_get(entry, "file")), *format = json_string_value(json_object_get(entry, "format"));
-    *image = NULL;
-    return file && format ? block_image_open(image, file, format, err) : error_set(err, -EBADMSG, "%s/%s: its snapshot.json names no files of disks", snapshot->vm, snapshot->name);
-}
-
 int snapshot_disks_compare(const struct stored_snapshot *a, const struct stored_snapshot *b, uint64_t *different, uint64_t *all, struct error *err)
 {
     size_t count = json_array_size(json_object_get(a->meta, "disk_files"));
@@ -274,9 +266,9 @@ int snapshot_disks_compare(const struct stored_snapshot *a, const struct stored_
     if (r == 0 && count != json_array_size(json_object_get(b->meta, "disk_files")))
         r = error_set(err, -EINVAL, "%s has other disks than %s", a->name, b->name);
     for (size_t i = 0; r == 0 && i < count; i++) {
-        r = open_disk(a, i, &pair.a, err);
+        r = snapshot_disks_open(a, json_array_get(json_object_get(a->meta, "disk_files"), i), &pair.a, err);
         if (r == 0)
-            r = open_disk(b, i, &pair.b, err);
+            r = snapshot_disks_open(b, json_array_get(json_object_get(b->meta, "disk_files"), i), &pair.b, err);
         if (r == 0)
             r = compare_pair(&pair, different, all, err);
         block_image_close(pair.a);

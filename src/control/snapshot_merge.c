@@ -84,6 +84,7 @@ static int source_read(struct source *source, uint64_t chunk, uint64_t wanted, u
 struct merge {
     struct source lower, upper;
     struct chunk_writer *writer; /* NULL: raw */
+    struct page_sum *sum;        /* of a raw file */
     int out;
     char path[STORE_PATH_BYTES + STORE_NAME_BYTES], upper_path[STORE_PATH_BYTES + STORE_NAME_BYTES], lower_path[STORE_PATH_BYTES + STORE_NAME_BYTES];
 };
@@ -95,6 +96,7 @@ static int put(struct merge *merge, uint64_t chunk, uint64_t pages, const uint8_
         return chunk_writer_put(merge->writer, chunk, pages, data, false, err);
     for (; pages; pages &= pages - 1) {
         size_t at = (size_t)__builtin_ctzll(pages) * CHUNK_PAGE_BYTES;
+        page_sum_put(merge->sum, chunk * CHUNK_PAGES + at / CHUNK_PAGE_BYTES, data + at);
         if (memcmp(data + at, zero, sizeof zero) != 0 && pwrite(merge->out, data + at, CHUNK_PAGE_BYTES, (off_t)(chunk * CHUNK_BYTES + at)) != CHUNK_PAGE_BYTES)
             return error_set(err, errno ? -errno : -EIO, "cannot write %s: %s", merge->path, strerror(errno ? errno : EIO));
     }
@@ -131,6 +133,9 @@ static int open_output(struct merge *merge, const struct stored_snapshot *doomed
         return error_set(err, -EBADMSG, "%s has no identifier", needs->name);
     if (layer || encrypted || options.zstd_level)
         return chunk_writer_create(&merge->writer, merge->out, merge->path, &options, err);
+    merge->sum = page_sum_create(options.size_bytes);
+    if (!merge->sum)
+        return error_set(err, -ENOMEM, "out of memory");
     return ftruncate(merge->out, (off_t)options.size_bytes) ? error_set(err, -errno, "cannot write %s: %s", merge->path, strerror(errno)) : 0;
 }
 
@@ -162,7 +167,7 @@ static void next_name(const char *name, char out[STORE_NAME_BYTES])
 }
 
 /* snapshot.json of the one that needed it; then the old file is nobody's. */
-static int switch_over(const struct stored_snapshot *doomed, const struct stored_snapshot *needs, const char *memory, struct error *err)
+static int switch_over(const struct stored_snapshot *doomed, const struct stored_snapshot *needs, const char *memory, const struct page_sum *sum, struct error *err)
 {
     int dir = open(needs->path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
     json_t *meta = json_deep_copy(needs->meta);
@@ -176,6 +181,13 @@ static int switch_over(const struct stored_snapshot *doomed, const struct stored
     json_object_set_new(meta, "encrypted", json_boolean(doomed->encrypted || needs->encrypted));
     json_object_set_new(meta, "zstd_level", json_integer(doomed->zstd_level > needs->zstd_level ? doomed->zstd_level : needs->zstd_level));
     json_object_set_new(meta, "parent_id", json_string(doomed->parent_id));
+    char text[PAGE_SUM_TEXT_BYTES];
+    if (sum) {
+        page_sum_text(sum, text);
+        json_object_set_new(meta, "memory_xxh3", json_string(text));
+    } else {
+        json_object_del(meta, "memory_xxh3");
+    }
     int r = snapshot_store_write_meta(dir, meta);
     if (r == 0)
         unlinkat(dir, needs->memory, 0);
@@ -200,9 +212,10 @@ static int absorb(const struct stored_snapshot *doomed, const struct stored_snap
     source_close(&merge.lower);
     source_close(&merge.upper);
     if (r == 0)
-        r = switch_over(doomed, needs, name, err);
+        r = switch_over(doomed, needs, name, merge.sum, err);
     if (r && merge.out >= 0)
         unlink(merge.path);
+    page_sum_destroy(merge.sum);
     return r;
 }
 

@@ -15,6 +15,7 @@
 #include "machine/config.h"
 #include "machine/console.h"
 #include "state/chunk_file.h"
+#include "state/page_sum.h"
 #include "state/state.h"
 #include "util/counter.h"
 #include "util/error.h"
@@ -252,6 +253,7 @@ struct machine_snapshot {
     int zstd_level;                     /* 0: not compressed; then and without secret and layer, the memory file is raw */
     const struct chunk_secret *secret;  /* NULL: not encrypted */
     unsigned threads;
+    bool sums;                          /* files without checksums of their own get one */
     bool without_disks;                 /* else persistent memory that the guest can write, and disks without an overlay here, are a reason to refuse: -ENOTSUP */
     struct machine_overlay *overlays;   /* put on the disks in the moment that the state is of; the state names the files below. Their descriptors are taken over */
     unsigned overlay_count;
@@ -264,6 +266,7 @@ struct machine_snapshot {
     unsigned rounds;
     uint64_t pause_ns, duration_ns;     /* the longest time that the guest stood still; all of it */
     uint64_t pages, memory_bytes, state_bytes; /* written, those of several rounds several times; in the files */
+    char memory_sum[PAGE_SUM_TEXT_BYTES], state_sum[PAGE_SUM_TEXT_BYTES]; /* of a raw memory file, of a state file that is not wrapped; else "" */
 };
 int machine_snapshot_live(struct machine *machine, struct machine_snapshot *snapshot, struct error *err) __attribute__((warn_unused_result));
 /*

@@ -18,6 +18,7 @@
 #include "util/sandbox_rules.h"
 
 SANDBOX_ALLOW(IN_API, ftruncate);
+SANDBOX_ALLOW(IN_API, pread64);
 SANDBOX_ALLOW(IN_API, fsync);
 
 _Static_assert(CHUNK_PAGES == 64 && CHUNK_PAGE_BYTES == PAGE_SIZE_BYTES, "a word of a map of pages is a chunk");
@@ -30,11 +31,14 @@ struct live {
     struct machine_snapshot *snapshot;
     const struct snapshot_sink *sink; /* NULL: files */
     struct chunk_writer *writer; /* NULL: the memory file is raw */
+    struct page_sum *sum; /* of a raw file; NULL: none is wanted */
+    uint8_t *bounce;      /* of a raw file: a chunk's pages as they are written */
     uint64_t ram_bytes, words; /* a word has a chunk's pages */
     uint64_t *taken, *todo;    /* marks that were taken; pages to be written now */
     uint8_t *room;          /* copies of pages, by chunk and number */
     uint64_t room_pages;
     bool first, last, copied; /* the file is still empty: holes are zero; it is the last round in any case; the last pages are in `room` */
+    bool still; /* the guest stands still: sums come later */
     struct state_io *state;
     uint64_t expected, still_since_ns;
 };
@@ -55,33 +59,79 @@ static uint8_t *ram_at(const struct live *live, uint64_t chunk)
 
 /* ---- writing ---- */
 
-static int write_raw_page(struct live *live, uint64_t page, const uint8_t *data, struct error *err)
+static bool is_zero(const uint8_t *page)
 {
-    bool zero = data[0] == 0 && memcmp(data, data + 1, PAGE_SIZE_BYTES - 1) == 0;
-    for (uint64_t done = 0; !(zero && live->first) && done < PAGE_SIZE_BYTES;) {
-        ssize_t n = pwrite(live->snapshot->memory_fd, data + done, PAGE_SIZE_BYTES - done, (off_t)(page * PAGE_SIZE_BYTES + done));
+    return page[0] == 0 && memcmp(page, page + 1, PAGE_SIZE_BYTES - 1) == 0;
+}
+
+static int write_raw_bytes(const struct live *live, const uint8_t *data, uint64_t bytes, uint64_t at, struct error *err)
+{
+    while (bytes) {
+        ssize_t n = pwrite(live->snapshot->memory_fd, data, bytes, (off_t)at);
         if (n < 0 && errno != EINTR)
             return error_set(err, -errno, "cannot write %s: %s", live->snapshot->memory_name, strerror(errno));
-        done += n > 0 ? (uint64_t)n : 0;
+        data += n > 0 ? n : 0;
+        at += n > 0 ? (uint64_t)n : 0;
+        bytes -= n > 0 ? (uint64_t)n : 0;
     }
+    return 0;
+}
+
+/* Pages in a row, which nobody changes meanwhile. Those of zeroes are left out where the file is empty. */
+static int write_raw_run(const struct live *live, uint64_t page, uint64_t count, const uint8_t *data, struct error *err)
+{
+    int r = 0;
+    for (uint64_t n = 0; live->sum && !live->still && n < count; n++)
+        page_sum_put(live->sum, page + n, data + n * PAGE_SIZE_BYTES);
+    for (uint64_t n = 0, run; r == 0 && n < count; n += run ? run : 1) {
+        for (run = 0; n + run < count && !(live->first && is_zero(data + (n + run) * PAGE_SIZE_BYTES)); run++)
+            continue;
+        r = write_raw_bytes(live, data + n * PAGE_SIZE_BYTES, run * PAGE_SIZE_BYTES, (page + n) * PAGE_SIZE_BYTES, err);
+    }
+    return r;
+}
+
+/* The guest may write to its pages meanwhile: what goes to the file and into the sum is a copy. */
+static int write_raw_chunk(struct live *live, uint64_t chunk, uint64_t pages, const uint8_t *data, bool packed, struct error *err)
+{
+    int r = 0;
+    unsigned done = 0, count;
+    for (uint64_t left = pages; r == 0 && left; done += count) {
+        unsigned first = (unsigned)__builtin_ctzll(left);
+        uint64_t ones = ~(left >> first);
+        count = ones ? (unsigned)__builtin_ctzll(ones) : CHUNK_PAGES;
+        const uint8_t *from = data + (uint64_t)(packed ? done : first) * PAGE_SIZE_BYTES;
+        if (!packed && !live->still)
+            from = memcpy(live->bounce, from, (size_t)count * PAGE_SIZE_BYTES);
+        r = write_raw_run(live, chunk * CHUNK_PAGES + first, count, from, err);
+        left &= count == CHUNK_PAGES ? 0 : ~(((1ull << count) - 1) << first);
+    }
+    return r;
+}
+
+/* Sums of the pages that were written while the guest stood still. */
+static int sum_last_round(const struct live *live, struct error *err)
+{
+    for (uint64_t chunk = 0; live->sum && chunk < live->words; chunk++)
+        for (uint64_t left = live->todo[chunk]; left; left &= left - 1) {
+            uint64_t page = chunk * CHUNK_PAGES + (unsigned)__builtin_ctzll(left);
+            ssize_t n = pread(live->snapshot->memory_fd, live->bounce, PAGE_SIZE_BYTES, (off_t)(page * PAGE_SIZE_BYTES));
+            if (n != (ssize_t)PAGE_SIZE_BYTES)
+                return error_set(err, n < 0 ? -errno : -EIO, "cannot read %s: %s", live->snapshot->memory_name, n < 0 ? strerror(errno) : "it is cut short");
+            page_sum_put(live->sum, page, live->bounce);
+        }
     return 0;
 }
 
 /* One chunk's pages, where they are in RAM or (`packed`) one after the other. */
 static int write_chunk(struct live *live, uint64_t chunk, uint64_t pages, const uint8_t *data, bool packed, struct error *err)
 {
-    int r = 0;
-    unsigned n = 0;
     live->snapshot->pages += (uint64_t)__builtin_popcountll(pages);
     if (live->sink)
         return live->sink->put(live->sink->ctx, chunk, pages, data, err);
     if (live->writer)
         return chunk_writer_put(live->writer, chunk, pages, data, packed, err);
-    for (uint64_t left = pages; r == 0 && left; left &= left - 1, n++) {
-        unsigned page = (unsigned)__builtin_ctzll(left);
-        r = write_raw_page(live, chunk * CHUNK_PAGES + page, data + (packed ? n : page) * PAGE_SIZE_BYTES, err);
-    }
-    return r;
+    return write_raw_chunk(live, chunk, pages, data, packed, err);
 }
 
 /* Those of `todo` that are with a page source yet. */
@@ -162,10 +212,12 @@ static int look(struct machine *machine, void *ctx, struct error *err)
     live->last = step != SNAPSHOT_ANOTHER_ROUND;
     if (!live->last)
         return 0;
+    live->still = true;
     if (!live->sink && count <= live->room_pages)
         r = copy_pages(live, err);
     else if (step == SNAPSHOT_LAST_ROUND)
         r = write_round(live, false, err);
+    live->still = false;
     if (r == 0)
         r = snapshot_encode(machine, &live->snapshot->id, &live->state, err);
     if (r == 0 && live->snapshot->overlay_count) { /* the state names what is below them */
@@ -209,8 +261,8 @@ static int write_memory(struct live *live, struct error *err)
         if (r == 0)
             r = look_while_still(live, err);
     }
-    if (r == 0 && live->copied)
-        r = write_copies(live, err);
+    if (r == 0)
+        r = live->copied ? write_copies(live, err) : sum_last_round(live, err);
     return r;
 }
 
@@ -228,6 +280,10 @@ static int begin_memory_file(struct live *live, struct error *err)
                                     .secret = snapshot->secret, .threads = is_wrapped(snapshot) ? snapshot->threads : 0};
     if (snapshot->layer || is_wrapped(snapshot))
         return chunk_writer_create(&live->writer, snapshot->memory_fd, snapshot->memory_name, &options, err);
+    live->bounce = malloc(CHUNK_BYTES);
+    live->sum = snapshot->sums ? page_sum_create(live->ram_bytes) : NULL;
+    if (!live->bounce || (snapshot->sums && !live->sum))
+        return error_set(err, -ENOMEM, "out of memory");
     return ftruncate(snapshot->memory_fd, (off_t)live->ram_bytes) < 0 ? error_set(err, -errno, "cannot write %s: %s", snapshot->memory_name, strerror(errno)) : 0;
 }
 
@@ -236,6 +292,8 @@ static int end_memory_file(struct live *live, struct error *err)
     struct chunk_totals totals;
     if (!live->writer) {
         live->snapshot->memory_bytes = live->ram_bytes;
+        if (live->sum)
+            page_sum_text(live->sum, live->snapshot->memory_sum);
         return 0;
     }
     int r = chunk_writer_finish(live->writer, &totals, err);
@@ -253,6 +311,8 @@ static int write_state_file(struct live *live, struct error *err)
         struct chunk_options options = {.size_bytes = size, .id = snapshot->id, .zstd_level = snapshot->zstd_level, .secret = snapshot->secret};
         return chunk_file_write(snapshot->state_fd, snapshot->state_name, data, &options, err);
     }
+    if (snapshot->sums)
+        page_sum_bytes(data, size, snapshot->state_sum);
     for (size_t done = 0; done < size;) {
         ssize_t n = write(snapshot->state_fd, data + done, size - done);
         if (n < 0 && errno != EINTR)
@@ -316,6 +376,8 @@ static int prepare(struct live *live, struct error *err)
 static void release(struct live *live)
 {
     chunk_writer_destroy(live->writer);
+    page_sum_destroy(live->sum);
+    free(live->bounce);
     state_io_destroy(live->state);
     if (live->room)
         munmap(live->room, live->room_pages * PAGE_SIZE_BYTES);
@@ -334,6 +396,7 @@ int snapshot_to_sink(struct machine *machine, struct machine_snapshot *snapshot,
     snapshot->rounds = 0;
     snapshot->overlaid = false;
     snapshot->pages = snapshot->pause_ns = 0;
+    snapshot->memory_sum[0] = snapshot->state_sum[0] = '\0';
     int r = prepare(&live, err);
     if (r == 0 && snapshot->overlay_count)
         machine_disks_write_back(machine);

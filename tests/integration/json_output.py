@@ -150,6 +150,7 @@ CASES = [
     ("snapshot create", ["vm", "one"], has(vm="vm", name="one", kind="full")),
     ("snapshot list", ["vm"], each(vm="vm", name="one")),
     ("snapshot show", ["vm", "one"], has(vm="vm", name="one", kind="full")),
+    ("snapshot check", ["vm"], each(vm="vm", result="sound", message="")),
     ("snapshot diff", ["vm", "one", "one"], has(pages_different=0, pages=1024, sections={})),
     ("snapshot export", ["vm", "one", "one.tar"], keys("vm", "name", "file", "bytes")),
     ("snapshot import", ["one.tar", "other"], each(vm="other", name="one", known=False)),

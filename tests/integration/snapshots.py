@@ -204,6 +204,70 @@ def disks():
         assert knows("vm", "a")
 
 
+def check():
+    """`snapshot check` finds each bit that changed, and says in what: state, memory of all kinds, tables of disks, descriptions; and that all is sound when it is."""
+    generator = random.Random(int(os.environ.get("SEED", "1")))
+    with runtime() as folder:
+        place = pathlib.Path(f"{folder}/data/doppel/snapshots/vm")
+        key = ("--key-file", "key")
+        pathlib.Path("key").write_text("a phrase of some length\n")
+        with open("disk", "wb") as disk:
+            disk.truncate(1 << 20)
+        start(KEEPS, "--disk", "disk", name="vm")
+        for name, options in ("raw", ()), ("layer", ("--incremental",)), ("packed", ("--incremental", "--compress", "zstd")), ("secret", ("--incremental", "--encrypt", *key)), ("last", ("--no-disks",)):
+            type_in("vm", name)
+            run("snapshot", "create", "vm", name, *options)
+        made = snapshots("vm")
+
+        def told(*arguments, status=0):
+            rows = json.loads(run("snapshot", "check", "vm", "--json", *arguments, status=status))
+            return {(row["snapshot"], row["item"]): row["result"] for row in rows if row["result"] != "sound"}, len(rows)
+        assert told(*key) == ({}, 5 * 3 + 3 + 4 + 1) and told("layer", *key) == ({}, 2 * 3 + 1 + 2 + 1)
+        assert told("secret")[0] == {("secret", "state"): "not checked", ("secret", "memory"): "not checked"}
+        run("snapshot", "check", "vm", "other", status=1)
+        run("snapshot", "check", "other")
+
+        def found(file, at, bit, *items):
+            good = file.read_bytes()
+            file.write_bytes(good[:at] + bytes([good[at] ^ bit]) + good[at + 1:])
+            assert told(*key, status=1)[0] == {item: "damaged" for item in items}, (file, at, bit)
+            file.write_bytes(good)
+        for name in made:
+            content = (place / name / "state").read_bytes()
+            sample = range(4096, len(content)) if content.startswith(b"DOPPELCF") else range(len(content))  # between header and parts there is nothing
+            for at in generator.sample(sample, 6):
+                found(place / name / "state", at, 1 << generator.randrange(8), (name, "state"))
+            packed = (place / name / "memory").stat().st_size < 4 << 20
+            size = 144 if packed else 4 << 20  # of a chunk file the header, and what follows
+            for at in [*generator.sample(range(size), 4), size - 1, *([4096, (place / name / "memory").stat().st_size - 1] if packed else [0, 4096])]:
+                found(place / name / "memory", at, 1 << generator.randrange(8), (name, "memory"))
+        frozen = pathlib.Path(made["layer"]["disk_files"][0]["file"])
+        header = struct.unpack_from(">QQ", frozen.read_bytes(), 40)  # of the L1 and the reference count table
+        for at in 0, 31, header[0] + 3, header[1] + 3:
+            found(frozen, at, 4, ("layer", "disk0"), ("packed", "disk0"), ("secret", "disk0"))
+        os.rename(frozen, "elsewhere")
+        assert told(*key, status=1)[0] == {(name, "disk0"): "damaged" for name in ("layer", "packed", "secret")}
+        os.rename("elsewhere", frozen)
+        found(place / ".disks/map.json", 5, 1, ("", "map of disks"))
+        assert told(*key)[0] == {}
+        os.rename(place / "layer", "elsewhere")
+        assert told(*key, status=1)[0] == {("packed", "base"): "damaged"} and told("packed", *key, status=1)[0] == {("packed", "base"): "damaged"}
+        os.rename("elsewhere", place / "layer")
+        good = (place / "last/snapshot.json").read_bytes()
+        (place / "last/snapshot.json").write_bytes(good.replace(b"memory", b"memorx"))
+        assert told(*key, status=1)[0] == {("last", "snapshot.json"): "damaged"}
+        plain = json.loads(good)
+        for member in "checksum", "memory_xxh3", "state_xxh3":
+            del plain[member]  # the first versions had none
+        (place / "last/snapshot.json").write_text(json.dumps(plain))
+        assert told(*key)[0] == {("last", "memory"): "not checked"}
+        (place / "last/snapshot.json").write_bytes(good)
+        run("snapshot", "delete", "vm", "raw", *key)  # what is merged has a checksum again
+        assert snapshots("vm")["layer"]["memory_xxh3"] != made["raw"]["memory_xxh3"] and told(*key)[0] == {}
+        run("snapshot", "delete", "vm", "layer", *key)
+        assert "memory_xxh3" not in snapshots("vm")["packed"] and told(*key)[0] == {}
+
+
 def sections_of(data, first=0, end=None, inside=()):
     """(names from the outermost on, places of their heads, first and end of the body) of each section of a state file, docs/formats.md."""
     end = len(data) if end is None else end
@@ -355,4 +419,4 @@ def faults():
 
 
 if __name__ == "__main__":
-    {"tree": tree, "faults": faults, "ahead": ahead, "sections": sections, "disks": disks}[sys.argv[2]]()
+    {"tree": tree, "faults": faults, "ahead": ahead, "sections": sections, "disks": disks, "check": check}[sys.argv[2]]()

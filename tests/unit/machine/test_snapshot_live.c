@@ -39,11 +39,18 @@ static void layer_close(struct layer *layer)
 static int save(struct machine *machine, struct layer *layer, const struct layer *below, int zstd_level, bool encrypted, struct machine_snapshot *out, struct error *err)
 {
     *out = (struct machine_snapshot){.state_fd = layer->state, .memory_fd = layer->memory, .state_name = "the state", .memory_name = "the memory", .layer = below != NULL,
-                                     .zstd_level = zstd_level, .secret = encrypted ? &secret : NULL, .threads = 2};
+                                     .zstd_level = zstd_level, .secret = encrypted ? &secret : NULL, .threads = 2, .sums = true};
     if (below)
         out->parent = below->id;
     int r = machine_snapshot_live(machine, out, err);
     layer->id = out->id;
+    bool raw = !below && !zstd_level && !encrypted;
+    char sum[PAGE_SUM_TEXT_BYTES];
+    assert_int_equal(out->memory_sum[0] != 0, r == 0 && raw);
+    if (r == 0 && raw) { /* whatever the guest wrote meanwhile */
+        must(page_sum_file(layer->memory, "memory", out->memory_bytes, sum, err), err);
+        assert_string_equal(sum, out->memory_sum);
+    }
     return r;
 }
 
