@@ -227,20 +227,20 @@ def check():
         run("snapshot", "check", "vm", "other", status=1)
         run("snapshot", "check", "other")
 
-        def found(file, at, bit, *items):
+        def found(file, at, bit, *items, which=()):
             good = file.read_bytes()
             file.write_bytes(good[:at] + bytes([good[at] ^ bit]) + good[at + 1:])
-            assert told(*key, status=1)[0] == {item: "damaged" for item in items}, (file, at, bit)
+            assert told(*which, *key, status=1)[0] == {item: "damaged" for item in items}, (file, at, bit)
             file.write_bytes(good)
         for name in made:
             content = (place / name / "state").read_bytes()
             sample = range(4096, len(content)) if content.startswith(b"DOPPELCF") else range(len(content))  # between header and parts there is nothing
             for at in generator.sample(sample, 6):
-                found(place / name / "state", at, 1 << generator.randrange(8), (name, "state"))
+                found(place / name / "state", at, 1 << generator.randrange(8), (name, "state"), which=[name])
             packed = (place / name / "memory").stat().st_size < 4 << 20
             size = 144 if packed else 4 << 20  # of a chunk file the header, and what follows
             for at in [*generator.sample(range(size), 4), size - 1, *([4096, (place / name / "memory").stat().st_size - 1] if packed else [0, 4096])]:
-                found(place / name / "memory", at, 1 << generator.randrange(8), (name, "memory"))
+                found(place / name / "memory", at, 1 << generator.randrange(8), (name, "memory"), which=[name])
         frozen = pathlib.Path(made["layer"]["disk_files"][0]["file"])
         header = struct.unpack_from(">QQ", frozen.read_bytes(), 40)  # of the L1 and the reference count table
         for at in 0, 31, header[0] + 3, header[1] + 3:
