@@ -507,6 +507,11 @@ void virtqueue_state(struct virtqueue *queue, struct state_io *io)
     state_u64(io, &rings.used);
     state_u16(io, &avail_next);
     state_u16(io, &used_next);
+    if (enabled) {
+        state_needs(io, rings.descriptors, sizeof(struct descriptor) * (uint64_t)size);
+        state_needs(io, rings.available, available_bytes(size));
+        state_needs(io, rings.used, used_bytes_of(size));
+    }
     if (!state_loading(io))
         return;
 

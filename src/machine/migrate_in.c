@@ -26,6 +26,7 @@ struct machine_incoming {
     uint8_t post_copy_id[MIGRATE_ID_BYTES];
     uint64_t *remote; /* pages that come later; NULL: none. All are known */
     bool remote_complete;
+    uint64_t bytes, began_ns; /* of pages and all that is between them */
     struct disks_in *disks; /* NULL: none come */
     bool keep_disks;
 };
@@ -156,12 +157,14 @@ static int receive_all(struct machine *machine, struct machine_incoming *incomin
     uint64_t ram_bytes = physmap_ram_bytes(machine->memory), chunks = (ram_bytes + CHUNK_BYTES - 1) / CHUNK_BYTES;
     uint8_t *ram = physmap_get(machine->memory, 0, PAGE_SIZE_BYTES, PHYSMAP_WRITE);
     bool last = false;
+    incoming->began_ns = loop_now_ns();
     while (!last) {
         const uint8_t *body;
         size_t size;
         unsigned type;
         stream_set_deadline(incoming->stream, loop_now_ns() + SILENCE_NS);
         int r = stream_get(incoming->stream, &type, &body, &size, err);
+        incoming->bytes += r == 0 ? size : 0;
         if (r == 0 && type == MIGRATE_PAGES && !incoming->state_bytes && !incoming->remote)
             r = unpacker_take(incoming->unpacker, ram, ram_bytes, body, size, err);
         else if (r == 0 && type == MIGRATE_DISK && !incoming->state_bytes)
@@ -180,6 +183,12 @@ static int receive_all(struct machine *machine, struct machine_incoming *incomin
             return r;
     }
     return 0;
+}
+
+static uint64_t bytes_a_s(const struct machine_incoming *incoming)
+{
+    uint64_t took_ns = loop_now_ns() - incoming->began_ns + 1;
+    return (uint64_t)((double)incoming->bytes * 1e9 / (double)took_ns);
 }
 
 /* The machine is complete and has no thread yet. */
@@ -201,7 +210,7 @@ static int begin_incoming(struct machine *machine, void *ctx, struct error *err)
         r = receive_all(machine, incoming, err);
     if (r == 0)
         r = disks_in_settle(incoming->disks, err);
-    if (r == 0 && incoming->remote && (r = post_copy_target_create(machine, incoming->stream, incoming->unpacker, incoming->post_copy_id, incoming->remote, err)) == 0)
+    if (r == 0 && incoming->remote && (r = post_copy_target_create(machine, incoming->stream, incoming->unpacker, incoming->post_copy_id, incoming->remote, bytes_a_s(incoming), err)) == 0)
         incoming->unpacker = NULL;
     if (r == 0)
         r = machine_take_over_disks(machine, err);

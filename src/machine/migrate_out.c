@@ -24,6 +24,7 @@
 #define FRAMES_BYTES_MAX (2ull << 20)
 #define FRAMES_PER_S 100u /* what is sent of them takes no more than a hundredth of a second */
 #define RATE_FIRST (256ull << 20)  /* bytes a second, as long as none was measured */
+#define MEASURED_BYTES_MIN (1ull << 20)
 #define FEW_PAGES_MIN 64u
 #define ROUNDS_MAX 40u
 #define SLOW_ROUNDS 2u     /* in a row, before the guest is held up (more) */
@@ -49,6 +50,7 @@ struct source {
     unsigned takes;                /* MIGRATE_TAKES_* */
     uint64_t way_ns;               /* there and back, when nothing else is on its way; 0: not known */
     double rate;                   /* bytes a second, as measured */
+    uint64_t round_ns, round_bytes; /* when this round began, and what had been sent */
     struct packer *packer;
     struct migrate_hello hello;
 };
@@ -142,21 +144,37 @@ static int echo(struct source *source, struct error *err)
     return r ? r : migrate_expect(source->stream, MIGRATE_ECHO, &body, &size, err);
 }
 
+static uint64_t bytes_sent(const struct source *source)
+{
+    return source->migration->zstd_level ? source->rounds.pages * PAGE_SIZE_BYTES : stream_bytes_sent(source->stream);
+}
+
+/* How fast it goes, by the last round that sent enough to tell. */
+static void measure(struct source *source, uint64_t now)
+{
+    uint64_t bytes = bytes_sent(source) - source->round_bytes, took_ns = now - source->round_ns;
+    if (took_ns > 1000000 && bytes > MEASURED_BYTES_MIN)
+        source->rate = (double)bytes * 1e9 / (double)took_ns;
+    source->round_bytes = bytes_sent(source);
+    source->round_ns = now;
+}
+
 /*
  * What was sent waits in this host and in the network for as long as a second, and nothing overtakes it: it is to be there before the guest stands still. The second answer, with nothing else on its way, tells how long that is.
  */
 static int wait_until_there(struct source *source, struct error *err)
 {
-    if (!(source->takes & MIGRATE_TAKES_ECHO) || machine_is_paused(source->machine))
-        return 0;
+    bool echoes = source->takes & MIGRATE_TAKES_ECHO && !machine_is_paused(source->machine);
     int r = packer_flush(source->packer, err);
-    if (r == 0)
+    if (r == 0 && echoes)
         r = echo(source, err);
-    uint64_t began_ns = loop_now_ns();
-    if (r || !source->migration->post_copy)
+    uint64_t there_ns = loop_now_ns();
+    measure(source, there_ns);
+    if (r || !echoes || !source->migration->post_copy)
         return r;
     r = echo(source, err);
-    source->way_ns = loop_now_ns() - began_ns;
+    source->round_ns = loop_now_ns();
+    source->way_ns = source->round_ns - there_ns;
     return r;
 }
 
@@ -174,16 +192,19 @@ static int between(void *ctx, struct error *err)
     return r ? r : wait_until_there(source, err);
 }
 
+/* That go in half of the time that the guest may stand still; the rest is for the state. */
+static uint64_t few_pages(const struct source *source)
+{
+    return (uint64_t)(source->rate * (double)source->migration->downtime_ns / 2e9) / PAGE_SIZE_BYTES;
+}
+
 /*
  * As many as go in half of the time that the guest may stand still; the rest is for the state. Of disks nothing may be left then: first comes another round, with the guest paused when little is left.
  */
 static enum snapshot_step what_now(void *ctx, uint64_t count, uint64_t still_since_ns, bool must)
 {
     struct source *source = ctx;
-    uint64_t took_ns = still_since_ns - source->sending_ns, sent = source->migration->zstd_level ? source->rounds.pages * PAGE_SIZE_BYTES : stream_bytes_sent(source->stream);
-    double rate = took_ns > 1000000 && sent ? (double)sent * 1e9 / (double)took_ns : RATE_FIRST;
-    source->rate = rate;
-    uint64_t few = (uint64_t)(rate * (double)source->migration->downtime_ns / 2e9) / PAGE_SIZE_BYTES, disks = source->disks ? disks_out_left(source->disks) : 0;
+    uint64_t few = few_pages(source), disks = source->disks ? disks_out_left(source->disks) : 0;
     bool fits = count + disks / PAGE_SIZE_BYTES <= (few > FEW_PAGES_MIN ? few : FEW_PAGES_MIN);
     if (!fits && !source->paused_ns)
         slow_down(source, count + disks / PAGE_SIZE_BYTES);
@@ -261,13 +282,17 @@ static int send_frames(const struct source *source, struct error *err)
     return source->takes & MIGRATE_TAKES_FRAME ? migrate_send_frames(source->machine, source->stream, most, err) : 0;
 }
 
-static int leave_pages(struct source *source, const uint64_t *left, struct error *err)
+static int leave_pages(struct source *source, const struct state_io *state, const uint64_t *left, struct error *err)
 {
+    unsigned need_count;
+    const struct state_need *needs = state_needed(state, &need_count);
     int r = post_copy_source_create(source->machine, left, err);
     if (r)
         return r;
-    post_copy_source_connect(source->machine->post_copy_source, source->stream, source->packer);
-    return post_copy_source_announce(source->machine->post_copy_source, err);
+    struct post_copy_source *pages = source->machine->post_copy_source;
+    post_copy_source_connect(pages, source->stream, source->packer, (struct post_copy_way){.bytes_a_s = source->rate, .ns = source->way_ns});
+    r = post_copy_source_send_ahead(pages, needs, need_count, err);
+    return r ? r : post_copy_source_announce(pages, err);
 }
 
 /* On the loop's thread; everything stands still. */
@@ -279,11 +304,13 @@ static int hand_over(void *ctx, struct state_io *state, const uint64_t *left, st
     stream_set_deadline(source->stream, source->still_ns + HANDOVER_NS);
     int r = packer_flush(source->packer, err);
     if (r == 0 && left)
-        r = leave_pages(source, left, err);
+        r = leave_pages(source, state, left, err);
     if (r == 0)
         r = machine_give_disks(source->machine, true, err);
     if (r == 0)
         r = send_state(source, state, err);
+    if (r == 0 && left)
+        r = post_copy_source_fill(source->machine->post_copy_source, err);
     if (r == 0)
         r = expect(source, MIGRATE_READY, err);
     if (r == 0)
@@ -346,7 +373,7 @@ static int go_on(struct source *source, struct error *err)
     struct machine *machine = source->machine;
     if (!machine->post_copy_source)
         return error_set(err, -EINVAL, "there is no migration of it to go on with");
-    post_copy_source_connect(machine->post_copy_source, source->stream, source->packer);
+    post_copy_source_connect(machine->post_copy_source, source->stream, source->packer, (struct post_copy_way){0});
     int r = post_copy_source_rejoin(machine->post_copy_source, err);
     if (r)
         return r;
@@ -420,7 +447,8 @@ static int move(struct source *source, struct error *err)
     if (r == 0)
         r = migrate_expect(source->stream, MIGRATE_WELCOME, &body, &size, err);
     source->takes = r == 0 && size > 2 && body[size - 2] == 0 ? body[size - 1] : 0;
-    source->sending_ns = loop_now_ns();
+    source->sending_ns = source->round_ns = loop_now_ns();
+    source->rate = RATE_FIRST;
     if (r == 0 && source->disks)
         r = send_disks_first(source, err);
     if (r == 0)

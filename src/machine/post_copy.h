@@ -23,8 +23,17 @@ struct post_copy_source;
 int post_copy_source_create(struct machine *machine, const uint64_t *left, struct error *err) __attribute__((warn_unused_result));
 void post_copy_source_destroy(struct machine *machine);
 uint64_t post_copy_source_pages(const struct post_copy_source *source); /* that were not sent */
-void post_copy_source_connect(struct post_copy_source *source, struct stream *stream, struct packer *packer);
+/* What is known of the way to the target; 0: not known. */
+struct post_copy_way {
+    double bytes_a_s;
+    uint64_t ns; /* there and back */
+};
+void post_copy_source_connect(struct post_copy_source *source, struct stream *stream, struct packer *packer, struct post_copy_way way);
+/* Before it is announced: what the target needs to load the state. */
+int post_copy_source_send_ahead(struct post_copy_source *source, const struct state_need *needs, unsigned need_count, struct error *err) __attribute__((warn_unused_result));
 int post_copy_source_announce(struct post_copy_source *source, struct error *err) __attribute__((warn_unused_result));
+/* As many pages as the way holds, unasked; and again whenever some have arrived: */
+int post_copy_source_fill(struct post_copy_source *source, struct error *err) __attribute__((warn_unused_result));
 /* The next message must be this one; what is asked for before it is answered. */
 int post_copy_source_expect(struct post_copy_source *source, unsigned type, struct error *err) __attribute__((warn_unused_result));
 /* The other side wants to go on after a connection was lost. */
@@ -42,8 +51,8 @@ int post_copy_source_serve(struct post_copy_source *source, const struct post_co
  * those that ask (devices take what comes from outside already).
  */
 struct post_copy_target;
-/* Takes the unpacker over, if it succeeds; the stream stays the caller's until post_copy_target_start has succeeded. */
-int post_copy_target_create(struct machine *machine, struct stream *stream, struct unpacker *unpacker, const uint8_t id[MIGRATE_ID_BYTES], const uint64_t *remote, struct error *err) __attribute__((warn_unused_result));
+/* bytes_a_s: how fast they come. Takes the unpacker over, if it succeeds; the stream stays the caller's until post_copy_target_start has succeeded. */
+int post_copy_target_create(struct machine *machine, struct stream *stream, struct unpacker *unpacker, const uint8_t id[MIGRATE_ID_BYTES], const uint64_t *remote, uint64_t bytes_a_s, struct error *err) __attribute__((warn_unused_result));
 /* Says READY, and waits for GO. *paused: the guest is to stay so. */
 int post_copy_target_start(struct machine *machine, bool *paused, struct error *err) __attribute__((warn_unused_result));
 void post_copy_target_started(struct machine *machine);

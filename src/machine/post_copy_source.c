@@ -1,5 +1,7 @@
 /*
  * The source of a post-copy migration (post_copy.h). The guest stands still for good, so pages can go in any order and more than once: what is asked for is always answered, even when it is on its way.
+ * What nobody has asked for goes in the order in which it may be wanted: what is around the page that was asked for last; then what lies scattered, where the kernel's and the processes' own
+ * pages are among much that is not missing (stacks, tables of pages, what is counted in); and what is behind the last one. A guest that goes so writes much, and most of what is missing is in large pieces.
  * Invariants: a page whose bit is in `left` has not been sent over this connection. What nobody asked for is under way only as far as it does not stand in a queue for long (`window`): an answer would
  * wait behind it.
  */
@@ -13,11 +15,15 @@
 
 #define SILENCE_NS 60000000000ull
 #define LOOK_NS 200000000ull /* then it is seen whether the machine has ended */
-#define UNANSWERED_MAX 8u
+#define UNANSWERED_MAX 64u
 #define WINDOW_MIN 8u  /* pages */
-#define WINDOW_MAX (UNANSWERED_MAX * CHUNK_PAGES)
-#define WINDOW_GAIN 1.25
-#define FORGOTTEN 16.0 /* of the best rate, one part in so many is with each message */
+#define WINDOW_MAX (8u * CHUNK_PAGES)
+#define NEAR_PAGES 16u
+#define SCATTERED_FIRST 2u
+#define SCATTERED_MAX 32u
+#define WINDOW_GAIN 1.25        /* of what the way holds, at least */
+#define WINDOW_PART 4u          /* it changes by so much with what has arrived */
+#define QUEUE_NS 15000000ull    /* what was sent may wait for so long, beside a quarter of the way */
 #define REMOTE_WORDS 65536u
 #define REMOTE_GAP ((STREAM_HEADER_BYTES + 8) / 8) /* words */
 
@@ -32,12 +38,15 @@ struct post_copy_source {
     unsigned unanswered;      /* messages */
     unsigned oldest, noted;   /* of `sent`, which goes round: the first; how many, the oldest of the unanswered */
     struct {
-        uint64_t at_ns, pages, arrived; /* what had arrived when it was sent */
+        uint64_t at_ns, pages;
     } sent[UNANSWERED_MAX];
-    uint64_t window, under_way, arrived; /* pages */
-    uint64_t shortest_ns;                /* from sending to hearing of it; 0: not known */
-    double rate;                         /* pages a ns, the best of the last */
+    uint64_t under_way;   /* pages */
+    double window, window_min;
+    uint64_t shortest_ns; /* from sending to hearing of it; 0: not known */
     bool complete;
+    uint64_t near_chunk, near; /* pages around the last one that was asked for */
+    uint64_t at;               /* the chunk to look at for scattered ones: */
+    unsigned scattered;        /* chunks where no more than so many are missing */
     uint64_t left[];
 };
 
@@ -121,14 +130,24 @@ uint64_t post_copy_source_pages(const struct post_copy_source *source)
     return atomic_load(&source->pages);
 }
 
-void post_copy_source_connect(struct post_copy_source *source, struct stream *stream, struct packer *packer)
+static void set_window(struct post_copy_source *source, double pages)
+{
+    source->window = pages < source->window_min ? source->window_min : pages > WINDOW_MAX ? WINDOW_MAX : pages;
+}
+
+void post_copy_source_connect(struct post_copy_source *source, struct stream *stream, struct packer *packer, struct post_copy_way way)
 {
     source->stream = stream;
     source->packer = packer;
     source->unanswered = source->oldest = source->noted = 0;
-    source->under_way = source->arrived = source->shortest_ns = 0;
-    source->rate = 0;
-    source->window = WINDOW_MIN;
+    source->under_way = 0;
+    source->shortest_ns = way.ns;
+    source->window_min = WINDOW_GAIN * way.bytes_a_s * (double)way.ns / 1e9 / PAGE_SIZE_BYTES;
+    source->window_min = source->window_min < WINDOW_MIN ? WINDOW_MIN : source->window_min > WINDOW_MAX ? WINDOW_MAX : source->window_min;
+    set_window(source, source->window_min);
+    source->scattered = SCATTERED_FIRST;
+    source->at = 0;
+    source->near = 0;
     packer_no_differences(packer);
 }
 
@@ -147,7 +166,6 @@ static void note_sent(struct post_copy_source *source, uint64_t pages)
         unsigned at = (source->oldest + source->noted++) % UNANSWERED_MAX;
         source->sent[at].at_ns = loop_now_ns();
         source->sent[at].pages = pages;
-        source->sent[at].arrived = source->arrived;
         source->under_way += pages;
     }
     source->unanswered++;
@@ -161,37 +179,98 @@ static void note_arrived(struct post_copy_source *source)
     source->noted--;
     uint64_t took_ns = loop_now_ns() - source->sent[source->oldest].at_ns + 1, pages = source->sent[source->oldest].pages;
     source->under_way -= pages;
-    source->arrived += pages;
-    double rate = (double)(source->arrived - source->sent[source->oldest].arrived) / (double)took_ns, before = source->rate - source->rate / FORGOTTEN;
-    source->rate = rate > before ? rate : before;
     source->oldest = (source->oldest + 1) % UNANSWERED_MAX;
     if (!source->shortest_ns || took_ns < source->shortest_ns)
         source->shortest_ns = took_ns;
-    /* Somewhat more than the way holds: enough for its rate to show, and little waits in a queue. */
-    double window = WINDOW_GAIN * source->rate * (double)source->shortest_ns;
-    source->window = window < WINDOW_MIN ? WINDOW_MIN : window > WINDOW_MAX ? WINDOW_MAX : (uint64_t)window;
+    bool waited = took_ns > source->shortest_ns + source->shortest_ns / 4 + QUEUE_NS;
+    set_window(source, source->window + (waited ? -1.0 : 1.0) * (double)pages / WINDOW_PART);
 }
 
 typedef int put_fn(struct packer *packer, uint64_t chunk, uint64_t pages, const uint8_t *data, struct error *err);
 
-static int send_pages(struct post_copy_source *source, uint64_t chunk, uint64_t pages, put_fn *put, struct error *err)
+/* Whoever they are for. */
+static int take_out(struct post_copy_source *source, uint64_t chunk, uint64_t pages, struct error *err)
 {
     for (uint64_t rest = pages; rest; rest &= rest - 1)
         if (physmap_need(source->machine->memory, chunk * CHUNK_BYTES + (uint64_t)__builtin_ctzll(rest) * PAGE_SIZE_BYTES, PAGE_SIZE_BYTES, PHYSMAP_READ))
             return error_set(err, -EIO, "a page of the guest's memory cannot be had from where it is");
     atomic_fetch_sub(&source->pages, (uint64_t)__builtin_popcountll(source->left[chunk] & pages));
     source->left[chunk] &= ~pages;
+    return 0;
+}
+
+static int send_pages(struct post_copy_source *source, uint64_t chunk, uint64_t pages, put_fn *put, struct error *err)
+{
+    int r = take_out(source, chunk, pages, err);
+    if (r)
+        return r;
     note_sent(source, (uint64_t)__builtin_popcountll(pages));
     return put(source->packer, chunk, pages, source->ram + chunk * CHUNK_BYTES, err);
 }
 
-/* The chunk that is to go unasked, from the last one that was asked for on; words: none. */
-static uint64_t next_chunk(struct post_copy_source *source)
+/* Those that nobody asked for, by how soon they may be wanted: of one chunk. 0: nothing is left. */
+static uint64_t next_pages(struct post_copy_source *source, uint64_t *chunk)
 {
-    for (uint64_t n = 0; n < source->words; n++, source->next = (source->next + 1) % source->words)
-        if (source->left[source->next])
-            return source->next;
-    return source->words;
+    uint64_t pages = source->near & source->left[*chunk = source->near_chunk];
+    while (!pages && source->scattered <= SCATTERED_MAX) {
+        pages = source->left[*chunk = source->at];
+        if (pages && (unsigned)__builtin_popcountll(pages) <= source->scattered)
+            break;
+        pages = 0;
+        source->at = (source->at + 1) % source->words;
+        source->scattered *= source->at ? 1 : 2;
+    }
+    for (uint64_t n = 0; !pages && n < source->words; n++, source->next = (source->next + !pages) % source->words)
+        pages = source->left[*chunk = source->next];
+    return pages;
+}
+
+int post_copy_source_send_ahead(struct post_copy_source *source, const struct state_need *needs, unsigned need_count, struct error *err)
+{
+    int r = 0;
+    for (unsigned i = 0; i < need_count; i++) {
+        uint64_t offset, bytes = needs[i].bytes;
+        if (!bytes || !physmap_offset(source->machine->memory, needs[i].gpa, bytes, &offset))
+            continue;
+        for (uint64_t page = offset / PAGE_SIZE_BYTES; r == 0 && page <= (offset + bytes - 1) / PAGE_SIZE_BYTES; page++) {
+            uint64_t chunk = page / CHUNK_PAGES, bit = 1ull << page % CHUNK_PAGES;
+            if (chunk >= source->words || !(source->left[chunk] & bit))
+                continue;
+            r = take_out(source, chunk, bit, err);
+            if (r == 0)
+                r = packer_put(source->packer, chunk, bit, source->ram + chunk * CHUNK_BYTES, err);
+        }
+    }
+    return r ? r : packer_flush(source->packer, err);
+}
+
+static bool is_full(const struct post_copy_source *source)
+{
+    return source->unanswered >= UNANSWERED_MAX || (double)source->under_way >= source->window;
+}
+
+/* Of one chunk as many pages as there is room for. Whether there were any. */
+static bool push(struct post_copy_source *source, int *r, struct error *err)
+{
+    uint64_t chunk, pages = next_pages(source, &chunk), next;
+    if (!pages)
+        return false;
+    while ((double)(source->under_way + (uint64_t)__builtin_popcountll(pages)) >= source->window + 1 && pages & (pages - 1))
+        pages &= ~(1ull << (63 - __builtin_clzll(pages)));
+    *r = send_pages(source, chunk, pages, packer_put, err);
+    if (*r == 0 && (is_full(source) || !next_pages(source, &next)))
+        *r = packer_flush(source->packer, err);
+    if (*r == 0)
+        *r = stream_flush(source->stream, err);
+    return true;
+}
+
+int post_copy_source_fill(struct post_copy_source *source, struct error *err)
+{
+    int r = 0;
+    while (r == 0 && !is_full(source) && push(source, &r, err))
+        continue;
+    return r;
 }
 
 /* ---- what the other side says ---- */
@@ -202,7 +281,8 @@ static int answer(struct post_copy_source *source, const uint8_t *body, size_t s
     uint64_t room = chunk < source->words ? (physmap_ram_bytes(source->machine->memory) - chunk * CHUNK_BYTES) / PAGE_SIZE_BYTES : 0;
     if (!pages || (room < CHUNK_PAGES && pages >> room))
         return error_set(err, -EPROTO, "pages were asked for that the guest's memory does not have");
-    source->next = chunk;
+    source->next = source->near_chunk = chunk;
+    source->near = ((1ull << NEAR_PAGES) - 1) << (__builtin_ctzll(pages) & ~(NEAR_PAGES - 1));
     return send_pages(source, chunk, pages, packer_put_first, err);
 }
 
@@ -230,8 +310,11 @@ int post_copy_source_expect(struct post_copy_source *source, unsigned type, stru
 {
     unsigned came = 0;
     int r = 0;
-    while (r == 0 && !came)
+    while (r == 0 && !came) {
         r = take_message(source, &came, err);
+        if (r == 0 && !came)
+            r = post_copy_source_fill(source, err);
+    }
     return r ? r : came == type && !source->complete ? 0 : migrate_unexpected(came, NULL, 0, err);
 }
 
@@ -266,32 +349,13 @@ static bool can_take(const struct post_copy_source *source, uint64_t ns)
     return stream_has_frame(source->stream) || poll(&poll_fd, 1, (int)((ns + 999999) / 1000000)) > 0;
 }
 
-static bool is_full(const struct post_copy_source *source)
-{
-    return source->unanswered >= UNANSWERED_MAX || source->under_way >= source->window;
-}
-
-/* The chunk, or as many of its pages as there is room for in half of the window, so that the other half is under way meanwhile. */
-static int push(struct post_copy_source *source, const struct post_copy_pace *pace, struct error *err)
-{
-    uint64_t chunk = next_chunk(source), pages = source->left[chunk];
-    while ((uint64_t)__builtin_popcountll(pages) > source->window / 2)
-        pages &= ~(1ull << (63 - __builtin_clzll(pages)));
-    int r = send_pages(source, chunk, pages, packer_put, err);
-    if (r == 0 && (is_full(source) || next_chunk(source) == source->words))
-        r = packer_flush(source->packer, err);
-    if (r == 0)
-        r = stream_flush(source->stream, err);
-    pace->sent(pace->ctx);
-    return r;
-}
-
 int post_copy_source_serve(struct post_copy_source *source, const struct post_copy_pace *pace, struct error *err)
 {
     uint64_t heard_ns = loop_now_ns(); /* or since when something is waited for */
     int r = 0;
     while (r == 0 && !source->complete) {
-        bool more = next_chunk(source) < source->words && !is_full(source);
+        uint64_t chunk;
+        bool more = !is_full(source) && next_pages(source, &chunk);
         uint64_t rest_ns = more ? pace->rest_ns(pace->ctx) : LOOK_NS, now;
         unsigned type = 0;
         if (can_take(source, rest_ns < LOOK_NS ? rest_ns : LOOK_NS)) {
@@ -307,7 +371,8 @@ int post_copy_source_serve(struct post_copy_source *source, const struct post_co
         } else if (more && !rest_ns) {
             heard_ns = source->unanswered ? heard_ns : now;
             stream_set_deadline(source->stream, now + SILENCE_NS);
-            r = push(source, pace, err);
+            push(source, &r, err);
+            pace->sent(pace->ctx);
         }
     }
     return r;

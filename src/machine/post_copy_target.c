@@ -17,7 +17,8 @@
 #include "util/log.h"
 #include "util/sandbox_rules.h"
 
-#define GROUP_BYTES (64u << 10)
+#define GROUP_BYTES_MAX (64u << 10)
+#define GROUP_MS 5u
 #define SILENCE_NS 60000000000ull
 #define GO_NS 30000000000ull
 #define FAREWELL_NS 5000000000ull
@@ -381,7 +382,16 @@ static void *target_main(void *arg)
 
 /* ---- for the machine ---- */
 
-int post_copy_target_create(struct machine *machine, struct stream *stream, struct unpacker *unpacker, const uint8_t id[MIGRATE_ID_BYTES], const uint64_t *remote, struct error *err)
+/* Who waits for a page also waits for its neighbours: for so long that it does not matter. */
+static uint64_t group_bytes(uint64_t bytes_a_s)
+{
+    uint64_t bytes = GROUP_BYTES_MAX;
+    while (bytes > PAGE_SIZE_BYTES && bytes > bytes_a_s / 1000 * GROUP_MS)
+        bytes /= 2;
+    return bytes;
+}
+
+int post_copy_target_create(struct machine *machine, struct stream *stream, struct unpacker *unpacker, const uint8_t id[MIGRATE_ID_BYTES], const uint64_t *remote, uint64_t bytes_a_s, struct error *err)
 {
     struct post_copy_target *target = calloc(1, sizeof *target);
     if (!target)
@@ -395,7 +405,7 @@ int post_copy_target_create(struct machine *machine, struct stream *stream, stru
     pthread_condattr_destroy(&monotonic);
     pthread_mutex_init(&target->lock, NULL);
     machine->post_copy_target = target;
-    const struct page_source source = {.fetch = fetch, .close = all_arrived, .ctx = target, .group_bytes = GROUP_BYTES};
+    const struct page_source source = {.fetch = fetch, .close = all_arrived, .ctx = target, .group_bytes = group_bytes(bytes_a_s)};
     int r = target->wake_fd < 0 ? error_set(err, -errno, "cannot make an event: %s", strerror(errno)) : physmap_set_source(machine->memory, &source, remote, err);
     if (r) {
         target->unpacker = NULL; /* the caller's */

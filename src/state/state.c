@@ -38,7 +38,8 @@ struct state_io {
     size_t size, capacity;  /* bytes in data; writer: bytes of buffer allocated */
     size_t position;        /* reader */
     struct section open[SECTION_DEPTH_MAX];
-    unsigned depth;
+    unsigned depth, need_count, need_capacity;
+    struct state_need *need;           /* writer */
     struct state_part part[PARTS_MAX]; /* writer: what sections there are, each kind once */
     unsigned parts;
     uint32_t crc_table[256];
@@ -92,6 +93,7 @@ void state_io_destroy(struct state_io *io)
     if (!io)
         return;
     free(io->buffer);
+    free(io->need);
     free(io);
 }
 
@@ -100,6 +102,27 @@ const void *state_writer_data(const struct state_io *io, size_t *size_bytes)
     assert(!io->loading);
     *size_bytes = io->failed ? 0 : io->size;
     return io->failed ? NULL : io->buffer;
+}
+
+void state_needs(struct state_io *io, uint64_t gpa, uint64_t bytes)
+{
+    if (io->loading || io->failed)
+        return;
+    if (io->need_count == io->need_capacity) {
+        unsigned capacity = io->need_capacity ? 2 * io->need_capacity : 64;
+        struct state_need *more = realloc(io->need, capacity * sizeof *more);
+        if (!more)
+            return; /* it is only slower without */
+        io->need = more;
+        io->need_capacity = capacity;
+    }
+    io->need[io->need_count++] = (struct state_need){gpa, bytes};
+}
+
+const struct state_need *state_needed(const struct state_io *io, unsigned *count)
+{
+    *count = io->need_count;
+    return io->need;
 }
 
 bool state_loading(const struct state_io *io)

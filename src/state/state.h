@@ -37,6 +37,13 @@ void state_io_destroy(struct state_io *io);
 const void *state_writer_data(const struct state_io *io, size_t *size_bytes);
 
 bool state_loading(const struct state_io *io);
+/* Saving: these bytes of the guest's memory are looked at when this is loaded, so that whoever sends both can send them first. Loading: nothing. */
+void state_needs(struct state_io *io, uint64_t gpa, uint64_t bytes);
+struct state_need {
+    uint64_t gpa, bytes;
+};
+/* What was told so, until the next call for this io. */
+const struct state_need *state_needed(const struct state_io *io, unsigned *count);
 bool state_failed(const struct state_io *io);
 const char *state_error(const struct state_io *io); /* one line naming section and cause, "" when none */
 

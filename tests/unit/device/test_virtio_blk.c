@@ -387,6 +387,7 @@ static void test_state(void **state)
 {
     struct state_io *writer = state_writer_create(), *reader;
     size_t size;
+    unsigned count;
     gpa_t data;
 
     guest_start(&f.g, F_ALL, 2);
@@ -398,6 +399,13 @@ static void test_state(void **state)
         loop_run_once(f.g.loop, 100);
     assert_int_equal(virtio_blk_class.state(f.device, writer), 0);
     const void *saved = state_writer_data(writer, &size);
+    const struct state_need *need = state_needed(writer, &count);
+    assert_int_equal(count, 2 * 3);
+    for (unsigned i = 0; i < 2; i++) { /* the rings, whole */
+        const struct guest_queue *q = &f.g.queue[i];
+        const struct state_need rings[] = {{q->desc_gpa, 16 * q->size}, {q->avail_gpa, 6 + 2 * q->size}, {q->used_gpa, 6 + 8 * q->size}};
+        assert_memory_equal(need + 3 * i, rings, sizeof rings);
+    }
 
     /* The same guest memory goes on with a new device. */
     unplug();
